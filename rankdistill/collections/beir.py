@@ -1,0 +1,76 @@
+"""`beir:DIR`: a folder in the layout of BEIR (Thakur et al. 2021), plain or gzip.
+
+corpus.jsonl    {"_id", "title" (optional), "text"}
+queries.jsonl   {"_id", "text"}
+qrels/SPLIT.tsv query-id, corpus-id, score with or without a header; four TREC columns are read too
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rankdistill.artifacts import file_digest
+from rankdistill.collections.collection import Collection
+from rankdistill.collections.text_files import (
+    distinct_files,
+    existing_folder,
+    identifier,
+    plain_or_gzip,
+    read_json_lines,
+    read_qrels,
+    stem,
+    text_of,
+)
+from rankdistill.collections.writer import CollectionWriter, imported
+from rankdistill.errors import RankdistillError
+
+
+def open_source(argument: str, spec: str) -> Collection:
+    folder = existing_folder(argument, "beir")
+    corpus, queries = _required(folder, "corpus.jsonl"), _required(folder, "queries.jsonl")
+    qrels = distinct_files(folder.glob("qrels/*.tsv*"))
+    key = {
+        "loader": "beir",
+        "corpus": file_digest(corpus),
+        "queries": file_digest(queries),
+        "qrels": {stem(path): file_digest(path) for path in qrels},
+    }
+
+    def load(writer: CollectionWriter) -> None:
+        writer.root = str(folder)
+        writer.source = str(corpus)
+        for line, record in read_json_lines(corpus):
+            where = f"{corpus}:{line}"
+            title = text_of(record.get("title"), "title", where)
+            writer.document(_id(record, where), title, _text(record, where), line)
+        writer.source = str(queries)
+        for line, record in read_json_lines(queries):
+            where = f"{queries}:{line}"
+            writer.query(_id(record, where), _text(record, where), line)
+        for path in qrels:
+            writer.source = str(path)
+            for judgement in read_qrels(path):
+                writer.judgement(stem(path), *judgement)
+
+    return imported(key, load, name=folder.resolve().name, spec=spec)
+
+
+def _required(folder: Path, name: str) -> Path:
+    path = plain_or_gzip(folder, name)
+    if path is None:
+        raise RankdistillError(
+            f"a BEIR folder needs {name} (or {name}.gz)",
+            where=str(folder),
+            fix="give the folder that holds corpus.jsonl, queries.jsonl and qrels/",
+        )
+    return path
+
+
+def _id(record: dict[str, object], where: str) -> str:
+    return identifier(record.get("_id", record.get("id")), "_id", where)
+
+
+def _text(record: dict[str, object], where: str) -> str:
+    if "text" not in record:
+        raise RankdistillError("the record has no 'text'", where=where)
+    return text_of(record["text"], "text", where)

@@ -1,0 +1,251 @@
+"""A collection: documents, queries and judgements in named splits, read from the cache through a memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rankdistill.artifacts import Artifact
+from rankdistill.collections.storage import IdIndex, Rows, Table, id_hash
+from rankdistill.errors import RankdistillError
+
+# Names under which collections publish what is one thing here: what one tunes on.
+DEV_NAMES = ("dev", "validation", "valid", "val", "dev.small")
+
+
+class Document(NamedTuple):
+    doc_id: str
+    title: str
+    text: str
+
+
+class Query(NamedTuple):
+    """`relevant`: judged documents with their relevance, 0 and below (judged, not relevant) included."""
+
+    query_id: str
+    text: str
+    relevant: dict[str, int]
+
+
+def joined(title: str, text: str) -> str:
+    """Title and text as one text; a title that is empty or already begins the text is not repeated."""
+    if not title or text.startswith(title):
+        return text
+    return f"{title} {text}" if text else title
+
+
+class Collection:
+    """Documents, queries and qrels of one collection (see `open_collection`).
+
+    Rows are positions in the documents file; ids are strings. Nothing holds all texts in memory.
+
+    Args:
+        artifact: kind "collection", as `rankdistill.collections.writer.imported` leaves it.
+        name: what tables and file names call it.
+        spec: what `open_collection` was given.
+    """
+
+    def __init__(self, artifact: Artifact, name: str, spec: str) -> None:
+        self.artifact, self.name, self.spec = artifact, name, spec
+        self.path: Path = artifact.path
+        self.fingerprint: str = artifact.fingerprint
+        self.document_count = int(artifact.counts["documents"])
+        self.query_count = int(artifact.counts["queries"])
+        self.splits: tuple[str, ...] = tuple(artifact.manifest["splits"])
+        self.problems: list[str] = list(artifact.manifest["problems"])
+        self._documents = Table(self.path / "documents.arrow")
+        self._document_index = IdIndex(self.path, "documents", self._documents, "doc_id")
+        self._queries = Table(self.path / "queries.arrow")
+        self._query_index = IdIndex(self.path, "queries", self._queries, "query_id")
+        self._tables: dict[str, Table] = {}
+
+    def __reduce__(self) -> tuple[type[Collection], tuple[Artifact, str, str]]:
+        return Collection, (self.artifact, self.name, self.spec)  # data loader workers open the files anew
+
+    def __len__(self) -> int:
+        return self.document_count
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{split} {len(self.query_rows(split)):,}" for split in self.splits)
+        return (
+            f"Collection({self.name}: {self.document_count:,} documents, {self.query_count:,} queries"
+            f"{'; judged: ' + splits if splits else ', no judgements'})"
+        )
+
+    # Documents
+
+    def doc_ids(self, rows: Sequence[int] | Rows) -> list[str]:
+        return self._documents.take("doc_id", rows)
+
+    def doc_rows(self, ids: Sequence[str]) -> Rows:
+        """int64 [len(ids)], -1 where an id is unknown."""
+        return self._document_index.lookup(ids)
+
+    def documents(self, rows: Sequence[int] | Rows) -> list[Document]:
+        columns = (self._documents.take(name, rows) for name in Document._fields)
+        return [Document(*values) for values in zip(*columns, strict=True)]
+
+    def document_texts(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Title and text of each row as one text (see `joined`)."""
+        titles, texts = self._documents.take("title", rows), self._documents.take("text", rows)
+        return [joined(title, text) for title, text in zip(titles, texts, strict=True)]
+
+    def iter_documents(self, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, list[str]]]:
+        """(row of the first, at most `batch_size` texts as `document_texts` gives them), all documents from `start`."""
+        for first in range(start, self.document_count, batch_size):
+            last = min(first + batch_size, self.document_count)
+            texts: list[str] = []
+            for _, batch in self._documents.slices(first, last, batch_size):
+                pairs = zip(batch.column("title").to_pylist(), batch.column("text").to_pylist(), strict=True)
+                texts += [joined(title, text) for title, text in pairs]
+            yield first, texts
+
+    # Queries and judgements
+
+    def split_name(self, split: str) -> str:
+        """The split of that name; dev, validation, valid, val and dev.small stand for each other.
+
+        Raises:
+            RankdistillError: the collection has no such split.
+        """
+        names = (split, *DEV_NAMES) if split in DEV_NAMES else (split,)
+        for name in names:
+            if name in self.splits:
+                return name
+        raise RankdistillError(
+            f"collection {self.name} has no split {split!r}",
+            where=self.spec,
+            fix=f"its judged splits are: {', '.join(self.splits) or 'none'}",
+        )
+
+    def _qrels_table(self, split: str) -> Table:
+        name = self.split_name(split)
+        if name not in self._tables:
+            self._tables[name] = Table(self.path / "qrels" / f"{name}.arrow")
+        return self._tables[name]
+
+    def query_rows(self, split: str | None = None) -> Rows:
+        """Rows of the queries that have judgements in `split`, in file order; None: all queries."""
+        if split is None:
+            return np.arange(self.query_count, dtype=np.int64)
+        parts = [np.empty(0, np.int64)]
+        for batch in self._qrels_table(split).batches:
+            rows = batch.column("query_row").to_numpy()
+            parts.append(rows[batch.column("doc_row").to_numpy() >= 0])
+        return np.unique(np.concatenate(parts))
+
+    def query_ids(self, split: str | None = None) -> list[str]:
+        return self._queries.take("query_id", self.query_rows(split))
+
+    def query_texts(self, ids: Sequence[str]) -> list[str]:
+        """
+        Raises:
+            RankdistillError: an id is unknown.
+        """
+        rows = self._query_index.lookup(ids)
+        if len(rows) and rows.min() < 0:
+            unknown = ids[int(np.argmin(rows))]
+            raise RankdistillError(f"collection {self.name} has no query {unknown!r}", where=self.spec)
+        return self._queries.take("text", rows)
+
+    def has_queries(self, ids: Sequence[str]) -> list[bool]:
+        return [bool(row >= 0) for row in self._query_index.lookup(ids)]
+
+    def iter_queries(self, split: str | None = None, batch_size: int = 512) -> Iterator[list[Query]]:
+        """Queries with their judgements in `split`, in file order (None: all queries, no judgements)."""
+        if split is None:
+            for _, batch in self._queries.slices(0, self.query_count, batch_size):
+                pairs = zip(batch.column("query_id").to_pylist(), batch.column("text").to_pylist(), strict=True)
+                yield [Query(query_id, text, {}) for query_id, text in pairs]
+            return
+        group: dict[str, dict[str, int]] = {}
+        for query_id, relevant in self._iter_judged(split):
+            group[query_id] = relevant
+            if len(group) == batch_size:
+                yield self._with_texts(group)
+                group = {}
+        if group:
+            yield self._with_texts(group)
+
+    def _with_texts(self, group: dict[str, dict[str, int]]) -> list[Query]:
+        texts = self.query_texts(list(group))
+        return [Query(query_id, text, group[query_id]) for query_id, text in zip(group, texts, strict=True)]
+
+    def _iter_judged(self, split: str, missing: bool = False) -> Iterator[tuple[str, dict[str, int]]]:
+        """(query id, document id → relevance): the file is sorted by query, so memory is one query's."""
+        current, relevant = "", dict[str, int]()
+        for batch in self._qrels_table(split).batches:
+            columns = (batch.column(name).to_pylist() for name in ("query_id", "doc_id", "relevance", "doc_row"))
+            for query_id, doc_id, relevance, row in zip(*columns, strict=True):
+                if query_id != current:
+                    if relevant:
+                        yield current, relevant
+                    current, relevant = query_id, {}
+                if row >= 0 or missing:
+                    relevant[doc_id] = relevance
+        if relevant:
+            yield current, relevant
+
+    def qrels(self, split: str, *, missing: bool = False) -> dict[str, dict[str, int]]:
+        """query id → document id → relevance.
+
+        Args:
+            split: one of `splits`.
+            missing: also the judgements of documents the collection does not hold. A run made elsewhere, over the
+                whole corpus, is measured with them: without them the ideal ranking is another one.
+        """
+        return dict(self._iter_judged(split, missing))
+
+    def training_splits(self, dev_fraction: float = 0.1, seed: int = 42) -> tuple[list[str], list[str]]:
+        """(train query ids, dev query ids).
+
+        The collection's own dev split where there is one. Else the `dev_fraction` of the train queries (at least
+        one) with the smallest hash of seed and id: it does not depend on the file's order, and a query that is
+        added moves at most one other.
+
+        Raises:
+            RankdistillError: there is no train split, or it has fewer than two queries and no dev split beside it.
+        """
+        train = self.query_ids("train")
+        if any(name in self.splits for name in DEV_NAMES):
+            return train, self.query_ids("dev")
+        if len(train) < 2:
+            raise RankdistillError(f"collection {self.name} has too few train queries to hold out a dev split")
+        count = min(len(train) - 1, max(1, round(len(train) * dev_fraction)))
+        held_out = set(sorted(train, key=lambda query_id: id_hash(f"{seed}:{query_id}"))[:count])
+        return [i for i in train if i not in held_out], [i for i in train if i in held_out]
+
+    # For people
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, lengths in words, judgements per query of each split, and what import found wrong."""
+        splits = {}
+        for split in self.splits:
+            grades: dict[int, int] = {}
+            judged: list[int] = []
+            for _, relevant in self._iter_judged(split):
+                judged.append(len(relevant))
+                for grade in relevant.values():
+                    grades[grade] = grades.get(grade, 0) + 1
+            per_query = np.array(judged) if judged else np.zeros(1)
+            splits[split] = {
+                "queries": len(judged),
+                "judgements": int(sum(judged)),
+                "judged_per_query": {"mean": round(float(per_query.mean()), 2), "max": int(per_query.max())},
+                "grades": {str(grade): grades[grade] for grade in sorted(grades)},
+                "judged_share_of_pairs": round(sum(judged) / max(1, len(judged) * self.document_count), 6),
+            }
+        return {
+            "name": self.name,
+            "spec": self.spec,
+            "fingerprint": self.fingerprint,
+            "path": str(self.path),
+            "documents": self.document_count,
+            "queries": self.query_count,
+            "words": self.artifact.manifest["words"],
+            "splits": splits,
+            "problems": self.problems,
+        }

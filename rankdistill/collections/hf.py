@@ -1,0 +1,223 @@
+"""`hf:NAME`: a retrieval data set of the Hugging Face hub, or a local folder of parquet files in the same form.
+
+On the hub, the layout that BEIR and MTEB use: configurations `corpus` and `queries`, and judgements either in a
+configuration `qrels` or `default` of the same repository (mteb/nfcorpus) or in a repository `NAME-qrels`
+(BeIR/nfcorpus). In a folder: corpus*.parquet, queries*.parquet and qrels/SPLIT*.parquet (corpus/*.parquet,
+queries/*.parquet and qrels/SPLIT/*.parquet are read too).
+
+A hub name is pinned to the revision it has when opened. Where the hub cannot be reached, a collection that was
+imported before is opened at the revision it had; any other is a quick, clear error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankdistill.artifacts import cache_dir, file_digest, fingerprint, write_atomically
+from rankdistill.collections.collection import Collection
+from rankdistill.collections.text_files import identifier, text_of
+from rankdistill.collections.writer import CollectionWriter, imported
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import say
+
+SCHEMA = 1
+SECONDS = 5.0  # the hub answers within this, or counts as unreachable
+DOCUMENT_ID = ("_id", "id", "doc_id", "docid", "corpus-id", "corpus_id", "pid")
+QUERY_ID = ("_id", "id", "query_id", "query-id", "qid")
+DOCUMENT_TEXT, QUERY_TEXT = ("text", "contents", "passage"), ("text", "query")
+JUDGED = (("query-id", "query_id", "qid"), ("corpus-id", "corpus_id", "doc_id", "docid", "pid"))
+RELEVANCE = ("score", "relevance", "label")
+
+
+class _Part(NamedTuple):
+    """What `datasets.load_dataset` is called with."""
+
+    label: str
+    settings: dict[str, Any]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        import datasets
+
+        yield from datasets.load_dataset(**self.settings)
+
+
+class _Layout(NamedTuple):
+    corpus: list[_Part]
+    queries: list[_Part]
+    qrels: list[tuple[str, _Part]]
+
+
+def open_source(argument: str, spec: str) -> Collection:
+    folder = Path(argument).expanduser()
+    if folder.is_dir():
+        key, layout = _local(folder)
+        return imported(key, lambda writer: _load(writer, layout), name=folder.resolve().name, spec=spec)
+    if argument.startswith(("/", ".", "~")):
+        raise RankdistillError("there is no such folder", where=str(folder), fix="give hf:NAME or hf:FOLDER")
+    key = _hub_key(argument, spec)
+    return imported(
+        key, lambda writer: _load(writer, _hub_layout(key, spec)), name=argument.replace("/", "-"), spec=spec
+    )
+
+
+def _load(writer: CollectionWriter, layout: _Layout) -> None:
+    for part in layout.corpus:
+        writer.source = part.label
+        for number, row in enumerate(part.rows(), 1):
+            where = f"{part.label}, row {number}"
+            text = text_of(_field(row, DOCUMENT_TEXT, where), "text", where)
+            title = text_of(row.get("title"), "title", where)
+            writer.document(identifier(_field(row, DOCUMENT_ID, where), "_id", where), title, text, number)
+    for part in layout.queries:
+        writer.source = part.label
+        for number, row in enumerate(part.rows(), 1):
+            where = f"{part.label}, row {number}"
+            text = text_of(_field(row, QUERY_TEXT, where), "text", where)
+            writer.query(identifier(_field(row, QUERY_ID, where), "_id", where), text, number)
+    for split, part in layout.qrels:
+        writer.source = part.label
+        for number, row in enumerate(part.rows(), 1):
+            where = f"{part.label}, row {number}"
+            query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
+            grade = _field(row, RELEVANCE, where)
+            if not isinstance(grade, int | float) or grade != grade or int(grade) != grade:
+                raise RankdistillError(f"the relevance {grade!r} is not a whole number", where=where)
+            writer.judgement(split, query_id, doc_id, int(grade), number)
+
+
+def _field(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise RankdistillError(f"there is no column {' or '.join(names)} among {', '.join(row)}", where=where)
+
+
+# A local folder
+
+
+def _local(folder: Path) -> tuple[dict[str, Any], _Layout]:
+    def files(name: str) -> list[Path]:
+        return sorted([*folder.glob(f"{name}*.parquet"), *folder.glob(f"{name}/*.parquet")])
+
+    corpus, queries = files("corpus"), files("queries")
+    for name, found in (("corpus", corpus), ("queries", queries)):
+        if not found:
+            raise RankdistillError(
+                f"a folder of parquet files needs {name}*.parquet or {name}/*.parquet",
+                where=str(folder),
+                fix="beside corpus and queries, judgements go to qrels/SPLIT.parquet",
+            )
+    qrels: list[tuple[str, Path]] = []
+    for path in sorted([*folder.glob("qrels/*.parquet"), *folder.glob("qrels/*/*.parquet")]):
+        name = path.stem if path.parent.name == "qrels" else path.parent.name
+        qrels.append((re.sub(r"-\d+-of-\d+$", "", name), path))
+    _check_parquet([*corpus, *queries, *(path for _, path in qrels)])
+    key = {
+        "loader": "hf",
+        "schema": SCHEMA,
+        "corpus": [file_digest(path) for path in corpus],
+        "queries": [file_digest(path) for path in queries],
+        "qrels": [[split, file_digest(path)] for split, path in qrels],
+    }
+    layout = _Layout(
+        [_parquet(path) for path in corpus],
+        [_parquet(path) for path in queries],
+        [(split, _parquet(path)) for split, path in qrels],
+    )
+    return key, layout
+
+
+def _parquet(path: Path) -> _Part:
+    settings = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
+    return _Part(str(path), settings)
+
+
+def _check_parquet(paths: list[Path]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in paths:
+        try:
+            pq.read_metadata(path)
+        except pa.ArrowInvalid as error:
+            raise RankdistillError(
+                f"this is not a whole parquet file ({str(error).splitlines()[0]})",
+                where=str(path),
+                fix="fetch it again",
+            ) from None
+
+
+# The hub
+
+
+def _hub_key(name: str, spec: str) -> dict[str, Any]:
+    """The revisions of the data set (and of NAME-qrels), from the hub or as they were at the last opening."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    remembered = cache_dir() / "collections" / f"hub-{fingerprint(name)}.json"
+    api = HfApi()
+    try:
+        revisions = {name: api.dataset_info(name, timeout=SECONDS).sha}
+        with contextlib.suppress(RepositoryNotFoundError):
+            revisions[f"{name}-qrels"] = api.dataset_info(f"{name}-qrels", timeout=SECONDS).sha
+    except RepositoryNotFoundError:
+        raise UsageError(
+            f"the hub has no data set {name!r}, or it needs a token",
+            where=spec,
+            fix="check the name; for a gated data set set HF_TOKEN",
+        ) from None
+    except ValueError as error:  # HFValidationError: not a possible name
+        raise UsageError(f"{name!r} cannot be a data set of the hub: {error}", where=spec) from None
+    except Exception as error:  # the client under huggingface_hub, and with it its errors, differ between versions
+        if remembered.is_file():
+            say(f"the hub cannot be reached; {name} is opened as it was last")
+            key: dict[str, Any] = json.loads(remembered.read_text())
+            return key
+        raise RankdistillError(
+            f"the hub cannot be reached ({type(error).__name__}) and {name!r} was never imported here",
+            where=spec,
+            fix="connect to the network, or give a local folder: hf:FOLDER or beir:FOLDER",
+        ) from error
+    key = {"loader": "hf", "schema": SCHEMA, "revisions": revisions}
+    write_atomically(remembered, json.dumps(key))
+    return key
+
+
+def _hub_layout(key: dict[str, Any], spec: str) -> _Layout:
+    import datasets
+
+    (name, revision), *others = key["revisions"].items()
+
+    def parts(repository: str, config: str, revision: str) -> list[tuple[str, _Part]]:
+        splits = datasets.get_dataset_split_names(repository, config, revision=revision)
+        return [
+            (
+                split,
+                _Part(
+                    f"{repository} {config}/{split}",
+                    {"path": repository, "name": config, "split": split, "revision": revision},
+                ),
+            )
+            for split in splits
+        ]
+
+    configs = datasets.get_dataset_config_names(name, revision=revision)
+    if not {"corpus", "queries"} <= set(configs):
+        raise UsageError(
+            f"{name!r} is not laid out for retrieval: its configurations are {', '.join(configs)}",
+            where=spec,
+            fix="configurations 'corpus' and 'queries' are needed",
+        )
+    judged = next((config for config in ("qrels", "default") if config in configs), None)
+    qrels = parts(name, judged, revision) if judged else []
+    for repository, sha in [] if judged else others:
+        for config in datasets.get_dataset_config_names(repository, revision=sha):
+            qrels += parts(repository, config, sha)
+    corpus, queries = ([part for _, part in parts(name, config, revision)] for config in ("corpus", "queries"))
+    return _Layout(corpus, queries, qrels)

@@ -1,0 +1,310 @@
+"""Import of a collection into the cache: a stream of records in, an artifact of Arrow files out.
+
+Files of the artifact (kind "collection"):
+    documents.arrow   doc_id, title, text
+    queries.arrow     query_id, text
+    qrels/SPLIT.arrow query_id, doc_id, relevance (int32), query_row, doc_row (int64; -1: not in the collection);
+                      sorted by query row
+    {documents,queries}.{hashes,rows}.npy   the id → row index
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from rankdistill.artifacts import cache_dir, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.collections.collection import Collection
+from rankdistill.collections.storage import IdIndex, IdIndexWriter, Table, TableWriter
+from rankdistill.errors import RankdistillError
+from rankdistill.progress import progress, warn
+
+SCHEMA = 1  # of the files above; a change makes every cached collection stale
+STRING, INT64 = pa.string(), pa.int64()
+DOCUMENTS = pa.schema([("doc_id", STRING), ("title", STRING), ("text", STRING)])
+QUERIES = pa.schema([("query_id", STRING), ("text", STRING)])
+RAW_QRELS = pa.schema([("query_id", STRING), ("doc_id", STRING), ("relevance", pa.int32()), ("line", INT64)])
+QRELS = pa.schema(
+    [("query_id", STRING), ("doc_id", STRING), ("relevance", pa.int32()), ("query_row", INT64), ("doc_row", INT64)]
+)
+LONGEST = 1 << 16  # words; longer texts count as this long in the length figures
+
+# What to do about an id that comes twice: "refuse" it; "across files": the same record in another file is one record;
+# "same": the same record anywhere is one record.
+Repeats = Literal["refuse", "across files", "same"]
+
+
+class _Records:
+    """One table being imported: rows, the id index, where rows came from, lengths, empty texts."""
+
+    def __init__(self, folder: Path, name: str, what: str, schema: pa.Schema) -> None:
+        self.folder, self.name, self.what = folder, name, what
+        self.writer = TableWriter(folder / f"{name}.arrow", schema)
+        self.index = IdIndexWriter(folder, name)
+        self.sources: list[tuple[int, str]] = []
+        self.lengths = np.zeros(LONGEST + 1, np.int64)
+        self.empty = 0
+        self.first_empty: tuple[str, int, str] | None = None
+
+    def add(self, source: str, line: int, identifier: str, *texts: str) -> None:
+        if not self.sources or self.sources[-1][1] != source:
+            self.sources.append((self.writer.rows, source))
+        words = sum(len(text.split()) for text in texts)
+        self.lengths[min(words, LONGEST)] += 1
+        if not words:
+            self.empty += 1
+            self.first_empty = self.first_empty or (source, line, identifier)
+        self.writer.add(identifier, *texts)
+        self.index.add(identifier, line)
+
+    def source_of(self, row: int) -> str:
+        return next(name for first, name in reversed(self.sources) if first <= row)
+
+    def finish(self, repeats: Repeats) -> None:
+        """Close the file, settle repeated ids, write the index."""
+        self.writer.close()
+        table, schema = Table(self.writer.path), self.writer.schema
+        dropped: list[int] = []
+        for repeat in self.index.sort(table, schema.names[0]):
+            sources = self.source_of(repeat.first_row), self.source_of(repeat.row)
+            pair = [repeat.first_row, repeat.row]
+            equal = all(len(set(table.take(name, pair))) == 1 for name in schema.names)
+            if equal and (repeats == "same" or (repeats == "across files" and sources[0] != sources[1])):
+                dropped.append(repeat.row)
+                continue
+            identifier = table.take(schema.names[0], [repeat.row])[0]
+            raise RankdistillError(
+                f"the {self.what} id {identifier!r} occurs twice" + ("" if equal else " with different text"),
+                where=f"{_at(sources[0], repeat.first_line)} and {_at(sources[1], repeat.line)}",
+                fix="ids must be unique: remove or rename one of the two",
+            )
+        gone = np.array(dropped, np.int64)
+        if dropped:
+            self._rewrite(table, gone)
+        self.index.publish(gone)
+
+    def _rewrite(self, table: Table, gone: np.ndarray) -> None:
+        """The table without the rows `gone`."""
+        writer = TableWriter(self.folder / f".{self.name}.arrow", self.writer.schema)
+        for start, batch in zip(table.starts, table.batches, strict=False):
+            keep = np.ones(batch.num_rows, bool)
+            inside = gone[(gone >= start) & (gone < start + batch.num_rows)]
+            keep[inside - start] = False
+            if len(inside):
+                self._forget(batch.filter(pa.array(~keep)))
+            writer.add_batch(batch.filter(pa.array(keep)))
+        writer.close()
+        writer.path.replace(self.writer.path)
+        self.writer.rows = writer.rows
+
+    def _forget(self, batch: pa.RecordBatch) -> None:
+        for texts in zip(*(batch.column(i).to_pylist() for i in range(1, batch.num_columns)), strict=True):
+            words = sum(len(text.split()) for text in texts)
+            self.lengths[min(words, LONGEST)] -= 1
+            self.empty -= not words
+
+    def words(self) -> dict[str, int]:
+        """Median, 95th percentile and maximum of the lengths in words."""
+        total = np.cumsum(self.lengths)
+        if not total[-1]:
+            return {"p50": 0, "p95": 0, "max": 0}
+        p50, p95 = (int(np.searchsorted(total, share * total[-1])) for share in (0.5, 0.95))
+        return {"p50": p50, "p95": p95, "max": int(np.flatnonzero(self.lengths)[-1])}
+
+
+def _at(source: str, line: int) -> str:
+    return f"{source}:{line}" if line else source
+
+
+class CollectionWriter:
+    """Takes a collection record by record; `source` names where the next records come from (a file, a data set).
+
+    `root` is cut from sources in `problems`, which stay with the collection when its folder moves.
+
+    Memory does not grow with the texts. Judgements cost about 30 bytes each while their split is sorted.
+
+    Args:
+        folder: where the files go.
+        label: of the progress line.
+    """
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self.folder, self.label, self.source, self.root = folder, label, label, ""
+        self.document_repeats: Repeats = "refuse"
+        self.query_repeats: Repeats = "across files"
+        self._documents = _Records(folder, "documents", "document", DOCUMENTS)
+        self._queries = _Records(folder, "queries", "query", QUERIES)
+        self._judgements: dict[str, TableWriter] = {}
+        self._judgement_sources: dict[str, list[tuple[int, str]]] = {}
+        self._mended = 0
+        self.problems: list[str] = []
+        self.splits: list[str] = []
+        self._progress = progress(f"import {label}", None, "records")
+        self._bar = self._progress.__enter__()
+
+    def document(self, doc_id: str, title: str, text: str, line: int = 0) -> None:
+        self._documents.add(self.source, line, self._id(doc_id, line), self._clean(title), self._clean(text))
+        self._bar.advance()
+
+    def query(self, query_id: str, text: str, line: int = 0) -> None:
+        self._queries.add(self.source, line, self._id(query_id, line), self._clean(text))
+        self._bar.advance()
+
+    def judgement(self, split: str, query_id: str, doc_id: str, relevance: int, line: int = 0) -> None:
+        if split not in self._judgements:
+            if not split or split.startswith(".") or "/" in split:
+                raise RankdistillError(f"{split!r} cannot be the name of a split", where=self.source)
+            self._judgements[split] = TableWriter(self.folder / "qrels" / f".{split}.raw", RAW_QRELS)
+            self._judgement_sources[split] = []
+        table, sources = self._judgements[split], self._judgement_sources[split]
+        if not sources or sources[-1][1] != self.source:
+            sources.append((table.rows, self.source))
+        table.add(query_id, doc_id, relevance, line)
+        self._bar.advance()
+
+    def _clean(self, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair: legal in JSON, not in UTF-8
+            self._mended += 1
+            return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+        return text
+
+    def _id(self, identifier: str, line: int) -> str:
+        try:
+            identifier.encode()
+        except UnicodeEncodeError:
+            raise RankdistillError(
+                f"the id {identifier!r} holds half a surrogate pair", where=_at(self.source, line)
+            ) from None
+        return identifier
+
+    def finish(self) -> dict[str, int]:
+        """Complete the files; the counts. `problems`, `splits` and `words()` are known then.
+
+        Raises:
+            RankdistillError: an id occurs twice, or there are no documents.
+        """
+        if not self._documents.writer.rows:
+            raise RankdistillError("the collection has no documents", where=self.source)
+        self._documents.finish(self.document_repeats)
+        self._queries.finish(self.query_repeats)
+        for records, noun in ((self._documents, "documents"), (self._queries, "queries")):
+            if records.empty and records.first_empty:
+                source, line, identifier = records.first_empty
+                place = self._place(source, line)
+                self.problems.append(f"{records.empty:,} {noun} have no text (first: {identifier!r} at {place})")
+        if self._mended:
+            self.problems.append(f"{self._mended:,} texts held half a surrogate pair, replaced by U+FFFD")
+        documents, queries = (Table(records.writer.path) for records in (self._documents, self._queries))
+        document_index = IdIndex(self.folder, "documents", documents, "doc_id")
+        query_index = IdIndex(self.folder, "queries", queries, "query_id")
+        kept = sum(self._settle(split, query_index, document_index) for split in self._judgements)
+        if not self.splits:
+            self.problems.append("there are no judgements of documents and queries that are here")
+        return {"documents": len(documents), "queries": len(queries), "judgements": kept}
+
+    def words(self) -> dict[str, dict[str, int]]:
+        return {"documents": self._documents.words(), "queries": self._queries.words()}
+
+    def _settle(self, split: str, query_index: IdIndex, document_index: IdIndex) -> int:
+        """Resolve the ids of a split's judgements, sort them by query; how many are of known documents."""
+        raw_writer = self._judgements[split]
+        raw_writer.close()
+        raw = Table(raw_writer.path)
+        rows = [
+            (query_index.lookup(batch["query_id"].to_pylist()), document_index.lookup(batch["doc_id"].to_pylist()))
+            for batch in raw.batches
+        ]
+        query_rows = np.concatenate([part[0] for part in rows])
+        doc_rows = np.concatenate([part[1] for part in rows])
+        no_query, no_document = query_rows < 0, (query_rows >= 0) & (doc_rows < 0)
+        self._report(split, raw, no_query, "query_id", "queries")
+        self._report(split, raw, no_document, "doc_id", "documents")
+        known = (query_rows >= 0) & (doc_rows >= 0)
+        order = np.lexsort((doc_rows, query_rows))  # stable: of repeated judgements the last in the file comes last
+        again = (
+            known[order[1:]]
+            & (query_rows[order[1:]] == query_rows[order[:-1]])
+            & (doc_rows[order[1:]] == doc_rows[order[:-1]])
+        )
+        repeated = np.zeros(len(raw), bool)
+        repeated[order[:-1][again]] = True
+        grades = np.concatenate([batch["relevance"].to_numpy() for batch in raw.batches])
+        other = np.zeros(len(raw), bool)
+        other[order[:-1][again & (grades[order[1:]] != grades[order[:-1]])]] = True
+        self._report(split, raw, other, "doc_id", "", "are repeated with another relevance; the last one counts")
+        keep = np.flatnonzero((query_rows >= 0) & ~repeated)
+        keep = keep[np.argsort(query_rows[keep], kind="stable")]  # by query; within a query as in the file
+        writer = TableWriter(self.folder / "qrels" / f"{split}.arrow", QRELS)
+        for start in range(0, len(keep), 1 << 16):
+            part = keep[start : start + (1 << 16)]
+            columns = [raw.take(name, part) for name in ("query_id", "doc_id", "relevance")]
+            for values in zip(*columns, query_rows[part].tolist(), doc_rows[part].tolist(), strict=True):
+                writer.add(*values)
+        writer.close()
+        raw_writer.path.unlink()
+        judged = int((known & ~repeated).sum())
+        if judged:
+            self.splits.append(split)
+        else:
+            writer.path.unlink()
+        return judged
+
+    def _report(self, split: str, raw: Table, where: np.ndarray, column: str, noun: str, what: str = "") -> None:
+        """Add one line to `problems` about the judgements marked in `where`."""
+        count = int(where.sum())
+        if not count:
+            return
+        row = int(np.argmax(where))
+        source = next(name for first, name in reversed(self._judgement_sources[split]) if first <= row)
+        place = self._place(source, raw.take("line", [row])[0])
+        what = what or f"name {noun} that are not in the collection; they are left out"
+        self.problems.append(
+            f"{split}: {count:,} of {len(raw):,} judgements {what} (first: {raw.take(column, [row])[0]!r} at {place})"
+        )
+
+    def _place(self, source: str, line: int) -> str:
+        return _at(source.removeprefix(self.root).lstrip("/"), line)
+
+    def close(self) -> None:
+        self._progress.__exit__(None, None, None)
+        for writer in (self._documents.writer, self._queries.writer, *self._judgements.values()):
+            writer.abandon()
+
+
+def imported(key: Mapping[str, Any], load: Callable[[CollectionWriter], None], *, name: str, spec: str) -> Collection:
+    """The collection of that key: from the cache, or imported into it once.
+
+    Args:
+        key: what decides the content (digests of the source files, a revision, versions); becomes the fingerprint.
+        load: writes the records; called only when the cache does not hold the collection.
+        name: what to call it.
+        spec: what the user asked for.
+    """
+    mark = fingerprint(["collection", SCHEMA, key])
+    folder = cache_dir() / "collections" / mark
+    if find_artifact(folder, "collection", mark) is None:
+        with locked(folder):
+            if find_artifact(folder, "collection", mark) is None:  # another process may have been faster
+                _import(folder, mark, key, load, name)
+    return Collection(open_artifact(folder, "collection"), name, spec)
+
+
+def _import(
+    folder: Path, mark: str, key: Mapping[str, Any], load: Callable[[CollectionWriter], None], name: str
+) -> None:
+    with write_artifact(folder, kind="collection", fingerprint=mark, settings=dict(key)) as artifact:
+        writer = CollectionWriter(artifact.path, name)
+        try:
+            load(writer)
+            artifact.counts.update(writer.finish())
+            artifact.notes.update(splits=writer.splits, problems=writer.problems, words=writer.words())
+        finally:
+            writer.close()
+    for problem in writer.problems:
+        warn(f"collection {name}: {problem}")

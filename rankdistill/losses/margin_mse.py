@@ -1,0 +1,41 @@
+"""Margin-MSE: the student learns the teacher's score differences."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from rankdistill.losses.base import ListLoss, mean_where
+
+
+class MarginMSE(ListLoss):
+    """Mean over pairs of ((s_i - s_j) - (t_i - t_j))^2 (Hofstaetter et al. 2020, arXiv:2010.02666).
+
+    Invariant to a shift of the teacher's scores within a query, not to their scale.
+
+    Args:
+        pairs: which pairs of a list count. `positive_vs_rest`: i is the first document of the list, which must be
+            labelled relevant, j each other one (documents - 1 pairs; lists without a positive count nothing).
+            `all_pairs`: every i, j with t_i > t_j (no labels needed).
+        weight: share in a sum of losses.
+    """
+
+    type = "margin_mse"
+
+    def __init__(self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.pairs = pairs
+        self.needs_labels = pairs == "positive_vs_rest"
+
+    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        if self.pairs == "positive_vs_rest":
+            # Margins against the list's first document only: no n x n matrix.
+            error = (student_scores[:, :1] - student_scores) - (teacher_scores[:, :1] - teacher_scores)
+            counted = mask & mask[:, :1] & (labels[:, :1] > 0)
+            counted[:, 0] = False  # the pair of the positive with itself is no pair
+            return mean_where(error.square(), counted)
+        student_margins = student_scores[:, :, None] - student_scores[:, None, :]
+        teacher_margins = teacher_scores[:, :, None] - teacher_scores[:, None, :]
+        counted = (teacher_margins > 0) & mask[:, :, None] & mask[:, None, :]
+        return mean_where((student_margins - teacher_margins).square(), counted)

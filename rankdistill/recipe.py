@@ -1,0 +1,429 @@
+"""The typed recipe: one YAML that fixes a whole run.
+
+Each method (loss, sampler, teacher, student, source of candidates) is chosen by `type`; its other keys are the
+parameters of the class behind it. A class is a method by having a literal `type = "name"` in its body; it is found
+by reading the source of its kind's package and imported when a recipe is checked, so that starting stays fast and
+this module imports nothing above it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from rankdistill.errors import UsageError
+
+
+M = typing.TypeVar("M", bound=BaseModel)
+
+# Kind of method → the package its classes live in.
+KINDS = {
+    "loss": "rankdistill.losses",
+    "sampler": "rankdistill.sampling",
+    "student": "rankdistill.students",
+    "teacher": "rankdistill.teachers",
+    "source": "rankdistill.indexes",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(BaseModel):
+    """A method chosen by `type`; the other keys are its class's parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    def settings(self) -> dict[str, Any]:
+        return self.model_dump()
+
+
+Loss = Annotated[Method, "loss"]
+Sampler = Annotated[Method, "sampler"]
+Student = Annotated[Method, "student"]
+Teacher = Annotated[Method, "teacher"]
+Source = Annotated[Method, "source"]
+
+
+class Candidates(Section):
+    """Which documents a query's list may hold; see indexes/mining.py."""
+
+    sources: list[Source] = Field(default_factory=lambda: [Method.model_validate({"type": "bm25", "quota": 100})])
+    depth: int = Field(100, ge=2, description="documents kept a query, over all sources")
+    include_positives: bool = Field(True, description="put the labelled positives into each training list")
+    max_positives: int | None = Field(None, ge=1, description="... at most so many: the most relevant, then the best found")
+    exclude_positives: bool = Field(False, description="leave documents labelled relevant out of the mined ones")
+    margin: float | None = Field(None, description="keep mined documents scored at least this far below the positive")
+    relative_margin: float | None = Field(None, description="... or at most (1 - this) times the positive's score")
+    queries: int | None = Field(None, ge=1, description="use at most this many training queries, drawn by the seed")
+    dev_queries: int = Field(300, ge=1, description="dev queries used to choose the best checkpoint")
+
+
+class Training(Section):
+    """How a student learns; see training/trainer.py."""
+
+    losses: list[Loss] = Field(default_factory=lambda: [Method.model_validate({"type": "margin_mse"})], min_length=1)
+    batches: Sampler = Field(
+        default_factory=lambda: Method.model_validate({"type": "random_batches"}), description="which queries meet"
+    )
+    lists: Sampler = Field(
+        default_factory=lambda: Method.model_validate({"type": "random_documents"}), description="which documents"
+    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps; instead of epochs")
+    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    accumulation: int = Field(1, ge=1, description="batches a step")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    token_budget: int = Field(4096, ge=64, description="padded tokens in one forward pass over a batch's documents")
+    checkpoints: int = Field(5, ge=1, description="how often, over the training, to evaluate on dev and save")
+    metric: str = Field("ndcg@10", description="dev metric that picks the best checkpoint")
+    dev_documents: int = Field(2000, ge=1, description="size of the dev pool: dev candidates, then random documents")
+    log_every: int = Field(10, ge=1, description="steps between two lines of the log")
+    loader_processes: int = Field(0, ge=0)
+    device: str | None = None
+
+
+class Evaluate(Section):
+    suite: str = Field("collection", description="a file, or the name of a shipped suite")
+    depth: int | None = Field(None, ge=1, description="documents retrieved a query; the suite's unless given")
+    teacher_depth: int | None = Field(None, ge=2, description="how deep the teacher re-ranks; the suite's unless given")
+
+
+class Recipe(Section):
+    """One reproducible run."""
+
+    name: str = "run"
+    description: str = ""
+    seed: int = 42
+    collection: str
+    candidates: Candidates = Field(default_factory=Candidates)
+    teacher: Teacher | None = None
+    student: Student
+    training: Training = Field(default_factory=Training)
+    baselines: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="name → changes to this recipe: trained on the same data, seed and budget and measured beside it",
+    )
+    indexes: list[str] = Field(default_factory=lambda: ["flat"], description="specifications: files or shipped names")
+    evaluation: Evaluate = Field(default_factory=Evaluate)
+
+    def resolved(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def baseline(self, name: str) -> Recipe:
+        """The recipe of the baseline `name`: this one with its changes merged in."""
+        changed = merge({**self.resolved(), "baselines": {}}, self.baselines[name])
+        return check_recipe(changed, f"baselines.{name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+@lru_cache
+def method_names(kind: str) -> dict[str, tuple[str, str]]:
+    """type → (module, class) of every method of a kind, read from the sources without importing them."""
+    package = KINDS[kind]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"the package {package} is missing from this installation")
+    names: dict[str, tuple[str, str]] = {}
+    for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
+        module = package if path.stem == "__init__" else f"{package}.{path.stem}"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                for statement in node.body:
+                    target = statement.target if isinstance(statement, ast.AnnAssign) else None
+                    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+                        target = statement.targets[0]
+                    value = getattr(statement, "value", None)
+                    if isinstance(target, ast.Name) and target.id == "type" and isinstance(value, ast.Constant):
+                        names[str(value.value)] = (module, node.name)
+    return names
+
+
+def method_class(kind: str, name: str, where: str = "type") -> type[Any]:
+    """The class behind a `type`.
+
+    Raises:
+        UsageError: no method of that kind has that name; the nearest is offered.
+    """
+    names = method_names(kind)
+    if name not in names:
+        raise UsageError(
+            f"there is no {kind} of type {name!r}",
+            where=where,
+            fix=nearest(name, names) or "see `rankdistill recipes schema`",
+        )
+    module, class_name = names[name]
+    return typing.cast("type[Any]", getattr(importlib.import_module(module), class_name))
+
+
+@lru_cache
+def parameters_model(cls: type[Any]) -> type[BaseModel]:
+    """The class's constructor parameters as a pydantic model (unknown keys forbidden)."""
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[name] = (hints.get(name, Any), default)
+    return create_model(
+        cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=()), __doc__=cls.__doc__, **fields
+    )
+
+
+def check_method(kind: str, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A method's settings with defaults filled in.
+
+    Raises:
+        UsageError: an unknown type or key, or a value of the wrong type.
+    """
+    if "type" not in settings:
+        raise UsageError(
+            f"a {kind} needs a `type`", where=where, fix=f"one of: {', '.join(sorted(method_names(kind)))}"
+        )
+    cls = method_class(kind, str(settings["type"]), f"{where}.type")
+    values = {key: value for key, value in settings.items() if key != "type"}
+    model = check_values(parameters_model(cls), values, where)
+    return {"type": settings["type"], **model.model_dump()}
+
+
+def build(kind: str, settings: Mapping[str, Any], where: str = "") -> Any:
+    """Make a method from its settings, checked."""
+    checked = check_method(kind, settings, where or kind)
+    return method_class(kind, checked.pop("type"))(**checked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and checking
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from a file, a shipped name or a mapping, apply `key=value` overrides and check all of it.
+
+    Raises:
+        UsageError: not found, not YAML, an unknown key (the nearest right one is offered) or a wrong value.
+    """
+    if isinstance(source, Mapping):
+        values: dict[str, Any] = deepcopy(dict(source))
+        where = "recipe"
+    else:
+        path = find_declaration("configs", str(source))
+        values, where = read_yaml(path), str(path)
+    for override in overrides:
+        _override(values, override)
+    return check_recipe(values, where)
+
+
+def check_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A checked recipe with every default filled in, those of methods too."""
+    recipe = check_values(Recipe, dict(values), where)
+    filled = _fill_methods(recipe.resolved(), Recipe, where)
+    recipe = Recipe.model_validate(filled)
+    for name in recipe.baselines:
+        recipe.baseline(name)
+    return recipe
+
+
+def _fill_methods(values: dict[str, Any], model: type[BaseModel], where: str) -> dict[str, Any]:
+    filled = dict(values)
+    for name, field in model.model_fields.items():
+        value, place = values.get(name), f"{where}: {name}"
+        kind = _method_kind(field)
+        if value is None:
+            continue
+        if kind and isinstance(value, list):
+            filled[name] = [check_method(kind, item, f"{place}.{i}") for i, item in enumerate(value)]
+        elif kind:
+            filled[name] = check_method(kind, value, place)
+        elif inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            filled[name] = _fill_methods(value, field.annotation, place)
+    return filled
+
+
+def _method_kind(field: Any) -> str | None:
+    """The kind in `Annotated[Method, kind]`, wherever it stands in a field's annotation."""
+    stack: list[Any] = [field.annotation, *field.metadata]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str) and item in KINDS:
+            return item
+        if typing.get_origin(item) is not Literal:
+            stack.extend(typing.get_args(item))
+    return None
+
+
+def check_values(model: type[M], values: Any, where: str) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        path = ".".join(str(part) for part in problem["loc"])
+        key = str(problem["loc"][-1]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(model, problem["loc"][:-1])
+            what, fix = f"unknown key {key!r}", nearest(key, known)
+        else:
+            what, fix = f"{path}: {problem['msg'].lower()}" if path else problem["msg"], None
+        raise UsageError(what, where=f"{where}: {path}" if path else where, fix=fix) from None
+
+
+def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is not None and inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return list(model.model_fields)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """`did you mean ...?`, or the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(sorted(known))}" if known else None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError("an override has the form key=value", where=f"--set {override}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    place: Any = values
+    for parent in parents:
+        if isinstance(place, list):
+            place = _item(place, parent, override)
+        else:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, (dict, list)):
+                raise UsageError(f"{parent!r} holds a value, not keys", where=f"--set {override}")
+    if isinstance(place, list):
+        _item(place, last, override)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _item(items: list[Any], index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(items):
+        raise UsageError(f"{index!r} is not one of the {len(items)} entries", where=f"--set {override}")
+    return items[int(index)]
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` laid over `base`, key by key; a mapping with another `type` replaces the old one whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("type", old.get("type")) == old.get("type")
+        ):
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, read safely.
+
+    Raises:
+        UsageError: the file is not YAML or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"not valid YAML: {error}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise UsageError("the file should hold keys and values", where=str(path))
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shipped declarations
+
+
+def declarations(folder: str) -> Path:
+    """The folder of shipped declarations: in the wheel, or at the top of a source checkout."""
+    package = Path(__file__).parent
+    packaged = package / "_declarations" / folder
+    return packaged if packaged.is_dir() else package.parent / folder
+
+
+def shipped(folder: str) -> dict[str, Path]:
+    """name → file of every declaration shipped in `configs`, `indexes` or `eval/suites`."""
+    return {path.stem: path for path in sorted(declarations(folder).glob("*.yaml"))}
+
+
+def find_declaration(folder: str, name: str) -> Path:
+    """A declaration by path, or by the name of a shipped one (`eval/suites/beir.yaml` works from any folder).
+
+    Raises:
+        UsageError: neither; the nearest shipped name is offered.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = shipped(folder)
+    if path.stem in known and path.suffix in ("", ".yaml") and str(path.parent) in (".", folder):
+        return known[path.stem]
+    raise UsageError(
+        f"there is no file and no shipped declaration {name!r}", where=folder, fix=nearest(path.stem, known)
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe for editors: every method with its parameters."""
+    schema = Recipe.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    for kind in KINDS:
+        choices = []
+        for name in sorted(method_names(kind)):
+            method = parameters_model(method_class(kind, name)).model_json_schema(ref_template="#/$defs/{model}")
+            definitions.update(method.pop("$defs", {}))
+            method["properties"] = {"type": {"const": name}, **method.get("properties", {})}
+            method["required"] = ["type", *method.get("required", [])]
+            definitions[f"{kind}.{name}"] = method
+            choices.append({"$ref": f"#/$defs/{kind}.{name}"})
+        definitions[kind] = {"oneOf": choices}
+    _point_methods(schema["properties"], Recipe, definitions)
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(schema)))
+
+
+def _point_methods(properties: dict[str, Any], model: type[BaseModel], definitions: dict[str, Any]) -> None:
+    for name, field in model.model_fields.items():
+        kind = _method_kind(field)
+        if kind:
+            choice = {"$ref": f"#/$defs/{kind}"}
+            is_list = properties[name].get("type") == "array"
+            properties[name] = {"type": "array", "items": choice} if is_list else choice
+        elif inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            _point_methods(definitions[field.annotation.__name__]["properties"], field.annotation, definitions)

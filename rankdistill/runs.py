@@ -1,0 +1,606 @@
+"""Runs: ranked (query, document, rank, score), in the TREC sense; read, held, streamed and written.
+
+One order everywhere, trec_eval's: score descending, then document id descending by its UTF-8 bytes. Scores are
+float32, as they are in trec_eval, so what ties there ties here. A `rank` column in a foreign file never decides
+the order; queries whose ranks contradict their scores are counted in `Run.notes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from rankdistill.artifacts import disk_errors
+from rankdistill.errors import RankdistillError
+
+SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
+TREC_COLUMNS = ("query_id", "q0", "doc_id", "rank", "score", "tag")
+TREC_FIX = "a line of a TREC run is: query_id Q0 doc_id rank score tag"
+ROW_GROUP = 1 << 16  # rows buffered before a row group is written
+BLOCK = 1 << 24  # bytes of a text file parsed at once
+
+Ranking = tuple[str, list[str], np.ndarray]
+
+
+class WhiteSpaceError(RankdistillError):
+    """An id that a TREC file cannot carry."""
+
+
+def trec_order(scores: np.ndarray, doc_ids: Sequence[str]) -> np.ndarray:
+    """Positions of one query's documents in trec_eval's order.
+
+    Args:
+        scores: [n].
+        doc_ids: n ids, all different.
+    """
+    scores = np.asarray(scores, np.float32)
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    if len(ranked) < 2 or not (ranked[1:] == ranked[:-1]).any():
+        return order
+    # Python compares strings by code point, which is the order of their UTF-8 bytes.
+    by_id = sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True)
+    return np.asarray(by_id)[np.argsort(-scores[by_id], kind="stable")]
+
+
+def checked_scores(scores: Any, where: str, keys: Sequence[str] | None = None) -> np.ndarray:
+    """Scores as float32 [n].
+
+    Raises:
+        RankdistillError: one is NaN, infinite or too large for float32; `keys[i]` says which.
+    """
+    given = np.asarray(scores)
+    with np.errstate(over="ignore"):
+        checked = given.astype(np.float32, copy=False)
+    if checked.size and not np.isfinite(checked).all():
+        first = int(np.flatnonzero(~np.isfinite(checked))[0])
+        at = f", {keys[first]}" if keys is not None else ""
+        raise RankdistillError(
+            f"a score is not a finite float32 number: {given[first]}",
+            where=f"{where}{at}",
+            fix="write the run again without NaN, infinite or larger scores",
+        )
+    return checked
+
+
+def _rank_keys(queries: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """uint64 [N] that rise with the query and fall with the score: one sort instead of two."""
+    bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes −0 equal to 0
+    # As IEEE 754 numbers their bits rise with the value, once negative ones are turned round.
+    rising = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
+    return queries.astype(np.uint64) << np.uint64(32) | ~rising
+
+
+class Run:
+    """A run in columns: queries in file order, documents of a query in trec_eval's order.
+
+    Args:
+        query_ids: Q ids, all different.
+        offsets: int64 [Q+1]; the documents of query i are rows offsets[i]:offsets[i+1].
+        doc_ids: [N] ids, a list or an Arrow array.
+        scores: [N]; held as float32.
+        name: how tables call it.
+        notes: what was noticed when it was read (`rank_contradictions`: queries whose ranks contradict their scores).
+
+    Raises:
+        RankdistillError: a duplicate query, a document twice in a query, or a score that is not finite.
+    """
+
+    def __init__(
+        self,
+        query_ids: Sequence[str],
+        offsets: np.ndarray,
+        doc_ids: Sequence[str] | pa.Array,
+        scores: np.ndarray,
+        name: str = "run",
+        notes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.name = name
+        self.notes = dict(notes or {})
+        self.query_ids = list(query_ids)
+        self.offsets = np.asarray(offsets, np.int64)
+        ids = doc_ids if isinstance(doc_ids, pa.Array) else pa.array(doc_ids, pa.large_string())
+        self.doc_ids: pa.Array = ids if ids.type == pa.large_string() else ids.cast(pa.large_string())
+        self.scores = np.asarray(scores)
+        counts = np.diff(self.offsets)
+        whole = len(self.offsets) == len(self.query_ids) + 1 and self.offsets[0] == 0 and bool((counts >= 0).all())
+        if not whole or not len(self.doc_ids) == len(self.scores) == self.offsets[-1]:
+            raise ValueError("offsets, doc_ids and scores do not fit together")
+        if len(set(self.query_ids)) < len(self.query_ids):
+            raise RankdistillError("a query is listed twice in the run", where=name)
+        if not np.isfinite(self.scores).all() or self.scores.dtype != np.float32:
+            self.scores = checked_scores(self.scores, name)
+        self._put_in_order()
+
+    @classmethod
+    def from_dict(cls, run: Mapping[str, Mapping[str, float]], name: str = "run") -> Run:
+        """From {query id: {doc id: score}}."""
+        offsets = np.cumsum([0, *(len(documents) for documents in run.values())], dtype=np.int64)
+        doc_ids = [doc_id for documents in run.values() for doc_id in documents]
+        scores = np.array([score for documents in run.values() for score in documents.values()], np.float64)
+        return cls(list(run), offsets, doc_ids, scores, name)
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """{query id: {doc id: score}}, as ranx and pytrec_eval take it."""
+        return {query_id: dict(zip(ids, scores.tolist(), strict=True)) for query_id, ids, scores in self}
+
+    def __iter__(self) -> Iterator[Ranking]:
+        for row, query_id in enumerate(self.query_ids):
+            start, end = self.offsets[row], self.offsets[row + 1]
+            yield query_id, self.doc_ids[start:end].to_pylist(), self.scores[start:end]
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    def __repr__(self) -> str:
+        rows = len(self.scores)
+        tied = f", {self.tied.mean():.1%} of scores tied" if rows and self.tied.any() else ""
+        return f"Run({self.name}: {len(self):,} queries, {rows:,} documents{tied})"
+
+    @property
+    def query_rows(self) -> np.ndarray:
+        """int32 [N]: to which query a row belongs."""
+        return np.repeat(np.arange(len(self.query_ids), dtype=np.int32), np.diff(self.offsets))
+
+    @property
+    def tied(self) -> np.ndarray:
+        """bool [N]: the score equals that of another document of the query, so that ids decide the order."""
+        tied = np.zeros(len(self.scores), bool)
+        if len(tied) > 1:
+            same = self.scores[1:] == self.scores[:-1]
+            starts = self.offsets[1:-1]
+            same[starts[(starts > 0) & (starts < len(tied))] - 1] = False
+            tied[1:] |= same
+            tied[:-1] |= same
+        return tied
+
+    def first(self, depth: int) -> Run:
+        """The run cut to the first `depth` documents of each query."""
+        counts = np.diff(self.offsets)
+        keep = np.arange(len(self.scores)) - np.repeat(self.offsets[:-1], counts) < depth
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, depth))])
+        return Run(self.query_ids, offsets, self.doc_ids.filter(pa.array(keep)), self.scores[keep], self.name)
+
+    def _put_in_order(self) -> None:
+        """Check that no document is twice in a query, and sort rows where they are not in trec_eval's order."""
+        if not len(self.scores):
+            return
+        queries = self.query_rows
+        encoded = self.doc_ids.dictionary_encode()
+        codes = encoded.indices.to_numpy(zero_copy_only=False)
+        self._refuse_duplicates(queries, codes, len(encoded.dictionary))
+        rises = (self.scores[1:] > self.scores[:-1]) & (queries[1:] == queries[:-1])
+        if rises.any():
+            order = np.argsort(_rank_keys(queries, self.scores), kind="stable")
+            self._reorder(order)
+            codes = codes[order]
+        tied = np.flatnonzero(self.tied)
+        if not len(tied):
+            return
+        # Only ids decide ties, so only theirs are compared, and each distinct id once.
+        used = np.zeros(len(encoded.dictionary), bool)
+        used[codes[tied]] = True
+        distinct = np.flatnonzero(used)
+        falling = np.zeros(len(used), np.int64)
+        by_id = pc.array_sort_indices(encoded.dictionary.take(pa.array(distinct)), order="descending").to_numpy()
+        falling[distinct[by_id]] = np.arange(len(distinct))
+        scores, tied_queries = self.scores[tied], queries[tied]
+        new_group = (scores[1:] != scores[:-1]) | (tied_queries[1:] != tied_queries[:-1])
+        group = np.concatenate([[0], np.cumsum(new_group)])
+        sequence = np.argsort(group * len(distinct) + falling[codes[tied]], kind="stable")
+        if (sequence != np.arange(len(tied))).any():
+            order = np.arange(len(self.scores))
+            order[tied] = tied[sequence]
+            self._reorder(order)
+
+    def _reorder(self, order: np.ndarray) -> None:
+        self.scores = self.scores[order]
+        self.doc_ids = self.doc_ids.take(pa.array(order))
+
+    def _refuse_duplicates(self, queries: np.ndarray, codes: np.ndarray, documents: int) -> None:
+        keys = queries * np.int64(documents) + codes
+        keys.sort()
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
+        if len(twice):
+            query, code = divmod(int(keys[twice[0]]), documents)
+            doc_id = self.doc_ids.dictionary_encode().dictionary[code].as_py()
+            raise RankdistillError(
+                f"document {doc_id!r} is listed more than once for query {self.query_ids[query]!r}"
+                + (f" ({len(twice)} duplicates in all)" if len(twice) > 1 else ""),
+                where=self.name,
+                fix="keep one line for each document of a query",
+            )
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """Read a whole run: TREC text (also gzip) or Parquet, told apart by content. Rows of one query may lie apart.
+
+    Args:
+        path: the file.
+        name: default the file's stem.
+
+    Raises:
+        RankdistillError: it is unreadable; the file and line (or row) are named.
+    """
+    path = Path(path)
+    query_ids: list[str] = []
+    rows_of: dict[str, int] = {}
+    queries, doc_ids, scores, ranks = [], [], [], []
+    for batch in _batches(path):
+        encoded = pc.run_end_encode(batch["query_id"])
+        segment_ids = encoded.values.to_pylist()
+        for query_id in segment_ids:
+            if query_id not in rows_of:
+                rows_of[query_id] = len(query_ids)
+                query_ids.append(query_id)
+        lengths = np.diff(encoded.run_ends.to_numpy(), prepend=0)
+        queries.append(np.repeat(np.array([rows_of[query_id] for query_id in segment_ids], np.int32), lengths))
+        doc_ids.append(batch["doc_id"])
+        scores.append(batch["score"].to_numpy())
+        ranks.append(batch["rank"].to_numpy())
+    name = name or path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    if not queries:
+        return Run([], np.zeros(1), [], np.zeros(0, np.float32), name)
+    query_rows, score, rank = np.concatenate(queries), np.concatenate(scores), np.concatenate(ranks)
+    ids = pa.chunked_array(doc_ids, pa.large_string()).combine_chunks()
+    del queries, doc_ids, scores, ranks
+    if (np.diff(query_rows) < 0).any():
+        order = np.argsort(query_rows, kind="stable")
+        query_rows, score, rank, ids = query_rows[order], score[order], rank[order], ids.take(pa.array(order))
+    contradicting = ((np.diff(score) > 0) & (np.diff(rank) > 0)) | ((np.diff(score) < 0) & (np.diff(rank) < 0))
+    contradicting &= query_rows[1:] == query_rows[:-1]
+    notes = {"rank_contradictions": len(np.unique(query_rows[1:][contradicting]))} if contradicting.any() else {}
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(query_rows, minlength=len(query_ids)))])
+    try:
+        return Run(query_ids, offsets, ids, score, name, notes)
+    except RankdistillError as error:
+        raise RankdistillError(error.what, where=str(path), fix=error.fix) from None
+
+
+def iter_run(path: str | Path) -> Iterator[Ranking]:
+    """Stream a run by query, in the file's order of queries; documents in trec_eval's order.
+
+    Memory is that of one query and one block of the file, and the ids of the queries seen.
+
+    Raises:
+        RankdistillError: as `read_run`, and when a query's rows do not lie together.
+    """
+    path = Path(path)
+    seen: set[str] = set()
+    current: str | None = None
+    doc_ids: list[str] = []
+    scores: list[np.ndarray] = []
+    for batch in _batches(path):
+        encoded = pc.run_end_encode(batch["query_id"])
+        batch_scores, start = batch["score"].to_numpy(), 0
+        for query_id, end in zip(encoded.values.to_pylist(), encoded.run_ends.to_pylist(), strict=True):
+            if query_id != current:
+                if current is not None:
+                    yield _ranking(current, doc_ids, scores, path)
+                if query_id in seen:
+                    raise RankdistillError(
+                        f"the rows of query {query_id!r} do not lie together",
+                        where=str(path),
+                        fix="sort the file by query, or read it whole with read_run",
+                    )
+                seen.add(query_id)
+                current, doc_ids, scores = query_id, [], []
+            doc_ids += batch["doc_id"][start:end].to_pylist()
+            scores.append(batch_scores[start:end])
+            start = end
+    if current is not None:
+        yield _ranking(current, doc_ids, scores, path)
+
+
+def _ranking(query_id: str, doc_ids: list[str], parts: list[np.ndarray], path: Path) -> Ranking:
+    scores = np.concatenate(parts)
+    _refuse_repeated(query_id, doc_ids, str(path))
+    order = trec_order(scores, doc_ids)
+    return query_id, [doc_ids[i] for i in order], scores[order]
+
+
+def _refuse_repeated(query_id: str, doc_ids: Sequence[str], where: str) -> None:
+    if len(set(doc_ids)) == len(doc_ids):
+        return
+    seen: set[str] = set()
+    repeated = next(doc_id for doc_id in doc_ids if doc_id in seen or seen.add(doc_id))  # type: ignore[func-returns-value]
+    raise RankdistillError(
+        f"document {repeated!r} is listed more than once for query {query_id!r}",
+        where=where,
+        fix="keep one line for each document of a query",
+    )
+
+
+Batch = dict[str, pa.Array]
+
+
+def _batches(path: Path) -> Iterator[Batch]:
+    """Blocks of a run file with checked columns: query_id, doc_id (large_string), rank (int64), score (float32)."""
+    if not path.is_file():
+        raise RankdistillError("there is no such run file", where=str(path))
+    with open(path, "rb") as stream:
+        magic = stream.read(4)
+    if magic == b"PAR1":
+        return _parquet_batches(path)
+    return _trec_batches(path, gzipped=magic[:2] == b"\x1f\x8b")
+
+
+def _parquet_batches(path: Path) -> Iterator[Batch]:
+    first_row = 0
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            missing = {"query_id", "doc_id", "score"} - set(names)
+            if missing:
+                raise RankdistillError(
+                    f"the run has no column {', '.join(sorted(missing))} (it has {', '.join(names)})", where=str(path)
+                )
+            columns = [name for name in SCHEMA.names if name in names]
+            for table in file.iter_batches(ROW_GROUP, columns=columns):
+                if any(table[name].null_count for name in ("query_id", "doc_id", "score")):
+                    raise RankdistillError("the run has empty cells", where=f"{path}, rows from {first_row + 1}")
+                keys = _LazyKeys(table["query_id"], table["doc_id"])
+                score = checked_scores(table["score"].to_numpy(zero_copy_only=False), str(path), keys)
+                ranked = "rank" in columns and not table["rank"].null_count
+                rank = table["rank"].cast(pa.int64()) if ranked else pa.array(np.zeros(table.num_rows, np.int64))
+                yield {
+                    "query_id": table["query_id"].cast(pa.large_string()),
+                    "doc_id": table["doc_id"].cast(pa.large_string()),
+                    "rank": rank,
+                    "score": pa.array(score),
+                }
+                first_row += table.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise RankdistillError(f"the Parquet run cannot be read: {error}", where=str(path)) from None
+
+
+class _LazyKeys(Sequence[str]):
+    """ "query q, document d" of a row, made only when an error names it."""
+
+    def __init__(self, query_ids: pa.Array, doc_ids: pa.Array) -> None:
+        self.query_ids, self.doc_ids = query_ids, doc_ids
+
+    def __getitem__(self, row: Any) -> Any:
+        return f"query {self.query_ids[row].as_py()!r}, document {self.doc_ids[row].as_py()!r}"
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+
+def _trec_batches(path: Path, gzipped: bool) -> Iterator[Batch]:
+    """Blocks of whole lines, parsed by Arrow; a block Arrow does not take is parsed line by line, naming errors."""
+    first_line, rest, delimiter = 1, b"", None
+    with open(path, "rb") as file, gzip.open(file) if gzipped else contextlib.nullcontext(file) as stream:
+        while True:
+            try:
+                block = stream.read(BLOCK)
+            except (EOFError, OSError, zlib.error) as error:
+                at = f"{path}, after line {first_line + rest.count(10) - 1}"
+                raise RankdistillError(f"the compressed run is damaged or cut short: {error}", where=at) from None
+            if first_line == 1 and not rest:
+                block = block.removeprefix(b"\xef\xbb\xbf")
+            lines = rest + block
+            if block:
+                end = lines.rfind(b"\n") + 1
+                lines, rest = lines[:end], lines[end:]
+            if lines:
+                delimiter = delimiter or ("\t" if b"\t" in lines.split(b"\n", 1)[0] else " ")
+                batch = _parse_quickly(lines, delimiter) or _parse_carefully(lines, path, first_line)
+                if len(batch["score"]):
+                    yield batch
+                first_line += lines.count(b"\n")
+            if not block:
+                return
+
+
+def _parse_quickly(lines: bytes, delimiter: str) -> Batch | None:
+    """Arrow's parser, for lines with exactly one delimiter between columns; None when anything is unusual."""
+    if not _evenly_spaced(lines, delimiter.encode()):
+        return None
+    types = dict.fromkeys(TREC_COLUMNS, pa.large_string()) | {"rank": pa.int64(), "score": pa.float64()}
+    try:
+        table = pa.csv.read_csv(
+            pa.BufferReader(lines),
+            pa.csv.ReadOptions(column_names=list(TREC_COLUMNS), use_threads=False, block_size=2 * BLOCK),
+            pa.csv.ParseOptions(delimiter=delimiter, quote_char=False, ignore_empty_lines=True),
+            pa.csv.ConvertOptions(
+                column_types=types,
+                include_columns=["query_id", "doc_id", "rank", "score"],
+                null_values=[],
+                strings_can_be_null=False,
+            ),
+        ).combine_chunks()
+    except pa.ArrowException:
+        return None
+    if not table.num_rows:
+        return None
+    columns = {name: table[name].chunk(0) for name in table.column_names}
+    with np.errstate(over="ignore"):
+        score = columns["score"].to_numpy(zero_copy_only=False).astype(np.float32)
+    if columns["score"].null_count or columns["rank"].null_count or not np.isfinite(score).all():
+        return None
+    return {name: columns[name] for name in ("query_id", "doc_id", "rank")} | {"score": pa.array(score)}
+
+
+def _evenly_spaced(lines: bytes, delimiter: bytes) -> bool:
+    """No white space but single delimiters between columns (line ends may be CRLF)."""
+    others = {b" ", b"\t", b"\x0b", b"\x0c"} - {delimiter}
+    doubled = {delimiter * 2, delimiter + b"\n", delimiter + b"\r", b"\n" + delimiter}
+    if lines.startswith(delimiter) or any(mark in lines for mark in others | doubled):
+        return False
+    return b"\r" not in lines or lines.count(b"\r") == lines.count(b"\r\n")
+
+
+def _parse_carefully(lines: bytes, path: Path, first_line: int) -> Batch:
+    """Any ASCII white space between columns; every fault is named by file and line."""
+    query_ids, doc_ids, ranks, scores = [], [], [], []
+    for number, line in enumerate(lines.split(b"\n"), first_line):
+        fields = line.split()
+        if not fields:
+            continue
+        where = f"{path}:{number}"
+        if len(fields) != 6:
+            raise RankdistillError(f"{len(fields)} columns instead of 6", where=where, fix=TREC_FIX)
+        try:
+            query_id, doc_id = fields[0].decode(), fields[2].decode()
+        except UnicodeDecodeError as error:
+            raise RankdistillError(f"not UTF-8: {error}", where=where, fix="convert the file to UTF-8") from None
+        try:
+            score = float(fields[4].decode("ascii", "replace")) if b"_" not in fields[4] else None
+        except ValueError:
+            score = None
+        if score is None:
+            raise RankdistillError(
+                f"the score is not a number: {fields[4].decode(errors='replace')!r}", where=where, fix=TREC_FIX
+            )
+        query_ids.append(query_id)
+        doc_ids.append(doc_id)
+        scores.append(checked_scores([score], where)[0])
+        # The rank decides nothing; one that is no number is trec_eval's concern as little as ours.
+        ranks.append(int(fields[3]) if fields[3].isdigit() and len(fields[3]) < 18 else 0)
+    return {
+        "query_id": pa.array(query_ids, pa.large_string()),
+        "doc_id": pa.array(doc_ids, pa.large_string()),
+        "rank": pa.array(ranks, pa.int64()),
+        "score": pa.array(scores, pa.float32()),
+    }
+
+
+class RunWriter:
+    """Stream a run into a Parquet file, which appears under its name when the block ends without an exception.
+
+    Columns: query_id, doc_id, rank (int32, from 1), score (float32). A row group ends with a query.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.queries = self.rows = 0
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._seen: set[str] = set()
+        self._writer: pq.ParquetWriter | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._query_ids: list[str] = []
+        self._counts: list[int] = []
+        self._doc_ids: list[str] = []
+        self._scores: list[np.ndarray] = []
+
+    def __enter__(self) -> RunWriter:
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._temporary, SCHEMA, compression="zstd")
+        return self
+
+    def add(self, query_id: str, doc_ids: Sequence[str], scores: Any) -> None:
+        """Write one query; documents are put in trec_eval's order.
+
+        Raises:
+            RankdistillError: the query was written before, a document is listed twice, a score is not finite.
+        """
+        if self._writer is None:
+            raise ValueError("RunWriter is used as `with RunWriter(path) as writer:`")
+        if query_id in self._seen:
+            raise RankdistillError(f"query {query_id!r} is written twice", where=str(self.path))
+        if len(doc_ids) != len(scores):
+            raise ValueError(f"{len(doc_ids)} documents but {len(scores)} scores for query {query_id!r}")
+        _refuse_repeated(query_id, doc_ids, str(self.path))
+        self._seen.add(query_id)
+        checked = checked_scores(scores, f"{self.path}, query {query_id!r}", doc_ids)
+        order = trec_order(checked, doc_ids)
+        self._query_ids.append(query_id)
+        self._counts.append(len(order))
+        self._doc_ids += [doc_ids[i] for i in order]
+        self._scores.append(checked[order])
+        self.queries += 1
+        self.rows += len(order)
+        if len(self._doc_ids) >= ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._doc_ids and self._writer is not None:
+            counts = np.array(self._counts)
+            starts = np.repeat(np.cumsum(counts) - counts, counts)
+            rows = pa.array(np.repeat(np.arange(len(counts)), counts))
+            columns = [
+                pa.array(self._query_ids, pa.string()).take(rows),
+                pa.array(self._doc_ids, pa.string()),
+                pa.array((np.arange(counts.sum()) - starts + 1).astype(np.int32)),
+                pa.array(np.concatenate(self._scores)),
+            ]
+            with disk_errors(self.path):
+                self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(self._doc_ids))
+        self._clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+            if self._writer is not None:
+                with disk_errors(self.path), contextlib.suppress(*(() if kind is None else (Exception,))):
+                    self._writer.close()
+            if kind is None:
+                with disk_errors(self.path):
+                    with open(self._temporary, "rb") as stream:
+                        os.fsync(stream.fileno())
+                    os.replace(self._temporary, self.path)
+        finally:
+            self._writer = None
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_trec(run: Run | Iterable[tuple[str, Sequence[str], Any]], path: str | Path, tag: str | None = None) -> None:
+    """Write a TREC run file (gzip when the name ends in .gz), streaming; it appears when it is complete.
+
+    Args:
+        run: a run, or (query id, document ids, scores) one query at a time.
+        tag: the last column; default the run's name.
+
+    Raises:
+        WhiteSpaceError: an id is empty or holds white space, which the format cannot carry.
+    """
+    path = Path(path)
+    tag = tag if tag is not None else run.name if isinstance(run, Run) else path.stem
+    tag = "_".join(tag.split()) or "run"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with gzip.open(temporary, "wb") if path.suffix == ".gz" else open(temporary, "wb") as stream:
+                for query_id, doc_ids, scores in run:
+                    stream.write(_trec_lines(query_id, doc_ids, scores, tag, path))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _trec_lines(query_id: str, doc_ids: Sequence[str], scores: Any, tag: str, path: Path) -> bytes:
+    for identifier in (query_id, *doc_ids):
+        if identifier.encode().split() != [identifier.encode()]:
+            raise WhiteSpaceError(
+                f"the id {identifier!r} is empty or holds white space, which a TREC run cannot carry",
+                where=f"{path}, query {query_id!r}",
+                fix="write the run as Parquet (RunWriter)",
+            )
+    checked = checked_scores(scores, f"{path}, query {query_id!r}", doc_ids)
+    order = trec_order(checked, doc_ids)
+    # Arrow prints a float32 with the fewest digits that read back as the same float32.
+    printed = pa.array(checked[order]).cast(pa.string()).to_pylist()
+    return "".join(
+        f"{query_id} Q0 {doc_ids[i]} {rank} {score} {tag}\n"
+        for rank, (i, score) in enumerate(zip(order.tolist(), printed, strict=True), 1)
+    ).encode()

@@ -1,0 +1,1 @@
+"""Teacher scores: the store, foreign formats, ensembles, and the scored lists that training reads."""

@@ -1,0 +1,238 @@
+"""Scored lists: candidates, teacher scores and labels joined into the one thing that training reads.
+
+An artifact of kind "lists", all columns memory-mapped: `queries.arrow` (query_id), `offsets.npy` int64 [Q+1],
+`doc_rows.npy` int32, `scores.npy` float32, `relevance.npy` int32 (−1 = not judged).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from rankdistill.artifacts import Artifact, fingerprint, open_artifact, write_artifact
+from rankdistill.errors import RankdistillError
+from rankdistill.progress import warn
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+COLUMNS = {"doc_rows": np.int32, "scores": np.float32, "relevance": np.int32}
+
+
+class ScoredList(NamedTuple):
+    """One query's list, in the order of its candidates: arrays [n] of document rows, teacher scores and labels."""
+
+    query_id: str
+    doc_rows: np.ndarray
+    scores: np.ndarray
+    relevance: np.ndarray
+
+
+class _Column:
+    """An .npy file that grows: its header is written last, when the length is known."""
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self.dtype = np.dtype(dtype)
+        self.length = 0
+        self._stream = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._header()
+
+    def _header(self) -> None:
+        # numpy pads the header so that the first dimension may grow in place.
+        self._stream.seek(0)
+        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._stream, description)
+
+    def append(self, values: np.ndarray) -> None:
+        self._stream.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
+
+    def __enter__(self) -> _Column:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._header()
+        self._stream.close()
+
+
+def lists_fingerprint(
+    collection: Collection,
+    split: str,
+    inputs: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """The fingerprint that `build_lists` will give: whether lists on disk are these can be told before any is made."""
+    return fingerprint(["lists", split, collection.fingerprint, dict(inputs or {}), dict(settings or {})])
+
+
+def build_lists(
+    candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+    scores: Callable[[str, Sequence[str]], np.ndarray],
+    collection: Collection,
+    split: str,
+    out: str | Path,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> ScoredLists:
+    """Join candidates, teacher scores and the split's labels; memory does not grow with the number of queries.
+
+    A document without a score is dropped, never given a guessed one, be it the labelled positive; so are documents
+    that the collection lacks, and then lists of fewer than two documents. All of it is counted.
+
+    Args:
+        candidates: (query_id, doc_ids, _) a query.
+        scores: (query_id, doc_ids) → float32 [n], NaN where missing (`TeacherScores.scores_of`).
+        split: whose qrels give the relevance; candidates of other queries are kept, unjudged.
+        out: the artifact's folder.
+        inputs: fingerprints of candidates and teacher; with the collection's they decide the lists' own.
+    """
+    qrels = collection.qrels(split)
+    counts = dict.fromkeys(
+        ("lists", "documents", "positives", "without_score", "positives_without_score", "unknown_documents"), 0
+    ) | {"repeated_documents": 0, "short_lists": 0, "lists_without_positive": 0}
+    with write_artifact(
+        out,
+        kind="lists",
+        fingerprint=lists_fingerprint(collection, split, inputs, settings),
+        settings={"split": split, **(settings or {})},
+        inputs={"collection": collection.fingerprint, **(inputs or {})},
+    ) as writer:
+        schema = pa.schema([("query_id", pa.string())])
+        with (
+            _Column(writer.path / "doc_rows.npy", np.int32) as rows_column,
+            _Column(writer.path / "scores.npy", np.float32) as scores_column,
+            _Column(writer.path / "relevance.npy", np.int32) as relevance_column,
+            _Column(writer.path / "offsets.npy", np.int64) as offsets_column,
+            pa.OSFile(str(writer.path / "queries.arrow"), "wb") as stream,
+            pa.ipc.new_file(stream, schema) as queries,
+        ):
+            offsets_column.append(np.zeros(1))
+            written: list[str] = []
+            for query_id, given, _ in candidates:
+                doc_ids = list(dict.fromkeys(given))
+                counts["repeated_documents"] += len(given) - len(doc_ids)
+                judged = qrels.get(query_id, {})
+                teacher = np.asarray(scores(query_id, doc_ids), dtype=np.float32)
+                if np.isinf(teacher).any():
+                    raise RankdistillError("a teacher score is infinite", where=f"query {query_id!r}")
+                rows = np.asarray(collection.doc_rows(doc_ids))
+                relevance = np.array([judged.get(doc_id, -1) for doc_id in doc_ids], dtype=np.int32)
+                unscored, unknown = np.isnan(teacher), rows < 0
+                counts["without_score"] += int(unscored.sum())
+                counts["positives_without_score"] += int((unscored & (relevance > 0)).sum())
+                counts["unknown_documents"] += int(unknown.sum())
+                keep = ~(unscored | unknown)
+                if keep.sum() < 2:
+                    counts["short_lists"] += 1
+                    continue
+                rows_column.append(rows[keep])
+                scores_column.append(teacher[keep])
+                relevance_column.append(relevance[keep])
+                offsets_column.append(np.array([rows_column.length]))
+                positives = int((relevance[keep] > 0).sum())
+                counts["positives"] += positives
+                counts["lists_without_positive"] += positives == 0
+                written.append(query_id)
+                if len(written) == 4096:
+                    queries.write_batch(pa.record_batch([pa.array(written)], schema=schema))
+                    written = []
+                counts["lists"] += 1
+            queries.write_batch(pa.record_batch([pa.array(written, pa.string())], schema=schema))
+            counts["documents"] = rows_column.length
+        if not counts["lists"]:
+            raise RankdistillError(
+                "no list with two scored documents is left",
+                where=str(out),
+                fix="score the candidates of this split with this teacher first",
+            )
+        writer.counts.update(counts)
+    for name, text in (
+        ("without_score", "candidates have no teacher score and were left out"),
+        ("unknown_documents", "candidates are not in the collection and were left out"),
+        ("short_lists", "lists of fewer than two scored documents were left out"),
+    ):
+        if counts[name]:
+            warn(f"{counts[name]:,} {text}")
+    return ScoredLists.open(out)
+
+
+class ScoredLists:
+    """Scored lists on disk, memory-mapped; `lists[i]` or `lists.list(i)` is the i-th."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        path = artifact.path
+        try:
+            self._queries = pa.ipc.open_file(pa.memory_map(str(path / "queries.arrow"))).read_all()["query_id"]
+            self.offsets: np.ndarray = np.load(path / "offsets.npy", allow_pickle=False)
+            self.doc_rows, self.scores, self.relevance = (
+                np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS
+            )
+            dtypes = [column.dtype for column in (self.doc_rows, self.scores, self.relevance)]
+            if dtypes != [np.dtype(dtype) for dtype in COLUMNS.values()]:
+                raise ValueError("a column has the wrong type")
+            length = int(self.offsets[-1])
+            if len(self.offsets) != len(self._queries) + 1 or (np.diff(self.offsets) < 1).any():
+                raise ValueError("offsets do not match the queries")
+            if any(len(column) != length for column in (self.doc_rows, self.scores, self.relevance)):
+                raise ValueError("the columns differ in length")
+        except (OSError, ValueError, EOFError, IndexError, pa.ArrowException) as error:
+            raise RankdistillError(
+                f"these scored lists are damaged: {error}", where=str(path), fix="delete the folder and run again"
+            ) from None
+        for start in range(0, length, 1 << 22):
+            block = self.scores[start : start + (1 << 22)]
+            if not np.isfinite(block).all():
+                at = start + int(np.flatnonzero(~np.isfinite(block))[0])
+                query = self._queries[int(np.searchsorted(self.offsets, at, "right")) - 1]
+                raise RankdistillError(
+                    f"a teacher score is {self.scores[at]}", where=f"{path}, query {query.as_py()!r}"
+                )
+
+    @classmethod
+    def open(cls, path: str | Path, collection: Collection | None = None) -> ScoredLists:
+        """Open and check: whole, finite, and (when one is given) made from this collection.
+
+        Raises:
+            RankdistillError: they are not.
+        """
+        artifact = open_artifact(path, "lists")
+        made_from = artifact.manifest.get("inputs", {}).get("collection")
+        if collection is not None and made_from != collection.fingerprint:
+            raise RankdistillError(
+                f"these lists belong to another collection ({made_from}, not {collection.fingerprint})", where=str(path)
+            )
+        return cls(artifact)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.artifact.fingerprint
+
+    @property
+    def query_ids(self) -> list[str]:
+        return [str(query_id) for query_id in self._queries.to_pylist()]
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __getitem__(self, index: int) -> ScoredList:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        query_id = str(self._queries[index].as_py())
+        return ScoredList(query_id, self.doc_rows[part], self.scores[part], self.relevance[part])
+
+    def list(self, index: int) -> ScoredList:
+        """(query_id, doc_rows int32 [n], scores float32 [n], relevance int32 [n]), views into the files."""
+        return self[index]
+
+    def __repr__(self) -> str:
+        return f"ScoredLists({len(self):,} lists, {int(self.offsets[-1]):,} documents at {self.artifact.path})"

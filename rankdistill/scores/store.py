@@ -1,0 +1,393 @@
+"""The store of teacher scores: the expensive thing, kept once and shared by all later runs.
+
+    <root>/<teacher fingerprint>/<collection fingerprint>/manifest.json
+                                                          part-*.parquet      query_id, doc_id, score (float32)
+
+A part is written whole or not at all and never changed, so any number of processes may add to one folder and a kill
+loses at most what was not yet written. In memory a pair is a 64-bit hash of its two ids and a score: 12 bytes a pair
+(1.2 GB for MS MARCO's 500,000 queries × 200), sorted, no Python objects. Two of 10⁸ pairs share a hash with
+probability 3·10⁻⁴.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rankdistill.artifacts import MANIFEST, SCHEMA_VERSION, cache_dir, disk_errors, locked, write_atomically
+from rankdistill.errors import RankdistillError, UsageError
+
+ScoreKind = Literal["logit", "probability", "similarity", "rank"]
+SCORE_KINDS = ("logit", "probability", "similarity", "rank")
+SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("score", pa.float32())])
+PART_PAIRS = 65_536  # pairs kept in memory at most before a part is written …
+PART_SECONDS = 20.0  # … or this long after the last one
+
+
+def hash_ids(ids: Sequence[str] | pa.Array) -> np.ndarray:
+    """A 64-bit hash of each id, the same on every machine: uint64 [N] (FNV-1a, then the mixer of splitmix64)."""
+    array = ids if isinstance(ids, pa.Array) else pa.array(ids, type=pa.string())
+    if pa.types.is_dictionary(array.type):
+        return np.asarray(hash_ids(array.dictionary)[array.indices.to_numpy()])
+    array = array.cast(pa.large_string())
+    if len(array) == 0:
+        return np.zeros(0, dtype=np.uint64)
+    offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    content = np.frombuffer(array.buffers()[2] or b"\0", dtype=np.uint8)
+    lengths = np.diff(offsets)
+    hashes = np.full(len(array), 0xCBF29CE484222325, dtype=np.uint64)
+    # By position, all ids at once; rows are dropped as they end.
+    rows = np.flatnonzero(lengths > 0)
+    position = 0
+    while len(rows):
+        step = content[offsets[rows] + position].astype(np.uint64)
+        hashes[rows] = (hashes[rows] ^ step) * np.uint64(0x100000001B3)
+        position += 1
+        rows = rows[lengths[rows] > position]
+    return _mix(hashes ^ lengths.astype(np.uint64))
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(value ^ (value >> np.uint64(31)))
+
+
+def pair_keys(query_hash: np.ndarray, doc_hash: np.ndarray) -> np.ndarray:
+    """One 64-bit key a pair, from the hashes of its two ids; (a, b) and (b, a) differ."""
+    return _mix(query_hash * np.uint64(0x9E3779B97F4A7C15) + doc_hash)
+
+
+class PairTable:
+    """Pair → score, by sorted hashes: 12 bytes a pair. Of a pair added twice the first score stays."""
+
+    def __init__(self) -> None:
+        self._segments: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys, _ in self._segments)
+
+    def add(self, keys: np.ndarray, scores: np.ndarray) -> int:
+        """Add uint64 [N] keys and float32 [N] scores; returns how many were new."""
+        keys, first = np.unique(keys, return_index=True)
+        scores = np.asarray(scores, dtype=np.float32)[first]
+        new = np.isnan(self.find(keys))
+        keys, scores = keys[new], scores[new]
+        if len(keys):
+            self._segments.append((keys, scores))
+        # Segments of rising size, each more than twice the next: N pairs are moved O(log N) times.
+        while len(self._segments) > 1 and len(self._segments[-2][0]) < 2 * len(self._segments[-1][0]):
+            right, left = self._segments.pop(), self._segments.pop()
+            joined = np.concatenate([left[0], right[0]])
+            order = np.argsort(joined, kind="stable")
+            self._segments.append((joined[order], np.concatenate([left[1], right[1]])[order]))
+        return len(keys)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """float32 [N], NaN where a pair is not in the table."""
+        found = np.full(len(keys), np.nan, dtype=np.float32)
+        for known, scores in self._segments:
+            at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            hit = known[at] == keys
+            found[hit] = scores[at[hit]]
+        return found
+
+
+def read_part(path: Path, metadata: Mapping[str, str] | None = None) -> pa.Table:
+    """Read a part or an exported score file and check it: columns, finite scores, and whose scores they are.
+
+    Args:
+        metadata: what the file's own `teacher`, `collection` and `score_kind` must be.
+
+    Raises:
+        RankdistillError: it is damaged, holds NaN or infinity, or belongs to another teacher or collection.
+    """
+    try:
+        with open(path, "rb") as stream:  # bytes first: a memory-mapped file that is truncated later would crash
+            table = pq.read_table(pa.BufferReader(stream.read()))
+        own = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        table = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RankdistillError(
+            f"a part of the teacher scores cannot be read: {reason}",
+            where=str(path),
+            fix="delete this file and run the same command again: only the pairs in it are scored once more",
+        ) from None
+    for name, wanted in (metadata or {}).items():
+        if own.get(name, wanted) != wanted:
+            raise RankdistillError(
+                f"these scores belong to another {name.replace('_', ' ')} ({own[name]}, not {wanted})",
+                where=str(path),
+                fix="score this collection with this teacher, or import scores made for it",
+            )
+    scores = table["score"].to_numpy()
+    if table["query_id"].null_count or table["doc_id"].null_count or not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0]) if not np.isfinite(scores).all() else 0
+        raise RankdistillError(
+            f"a teacher score is {scores[bad]} (query {table['query_id'][bad]}, document {table['doc_id'][bad]})",
+            where=f"{path}, row {bad + 1}",
+            fix="delete this file and score again, with precision: fp32 if it comes back",
+        )
+    return table
+
+
+class TeacherScores:
+    """One teacher's scores on one collection: a folder of parts, and what is not yet written.
+
+    Use as a context manager, or call `flush()` at the end. Opening reads every part (and refuses a damaged one).
+    """
+
+    def __init__(self, path: str | Path, *, part_pairs: int = PART_PAIRS, part_seconds: float = PART_SECONDS) -> None:
+        self.path = Path(path)
+        self.part_pairs, self.part_seconds = part_pairs, part_seconds
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            raise RankdistillError("there are no teacher scores here", where=str(self.path))
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+            self.teacher = str(self.manifest["teacher"])
+            self.collection = str(self.manifest["collection"])
+            self.score_kind: ScoreKind = self.manifest["score_kind"]
+        except (ValueError, KeyError) as error:
+            raise RankdistillError(f"the manifest cannot be read: {error!r}", where=str(manifest)) from None
+        self.scored = 0  # pairs added through this object
+        self.reused = 0  # pairs asked for that were there already (counted by score_candidates)
+        self.unscored = 0  # pairs asked for that the teacher gave no score to
+        self._table = PairTable()
+        self._read: set[str] = set()
+        self._pending: dict[int, float] = {}
+        self._columns: tuple[list[str], list[str], list[np.ndarray]] = ([], [], [])
+        self._written = time.monotonic()
+        self.refresh()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"teacher": self.teacher, "collection": self.collection, "score_kind": self.score_kind}
+
+    def check(self, *, collection: str | None = None, score_kind: str | None = None) -> TeacherScores:
+        """Refuse scores made for another collection (by fingerprint) or of another kind.
+
+        Raises:
+            RankdistillError: naming both.
+        """
+        for name, own, wanted in (
+            ("collection", self.collection, collection),
+            ("score kind", self.score_kind, score_kind),
+        ):
+            if wanted is not None and own != wanted:
+                raise RankdistillError(
+                    f"these scores belong to another {name} ({own}, not {wanted})",
+                    where=str(self.path),
+                    fix="score this collection with this teacher, or import scores made for it",
+                )
+        return self
+
+    def __repr__(self) -> str:
+        name = self.manifest.get("description", {}).get("collection", self.collection)
+        return f"TeacherScores({len(self):,} pairs ({self.score_kind}) of {name} at {self.path})"
+
+    def __len__(self) -> int:
+        return len(self._table) + len(self._pending)
+
+    def __enter__(self) -> TeacherScores:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.flush()  # also on Ctrl-C: what is paid for is kept
+
+    def parts(self) -> list[Path]:
+        return sorted(self.path.glob("part-*.parquet"))
+
+    def refresh(self) -> None:
+        """Take in the parts that other processes wrote meanwhile."""
+        for part in self.parts():
+            if part.name not in self._read:
+                table = read_part(part, self.metadata)
+                columns = [table[name].combine_chunks() for name in ("query_id", "doc_id")]
+                # A query's rows lie together, so its id is hashed once.
+                keys = pair_keys(hash_ids(columns[0].dictionary_encode()), hash_ids(columns[1]))
+                self._table.add(keys, table["score"].to_numpy())
+                self._read.add(part.name)
+
+    def missing(self, query_id: str, doc_ids: Sequence[str]) -> list[str]:
+        """The documents of a list that have no score yet, each once, in order."""
+        distinct = list(dict.fromkeys(doc_ids))
+        absent = np.isnan(self.scores_of(query_id, distinct))
+        return [distinct[at] for at in np.flatnonzero(absent)]
+
+    def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        """float32 [len(doc_ids)], NaN where there is no score."""
+        keys = _keys(query_id, doc_ids)
+        scores = self._table.find(keys)
+        if self._pending:
+            for at in np.flatnonzero(np.isnan(scores)):
+                scores[at] = self._pending.get(int(keys[at]), np.nan)
+        return scores
+
+    def add(self, query_id: str, doc_ids: Sequence[str], scores: np.ndarray | Sequence[float]) -> int:
+        """Add scores of a list; pairs that have one already are left as they are. Returns how many were new.
+
+        Raises:
+            RankdistillError: a score is NaN or infinite.
+        """
+        values = np.asarray(scores, dtype=np.float32)
+        if values.shape != (len(doc_ids),):
+            raise UsageError(f"{len(doc_ids)} documents but scores of shape {values.shape} for query {query_id!r}")
+        if not np.isfinite(values).all():
+            bad = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise RankdistillError(
+                f"a teacher score is {values[bad]}", where=f"query {query_id!r}, document {doc_ids[bad]!r}"
+            )
+        keys = _keys(query_id, doc_ids)
+        known = ~np.isnan(self._table.find(keys))
+        queries, documents, parts = self._columns
+        taken = []
+        for at, (key, doc_id) in enumerate(zip(keys.tolist(), doc_ids, strict=True)):
+            if not known[at] and key not in self._pending:
+                self._pending[key] = float(values[at])
+                queries.append(query_id)
+                documents.append(doc_id)
+                taken.append(at)
+        if taken:
+            parts.append(values[taken])
+        self.scored += len(taken)
+        if len(self._pending) >= self.part_pairs or time.monotonic() - self._written >= self.part_seconds:
+            self.flush()
+        return len(taken)
+
+    def flush(self) -> None:
+        """Write what is pending as one part; durable when it returns."""
+        self._written = time.monotonic()
+        if not self._pending:
+            return
+        queries, documents, parts = self._columns
+        scores = np.concatenate(parts)
+        name = f"part-{time.time_ns():020d}-{os.getpid()}-{threading.get_ident() & 0xFFFF:04x}.parquet"
+        table = pa.table([pa.array(queries), pa.array(documents), pa.array(scores)], schema=SCHEMA)
+        write_atomically(self.path / name, _parquet(table, self.metadata))
+        self._read.add(name)
+        self._table.add(np.fromiter(self._pending, np.uint64, len(self._pending)), scores)
+        self._pending = {}
+        self._columns = ([], [], [])
+
+    def __iter__(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """(query_id, doc_ids, scores) as written, part by part: a query may come in pieces, a pair comes only once."""
+        self.flush()
+        seen = PairTable()
+        for part in self.parts():
+            table = read_part(part, self.metadata)
+            queries, documents = (table[name].combine_chunks() for name in ("query_id", "doc_id"))
+            keys = pair_keys(hash_ids(queries.dictionary_encode()), hash_ids(documents))
+            first = np.zeros(len(keys), dtype=bool)
+            first[np.unique(keys, return_index=True)[1]] = True
+            keep = np.flatnonzero(first & np.isnan(seen.find(keys)))
+            scores = table["score"].to_numpy()
+            seen.add(keys, scores)
+            names = queries.take(pa.array(keep)).to_pylist()
+            doc_ids = documents.take(pa.array(keep)).to_pylist()
+            start = 0
+            for end in range(1, len(names) + 1):
+                if end == len(names) or names[end] != names[start]:
+                    yield names[start], doc_ids[start:end], scores[keep[start:end]]
+                    start = end
+
+    def export(self, file: str | Path) -> int:
+        """Write all scores to one Parquet file that carries the fingerprints; returns the pairs written."""
+        pairs = 0
+        file = Path(file)
+        schema = SCHEMA.with_metadata(self.metadata)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        queries: list[str] = []
+        documents: list[str] = []
+        parts: list[np.ndarray] = []
+        try:
+            with disk_errors(file), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+                def write() -> None:
+                    if queries:
+                        columns = [pa.array(queries), pa.array(documents), pa.array(np.concatenate(parts))]
+                        writer.write_table(pa.table(columns, schema=schema))
+                    for column in (queries, documents, parts):
+                        column.clear()
+
+                for query_id, doc_ids, scores in self:
+                    queries.extend([query_id] * len(doc_ids))
+                    documents.extend(doc_ids)
+                    parts.append(scores)
+                    pairs += len(doc_ids)
+                    if len(queries) >= PART_PAIRS:
+                        write()
+                write()
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return pairs
+
+
+def _keys(query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+    return pair_keys(hash_ids([query_id]), hash_ids(list(doc_ids)))
+
+
+def _parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(dict(metadata)), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+class ScoreStore:
+    """All teachers' scores below one root folder (default: below the user's cache folder)."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = Path(root) if root is not None else cache_dir() / "scores"
+
+    def __repr__(self) -> str:
+        return f"ScoreStore({self.root}: {len(list(self.root.glob(f'*/*/{MANIFEST}')))} teacher-collection folders)"
+
+    def folder(
+        self,
+        teacher_fingerprint: str,
+        collection_fingerprint: str,
+        score_kind: ScoreKind,
+        describe: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> TeacherScores:
+        """Open one teacher's scores on one collection; made if there are none.
+
+        Args:
+            describe: anything a reader wants to know (teacher settings, collection name): kept in the manifest.
+            options: of `TeacherScores`.
+        """
+        if score_kind not in SCORE_KINDS:
+            raise UsageError(f"unknown score kind {score_kind!r}", fix=", ".join(SCORE_KINDS))
+        path = self.root / teacher_fingerprint / collection_fingerprint
+        manifest = path / MANIFEST
+        if not manifest.exists():
+            with locked(path):
+                if not manifest.exists():
+                    content = {
+                        "kind": "scores",
+                        "schema": SCHEMA_VERSION,
+                        "teacher": teacher_fingerprint,
+                        "collection": collection_fingerprint,
+                        "score_kind": score_kind,
+                        "description": dict(describe or {}),
+                    }
+                    write_atomically(manifest, json.dumps(content, indent=2, default=str) + "\n")
+        scores = TeacherScores(path, **options)
+        if scores.teacher != teacher_fingerprint:
+            raise RankdistillError("this folder holds another teacher's scores", where=str(path))
+        return scores.check(collection=collection_fingerprint, score_kind=score_kind)

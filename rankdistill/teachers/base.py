@@ -1,0 +1,121 @@
+"""What every teacher is: settings in, scores of candidate lists out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from rankdistill.errors import RankdistillError
+from rankdistill.scores.store import ScoreKind
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+class TextList(NamedTuple):
+    """One query and the documents to be scored against it."""
+
+    query_id: str
+    query: str
+    doc_ids: list[str]
+    documents: list[str]
+
+
+class Teacher(ABC):
+    """Scores candidate lists. The constructor takes the recipe's settings and loads nothing."""
+
+    type: ClassVar[str]
+    score_kind: ScoreKind
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the scores (weights, lengths, number format), of no path and no time."""
+
+    @abstractmethod
+    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """Score a chunk of lists.
+
+        Yields:
+            (query_id, doc_ids, scores float32 [len(doc_ids)]) for each list, in order; higher is more relevant.
+            A teacher may leave out documents it has no score for (a recorded one), and may read lists jointly.
+        """
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether `train` must come first."""
+        return False
+
+    def train(
+        self,
+        collection: Collection,
+        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        out: Path,
+        seed: int,
+        split: str = "train",
+    ) -> dict[str, Any]:
+        """Fine-tune on a split's labels and the candidates, save below `out`, and use the result from now on."""
+        raise RankdistillError(f"a teacher of type {self.type!r} is not trained")
+
+    def use_trained(self, folder: Path) -> None:
+        """Take what an earlier `train` saved."""
+        raise RankdistillError(f"a teacher of type {self.type!r} is not trained")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, for manifests: the constructor's own."""
+        return {"type": self.type}
+
+
+class PairTeacher(Teacher):
+    """A teacher whose score of a document does not depend on the rest of the list."""
+
+    @abstractmethod
+    def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+        """Score pairs of distinct texts.
+
+        Args:
+            queries: distinct query texts.
+            documents: distinct document texts.
+            pairs: int64 [N, 2], row numbers in `queries` and `documents`; no pair twice.
+
+        Returns:
+            float32 [N]
+        """
+
+    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """Score each distinct (query text, document text) of the chunk once."""
+        query_rows: dict[str, int] = {}
+        document_rows: dict[str, int] = {}
+        keys = [
+            (query_rows.setdefault(item.query, len(query_rows)), document_rows.setdefault(text, len(document_rows)))
+            for item in lists
+            for text in item.documents
+        ]
+        if keys:
+            pairs, inverse = np.unique(np.array(keys, dtype=np.int64), axis=0, return_inverse=True)
+            scores = self.score_pairs(list(query_rows), list(document_rows), pairs)[inverse.reshape(-1)]
+        start = 0
+        for item in lists:
+            if item.doc_ids:
+                part = scores[start : start + len(item.doc_ids)]
+                check_finite(item.query_id, item.doc_ids, part, self.type)
+                yield item.query_id, item.doc_ids, part
+            start += len(item.doc_ids)
+
+
+def check_finite(query_id: str, doc_ids: Sequence[str], scores: np.ndarray, teacher: str) -> None:
+    """Refuse NaN and infinity where they arise.
+
+    Raises:
+        RankdistillError: naming the first such pair.
+    """
+    if not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise RankdistillError(
+            f"the {teacher} teacher gave the score {scores[bad]}",
+            where=f"query {query_id!r}, document {doc_ids[bad]!r}",
+            fix="score with precision: fp32; if it stays, the model's weights are broken",
+        )

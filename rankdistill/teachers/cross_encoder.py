@@ -1,0 +1,494 @@
+"""Cross-encoder teachers: any sequence-classification ranker, or one fine-tuned from an encoder within the run.
+
+Scoring is fast because nothing is done twice: each query and each document is tokenised once a chunk and pairs are
+joined from token ids, batches are cut by tokens after sorting by true token length, the body runs in bf16 where the
+device gains from it while the last layer and the score stay in float32, and results leave the device once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import warn
+from rankdistill.students.models import resolve_model
+from rankdistill.students.token_batches import Precision, autocast, resolve_precision, token_budget_batches
+from rankdistill.teachers.base import PairTeacher
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    from rankdistill.collections import Collection
+
+PAD_MULTIPLE = 8  # rows are padded to multiples of this many tokens: full tiles for AMX and tensor cores
+
+
+class CrossEncoderTraining(BaseModel):
+    """How a cross-encoder is fine-tuned before it teaches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: Literal["bce", "listnet", "lambda"] = Field(
+        "bce", description="binary cross-entropy (positives weighted by the number of negatives), or over whole lists"
+    )
+    epochs: float = Field(1.0, gt=0, description="passes over the training lists")
+    steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    batch_size: int = Field(32, ge=1, description="pairs a step (bce) or lists a step (listnet, lambda)")
+    negatives: int = Field(3, ge=1, description="negatives a positive, drawn from the candidates")
+    positives: int = Field(1, ge=1, description="labelled positives a query at most, each with its own negatives")
+    queries: int | None = Field(None, ge=1, description="training queries at most, drawn by the seed")
+    max_length: int | None = Field(None, ge=8, description="tokens a pair in training; the teacher's own by default")
+    precision: Precision = "auto"
+
+
+class PairJoiner(NamedTuple):
+    """How a tokenizer joins two token sequences: [prefix] query [middle] document [suffix], and its token types."""
+
+    prefix: list[int]
+    middle: list[int]
+    suffix: list[int]
+    query_type: int
+    document_type: int
+    prefix_types: list[int]
+    middle_types: list[int]
+    suffix_types: list[int]
+
+    @property
+    def special(self) -> int:
+        return len(self.prefix) + len(self.middle) + len(self.suffix)
+
+
+def longest_first(query: np.ndarray, document: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths kept of each pair under the `longest_first` rule of the tokenizers library.
+
+    The longer side gives way first; when both are longer than half the room, each gets half (the longer side, or the
+    document when equal, the odd token).
+
+    Args:
+        query: int64 [N], tokens of each query.
+        document: int64 [N], tokens of each document.
+        room: tokens a pair may have without special tokens.
+    """
+    swap = query > document
+    shorter, longer = np.where(swap, document, query), np.where(swap, query, document)
+    cut = shorter + longer > room
+    first = shorter.copy()
+    second = np.where(shorter > room, shorter, np.maximum(shorter, room - shorter))
+    both = first + second > room
+    first = np.where(both, room // 2, first)
+    second = np.where(both, room // 2 + room % 2, second)
+    first, second = np.where(cut, first, shorter), np.where(cut, second, longer)
+    return np.where(swap, second, first), np.where(swap, first, second)
+
+
+class CrossEncoderTeacher(PairTeacher):
+    """A cross-encoder that reads query and document together; its raw logit is the score.
+
+    Pairs are cut exactly as `CrossEncoder.predict` cuts them (longest first, at `max_length`) as long as the query
+    stays within `query_length`. A longer query is cut to `query_length` tokens before, so that room is left for the
+    document; how many were cut is said once.
+
+    Args:
+        model: a cross-encoder's folder or hub name; with `train`, the encoder it is fine-tuned from.
+        max_length: tokens a pair; the model's own limit by default.
+        query_length: tokens a query; unlimited (the longest-first rule alone) by default.
+        precision: auto, fp32, bf16 or fp16; auto is bf16 where the device's hardware has it.
+        token_budget: padded tokens a batch; 2,048 on a CPU and 65,536 on a GPU by default.
+        device: cpu, cuda, cuda:1 ...; a GPU if there is one by default.
+        train: fine-tune first, see CrossEncoderTraining.
+    """
+
+    type = "cross_encoder"
+    score_kind = "logit"
+
+    def __init__(
+        self,
+        model: str,
+        max_length: int | None = None,
+        query_length: int | None = None,
+        precision: Precision = "auto",
+        token_budget: int | None = None,
+        device: str | None = None,
+        train: CrossEncoderTraining | None = None,
+    ) -> None:
+        self.model_name, self.max_length, self.query_length = model, max_length, query_length
+        self.precision: Precision = precision
+        self.token_budget, self._device_name = token_budget, device
+        self.training = CrossEncoderTraining.model_validate(train) if train is not None else None
+        self.cut_queries = 0  # distinct queries cut so far, each counted once a chunk
+        self._warned = False
+        self._folder: Path | None = None
+        self._model: CrossEncoder | None = None
+        self._joiner: PairJoiner | None = None
+        self._tokenizer: Any = None
+        self._formats: Precision = "fp32"  # what autocast does on top of the weights' own format
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_training(self) -> bool:
+        return self.training is not None and self._folder is None
+
+    def use_trained(self, folder: Path) -> None:
+        self._folder, self._model = Path(folder), None
+
+    def _source(self) -> tuple[Path, str]:
+        if self.needs_training:
+            raise RankdistillError("this cross-encoder must be trained before it teaches", fix="call train() first")
+        source = resolve_model(str(self._folder) if self._folder else self.model_name)
+        return source.path, source.revision
+
+    def fingerprint(self) -> str:
+        device = self.device
+        return fingerprint(
+            {
+                "type": self.type,
+                "revision": self._source()[1],
+                "max_length": self.max_length,
+                "query_length": self.query_length,
+                "precision": resolve_precision(device, self.precision),
+            }
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "model": self.model_name,
+            "max_length": self.max_length,
+            "query_length": self.query_length,
+            "precision": resolve_precision(self.device, self.precision),
+            "train": self.training.model_dump() if self.training else None,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self._device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def load(self) -> CrossEncoder:
+        """The model, loaded once.
+
+        Raises:
+            RankdistillError: it is no cross-encoder with one score a pair.
+        """
+        import torch
+
+        if self._model is None:
+            folder, _ = self._source()
+            model = _open_cross_encoder(folder, self.device, self.max_length)
+            if model.num_labels != 1:
+                raise RankdistillError(
+                    f"this model gives {model.num_labels} numbers a pair, a teacher gives one", where=str(folder)
+                )
+            model.eval()
+            # The head in float32: near 6, bf16 has only steps of 0.03. It is one row a pair, so it costs nothing.
+            body = getattr(model.model, "base_model_prefix", "")
+            head = _head_layers(model, body)
+            model.set_keep_in_fp32_modules(head)
+            # The body's weights are converted once; autocast, which converts activations again and again, took a fifth
+            # longer here. It remains the way for models without a separable head.
+            self._formats = resolve_precision(self.device, self.precision)
+            if head and self._formats != "fp32":
+                getattr(model.model, body).to(torch.bfloat16 if self._formats == "bf16" else torch.float16)
+                self._formats = "fp32"
+            self._model = model
+            self._joiner = None
+            if _plain_pairs(model):
+                self._tokenizer = _bare_tokenizer(model.tokenizer, self.limit)
+                self._joiner = _learn_joiner(model.tokenizer)
+        return self._model
+
+    @property
+    def limit(self) -> int:
+        """Tokens a pair."""
+        model = self._model or self.load()
+        return int(model.max_seq_length or 512)
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+
+    def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+        """float32 [N] logits of pairs [N, 2]; see PairTeacher."""
+        import torch
+
+        model = self.load()
+        scores = np.empty(len(pairs), dtype=np.float32)
+        if not len(pairs):
+            return scores
+        if self._joiner is None:
+            batches = self._plain_batches(model, queries, documents, pairs)
+        else:
+            batches = self._joined_batches(self._joiner, queries, documents, pairs)
+        device = self.device
+        order: list[np.ndarray] = []
+        logits: list[torch.Tensor] = []
+        with torch.inference_mode(), autocast(device, self._formats):
+            for positions, features in batches:
+                moved = {name: value.to(device, non_blocking=True) for name, value in features.items()}
+                logits.append(model(moved)["scores"].float().reshape(-1))
+                order.append(positions)
+            scores[np.concatenate(order)] = torch.cat(logits).cpu().numpy()  # the only wait for the device
+        return scores
+
+    def _budget(self) -> int:
+        # A core's caches hold a few thousand tokens' activations; a GPU wants enough rows to fill it.
+        return self.token_budget or (2048 if self.device.type == "cpu" else 65_536)
+
+    def _joined_batches(
+        self, joiner: PairJoiner, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+        """Batches from texts tokenised once each."""
+        import torch
+
+        room = self.limit - joiner.special
+        query_tokens, document_tokens = self._tokenise(queries), self._tokenise(documents)
+        threshold = self.query_length or room // 2
+        cut = sum(len(tokens) > threshold for tokens in query_tokens)
+        if self.query_length:
+            query_tokens = [tokens[: self.query_length] for tokens in query_tokens]
+        self._count_cut(cut, threshold)
+        query_lengths = np.array([len(tokens) for tokens in query_tokens], dtype=np.int64)
+        document_lengths = np.array([len(tokens) for tokens in document_tokens], dtype=np.int64)
+        kept_query, kept_document = longest_first(query_lengths[pairs[:, 0]], document_lengths[pairs[:, 1]], room)
+        lengths = kept_query + kept_document + joiner.special
+        prefix, middle, suffix = (np.array(ids, np.int64) for ids in (joiner.prefix, joiner.middle, joiner.suffix))
+        types = [np.array(ids, np.int64) for ids in (joiner.prefix_types, joiner.middle_types, joiner.suffix_types)]
+        tokenizer = self.load().tokenizer
+        wants = set(tokenizer.model_input_names)
+        padding = int(tokenizer.pad_token_id)
+        padding_type = int(getattr(tokenizer, "pad_token_type_id", 0) or 0)
+        for batch in token_budget_batches(lengths, self._budget(), multiple_of=PAD_MULTIPLE):
+            longest = int(lengths[batch[0]])
+            width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(self.limit, longest))
+            ids = np.full((len(batch), width), padding, dtype=np.int64)
+            kinds = np.full((len(batch), width), padding_type, dtype=np.int64)
+            for row, at in enumerate(batch):
+                query_row, document_row = pairs[at]
+                q, d = int(kept_query[at]), int(kept_document[at])
+                start, between = len(prefix), len(prefix) + q
+                document, end = between + len(middle), between + len(middle) + d
+                line = ids[row]
+                line[:start] = prefix
+                line[start:between] = query_tokens[query_row][:q]
+                line[between:document] = middle
+                line[document:end] = document_tokens[document_row][:d]
+                line[end : end + len(suffix)] = suffix
+                if "token_type_ids" in wants:
+                    kind = kinds[row]
+                    kind[:start], kind[between:document], kind[end : end + len(suffix)] = types
+                    kind[start:between], kind[document:end] = joiner.query_type, joiner.document_type
+            features = {"input_ids": torch.from_numpy(ids)}
+            if "attention_mask" in wants:
+                features["attention_mask"] = torch.from_numpy(
+                    (np.arange(width)[None, :] < lengths[batch][:, None]).astype(np.int64)
+                )
+            if "token_type_ids" in wants:
+                features["token_type_ids"] = torch.from_numpy(kinds)
+            yield batch, features
+
+    def _tokenise(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids without special tokens, int32 a text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _plain_batches(
+        self, model: CrossEncoder, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+        """Batches by the model's own preprocessing (chat templates, slow tokenizers, padding on the left)."""
+        if self.query_length:
+            raise UsageError("query_length is not supported for this model's tokenizer", where="teacher.query_length")
+        words = [len(text) for text in queries], [len(text) for text in documents]
+        # About four characters a token; enough to sort by and to keep batches near the budget.
+        lengths = np.array([min((words[0][q] + words[1][d]) // 4 + 8, self.limit) for q, d in pairs])
+        for batch in token_budget_batches(lengths, self._budget()):
+            texts = [(queries[q], documents[d]) for q, d in pairs[batch]]
+            yield batch, dict(model.preprocess(texts))
+
+    def _count_cut(self, cut: int, threshold: int) -> None:
+        self.cut_queries += cut
+        if cut and not self._warned:
+            self._warned = True
+            warn(
+                f"{cut} of the first queries have more than {threshold} tokens and are cut "
+                f"(pairs hold {self.limit} tokens); later ones are counted silently"
+            )
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        collection: Collection,
+        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        out: Path,
+        seed: int,
+        split: str = "train",
+    ) -> dict[str, Any]:
+        """Fine-tune `model` on labels and mined negatives, and use the result from now on.
+
+        Positives are the split's documents judged relevant; negatives are drawn from the query's candidates that are
+        not. What is saved is an ordinary CrossEncoder with one label, whose saved activation is the identity
+        (`activation_fn` in config_sentence_transformers.json), so that `CrossEncoder(out).predict` gives the raw logit
+        too. There are no checkpoints: a killed training starts over (minutes at this size), and the same seed, device
+        and thread count give the same weights.
+
+        Returns:
+            What it was trained on: queries, pairs, steps, seconds, last loss.
+        """
+        from rankdistill.teachers.cross_encoder_training import fine_tune
+
+        if self.training is None:
+            raise UsageError("this cross-encoder has no `train` settings", where="teacher.train")
+        out = Path(out)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.training")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            report = fine_tune(
+                resolve_model(self.model_name).path,
+                self.training,
+                collection,
+                candidates,
+                temporary,
+                seed=seed,
+                split=split,
+                max_length=self.training.max_length or self.max_length,
+                scoring_length=self.max_length,
+                device=self.device,
+            )
+            out.mkdir(parents=True, exist_ok=True)
+            for item in sorted((temporary / "model").iterdir()):
+                os.replace(item, out / item.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.use_trained(out)
+        return report
+
+
+def _open_cross_encoder(folder: Path, device: torch.device, max_length: int | None) -> CrossEncoder:
+    from sentence_transformers import CrossEncoder
+
+    if not _is_cross_encoder(folder):
+        raise RankdistillError(
+            "this model is an encoder, not a cross-encoder: it has no scoring head",
+            where=str(folder),
+            fix="give `train` settings to fine-tune a cross-encoder from it, or use type: bi_encoder",
+        )
+    with quiet_transformers():
+        model: CrossEncoder = CrossEncoder(
+            str(folder),
+            device=str(device),
+            max_length=max_length,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},  # never a pickle
+        )
+    return model
+
+
+def _is_cross_encoder(folder: Path) -> bool:
+    """By what the folder says of itself; sentence-transformers would put a random head on an encoder instead."""
+    try:
+        saved = folder / "config_sentence_transformers.json"
+        if saved.is_file() and json.loads(saved.read_text()).get("model_type") == "CrossEncoder":
+            return True
+        config = folder / "config.json"
+        names = json.loads(config.read_text()).get("architectures") or [] if config.is_file() else []
+    except ValueError as error:
+        raise RankdistillError(f"the model's configuration cannot be read: {error}", where=str(folder)) from None
+    return any(str(name).endswith(("ForSequenceClassification", "ForCausalLM")) for name in names)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and advice of the libraries in our output."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _head_layers(model: CrossEncoder, body: str) -> list[str]:
+    """Paths of the linear layers after the encoder (not its body, not a language model's vocabulary)."""
+    from torch import nn
+
+    if not body or not hasattr(model.model, body):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and f".{body}." not in name and module.out_features <= 4096
+    ]
+
+
+def _plain_pairs(model: CrossEncoder) -> bool:
+    """Whether pairs may be joined from token ids: a fast tokenizer that pads and cuts on the right, no template."""
+    tokenizer = model.tokenizer
+    return bool(
+        getattr(tokenizer, "is_fast", False)
+        and tokenizer.padding_side == "right"
+        and tokenizer.truncation_side == "right"
+        and tokenizer.pad_token_id is not None
+        and not getattr(tokenizer, "chat_template", None)
+        and len(model) == 1
+        and _learn_joiner(tokenizer) is not None
+    )
+
+
+def _bare_tokenizer(tokenizer: Any, limit: int) -> Any:
+    """The fast tokenizer underneath, cutting single texts at the pair limit (no more can ever be used)."""
+    from tokenizers import Tokenizer
+
+    bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.no_padding()
+    bare.enable_truncation(limit)
+    return bare
+
+
+def _learn_joiner(tokenizer: Any) -> PairJoiner | None:
+    """Read the layout of a pair off the tokenizer's own output; None when it does not have the usual form."""
+    found: list[PairJoiner] = []
+    for query, document in (("what is this", "a longer text that answers it"), ("is", "no")):
+        q = tokenizer(query, add_special_tokens=False)["input_ids"]
+        d = tokenizer(document, add_special_tokens=False)["input_ids"]
+        pair = tokenizer(query, document, return_token_type_ids=True)
+        ids, types = list(pair["input_ids"]), list(pair.get("token_type_ids") or [0] * len(pair["input_ids"]))
+        sides = pair.sequence_ids(0)
+        if 0 not in sides or 1 not in sides:
+            return None
+        start, document_start = sides.index(0), sides.index(1)
+        end, document_end = start + len(q), document_start + len(d)
+        if ids[start:end] != q or ids[document_start:document_end] != d or start > document_start:
+            return None
+        found.append(
+            PairJoiner(
+                ids[:start],
+                ids[end:document_start],
+                ids[document_end:],
+                types[start],
+                types[document_start],
+                types[:start],
+                types[end:document_start],
+                types[document_end:],
+            )
+        )
+    return found[0] if found[0] == found[1] else None

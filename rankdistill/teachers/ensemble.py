@@ -1,0 +1,64 @@
+"""Several teachers as one, as data: each scores into the store by itself, their scores are combined when read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import UsageError
+from rankdistill.recipe import build
+from rankdistill.scores.ensemble import Aggregation, Ensemble, Missing, Normalisation, ScoreSource
+from rankdistill.teachers.base import Teacher
+
+
+class EnsembleTeacher:
+    """A combination of teachers' scores; see scores/ensemble.py for the rules.
+
+    Args:
+        members: the teachers, each with its `type` and keys.
+        normalisation: of each member's scores within a query.
+        aggregation: of the members' normalised scores of a document.
+        weights: of the members, for the weighted mean.
+        temperature: of the softmax normalisation.
+        scale: the combined score is multiplied by this (a margin loss reads its size).
+        missing: what happens to a document that a member has no score for.
+    """
+
+    type = "ensemble"
+
+    def __init__(
+        self,
+        members: list[dict[str, Any]],
+        normalisation: Normalisation = "z_score",
+        aggregation: Aggregation = "mean",
+        weights: list[float] | None = None,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        missing: Missing = "average",
+    ) -> None:
+        if not members:
+            raise UsageError("an ensemble needs at least one member", where="teacher.members")
+        self.members: list[Teacher] = [
+            build("teacher", member, f"teacher.members.{number}") for number, member in enumerate(members)
+        ]
+        if any(isinstance(member, EnsembleTeacher) for member in self.members):
+            raise UsageError("an ensemble within an ensemble", where="teacher.members", fix="list all members in one")
+        self.normalisation, self.aggregation, self.weights = normalisation, aggregation, weights
+        self.temperature, self.scale, self.missing = temperature, scale, missing
+
+    def fingerprint(self) -> str:
+        rules = [self.normalisation, self.aggregation, self.weights, self.temperature, self.scale, self.missing]
+        return fingerprint([[member.fingerprint() for member in self.members], rules])
+
+    def combine(self, scores: Sequence[ScoreSource]) -> Ensemble:
+        """The members' scores, in the order of `members`, as one source."""
+        return Ensemble(
+            scores,
+            self.normalisation,
+            self.aggregation,
+            self.weights,
+            self.temperature,
+            self.missing,
+            scale=self.scale,
+        )

@@ -1,0 +1,265 @@
+"""Teachers whose scores are in a file: published scores, somebody else's, or any TREC run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from rankdistill.artifacts import file_digest, fingerprint
+from rankdistill.errors import RankdistillError
+from rankdistill.progress import progress, warn
+from rankdistill.runs import iter_run
+from rankdistill.scores.foreign import ForeignScore, Format, iter_foreign
+from rankdistill.scores.store import PairTable, ScoreKind, ScoreStore, TeacherScores, hash_ids, pair_keys
+from rankdistill.teachers.base import Teacher, TextList
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+BLOCK = 65_536  # recorded pairs taken at once
+
+
+class _FileTeacher(Teacher):
+    """Looks scores up in a file read once; gives what it has and leaves the rest out."""
+
+    file: str
+
+    def __init__(self) -> None:
+        self._table: PairTable | None = None
+
+    def _digest(self) -> str:
+        if not Path(self.file).is_file():
+            raise RankdistillError("there is no score file here", where=str(self.file))
+        return file_digest(self.file)
+
+    def _pairs(self) -> Iterator[ForeignScore]:
+        raise NotImplementedError
+
+    def table(self) -> PairTable:
+        """The file's scores by pair (12 bytes a pair), by id or by text as the file has them."""
+        if self._table is None:
+            table = PairTable()
+            with progress(f"reading {Path(self.file).name}", None, "scores") as bar:
+                for block in _blocks(self._pairs()):
+                    keys = pair_keys(hash_ids([item.query for item in block]), hash_ids([i.document for i in block]))
+                    table.add(keys, np.array([item.score for item in block], dtype=np.float32))
+                    bar.advance(len(block))
+            self._table = table
+        return self._table
+
+    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """The recorded scores of each list, by ids, else by texts; documents without one are left out."""
+        table = self.table()
+        for item in lists:
+            documents = hash_ids(item.doc_ids)
+            texts = hash_ids(item.documents)
+            scores = np.full(len(item.doc_ids), np.nan, dtype=np.float32)
+            for query, others in ((item.query_id, documents), (item.query, texts), (item.query, documents)):
+                absent = np.isnan(scores)
+                if absent.any():
+                    scores[absent] = table.find(pair_keys(hash_ids([query]), others[absent]))
+            known = np.flatnonzero(~np.isnan(scores))
+            if len(known):
+                yield item.query_id, [item.doc_ids[at] for at in known], scores[known]
+
+
+class RecordedTeacher(_FileTeacher):
+    """Scores from a file.
+
+    Args:
+        file: the file; gzipped text too.
+        format: auto, tsv, triples, trec, jsonl or parquet; see rankdistill.scores.foreign.
+        score_kind: what the scores are: logit, probability, similarity or rank.
+    """
+
+    type = "recorded"
+
+    def __init__(self, file: str, format: Format = "auto", score_kind: ScoreKind = "logit") -> None:
+        super().__init__()
+        self.file = file
+        self.format: Format = format
+        self.score_kind = score_kind
+
+    def fingerprint(self) -> str:
+        return fingerprint(
+            {"type": self.type, "file": self._digest(), "format": self.format, "score_kind": self.score_kind}
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": self.type, "file": self.file, "format": self.format, "score_kind": self.score_kind}
+
+    def _pairs(self) -> Iterator[ForeignScore]:
+        return iter_foreign(self.file, self.format)
+
+
+class RunTeacher(_FileTeacher):
+    """Any run (TREC text or Parquet) as teacher: somebody's re-ranking, a listwise LLM's order, BM25.
+
+    Args:
+        file: the run.
+        score_kind: similarity takes the run's scores; rank takes its order alone (scores re-dealt by a re-ranker mean
+            nothing as margins).
+        function: score of rank r, with score_kind rank: reciprocal 1/r, or none −r.
+    """
+
+    type = "run"
+
+    def __init__(
+        self,
+        file: str,
+        score_kind: Literal["rank", "similarity"] = "rank",
+        function: Literal["reciprocal", "none"] = "reciprocal",
+    ) -> None:
+        super().__init__()
+        self.file = file
+        self.score_kind = score_kind
+        self.function = function
+
+    def fingerprint(self) -> str:
+        function = self.function if self.score_kind == "rank" else None
+        return fingerprint({"type": self.type, "file": self._digest(), "kind": self.score_kind, "function": function})
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": self.type, "file": self.file, "score_kind": self.score_kind, "function": self.function}
+
+    def _pairs(self) -> Iterator[ForeignScore]:
+        for query_id, doc_ids, scores in iter_run(self.file):
+            if self.score_kind == "rank":
+                ranks = np.arange(1, len(doc_ids) + 1)
+                scores = 1.0 / ranks if self.function == "reciprocal" else -ranks.astype(np.float64)
+            for doc_id, score in zip(doc_ids, scores.tolist(), strict=True):
+                yield ForeignScore(query_id, doc_id, score)
+
+
+def _blocks(pairs: Iterator[ForeignScore]) -> Iterator[list[ForeignScore]]:
+    block: list[ForeignScore] = []
+    for item in pairs:
+        block.append(item)
+        if len(block) >= BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def import_scores(
+    file: str | Path,
+    format: Format,
+    collection: Collection,
+    store: ScoreStore | None = None,
+    score_kind: ScoreKind = "logit",
+) -> TeacherScores:
+    """Bring foreign scores into the store (`rankdistill score --import FILE`).
+
+    Pairs whose query or document the collection lacks are left out, counted and said; of a pair that comes twice the
+    first score stays. The same file imported again adds nothing.
+
+    Returns:
+        The collection's scores; `.scored` pairs are new, `.reused` were there, `.unscored` are not in the collection.
+
+    Raises:
+        RankdistillError: a bad line (file and line named), a NaN or infinite score, another collection's export, or
+            not one pair of this collection.
+    """
+    teacher = RecordedTeacher(str(file), format, score_kind)
+    scores = (store or ScoreStore()).folder(
+        teacher.fingerprint(),
+        collection.fingerprint,
+        score_kind,
+        describe={"teacher": teacher.describe(), "collection": collection.name},
+    )
+    resolver = _Resolver(collection)
+    unknown_queries: set[str] = set()
+    unknown_documents = total = 0
+    with scores, progress(f"importing {Path(file).name}", None, "scores") as bar:
+        for block in _blocks(iter_foreign(file, format, collection.fingerprint)):
+            total += len(block)
+            queries = resolver.queries(block)
+            documents = resolver.documents(block)
+            start = 0
+            for end in range(1, len(block) + 1):
+                if end < len(block) and queries[end] == queries[start]:
+                    continue
+                query_id = queries[start]
+                rows = [at for at in range(start, end) if documents[at] is not None]
+                if query_id is None:
+                    scores.unscored += end - start
+                    if len(unknown_queries) < 100_000:
+                        unknown_queries.update(item.query for item in block[start:end])
+                else:
+                    unknown_documents += end - start - len(rows)
+                    scores.unscored += end - start - len(rows)
+                    doc_ids = [str(documents[at]) for at in rows]
+                    new = scores.add(query_id, doc_ids, [block[at].score for at in rows])
+                    scores.reused += len(rows) - new
+                start = end
+            bar.advance(len(block))
+    if unknown_queries:
+        warn(f"{file}: {len(unknown_queries):,} queries are not in {collection.name}, e.g. {min(unknown_queries)!r}")
+    if unknown_documents:
+        warn(f"{file}: {unknown_documents:,} scores are of documents that are not in {collection.name}")
+    if total and not len(scores):
+        raise RankdistillError(
+            f"not one of its {total:,} scores is of a query and a document of {collection.name}",
+            where=str(file),
+            fix="give the collection that the scores were made for",
+        )
+    return scores
+
+
+class _Resolver:
+    """Ids of the collection for what a file calls queries and documents: ids, or texts."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+        self.query_ids = set(collection.query_ids())
+        self._query_texts: dict[int, str] | None = None
+        self._texts: tuple[np.ndarray, np.ndarray] | None = None
+
+    def queries(self, block: Sequence[ForeignScore]) -> list[str | None]:
+        found: list[str | None] = []
+        for item in block:
+            if item.query in self.query_ids:
+                found.append(item.query)
+            elif not item.by_text:
+                found.append(None)
+            else:
+                if self._query_texts is None:
+                    ids = self.collection.query_ids()
+                    hashes = hash_ids([text.strip() for text in self.collection.query_texts(ids)])
+                    self._query_texts = dict(zip(hashes.tolist(), ids, strict=True))
+                found.append(self._query_texts.get(int(hash_ids([item.query.strip()])[0])))
+        return found
+
+    def documents(self, block: Sequence[ForeignScore]) -> list[str | None]:
+        names = [item.document for item in block]
+        rows = np.asarray(self.collection.doc_rows(names))
+        found: list[str | None] = [name if row >= 0 else None for name, row in zip(names, rows, strict=True)]
+        texts = [at for at, item in enumerate(block) if found[at] is None and item.by_text]
+        if texts:
+            hashes, numbers = self._text_rows()
+            wanted = hash_ids([names[at].strip() for at in texts])
+            place = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+            hits = hashes[place] == wanted
+            ids = iter(self.collection.doc_ids(numbers[place[hits]]))
+            for at, hit in zip(texts, hits, strict=True):
+                if hit:
+                    found[at] = next(ids)
+        return found
+
+    def _text_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted hashes of document texts, with and without the title, and their rows: 32 bytes a document."""
+        if self._texts is None:
+            hashes, rows = [], []
+            for start in range(0, self.collection.document_count, 4096):
+                part = np.arange(start, min(start + 4096, self.collection.document_count))
+                bare = [document.text.strip() for document in self.collection.documents(part)]
+                titled = [text.strip() for text in self.collection.document_texts(part)]
+                hashes += [hash_ids(bare), hash_ids(titled)]
+                rows += [part, part]
+            joined, first = np.unique(np.concatenate(hashes), return_index=True)
+            self._texts = joined, np.concatenate(rows)[first]
+        return self._texts

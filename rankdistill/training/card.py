@@ -1,0 +1,61 @@
+"""The model card of a trained student, written from the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rankdistill import __version__
+from rankdistill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], notes: dict[str, Any]) -> str:
+    """A README.md for `model/`: what it is, how to use it, how it was trained, what was measured on dev."""
+    student = recipe.student.settings()
+    teacher = recipe.teacher.settings() if recipe.teacher else None
+    header = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "base_model": student.get("model"),
+        "tags": ["sentence-transformers", "rankdistill", "distillation", "retrieval", student["type"]],
+    }
+    dev = notes.get("dev") or {}
+    rows = "".join(f"| {step} | {value:.4f} |\n" for step, value in dev.items())
+    measured = f"\nDev {notes['dev_metric']}:\n\n| step | value |\n|---:|---:|\n{rows}" if rows else ""
+    losses = ", ".join(method.type for method in recipe.training.losses)
+    used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+
+# {recipe.name}: a {student["type"]} student
+
+{recipe.description.strip() or "A retriever distilled from a ranker."}
+
+## Use
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH/TO/THIS/FOLDER")
+queries = model.encode_query(["..."])
+documents = model.encode_document(["..."])
+scores = model.similarity(queries, documents)
+```
+
+## Training
+
+Trained by rankdistill {__version__} on {counts["lists"]:,} scored lists of the collection `{collection.name}`
+({collection.document_count:,} documents), {counts["steps"]:,} steps, loss: {losses},
+teacher: {f"`{teacher['type']}`" if teacher else "none (labels only)"}, {notes["parameters"]:,} parameters,
+{notes["precision"]}.
+The published weights are the best by the dev metric.
+{measured}
+Settings:
+
+```yaml
+{yaml.safe_dump(used, sort_keys=False)}```
+"""

@@ -1,0 +1,344 @@
+"""Training a student: a subclass of the transformers Trainer, its log, its dev metric, its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from rankdistill.artifacts import Artifact, fingerprint, write_artifact
+from rankdistill.errors import RankdistillError
+from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.losses.base import Loss
+from rankdistill.progress import Progress, say
+from rankdistill.recipe import Recipe, Training, build
+from rankdistill.runs import Run
+from rankdistill.sampling.base import generator
+from rankdistill.scores.lists import ScoredLists
+from rankdistill.students.base import Student, StudentModel
+from rankdistill.students.models import resolve_model
+from rankdistill.students.token_batches import resolve_precision
+from rankdistill.training.batches import BatchStream, whole
+from rankdistill.training.card import model_card
+from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+from rankdistill.training.distiller import Distiller
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+LOG = "log.jsonl"
+MODEL = "model"
+BEST = "best"
+
+
+@dataclass
+class DevPool:
+    """Dev queries and a pool of documents they are searched in: quick enough to ask several times in a training.
+
+    The pool holds the dev queries' relevant documents, their candidates, then random documents; a metric over it is
+    higher than over the whole collection and serves to compare checkpoints only.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    doc_ids: list[str]
+    documents: list[str]
+    qrels: dict[str, dict[str, int]]
+    metric: str
+
+    @classmethod
+    def build(
+        cls,
+        collection: Collection,
+        split: str,
+        query_ids: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        size: int,
+        seed: int,
+        metric: str,
+    ) -> DevPool:
+        judged = collection.qrels(split)
+        qrels = {query_id: judged[query_id] for query_id in query_ids if query_id in judged}
+        wanted = [doc_id for judgments in qrels.values() for doc_id, grade in judgments.items() if grade > 0]
+        # By rank over all queries, so that a cut pool keeps every query's hardest candidates.
+        depth = max((len(docs) for docs in candidates), default=0)
+        wanted += [docs[rank] for rank in range(depth) for docs in candidates if rank < len(docs)]
+        rows = collection.doc_rows(list(dict.fromkeys(wanted))[:size])
+        if len(rows) < min(size, collection.document_count):
+            more = generator(seed, 1).permutation(collection.document_count)
+            rows = np.concatenate([rows, more[~np.isin(more, rows)][: size - len(rows)]])
+        rows = np.sort(rows)
+        kept = list(qrels)
+        return cls(
+            kept, collection.query_texts(kept), collection.doc_ids(rows), collection.document_texts(rows), qrels, metric
+        )
+
+    def evaluate(self, student: StudentModel) -> float:
+        scores = student.similarities(self.queries, self.documents)
+        depth = min(100, scores.shape[1])
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        run = Run(
+            self.query_ids,
+            np.arange(len(best) + 1) * depth,
+            [self.doc_ids[column] for column in best.ravel()],
+            np.take_along_axis(scores, best, axis=1).ravel(),
+        )
+        return float(evaluate_run(run, self.qrels, [self.metric]).means[self.metric])
+
+
+class StudentTrainer(SafeCheckpoints, Trainer):
+    """Minimises a `Distiller` over a `BatchStream`; evaluates on a `DevPool` and keeps the best student."""
+
+    def __init__(self, distiller: Distiller, stream: BatchStream, dev: DevPool | None, args: TrainingArguments) -> None:
+        # The eval_dataset is only asked for by the base class: `evaluate` reads the dev pool.
+        super().__init__(model=distiller, args=args, train_dataset=stream, eval_dataset=stream, data_collator=whole)
+        self.dev = dev
+        self.part_sums: dict[str, float] = {}
+        self.part_count = 0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset, batch_size=1, collate_fn=whole, num_workers=self.args.dataloader_num_workers
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.pop("loss")
+        if not torch.isfinite(loss) and self.accelerator.scaler is None:
+            raise RankdistillError(
+                f"the loss is {loss.item()} at step {self.state.global_step}",
+                fix="lower training.learning_rate, or set training.precision to bf16 or fp32",
+            )
+        for name, part in outputs.items():
+            self.part_sums[name] = self.part_sums.get(name, 0.0) + float(part)
+        self.part_count += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.part_count:
+            logs |= {f"loss/{name}": total / self.part_count for name, total in self.part_sums.items()}
+            self.part_sums, self.part_count = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The dev metric; a student better than all before is kept in `best`."""
+        metrics: dict[str, float] = {}
+        if self.dev is not None and self.args.should_save:
+            student = self.accelerator.unwrap_model(self.model).student
+            value = self.dev.evaluate(student)
+            metrics = {f"dev_{self.dev.metric}": value}
+            if value > self.best_so_far():
+                save_best(student, Path(self.args.output_dir) / BEST)
+            self.log(metrics)
+        return metrics
+
+    def best_so_far(self) -> float:
+        key = f"dev_{self.dev.metric}" if self.dev is not None else ""
+        return max((entry[key] for entry in self.state.log_history if key in entry), default=-math.inf)
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        return False  # `evaluate` keeps the best
+
+
+def save_best(student: StudentModel, folder: Path) -> None:
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    student.save(new)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+class LogFile(TrainerCallback):
+    """The training log as a plain file, one JSON object a line: step, loss, its parts, learning rate, dev metric."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path = path
+        self.progress = Progress("train", total, "steps")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        lines = [json.dumps(entry) for entry in state.log_history]
+        self.path.write_text("".join(f"{line}\n" for line in lines))  # what a resumed run goes on from
+        self.progress.done = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        shown = {key: value for entry in state.log_history[-4:] for key, value in entry.items()}
+        note = ", ".join(f"{key} {shown[key]:.4f}" for key in shown if key == "loss" or key.startswith("dev_"))
+        self.progress.advance(1, note)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.close()
+
+
+def train_student(
+    recipe: Recipe,
+    lists: ScoredLists,
+    collection: Collection,
+    dev: DevPool | None,
+    out: Path,
+    *,
+    name: str = "student",
+    inputs: dict[str, str] | None = None,
+) -> Artifact:
+    """Train the recipe's student on scored lists and save the best checkpoint by the dev metric.
+
+    Resumes an interrupted training from its last checkpoint, exactly. The artifact holds `model/` (loads in plain
+    sentence-transformers, with a model card), `log.jsonl`, and the manifest.
+
+    Raises:
+        RankdistillError: no list has what the losses need, or the loss stops being a number.
+    """
+    settings = recipe.training
+    student_settings: Student = build("student", recipe.student.settings(), "student")
+    losses: dict[str, Loss] = {}
+    for number, method in enumerate(settings.losses):
+        key = method.type if method.type not in losses else f"{method.type}_{number}"
+        losses[key] = build("loss", method.settings())
+    check_lists(lists, losses)
+    batches = build("sampler", settings.batches.settings())
+    per_epoch = max(1, len(lists) // batches.size)
+    steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch / settings.accumulation))
+    values = training_fingerprint_values(recipe, lists.fingerprint)
+    with write_artifact(
+        out, kind="student", fingerprint=fingerprint(values), settings=values, inputs=inputs, resume=True
+    ) as artifact:
+        work = artifact.path
+        set_seed(recipe.seed)
+        student = student_settings.create(settings.device)
+        arguments = training_arguments(settings, steps, work, recipe.seed)
+        world = arguments.world_size
+        stream = BatchStream(
+            lists,
+            collection,
+            student,
+            batches,
+            build("sampler", settings.lists.settings()),
+            recipe.seed,
+            steps * settings.accumulation * world,
+            settings.token_budget,
+        )
+        trainer = StudentTrainer(Distiller(student, losses), stream, dev, arguments)
+        trainer.remove_callback(_printer())
+        trainer.add_callback(LogFile(work / LOG, steps))
+        resume = last_checkpoint(work)
+        if resume is not None:
+            say(f"{name}: going on from {resume.name}")
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        best = work / BEST
+        final = work / MODEL
+        shutil.rmtree(final, ignore_errors=True)
+        if dev is not None and best.is_dir():
+            shutil.copytree(best, final)
+        else:
+            final.mkdir()
+            student.save(final)
+        history = trainer.state.log_history
+        artifact.counts = {"lists": len(lists), "steps": steps, "documents_a_list": stream.documents.size}
+        artifact.notes = {
+            "train_loss": result.training_loss,
+            "dev": {entry["step"]: entry[key] for entry in history for key in entry if key.startswith("dev_")},
+            "dev_metric": f"{dev.metric} over a pool of {len(dev.doc_ids)} documents, {len(dev.query_ids)} queries"
+            if dev
+            else None,
+            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "precision": resolve_precision(student.device, settings.precision),
+        }
+        artifact.device = str(student.device)
+        (final / "README.md").write_text(model_card(recipe, collection, artifact.counts, artifact.notes))
+        for leftover in [best, *work.glob("checkpoint-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+    return Artifact(out, json.loads((out / "manifest.json").read_text()))
+
+
+def training_fingerprint_values(recipe: Recipe, lists_fingerprint: str) -> dict[str, Any]:
+    """What decides a trained student: the weights it starts from, not where they lie."""
+    student = recipe.student.settings()
+    if student.get("model"):
+        student["model"] = resolve_model(student["model"]).revision
+    training = recipe.training.model_dump(mode="json", exclude={"device", "log_every", "loader_processes"})
+    return {"seed": recipe.seed, "student": student, "training": training, "lists": lists_fingerprint}
+
+
+def training_arguments(settings: Training, steps: int, folder: Path, seed: int) -> TrainingArguments:
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = resolve_precision(device, settings.precision)
+    every = max(1, steps // settings.checkpoints)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # an item of the stream is a batch
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_gradient_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device.type == "cpu",
+        logging_steps=settings.log_every,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        eval_on_start=True,
+        dataloader_num_workers=settings.loader_processes,
+        dataloader_pin_memory=device.type != "cpu",
+        remove_unused_columns=False,
+        report_to=_reporters(),
+        disable_tqdm=True,
+        seed=seed,
+    )
+
+
+def _reporters() -> list[str]:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return []
+    return ["tensorboard"]
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def check_lists(lists: ScoredLists, losses: dict[str, Loss]) -> None:
+    """One look at the lists before anything is paid for.
+
+    Raises:
+        RankdistillError: there are none, or a loss needs labels and no list has a labelled positive first.
+    """
+    if len(lists) == 0:
+        raise RankdistillError(
+            "there is no scored list to train on", fix="mine and score candidates for queries of the training split"
+        )
+    needing = [name for name, loss in losses.items() if loss.needs_labels]
+    sample = range(0, len(lists), max(1, len(lists) // 1000))
+    labelled = sum(bool((lists.list(number)[3] > 0).any()) for number in sample)
+    if needing and labelled == 0:
+        raise RankdistillError(
+            f"the loss {needing[0]} needs a labelled positive in each list and no list has one",
+            where="training.losses",
+            fix="set candidates.include_positives: true, or a loss that needs none (margin_mse with pairs: all_pairs)",
+        )
+

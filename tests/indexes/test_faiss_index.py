@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.faiss_index import (
+    FaissIndex,
+    IndexSpecification,
+    build_index,
+    ids_file,
+    load_specification,
+    manifest_file,
+    shipped_specifications,
+    sign_bits,
+)
+
+COUNT, DIMENSION = 1500, 32
+IDS = [f"doc {row}\nwith a line" for row in range(COUNT)]
+# Overlap of the first ten with exact search on the clustered vectors below, less a margin.
+RECALL = {
+    "flat": 1.0,
+    "hnsw": 0.99,
+    "ivf_flat": 0.95,
+    "sq8": 0.95,
+    "ivf_pq_refine": 0.9,
+    "ivf_pq": 0.4,
+    "opq_pq": 0.4,
+    "binary": 0.4,
+    "rabitq": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, DIMENSION))
+    made = centres[rng.integers(0, 40, COUNT)] + rng.normal(size=(COUNT, DIMENSION)) * 0.7
+    return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def queries(vectors: np.ndarray) -> np.ndarray:
+    made = vectors[:50] + np.random.default_rng(1).normal(size=(50, DIMENSION)).astype(np.float32) * 0.1
+    return np.ascontiguousarray(made / np.linalg.norm(made, axis=1, keepdims=True))
+
+
+def specification(**settings: Any) -> IndexSpecification:
+    return load_specification({"name": "test", **settings})
+
+
+def test_flat_equals_brute_force(vectors: np.ndarray, queries: np.ndarray, tmp_path: Path) -> None:
+    index = build_index(vectors, IDS, specification(factory="Flat"), tmp_path / "x.faiss")
+    scores = queries @ vectors.T
+    for row, hits in enumerate(index.search(queries, 20)):
+        expected = np.argsort(-scores[row], kind="stable")[:20]
+        np.testing.assert_array_equal(hits.rows, expected)
+        np.testing.assert_allclose(hits.scores, scores[row, expected], atol=1e-5)
+    assert index.doc_ids([2, 0]) == [IDS[2], IDS[0]]
+    assert index.bytes == pytest.approx(COUNT * DIMENSION * 4, rel=0.01)
+
+
+def test_l2_scores_are_minus_the_squared_distance(vectors: np.ndarray, queries: np.ndarray, tmp_path: Path) -> None:
+    index = build_index(vectors * 3, IDS, specification(factory="Flat", metric="l2"), tmp_path / "x.faiss")
+    distances = ((queries[0] - vectors * 3) ** 2).sum(axis=1)
+    hits = index.search(queries[:1], 5)[0]
+    np.testing.assert_array_equal(hits.rows, np.argsort(distances)[:5])
+    np.testing.assert_allclose(hits.scores, -np.sort(distances)[:5], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_specifications()))
+def test_every_shipped_specification_builds_and_finds(
+    name: str, vectors: np.ndarray, queries: np.ndarray, tmp_path: Path
+) -> None:
+    index = build_index(vectors, IDS, load_specification(name), tmp_path / "x.faiss")
+    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    hits = index.search(queries, 10)
+    recall = np.mean([len(set(found.rows) & set(row)) / 10 for found, row in zip(hits, exact, strict=True)])
+    assert recall >= RECALL[name]
+    for found in hits:
+        assert len(found.rows) == 10 and (found.rows >= 0).all() and len(set(found.rows)) == 10
+        assert (np.diff(found.scores) <= 0).all()
+    mapped = FaissIndex.open(tmp_path / "x.faiss", memory_map=True)
+    for first, second in zip(hits, mapped.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(first.rows, second.rows)
+        np.testing.assert_array_equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("name", ["hnsw", "ivf_pq", "ivf_pq_refine", "opq_pq"])
+def test_plain_faiss_in_a_fresh_process_gives_the_same_ids(
+    name: str, vectors: np.ndarray, queries: np.ndarray, tmp_path: Path
+) -> None:
+    index = build_index(vectors, IDS, load_specification(name), tmp_path / "x.faiss")
+    np.save(tmp_path / "queries.npy", queries)
+    code = (
+        "import sys, faiss, numpy as np, pyarrow.parquet as pq\n"
+        "scores, rows = faiss.read_index('x.faiss').search(np.load('queries.npy'), 10)\n"
+        "ids = pq.read_table('x.faiss.ids.parquet')['doc_id'].to_pylist()\n"
+        "assert not any(module.startswith('rankdistill') for module in sys.modules)\n"
+        "import json; print(json.dumps([[ids[row] for row in found] for found in rows]))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    ours = [index.doc_ids(hits.rows) for hits in index.search(queries, 10)]
+    for mine, theirs in zip(ours, json.loads(printed.stdout), strict=True):
+        assert set(mine) == set(theirs) and mine[0] == theirs[0]
+
+
+def test_binary_opens_with_plain_faiss_and_ranks_by_hamming_distance(
+    vectors: np.ndarray, queries: np.ndarray, tmp_path: Path
+) -> None:
+    spec = specification(factory="BFlat", binary=True)
+    index = build_index(vectors, IDS, spec, tmp_path / "x.faiss")
+    plain = faiss.read_index_binary(str(tmp_path / "x.faiss"))
+    assert plain.ntotal == COUNT and index.bytes < COUNT * DIMENSION / 8 + 200
+    signs = np.where(vectors > 0, 1, -1)
+    products = np.where(queries > 0, 1, -1) @ signs.T
+    for row, hits in enumerate(index.search(queries, 10)):
+        np.testing.assert_array_equal(hits.scores, np.sort(products[row])[::-1][:10])
+        np.testing.assert_array_equal(products[row, hits.rows], hits.scores)
+    # Re-scoring everything is exact search of float queries over signs.
+    index.set_search(rescore=COUNT)
+    for row, hits in enumerate(index.search(queries, 10)):
+        np.testing.assert_array_equal(hits.rows, np.argsort(-(signs @ queries[row]), kind="stable")[:10])
+    graph = build_index(vectors, IDS, specification(factory="BHNSW16", binary=True), tmp_path / "graph.faiss")
+    lists = build_index(
+        vectors, IDS, specification(factory="BIVF8", binary=True, search={"nprobe": 8, "rescore": 3}), tmp_path / "l"
+    )
+    np.testing.assert_array_equal(graph._codes(np.arange(5)), sign_bits(vectors[:5]))
+    np.testing.assert_array_equal(lists._codes(np.arange(5)), sign_bits(vectors[:5]))
+    assert all(len(hits.rows) == 10 for hits in lists.search(queries, 10))
+
+
+def test_padding_never_leaves_and_ties_go_by_row(tmp_path: Path) -> None:
+    vectors = np.eye(8, dtype=np.float32)[np.arange(40) % 8]
+    index = build_index(vectors, map(str, range(40)), specification(factory="IVF8,Flat"), tmp_path / "x.faiss")
+    index.set_search(nprobe=1)
+    assert index.index.search(vectors[:1], 20)[1].min() == -1  # FAISS pads the short list
+    hits = index.search(vectors[:2], 20)
+    for query, found in enumerate(hits):
+        assert len(found.rows) < 20 and (found.rows >= 0).all()
+        np.testing.assert_array_equal(found.rows[:5], query + 8 * np.arange(5))
+        np.testing.assert_array_equal(found.rows[5:], np.sort(found.rows[5:]))  # all score 0
+    assert len(index.search(vectors[:1], 0)[0].rows) == 0
+
+
+def test_settings_are_kept_in_the_file_and_polysemous_hamming_stays_off(vectors: np.ndarray, tmp_path: Path) -> None:
+    spec = specification(factory="IVF{lists},PQ{subspaces}x8", lists=20, search={"nprobe": 7})
+    index = build_index(vectors, IDS, spec, tmp_path / "x.faiss")
+    plain = faiss.read_index(str(tmp_path / "x.faiss"))
+    assert plain.nprobe == 7 and plain.polysemous_ht == 0
+    index.set_search(nprobe=3)
+    assert index.index.nprobe == 3 and FaissIndex.open(tmp_path / "x.faiss").index.nprobe == 7
+    with pytest.raises(UsageError, match="no setting 'efSearch'"):
+        index.set_search(efSearch=10)
+    with pytest.raises(UsageError, match="unknown key 'nprobes'"):
+        index.set_search(nprobes=10)
+
+
+@pytest.mark.parametrize(
+    ("count", "dimension", "factory"),
+    [(1500, 32, "IVF38,PQ4x8"), (10_000, 384, "IVF256,PQ48x8"), (10**6, 768, "IVF4000,PQ96x8"), (50, 7, "IVF1,PQ1x8")],
+)
+def test_lists_and_subspaces_fit_the_vectors(count: int, dimension: int, factory: str) -> None:
+    assert specification(factory="IVF{lists},PQ{subspaces}x8").resolve(count, dimension) == factory
+
+
+def test_the_seed_decides_the_index(vectors: np.ndarray, tmp_path: Path) -> None:
+    settings = {"factory": "IVF8,PQ4x6", "training_sample": 500}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        build_index(vectors, IDS, specification(**settings, seed=seed), tmp_path / name)
+    first, again, other = ((tmp_path / name).read_bytes() for name in "abc")
+    assert first == again != other
+    assert json.loads(manifest_file(tmp_path / "a").read_text())["trained_on"] == 500
+
+
+def test_an_index_is_built_once_for_the_same_vectors(vectors: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "x.faiss"
+    build_index(vectors, IDS, specification(factory="Flat"), path, vectors_fingerprint="v1")
+    stamp = path.stat().st_mtime_ns
+    build_index(vectors, IDS, specification(factory="Flat", description="other words"), path, vectors_fingerprint="v1")
+    assert path.stat().st_mtime_ns == stamp
+    build_index(vectors, IDS, specification(factory="Flat"), path, vectors_fingerprint="v2")
+    assert path.stat().st_mtime_ns != stamp
+
+
+class Encoder:
+    def __init__(self, fingerprint: str, dimension: int = DIMENSION) -> None:
+        self.fingerprint, self.dimension = fingerprint, dimension
+
+
+def test_an_index_of_another_student_is_refused(vectors: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "x.faiss"
+    build_index(
+        vectors,
+        IDS,
+        specification(factory="Flat"),
+        path,
+        student_fingerprint="mine",
+        collection_fingerprint="texts",
+    )
+    index = FaissIndex.open(path)
+    index.check(Encoder("mine"))  # type: ignore[arg-type]
+    with pytest.raises(RankdistillError, match="belongs to another student"):
+        index.check(Encoder("other"))  # type: ignore[arg-type]
+    with pytest.raises(RankdistillError, match="32 dimensions, the student makes 64"):
+        index.check(Encoder("mine", 64))  # type: ignore[arg-type]
+    collection = type("Collection", (), {"fingerprint": "others", "name": "others"})()
+    with pytest.raises(RankdistillError, match="another collection"):
+        index.check(collection=collection)
+
+
+def corrupted(vectors: np.ndarray, row: int, value: float) -> np.ndarray:
+    vectors = vectors.copy()
+    vectors[row] = value
+    return vectors
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda v: v[:100], {"factory": "IVF200,Flat"}, "100 vectors cannot train 200"),
+        (lambda v: v[:100], {"factory": "PQ4x8"}, "100 vectors cannot train 256"),
+        (lambda v: v, {"factory": "PQ5x4"}, "32 is not divisible by the number of subspaces"),
+        (lambda v: v[:, :31], {"factory": "BFlat", "binary": True}, "31 is not divisible by 8"),
+        (lambda v: v, {"factory": "Flatt"}, "FAISS does not know this index"),
+        (lambda v: v, {"factory": "{list},Flat"}, "cannot be filled in"),
+        (lambda v: v, {"factory": "PQ4x8fs"}, "FAISS"),
+        (lambda v: v, {"factory": "Flat", "search": {"nprobe": 3}}, "no setting 'nprobe'"),
+        (lambda v: v, {"factory": "IVF100,Flat", "training_sample": 50}, "training_sample 50 is smaller"),
+        (lambda v: corrupted(v, 1234, np.nan), {"factory": "Flat"}, "NaN"),
+        (lambda v: corrupted(v, slice(0, 100), 0), {"factory": "Flat"}, "100 of 1500 vectors are zero"),
+        (lambda v: v[:0], {"factory": "Flat"}, "nothing to index"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(
+    change: Any, settings: dict[str, Any], message: str, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    changed = change(vectors)
+    with pytest.raises(RankdistillError, match=message):
+        build_index(changed, IDS[: len(changed)], specification(**settings), tmp_path / "x.faiss")
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_other_bad_input(
+    vectors: np.ndarray, queries: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat, path = specification(factory="Flat"), tmp_path / "x.faiss"
+    with pytest.raises(RankdistillError, match="1500 vectors but 1499 document ids"):
+        build_index(vectors, IDS[:-1], flat, path)
+    with pytest.raises(RankdistillError, match="a vector of length 2 from a student that scores by cosine"):
+        build_index(vectors * 2, IDS, flat, path, similarity="cos")
+    if not hasattr(faiss, "StandardGpuResources"):
+        with pytest.raises(RankdistillError, match="a GPU was asked for"):
+            build_index(vectors, IDS, flat, path, device="gpu")
+    assert not path.exists()
+    index = build_index(corrupted(vectors, 7, 0), IDS, flat, path, similarity="cos")
+    assert "1 vectors are zero (first: row 7)" in capsys.readouterr().err
+    with pytest.raises(RankdistillError, match="NaN"):
+        index.search(corrupted(queries, 1, np.nan), 5)
+    with pytest.raises(RankdistillError, match=r"\[n, 32\] was expected"):
+        index.search(queries[:, :8], 5)
+
+
+def test_damaged_files_are_refused(vectors: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "x.faiss"
+    with pytest.raises(RankdistillError, match="there is no index here"):
+        FaissIndex.open(path)
+    build_index(vectors, IDS, specification(factory="Flat"), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(RankdistillError, match="truncated"):
+        FaissIndex.open(path)
+    for length in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RankdistillError, match="FAISS cannot read this index"):
+            FaissIndex.foreign(path)
+    path.write_bytes(whole)
+    ids_file(path).write_bytes(b"PAR1")
+    with pytest.raises(RankdistillError, match="truncated"):
+        FaissIndex.open(path)
+    manifest_file(path).unlink()
+    with pytest.raises(RankdistillError, match="has no manifest"):
+        FaissIndex.open(path)
+    assert FaissIndex.foreign(path).document_count == COUNT
+
+
+def test_killed_at_any_moment_an_index_is_whole_or_refused(tmp_path: Path) -> None:
+    """Two specifications are written over each other without end; the process is killed; what is there must agree."""
+    code = (
+        "import sys, numpy as np\n"
+        "from rankdistill.indexes.faiss_index import build_index, load_specification\n"
+        "vectors = np.random.default_rng(0).normal(size=(3000, 32)).astype('float32')\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    for factory, count in (('Flat', 3000), ('SQ8', 2000)):\n"
+        "        spec = load_specification({'name': factory, 'factory': factory})\n"
+        "        build_index(vectors[:count], map(str, range(count)), spec, sys.argv[1])\n"
+    )
+    path, whole = tmp_path / "x.faiss", 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for attempt in range(6):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(0.05 + 0.013 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        try:
+            index = FaissIndex.open(path)
+        except RankdistillError as error:
+            assert "no manifest" in str(error) or "no index" in str(error)
+            continue
+        whole += 1
+        count = {"Flat": 3000, "SQ8": 2000}[index.name]
+        assert index.document_count == count and index.doc_ids([count - 1]) == [str(count - 1)]
+    build_index(np.ones((4, 8), np.float32), "abcd", specification(factory="Flat"), path)
+    assert FaissIndex.open(path).document_count == 4
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_specifications_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("factory: Flat\nnprob: 3\n")
+    with pytest.raises(UsageError, match="unknown key 'nprob'"):
+        load_specification(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("factory: Flat\n")
+    assert load_specification(tmp_path / "mine.yaml").name == "mine"
+    with pytest.raises(UsageError, match="no file and no shipped declaration 'ivfpq'"):
+        load_specification("ivfpq")

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from rankdistill.errors import RankdistillError
+from rankdistill.scores.lists import ScoredLists, build_lists
+from rankdistill.scores.store import ScoreStore
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+def build(collection: Collection, out: Path, given: dict[str, dict[str, float]]) -> ScoredLists:
+    def scores(query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        return np.array([given[query_id].get(doc_id, np.nan) for doc_id in doc_ids], dtype=np.float32)
+
+    candidates = [(q, ["d-iron", "d-gold", "d-oak", "nowhere", "d-gold"], np.zeros(5)) for q in given]
+    return build_lists(candidates, scores, collection, "train", out)
+
+
+def test_lists_join_candidates_scores_and_labels(tiny_collection: Collection, tmp_path: Path) -> None:
+    given = {
+        "q-iron": {"d-iron": 3.0, "d-gold": -1.0, "nowhere": 9.0},
+        "q-gold": {"d-iron": 1.0, "d-oak": 0.5},  # its positive has no score: dropped, not guessed
+        "q-copper": {"d-oak": 1.0},  # one document is no list
+    }
+    lists = build(tiny_collection, tmp_path / "lists", given)
+    assert lists.query_ids == ["q-iron", "q-gold"] and len(lists) == 2
+    query_id, rows, scores, relevance = lists.list(0)
+    assert query_id == "q-iron"
+    assert tiny_collection.doc_ids(rows) == ["d-iron", "d-gold"]
+    np.testing.assert_array_equal(scores, np.float32([3.0, -1.0]))
+    np.testing.assert_array_equal(relevance, [1, -1])
+    assert tiny_collection.doc_ids(lists[1].doc_rows) == ["d-iron", "d-oak"]
+    assert (lists[1].relevance == -1).all()
+    counts = lists.artifact.counts
+    assert (counts["lists"], counts["documents"], counts["short_lists"]) == (2, 4, 1)
+    assert (counts["unknown_documents"], counts["repeated_documents"]) == (3, 3)
+    assert counts["positives_without_score"] == 1 and counts["lists_without_positive"] == 1
+    assert [column.dtype for column in (lists.doc_rows, lists.scores, lists.offsets)] == ["int32", "float32", "int64"]
+    assert isinstance(lists.scores, np.memmap)
+    assert [item.query_id for item in lists] == ["q-iron", "q-gold"]
+
+
+def test_damaged_and_foreign_lists_are_refused(tiny_collection: Collection, tmp_path: Path) -> None:
+    given = {"q-iron": {"d-iron": 3.0, "d-gold": -1.0}}
+    out = tmp_path / "lists"
+    build(tiny_collection, out, given)
+    assert len(ScoredLists.open(out, tiny_collection)) == 1
+    scores = np.load(out / "scores.npy")
+    np.save(out / "scores.npy", scores * np.nan)
+    with pytest.raises(RankdistillError, match="q-iron"):
+        ScoredLists.open(out)
+    np.save(out / "scores.npy", scores[:1])
+    with pytest.raises(RankdistillError, match="differ in length"):
+        ScoredLists.open(out)
+    with pytest.raises(RankdistillError, match="no list"):
+        build(tiny_collection, tmp_path / "none", {"q-iron": {}})
+    assert not (tmp_path / "none").exists()
+
+
+def test_lists_come_from_the_store(tiny_collection: Collection, tmp_path: Path) -> None:
+    with ScoreStore(tmp_path / "store").folder("t", tiny_collection.fingerprint, "logit") as scores:
+        scores.add("q-iron", ["d-iron", "d-oak"], [2.0, 1.0])
+    candidates = [("q-iron", ["d-oak", "d-iron"], np.zeros(2))]
+    lists = build_lists(candidates, scores.scores_of, tiny_collection, "train", tmp_path / "l", inputs={"teacher": "t"})
+    np.testing.assert_array_equal(lists[0].scores, np.float32([1.0, 2.0]))
+    other = build_lists(candidates, scores.scores_of, tiny_collection, "train", tmp_path / "m", inputs={"teacher": "u"})
+    assert lists.fingerprint != other.fingerprint

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from rankdistill.errors import RankdistillError
+from rankdistill.scores.store import ScoreStore
+from rankdistill.students.token_batches import resolve_precision
+from rankdistill.teachers.base import TextList
+from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, CrossEncoderTraining, longest_first
+from rankdistill.teachers.scoring import score_candidates
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real cross-encoder with a random head whose logits spread over several units."""
+    from sentence_transformers import CrossEncoder
+
+    torch.manual_seed(3)
+    model = CrossEncoder(str(next(tiny_encoder.rglob("config.json")).parent), num_labels=1, max_length=64, device="cpu")
+    with torch.no_grad():
+        for name, weight in model.model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=1.0 if "embeddings" in name or "classifier" in name else 0.2)
+    folder = tmp_path_factory.mktemp("ce") / "model"
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+def lists_of(collection: Collection, queries: int = 8, repeat: int = 1) -> list[TextList]:
+    ids = collection.query_ids()[:queries]
+    rows = list(range(collection.document_count))
+    documents = [" ".join([text] * (1 + row % repeat)) for row, text in enumerate(collection.document_texts(rows))]
+    documents[3] = ""
+    return [
+        TextList(q, text, collection.doc_ids(rows), documents)
+        for q, text in zip(ids, collection.query_texts(ids), strict=True)
+    ]
+
+
+def predicted(folder: Path, lists: list[TextList], max_length: int | None = None, **options: Any) -> np.ndarray:
+    from sentence_transformers import CrossEncoder
+
+    peer = CrossEncoder(str(folder), device="cpu", max_length=max_length)
+    pairs = [(item.query, document) for item in lists for document in item.documents]
+    return np.asarray(peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, **options))
+
+
+@pytest.mark.parametrize("max_length", [None, 33, 20])
+def test_scores_equal_those_of_predict(
+    cross_encoder: Path, tiny_collection: Collection, max_length: int | None
+) -> None:
+    lists = lists_of(tiny_collection, repeat=7)  # some pairs are longer than the limit
+    teacher = CrossEncoderTeacher(
+        str(cross_encoder), max_length=max_length, precision="fp32", token_budget=512, device="cpu"
+    )
+    found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
+    expected = predicted(cross_encoder, lists, max_length)
+    assert teacher._joiner is not None and found.dtype == np.float32
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_bf16_scores_are_nearer_to_fp32_than_those_of_predict(cross_encoder: Path, tiny_collection: Collection) -> None:
+    from sentence_transformers import CrossEncoder
+
+    lists = lists_of(tiny_collection)
+    scores = {
+        precision: np.concatenate(
+            [s for _, _, s in CrossEncoderTeacher(str(cross_encoder), precision=precision, device="cpu").score(lists)]
+        )
+        for precision in ("fp32", "bf16")
+    }
+    peer = CrossEncoder(str(cross_encoder), device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    pairs = [(item.query, document) for item in lists for document in item.documents]
+    theirs = peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+    error = float(np.abs(scores["bf16"] - scores["fp32"]).mean())
+    assert 0 < error < float(np.abs(theirs - scores["fp32"]).mean())
+    assert error < 0.05 * scores["fp32"].std()  # weights at random and large: far worse than a trained model's
+    assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.998
+    # The head runs in float32: logits are not rounded to the steps of bf16.
+    rounded = torch.tensor(scores["bf16"]).bfloat16().float().numpy()
+    assert (rounded != scores["bf16"]).mean() > 0.9
+
+
+def test_each_pair_is_scored_once(
+    cross_encoder: Path, tiny_collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = lists_of(tiny_collection, queries=2)
+    item = lists[0]._replace(doc_ids=lists[0].doc_ids * 2, documents=lists[0].documents * 2)
+    teacher = CrossEncoderTeacher(str(cross_encoder), device="cpu")
+    asked: list[int] = []
+    original = teacher.score_pairs
+
+    def counting(queries: Any, documents: Any, pairs: np.ndarray) -> np.ndarray:
+        asked.append(len(pairs))
+        return original(queries, documents, pairs)
+
+    monkeypatch.setattr(teacher, "score_pairs", counting)
+    (_, ids, scores), _ = teacher.score([item, lists[1]])
+    assert asked == [len({*lists[0].documents}) * 2]
+    half = len(ids) // 2
+    np.testing.assert_array_equal(scores[:half], scores[half:])
+
+
+@pytest.mark.parametrize("room", [5, 6, 17, 40])
+def test_longest_first_is_the_tokenizers_rule(tiny_encoder: Path, room: int) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(next(tiny_encoder.rglob("tokenizer.json")).parent))
+    random = np.random.default_rng(room)
+    lengths = random.integers(0, 30, size=(60, 2))
+    for q, d in lengths:
+        encoded = tokenizer(
+            [(" ".join(["."] * q), " ".join(["."] * d))], truncation="longest_first", max_length=room + 3
+        )
+        sides = encoded.sequence_ids(0)
+        kept = longest_first(np.array([q]), np.array([d]), room)
+        assert (int(kept[0][0]), int(kept[1][0])) == (sides.count(0), sides.count(1)), (q, d)
+
+
+def test_long_queries_are_cut_counted_and_said_once(
+    cross_encoder: Path, tiny_collection: Collection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = CrossEncoderTeacher(str(cross_encoder), query_length=6, precision="fp32", device="cpu")
+    document = tiny_collection.document_texts([0])
+    long = TextList("q", "iron gold oak " * 20, ["a"], document)
+    short = TextList("q", "iron gold oak " * 2, ["a"], document)
+    (_, _, first), (_, _, second) = (next(iter(teacher.score([item]))) for item in (long, short))
+    length = len(teacher._tokenise([short.query])[0])
+    assert length >= 6 and first == second  # the same first tokens remain
+    assert list(teacher.score([long, short]))
+    assert teacher.cut_queries == (2 if length == 6 else 4)
+    assert capsys.readouterr().err.count("are cut") == 1
+
+
+def test_broken_weights_are_refused(cross_encoder: Path, tiny_collection: Collection) -> None:
+    teacher = CrossEncoderTeacher(str(cross_encoder), device="cpu")
+    with torch.no_grad():
+        teacher.load().model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(RankdistillError, match="nan"):
+        list(teacher.score(lists_of(tiny_collection, 1)))
+
+
+def test_an_encoder_is_no_cross_encoder(tiny_encoder: Path) -> None:
+    with pytest.raises(RankdistillError, match="not a cross-encoder"):
+        CrossEncoderTeacher(str(tiny_encoder), device="cpu").load()
+    with pytest.raises(RankdistillError, match="trained"):
+        CrossEncoderTeacher(str(tiny_encoder), device="cpu", train=CrossEncoderTraining()).fingerprint()
+
+
+def test_the_fingerprint_depends_on_what_decides_the_scores(cross_encoder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(cross_encoder, copy)
+    teacher = CrossEncoderTeacher(str(cross_encoder), precision="fp32", device="cpu")
+    same = CrossEncoderTeacher(str(copy), precision="fp32", token_budget=99, device="cpu")
+    assert teacher.fingerprint() == same.fingerprint()
+    changed = [
+        CrossEncoderTeacher(str(copy), max_length=20, precision="fp32", device="cpu"),
+        CrossEncoderTeacher(str(copy), query_length=9, precision="fp32", device="cpu"),
+        CrossEncoderTeacher(str(copy), precision="bf16", device="cpu"),
+    ]
+    assert len({teacher.fingerprint(), *(other.fingerprint() for other in changed)}) == 4
+
+
+@pytest.mark.parametrize("loss", ["bce", "listnet", "lambda"])
+def test_training_learns_and_saves_an_ordinary_cross_encoder(
+    tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, loss: Any
+) -> None:
+    everything = tiny_collection.doc_ids(range(tiny_collection.document_count))
+    candidates = [(query_id, everything, np.zeros(len(everything))) for query_id in tiny_collection.query_ids("train")]
+    settings = {"loss": loss, "steps": 40 if loss == "bce" else 2, "learning_rate": 3e-3, "batch_size": 16}
+    teacher = CrossEncoderTeacher(str(tiny_encoder), precision="fp32", device="cpu", train=settings)  # type: ignore[arg-type]
+    assert teacher.needs_training
+    report = teacher.train(tiny_collection, candidates, tmp_path / "ce", seed=7)
+    assert not teacher.needs_training and report["queries"] == len(candidates)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ce"]
+    from sentence_transformers import CrossEncoder
+
+    plain = CrossEncoder(str(tmp_path / "ce"), device="cpu")
+    assert plain.num_labels == 1 and isinstance(plain.activation_fn, torch.nn.Identity)
+    lists = lists_of(tiny_collection, 3)
+    found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
+    pairs = [(item.query, document) for item in lists for document in item.documents]
+    np.testing.assert_allclose(found, plain.predict(pairs, show_progress_bar=False), atol=1e-4)
+    if loss == "bce":
+        ranks = []
+        for query_id, _, _ in candidates:
+            texts = tiny_collection.document_texts(range(len(everything)))
+            item = TextList(query_id, tiny_collection.query_texts([query_id])[0], everything, texts)
+            ((_, _, scores),) = teacher.score([item])
+            positive = next(iter(tiny_collection.qrels("train")[query_id]))
+            ranks.append(int((scores > scores[everything.index(positive)]).sum()))
+        assert np.mean(ranks) < len(everything) / 5  # chance is a half
+        again = CrossEncoderTeacher(str(tiny_encoder), precision="fp32", device="cpu", train=settings)  # type: ignore[arg-type]
+        again.train(tiny_collection, candidates[::-1], tmp_path / "again", seed=7)
+        assert again.fingerprint() == teacher.fingerprint()
+
+
+def test_candidates_are_scored_once_for_all_runs(
+    cross_encoder: Path, tiny_collection: Collection, tmp_path: Path
+) -> None:
+    ids = tiny_collection.doc_ids(range(10))
+    candidates = [(query_id, [*ids, "nowhere"], np.zeros(11)) for query_id in tiny_collection.query_ids()[:6]]
+    store = ScoreStore(tmp_path)
+    teacher = CrossEncoderTeacher(str(cross_encoder), precision="fp32", device="cpu")
+    first = score_candidates(teacher, tiny_collection, candidates[:4], store, chunk_pairs=25)
+    assert (first.scored, first.reused) == (40, 0)
+    second = score_candidates(teacher, tiny_collection, candidates, store)
+    assert (second.scored, second.reused, second.score_kind) == (20, 40, "logit")
+    query_id, doc_ids, _ = candidates[5]
+    text = tiny_collection.query_texts([query_id])[0]
+    item = TextList(query_id, text, ids, tiny_collection.document_texts(range(10)))
+    np.testing.assert_allclose(second.scores_of(query_id, doc_ids)[:10], predicted(cross_encoder, [item]), atol=1e-4)
+    assert np.isnan(second.scores_of(query_id, doc_ids)[10])
+
+
+def test_precision_auto_never_means_emulation() -> None:
+    assert resolve_precision("cpu", "auto") in ("bf16", "fp32")
+    assert resolve_precision("cpu", "fp16") == "fp16"

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from rankdistill.errors import RankdistillError
+from rankdistill.scores.foreign import detect_format, iter_foreign
+from rankdistill.scores.store import ScoreStore
+from rankdistill.teachers.base import TextList
+from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+from rankdistill.teachers.recorded import RecordedTeacher, RunTeacher, import_scores
+from rankdistill.teachers.scoring import score_candidates
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+TSV = "query_id\tdoc_id\tscore\nq-iron\td-iron\t3.5\nq-iron\td-oak\t-1\nq-gold\td-gold\t2\n"
+TRIPLES = "3.5\t-1\tq-iron\td-iron\td-oak\n2\t0.5\tq-gold\td-gold\td-bee\n3.5\t7\tq-iron\td-iron\td-bat\n"
+TREC = "q-iron Q0 d-iron 1 3.5 x\nq-iron Q0 d-oak 2 -1 x\nq-gold Q0 d-gold 1 2 x\n"
+
+
+def jsonl(collection: Collection) -> str:
+    iron, oak = collection.documents(collection.doc_rows(["d-iron", "d-oak"]))
+    record = {
+        "query": collection.query_texts(["q-iron"])[0],
+        "pos": [iron.text],
+        "neg": [f"{oak.title} {oak.text}"],
+        "pos_scores": [3.5],
+        "neg_scores": [-1],
+    }
+    by_id = {"query_id": "q-gold", "pos_ids": ["d-gold"], "pos_scores": [2]}
+    return json.dumps(record) + "\n" + json.dumps(by_id) + "\n"
+
+
+@pytest.mark.parametrize("format", ["tsv", "triples", "trec", "jsonl"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_foreign_formats_are_told_apart_and_imported(
+    tiny_collection: Collection, tmp_path: Path, format: str, zipped: bool
+) -> None:
+    content = {"tsv": TSV, "triples": TRIPLES, "trec": TREC, "jsonl": jsonl(tiny_collection)}[format]
+    file = tmp_path / "scores"
+    file.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
+    assert detect_format(file) == format
+    scores = import_scores(file, "auto", tiny_collection, ScoreStore(tmp_path / "store"))
+    np.testing.assert_array_equal(
+        scores.scores_of("q-iron", ["d-oak", "d-iron", "d-moon"]), np.float32([-1, 3.5, np.nan])
+    )
+    np.testing.assert_array_equal(scores.scores_of("q-gold", ["d-gold"]), np.float32([2]))
+    again = import_scores(file, "auto", tiny_collection, ScoreStore(tmp_path / "store"))
+    assert again.scored == 0 and len(again) == len(scores)
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "line", "message"),
+    [
+        ("tsv", TSV + "q-iron\td-bat\n", 5, "2 fields instead of 3"),
+        ("tsv", TSV + "q-iron\td-bat\tlots\n", 5, "not a score"),
+        ("tsv", "q\td\t1\nq\td2\tnan\n", 2, "not finite"),
+        ("tsv", "q\td\t1\nq\td2\t-inf\n", 2, "not finite"),
+        ("tsv", "q\td\t1\nq\t\t2\n", 2, "empty field"),
+        ("triples", TRIPLES + "1\t2\tq-iron\td-iron\n", 4, "4 fields instead of 5"),
+        ("triples", TRIPLES + "1\tinf\tq-iron\td-iron\td-bat\n", 4, "not finite"),
+        ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": [1]}\n{"query": "a", "pos"\n', 2, "not JSON"),
+        ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": [NaN]}\n', 1, "not finite"),
+        ("jsonl", '{"query": "a", "pos": ["b", "c"], "pos_scores": [1]}\n', 1, "2 pos but 1 pos_scores"),
+        ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": ["1"]}\n', 1, "numbers"),
+        ("jsonl", '{"query": "a"}\n', 1, "no scores"),
+        ("jsonl", "[1]\n", 1, "not a JSON object"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, format: str, content: str, line: int, message: str) -> None:
+    file = tmp_path / "scores"
+    file.write_text(content)
+    with pytest.raises(RankdistillError, match=message) as caught:
+        list(iter_foreign(file, format))  # type: ignore[arg-type]
+    assert f"scores:{line}" in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_and_cut_gzip_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "scores"
+    file.write_bytes(b"q\td\t1\nq\td\xff\t1\n")
+    with pytest.raises(RankdistillError, match="scores:2"):
+        list(iter_foreign(file, "tsv"))
+    file.write_bytes(gzip.compress(TRIPLES.encode() * 100)[:-12])
+    with pytest.raises(RankdistillError, match="damaged"):
+        list(iter_foreign(file, "triples"))
+
+
+def test_pairs_that_are_not_in_the_collection_are_counted_and_said(
+    tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "scores.tsv"
+    file.write_text(TSV + "q-none\td-iron\t1\nq-iron\td-none\t1\n")
+    scores = import_scores(file, "tsv", tiny_collection, ScoreStore(tmp_path / "store"))
+    assert (scores.scored, scores.unscored) == (3, 2)
+    said = capsys.readouterr().err
+    assert "1 queries are not in" in said and "1 scores are of documents" in said
+    file.write_text("a\tb\t1\n")
+    with pytest.raises(RankdistillError, match="not one of its 1 scores"):
+        import_scores(file, "tsv", tiny_collection, ScoreStore(tmp_path / "store"))
+
+
+def test_an_export_of_another_collection_is_refused(tiny_collection: Collection, tmp_path: Path) -> None:
+    store = ScoreStore(tmp_path / "store")
+    for fingerprint, fits in ((tiny_collection.fingerprint, True), ("0123456789abcdef", False)):
+        with store.folder("teacher", fingerprint, "logit") as scores:
+            scores.add("q-iron", ["d-iron"], [1.25])
+        file = tmp_path / f"{fits}.parquet"
+        scores.export(file)
+        if fits:
+            assert import_scores(file, "auto", tiny_collection, store).scores_of("q-iron", ["d-iron"])[0] == 1.25
+        else:
+            with pytest.raises(RankdistillError, match="another collection"):
+                import_scores(file, "auto", tiny_collection, store)
+
+
+def test_recorded_teachers_give_what_they_have(tiny_collection: Collection, tmp_path: Path) -> None:
+    ids = ["d-moon", "d-oak", "d-iron"]
+    query, documents = (
+        tiny_collection.query_texts(["q-iron"])[0],
+        tiny_collection.document_texts(tiny_collection.doc_rows(ids)),
+    )
+    item = TextList("q-iron", query, ids, documents)
+    file = tmp_path / "scores"
+    for content in (TSV, TREC):
+        file.write_text(content)
+        ((_, found, scores),) = RecordedTeacher(str(file)).score([item])
+        assert (found, scores.tolist()) == (["d-oak", "d-iron"], [-1.0, 3.5])
+    ((_, _, scores),) = RunTeacher(str(file)).score([item])
+    assert scores.tolist() == [0.5, 1.0] and RunTeacher(str(file)).score_kind == "rank"
+    ((_, _, scores),) = RunTeacher(str(file), function="none").score([item])
+    assert scores.tolist() == [-2.0, -1.0]
+    ((_, _, scores),) = RunTeacher(str(file), score_kind="similarity").score([item])
+    assert scores.tolist() == [-1.0, 3.5]
+    teachers = [RunTeacher(str(file)), RunTeacher(str(file), function="none"), RunTeacher(str(file), "similarity")]
+    assert len({teacher.fingerprint() for teacher in teachers}) == 3
+    stored = score_candidates(
+        teachers[0], tiny_collection, [("q-iron", ids, np.zeros(3))], ScoreStore(tmp_path / "store")
+    )
+    assert (stored.scored, stored.unscored, stored.score_kind) == (2, 1, "rank")
+    with pytest.raises(RankdistillError, match="no score file"):
+        RecordedTeacher(str(tmp_path / "none")).fingerprint()
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+def test_bi_encoder_scores_are_products_of_its_vectors(
+    tiny_encoder: Path, tiny_collection: Collection, similarity: str
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    teacher = BiEncoderTeacher(str(tiny_encoder), similarity, scale=20.0, precision="fp32", device="cpu")  # type: ignore[arg-type]
+    queries = tiny_collection.query_texts(tiny_collection.query_ids()[:2])
+    documents = tiny_collection.document_texts(range(5))
+    lists = [TextList(str(n), text, list("abcde"), documents) for n, text in enumerate(queries)]
+    found = np.stack([scores for _, _, scores in teacher.score(lists)])
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    q, d = (np.asarray(model.encode(texts, normalize_embeddings=similarity == "cos")) for texts in (queries, documents))
+    np.testing.assert_allclose(found, 20 * q @ d.T, rtol=1e-4, atol=1e-4)
+    assert teacher.score_kind == "similarity"
