@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from rankdistill.errors import RankdistillError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: the user's limit on a file's size
 LIBRARIES = ("rankdistill", "torch", "transformers", "sentence-transformers", "faiss-cpu", "faiss-gpu", "bm25s", "ranx")
 
 
@@ -64,14 +66,18 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn a full or read-only disk into an error that says so, and that what was finished is kept."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except RankdistillError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Libraries in C++ and Rust (FAISS, safetensors, Arrow) pass on the system's words, not always its number.
+        if number in FULL or any(os.strerror(full) in str(error) for full in FULL):
             raise RankdistillError(
-                "the disk is full",
+                f"the disk is full ({os.strerror(number or errno.ENOSPC).lower()})",
                 where=str(path),
                 fix="free some space and run the same command again: finished parts are kept",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise RankdistillError(f"cannot write: {error.strerror}", where=str(path)) from error
         raise
 
@@ -239,7 +245,8 @@ def _publish(partial: Path, path: Path) -> None:
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
-    # Leftovers of other settings' attempts are worth nothing now.
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    # What a kill in this function left, and leftovers of other settings' attempts, are worth nothing now.
+    leftovers = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.(old|partial)")
+    for entry in path.parent.iterdir():
+        if leftovers.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)

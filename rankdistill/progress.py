@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _quiet = False
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
@@ -85,3 +86,20 @@ def progress(label: str, total: int | None, unit: str) -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and advice of the libraries in our output."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rankdistill.errors import UsageError
 
-
 M = typing.TypeVar("M", bound=BaseModel)
 
 # Kind of method → the package its classes live in.
@@ -66,7 +65,9 @@ class Candidates(Section):
     sources: list[Source] = Field(default_factory=lambda: [Method.model_validate({"type": "bm25", "quota": 100})])
     depth: int = Field(100, ge=2, description="documents kept a query, over all sources")
     include_positives: bool = Field(True, description="put the labelled positives into each training list")
-    max_positives: int | None = Field(None, ge=1, description="... at most so many: the most relevant, then the best found")
+    max_positives: int | None = Field(
+        None, ge=1, description="... at most so many: the most relevant, then the best found"
+    )
     exclude_positives: bool = Field(False, description="leave documents labelled relevant out of the mined ones")
     margin: float | None = Field(None, description="keep mined documents scored at least this far below the positive")
     relative_margin: float | None = Field(None, description="... or at most (1 - this) times the positive's score")
@@ -152,7 +153,7 @@ def method_names(kind: str) -> dict[str, tuple[str, str]]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 for statement in node.body:
-                    target = statement.target if isinstance(statement, ast.AnnAssign) else None
+                    target: ast.expr | None = statement.target if isinstance(statement, ast.AnnAssign) else None
                     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
                         target = statement.targets[0]
                     value = getattr(statement, "value", None)
@@ -178,7 +179,6 @@ def method_class(kind: str, name: str, where: str = "type") -> type[Any]:
     return typing.cast("type[Any]", getattr(importlib.import_module(module), class_name))
 
 
-@lru_cache
 def parameters_model(cls: type[Any]) -> type[BaseModel]:
     """The class's constructor parameters as a pydantic model (unknown keys forbidden)."""
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
@@ -290,10 +290,13 @@ def check_values(model: type[M], values: Any, where: str) -> M:
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The keys of the section that `path` leads to, through optional ones (`train: Training | None`) too."""
     for part in path:
         field = model.model_fields.get(str(part))
-        if field is not None and inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        annotation = field.annotation if field is not None else None
+        for inner in (annotation, *typing.get_args(annotation)):
+            if inspect.isclass(inner) and issubclass(inner, BaseModel):
+                model = inner
     return list(model.model_fields)
 
 

@@ -421,7 +421,6 @@ class Workspace:
 
     def _teacher_row(self, collection: Collection, split: str, sources: Sequence[Source], depth: int) -> System:
         """The teacher re-ranking the first stage that its training lists came from; its scores go to the store."""
-        from rankdistill.evaluation.evaluate import RerankSystem
         from rankdistill.indexes.mining import FILE, mine
 
         path = self.path / "candidates" / f"{collection.name}-{split}"

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Small models: threads that spin for each other cost more than they do, above all where tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 

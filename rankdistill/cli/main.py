@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,9 +31,9 @@ app.add_typer(recipes_app, name="recipes", rich_help_panel=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder (or file) to write.")]
-Store = Annotated[Optional[Path], typer.Option("--store", help="Folder of the score store; default: the user's cache.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder (or file) to write.")]
+Store = Annotated[Path | None, typer.Option("--store", help="Folder of the score store; default: the user's cache.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")]
 
 
@@ -45,7 +45,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -59,7 +61,7 @@ def run(
     changes: Set = None,
     out: Out = None,
     until: Annotated[str, typer.Option(help="Stop after this stage.")] = "evaluate",
-    force: Annotated[Optional[list[str]], typer.Option(help="Do this stage again.", metavar="STAGE")] = None,
+    force: Annotated[list[str] | None, typer.Option(help="Do this stage again.", metavar="STAGE")] = None,
     store: Store = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -151,13 +153,13 @@ def mine(
     spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     source: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(help="A source of candidates as YAML, e.g. '{type: bm25, quota: 50}'.", metavar="SOURCE"),
     ] = None,
     split: Annotated[str, typer.Option(help="Whose queries.")] = "train",
     depth: Annotated[int, typer.Option(help="Documents a query.")] = 100,
     positives: Annotated[bool, typer.Option(help="Put the labelled positives first.")] = True,
-    trec: Annotated[Optional[Path], typer.Option(help="Also write a TREC run file.")] = None,
+    trec: Annotated[Path | None, typer.Option(help="Also write a TREC run file.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Mine candidates for a collection's queries."""
@@ -184,17 +186,17 @@ def mine(
 def score(
     spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
     teacher: Annotated[
-        Optional[str], typer.Option(help="A teacher as YAML, e.g. '{type: cross_encoder, model: FOLDER}'.")
+        str | None, typer.Option(help="A teacher as YAML, e.g. '{type: cross_encoder, model: FOLDER}'.")
     ] = None,
     candidates: Annotated[
-        Optional[Path], typer.Option(help="What to score: a candidates folder, or a run (TREC or Parquet).")
+        Path | None, typer.Option(help="What to score: a candidates folder, or a run (TREC or Parquet).")
     ] = None,
     imported: Annotated[
-        Optional[Path], typer.Option("--import", help="Bring in a foreign score file instead.", metavar="FILE")
+        Path | None, typer.Option("--import", help="Bring in a foreign score file instead.", metavar="FILE")
     ] = None,
     form: Annotated[str, typer.Option("--format", help="Of the file: tsv, triples, trec, jsonl or auto.")] = "auto",
     kind: Annotated[str, typer.Option(help="Of the file's scores: logit, probability, similarity, rank.")] = "logit",
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Also write the scores to a Parquet file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the scores to a Parquet file.")] = None,
     store: Store = None,
     quiet: Quiet = False,
 ) -> None:
@@ -248,9 +250,7 @@ def train(
 def index(
     folder: Run,
     spec: Annotated[str, typer.Option(help="An index specification: file or shipped name.")] = "flat",
-    on: Annotated[
-        Optional[str], typer.Option("--collection", help="Index another collection than the run's own.")
-    ] = None,
+    on: Annotated[str | None, typer.Option("--collection", help="Index another collection than the run's own.")] = None,
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
@@ -267,7 +267,7 @@ def search(
     folder: Run,
     query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],
     index_file: Annotated[
-        Optional[Path], typer.Option("--index", help="An index file of this run; exact search without one.")
+        Path | None, typer.Option("--index", help="An index file of this run; exact search without one.")
     ] = None,
     count: Annotated[int, typer.Option("-k", help="Documents to show.", min=1)] = 10,
     as_json: Json = False,
@@ -300,9 +300,9 @@ def search(
 @app.command()
 def evaluate(
     folder: Run,
-    suite: Annotated[Optional[str], typer.Option(help="A suite: file or shipped name; the recipe's by default.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite: file or shipped name; the recipe's by default.")] = None,
     local: Annotated[
-        Optional[Path], typer.Option(help="A folder of sets in BEIR layout, used before any download.")
+        Path | None, typer.Option(help="A folder of sets in BEIR layout, used before any download.")
     ] = None,
     fetch: Annotated[bool, typer.Option(help="Look for sets that are not on this machine.")] = True,
     out: Out = None,

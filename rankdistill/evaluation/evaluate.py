@@ -57,6 +57,7 @@ class EngineSystem:
     engine: Searches
     bytes: int | None = None
     note: str = ""
+    parameters: int | None = None
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
         for query_id, hits in zip(query_ids, self.engine.search(texts, depth), strict=True):
@@ -233,7 +234,7 @@ def evaluate_systems(
     out = Path(out)
     for metric in metrics:
         parse_metric(metric)
-    qrels = collection.qrels(split)
+    qrels = collection.qrels(split, missing=True)  # as trec_eval: what the collection lacks was not found
     query_ids = collection.query_ids(split)
     if not query_ids:
         raise RankdistillError(f"the split {split!r} has no judged queries", where=collection.spec)

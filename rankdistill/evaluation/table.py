@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rankdistill.evaluation.metrics import Metrics
 
@@ -52,10 +52,9 @@ def figure_text(value: float | Sequence[float] | None) -> str:
 
 def tables(evaluation: Evaluation | SuiteEvaluation) -> list[Table]:
     """The tables of an evaluation: measured, then published."""
-    from rankdistill.evaluation.evaluate import SuiteEvaluation
-
-    if not isinstance(evaluation, SuiteEvaluation):
+    if not hasattr(evaluation, "sets"):  # by shape: to import the class from here would be a circle
         return _set_tables(evaluation)
+    evaluation = cast("SuiteEvaluation", evaluation)
     made = [table for one in evaluation.sets for table in _set_tables(one)]
     if len(evaluation.sets) > 1:
         made.append(_macro_table(evaluation))

@@ -30,8 +30,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Encoder, Hits, Vectors, no_hits, ranked
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.progress import progress, warn
-from rankdistill.recipe import check_values
-from rankdistill.recipe import find_declaration, read_yaml, shipped
+from rankdistill.recipe import check_values, find_declaration, read_yaml, shipped
 
 SHARD = 65_536  # vectors copied into memory at a time
 QUERIES_AT_ONCE = 1024

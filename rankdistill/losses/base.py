@@ -8,6 +8,7 @@ More kinds (scores across the batch, embeddings, regularisers) are further base 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -24,6 +25,10 @@ class Loss(nn.Module, ABC):
 
 
 class ListLoss(Loss):
+    """A loss that reads each list alone."""
+
+    type: ClassVar[str]  # type: ignore[assignment]  # the recipe's word; hides nn.Module.type, which casts
+
     @abstractmethod
     def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """The loss of a batch of scored lists.

@@ -23,7 +23,9 @@ class MarginMSE(ListLoss):
 
     type = "margin_mse"
 
-    def __init__(self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: float = 1.0) -> None:
+    def __init__(
+        self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: float = 1.0
+    ) -> None:
         super().__init__(weight)
         self.pairs = pairs
         self.needs_labels = pairs == "positive_vs_rest"

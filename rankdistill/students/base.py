@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankdistill.students.token_batches import autocast, token_budget_batches
+from rankdistill.students.token_batches import Precision, autocast, token_budget_batches
 
 Side = Literal["query", "document"]
 Features = dict[str, Any]
@@ -29,7 +29,7 @@ class StudentModel(nn.Module, ABC):
     dimension: int
     similarity: Literal["dot", "cos"]
     fingerprint: str
-    precision: str = "auto"
+    precision: Precision = "auto"
 
     @abstractmethod
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:

@@ -18,7 +18,7 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students.base import Features, Side, Student, StudentModel, pick_device
 from rankdistill.students.models import folder_revision, resolve_model
-from rankdistill.students.token_batches import autocast
+from rankdistill.students.token_batches import Precision, autocast
 
 SETTINGS_FILE = "rankdistill.json"
 
@@ -42,7 +42,7 @@ class DenseModel(StudentModel):
         scale: float = 1.0,
         learn_scale: bool = False,
         source: Any = None,
-        precision: str = "auto",
+        precision: Precision = "auto",
     ) -> None:
         super().__init__()
         self.model = model
@@ -75,7 +75,7 @@ class DenseModel(StudentModel):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), create_model_card=False)
-        (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": float(self.scale)}))
+        (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": self.scale.item()}))
 
 
 class _SentenceStudent(Student):
@@ -84,12 +84,15 @@ class _SentenceStudent(Student):
     similarity: Literal["dot", "cos"]
     scale: float | None
     learn_scale: bool
-    precision: str
+    precision: Precision
 
     def open(self, folder: Path, device: str | None = None) -> DenseModel:
         settings_path = folder / SETTINGS_FILE
         settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
         model = load_sentence_transformer(folder, device)
+        # A folder made elsewhere says it in sentence-transformers' own way.
+        own: Literal["dot", "cos"] = "cos" if model.similarity_fn_name == "cosine" else "dot"
+        self.similarity = settings.get("similarity", own)
         return self._model(model, folder_revision(folder), settings.get("scale"))
 
     def _model(self, model: SentenceTransformer, source: Any, scale: float | None = None) -> DenseModel:
@@ -108,8 +111,8 @@ class DenseStudent(_SentenceStudent):
         similarity: `cos`, `dot`, or `keep`: what the model came with.
         scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
         learn_scale: train the factor along.
-        query_length: tokens a query is cut to.
-        document_length: tokens a document is cut to.
+        query_length: tokens a query is cut to; the model's own limit if null.
+        document_length: tokens a document is cut to; the model's own limit if null.
         query_prompt: text put before each query (models such as E5 want one).
         document_prompt: text put before each document.
         precision: of encoding; `auto` is bf16 where the device gains from it.
@@ -125,8 +128,8 @@ class DenseStudent(_SentenceStudent):
         similarity: Literal["keep", "dot", "cos"] = "keep",
         scale: float | None = None,
         learn_scale: bool = False,
-        query_length: int = 32,
-        document_length: int = 128,
+        query_length: int | None = 32,
+        document_length: int | None = 128,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
@@ -146,16 +149,16 @@ class DenseStudent(_SentenceStudent):
         source = resolve_model(self.model)
         model = load_sentence_transformer(source.path, device)
         transformer = model[0]
-        if not isinstance(transformer, Transformer):
-            raise UsageError(
-                f"{self.model!r} has no transformer", where="student.type", fix="use `type: static` for embedding tables"
-            )
-        if self.layers is not None:
-            keep_layers(transformer, self.layers)
-        longest = transformer.max_seq_length or 10**9
-        transformer.query_length = min(self.query_length, _position_limit(transformer, longest))
-        transformer.document_length = min(self.document_length, _position_limit(transformer, longest))
-        transformer.max_seq_length = transformer.document_length
+        if isinstance(transformer, Transformer):
+            if self.layers is not None:
+                keep_layers(transformer, self.layers)
+            longest = transformer.max_seq_length or 10**9
+            limit = _position_limit(transformer, longest)
+            transformer.query_length = min(self.query_length or longest, limit)
+            transformer.document_length = min(self.document_length or longest, limit)
+            transformer.max_seq_length = transformer.document_length
+        elif self.layers is not None:
+            raise UsageError(f"{self.model!r} has no transformer whose layers could be kept", where="student.layers")
         if self.pooling != "keep" and isinstance(model[1], Pooling):
             model[1] = Pooling(model[1].embedding_dimension, pooling_mode=self.pooling)
         for side, prompt in self.prompts.items():
@@ -172,11 +175,6 @@ class DenseStudent(_SentenceStudent):
             model.append(Normalize())
         model.similarity_fn_name = "cosine" if self.similarity == "cos" else "dot"
         return self._model(model, [source.revision, self.layers, self.pooling])
-
-    def open(self, folder: Path, device: str | None = None) -> DenseModel:
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
-        self.similarity = settings["similarity"]
-        return super().open(folder, device)
 
 
 class StaticStudent(_SentenceStudent):
@@ -239,14 +237,18 @@ class StaticStudent(_SentenceStudent):
         return self._model(model, [source.revision, self.start, self.dimension, self.document_length])
 
     def _weights(self, encoder: SentenceTransformer, vocabulary: int) -> Any:
-        transformer = encoder[0]
+        transformer: Any = encoder[0]
         table = transformer.model.get_input_embeddings().weight.detach().float().cpu().numpy()[:vocabulary]
         if self.start == "words":
             return table.copy()
         if self.start == "random":
             return np.random.default_rng(0).normal(0, 0.02, table.shape).astype(np.float32)
         tokenizer = encoder.tokenizer
-        frame = tokenizer.build_inputs_with_special_tokens([0]) if hasattr(tokenizer, "build_inputs_with_special_tokens") else None
+        frame = (
+            tokenizer.build_inputs_with_special_tokens([0])
+            if hasattr(tokenizer, "build_inputs_with_special_tokens")
+            else None
+        )
         if frame is None or frame.count(0) != 1:
             frame = [tokenizer.cls_token_id, 0, tokenizer.sep_token_id]
         place = frame.index(0)
@@ -270,7 +272,9 @@ def load_sentence_transformer(folder: Path, device: str | None = None) -> Senten
             str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
         )
     except (OSError, ValueError, KeyError) as error:
-        raise RankdistillError(f"this is no model that sentence-transformers can load: {error}", where=str(folder)) from None
+        raise RankdistillError(
+            f"this is no model that sentence-transformers can load: {error}", where=str(folder)
+        ) from None
 
 
 def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
@@ -285,7 +289,9 @@ def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
     if len(stacks) != 1:
-        raise UsageError(f"cannot tell which part of {type(model).__name__} is its stack of layers", where="student.layers")
+        raise UsageError(
+            f"cannot tell which part of {type(model).__name__} is its stack of layers", where="student.layers"
+        )
     if not layers or not all(0 <= layer < count for layer in layers):
         raise UsageError(f"the encoder has layers 0 to {count - 1}", where=f"student.layers: {list(layers)}")
     parent, name, stack = stacks[0]

@@ -42,7 +42,9 @@ def resolve_model(name: str) -> ModelSource:
         try:
             module = importlib.import_module(PACKAGED[name])
         except ModuleNotFoundError:
-            raise RankdistillError(f"the packaged encoder {name!r} is not installed", fix=f"pip install {name}") from None
+            raise RankdistillError(
+                f"the packaged encoder {name!r} is not installed", fix=f"pip install {name}"
+            ) from None
         folder = Path(module.get_model_path())
         return ModelSource(name, folder, folder_revision(folder))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

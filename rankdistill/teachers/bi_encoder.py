@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.students.models import resolve_model
-from rankdistill.students.token_batches import Precision, autocast, resolve_precision
+from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.base import PairTeacher
 
 if TYPE_CHECKING:
     import torch
-    from sentence_transformers import SentenceTransformer
+
+    from rankdistill.students.dense import DenseModel
+
+KEPT_VECTORS = 200_000  # document vectors held in memory at most
 
 
 class BiEncoderTeacher(PairTeacher):
@@ -22,11 +26,11 @@ class BiEncoderTeacher(PairTeacher):
 
     Args:
         model: a folder, a packaged encoder or a hub name.
-        similarity: dot, cos, or auto: what the model's own configuration says (cos when it says nothing).
+        similarity: cos, dot (of vectors before any normalisation), or auto: what the model's own configuration says
+            (cos when it says nothing).
         scale: the similarity is multiplied by this (a cosine of spread 0.2 is a faint signal for a margin loss).
         max_length: tokens a text; the model's own limit by default.
         precision: auto, fp32, bf16 or fp16.
-        batch_size: texts a batch.
         device: cpu, cuda ...; a GPU if there is one by default.
     """
 
@@ -40,14 +44,14 @@ class BiEncoderTeacher(PairTeacher):
         scale: float = 1.0,
         max_length: int | None = None,
         precision: Precision = "auto",
-        batch_size: int = 32,
         device: str | None = None,
     ) -> None:
         self.model_name, self.similarity, self.scale = model, similarity, scale
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length = max_length
         self.precision: Precision = precision
         self._device_name = device
-        self._model: SentenceTransformer | None = None
+        self._model: DenseModel | None = None
+        self._kept: dict[bytes, np.ndarray] = {}
 
     @property
     def device(self) -> torch.device:
@@ -70,38 +74,25 @@ class BiEncoderTeacher(PairTeacher):
             "precision": resolve_precision(self.device, self.precision),
         }
 
-    def load(self) -> SentenceTransformer:
+    def load(self) -> DenseModel:
         """The model, loaded once."""
         if self._model is None:
-            from sentence_transformers import SentenceTransformer
+            from rankdistill.students.dense import DenseStudent
 
-            from rankdistill.teachers.cross_encoder import quiet_transformers
-
-            with quiet_transformers():
-                model = SentenceTransformer(
-                    str(resolve_model(self.model_name).path),
-                    device=str(self.device),
-                    local_files_only=True,
-                    model_kwargs={"use_safetensors": True},  # never a pickle
-                )
-            if self.max_length is not None:
-                model.max_seq_length = self.max_length
-            self._model = model.eval()
+            self._model = DenseStudent(
+                self.model_name,
+                similarity="keep" if self.similarity == "auto" else self.similarity,
+                query_length=self.max_length,
+                document_length=self.max_length,
+                precision=self.precision,
+            ).create(str(self.device))
         return self._model
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
-        """float32 [N] similarities of pairs [N, 2]; each text is encoded once."""
+        """float32 [N] similarities of pairs [N, 2]; a text is encoded once, as long as the memory of vectors holds it."""
         model = self.load()
-        cosine = self.similarity == "cos" or (
-            self.similarity == "auto" and model.similarity_fn_name in (None, "cosine")
-        )
-        with autocast(self.device, self.precision):
-            options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress_bar": False}
-            query_vectors = np.asarray(model.encode_query(list(queries), **options), dtype=np.float32)
-            document_vectors = np.asarray(model.encode_document(list(documents), **options), dtype=np.float32)
-        if cosine:
-            for vectors in (query_vectors, document_vectors):
-                vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        query_vectors = model.encode_queries(queries)
+        document_vectors = self._documents(model, documents)
         scores = np.empty(len(pairs), dtype=np.float32)
         for start in range(0, len(pairs), 8192):
             part = pairs[start : start + 8192]
@@ -109,3 +100,13 @@ class BiEncoderTeacher(PairTeacher):
                 "nd,nd->n", query_vectors[part[:, 0]], document_vectors[part[:, 1]]
             )
         return scores * np.float32(self.scale)
+
+    def _documents(self, model: DenseModel, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of documents, which come again with other queries: kept by the text's hash."""
+        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+        new = [place for place, key in enumerate(keys) if key not in self._kept]
+        if len(self._kept) + len(new) > KEPT_VECTORS:
+            self._kept, new = {}, list(range(len(texts)))
+        vectors = model.encode_documents([texts[place] for place in new])
+        self._kept.update((keys[place], vector) for place, vector in zip(new, vectors, strict=True))
+        return np.stack([self._kept[key] for key in keys])

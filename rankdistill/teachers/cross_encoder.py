@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import warn
+from rankdistill.progress import quiet_transformers, warn
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, autocast, resolve_precision, token_budget_batches
 from rankdistill.teachers.base import PairTeacher
@@ -45,6 +44,9 @@ class CrossEncoderTraining(BaseModel):
     epochs: float = Field(1.0, gt=0, description="passes over the training lists")
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     learning_rate: float = Field(1e-4, gt=0)
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of the new scoring head (pooler and classifier); 10 times the encoder's by default"
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     batch_size: int = Field(32, ge=1, description="pairs a step (bce) or lists a step (listnet, lambda)")
     negatives: int = Field(3, ge=1, description="negatives a positive, drawn from the candidates")
@@ -341,8 +343,7 @@ class CrossEncoderTeacher(PairTeacher):
         Positives are the split's documents judged relevant; negatives are drawn from the query's candidates that are
         not. What is saved is an ordinary CrossEncoder with one label, whose saved activation is the identity
         (`activation_fn` in config_sentence_transformers.json), so that `CrossEncoder(out).predict` gives the raw logit
-        too. There are no checkpoints: a killed training starts over (minutes at this size), and the same seed, device
-        and thread count give the same weights.
+        too. A killed training goes on from its last checkpoint, beside `out`.
 
         Returns:
             What it was trained on: queries, pairs, steps, seconds, last loss.
@@ -352,26 +353,23 @@ class CrossEncoderTeacher(PairTeacher):
         if self.training is None:
             raise UsageError("this cross-encoder has no `train` settings", where="teacher.train")
         out = Path(out)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.training")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            report = fine_tune(
-                resolve_model(self.model_name).path,
-                self.training,
-                collection,
-                candidates,
-                temporary,
-                seed=seed,
-                split=split,
-                max_length=self.training.max_length or self.max_length,
-                scoring_length=self.max_length,
-                device=self.device,
-            )
-            out.mkdir(parents=True, exist_ok=True)
-            for item in sorted((temporary / "model").iterdir()):
-                os.replace(item, out / item.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        work = out.with_name(f".{out.name}.training")
+        report = fine_tune(
+            resolve_model(self.model_name).path,
+            self.training,
+            collection,
+            candidates,
+            work,
+            seed=seed,
+            split=split,
+            max_length=self.training.max_length or self.max_length,
+            scoring_length=self.max_length,
+            device=self.device,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        for item in sorted((work / "model").iterdir()):
+            os.replace(item, out / item.name)
+        shutil.rmtree(work)
         self.use_trained(out)
         return report
 
@@ -407,24 +405,6 @@ def _is_cross_encoder(folder: Path) -> bool:
     except ValueError as error:
         raise RankdistillError(f"the model's configuration cannot be read: {error}", where=str(folder)) from None
     return any(str(name).endswith(("ForSequenceClassification", "ForCausalLM")) for name in names)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No loading bars and advice of the libraries in our output."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _head_layers(model: CrossEncoder, body: str) -> list[str]:

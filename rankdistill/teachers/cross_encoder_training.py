@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from rankdistill.errors import RankdistillError
-from rankdistill.progress import progress
+from rankdistill.progress import progress, quiet_transformers
 from rankdistill.students.token_batches import resolve_precision
-from rankdistill.teachers.cross_encoder import CrossEncoderTraining, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
 
     from rankdistill.collections import Collection
+    from rankdistill.teachers.cross_encoder import CrossEncoderTraining
+
+CHECKPOINTS = 4  # over a training
 
 
 def choose_lists(
@@ -113,6 +115,8 @@ def fine_tune(
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+
     started = time.monotonic()
     lists = choose_lists(collection, candidates, split, settings, seed)
     work.mkdir(parents=True, exist_ok=True)
@@ -137,18 +141,23 @@ def fine_tune(
         loss = losses.LambdaLoss(model)
     steps = settings.steps or max(1, round(settings.epochs * -(-len(dataset) // settings.batch_size)))
     precision = resolve_precision(device, settings.precision)
+    head_rate = settings.head_learning_rate or 10 * settings.learning_rate
     arguments = CrossEncoderTrainingArguments(
         output_dir=str(work / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
+        # The head starts at random under an encoder that is nearly right: it has further to go.
+        learning_rate_mapping={r"(^|\.)(pooler|classifier|head)\.": head_rate},
         warmup_steps=round(settings.warmup * steps),
         lr_scheduler_type="linear",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=device.type == "cpu",
         seed=seed,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=1,
         eval_strategy="no",
         logging_strategy="steps",
         logging_steps=max(1, steps // 20),
@@ -158,7 +167,13 @@ def fine_tune(
     )
     with progress("training the cross-encoder", steps, "steps") as bar:
 
+        class ResumableTrainer(SafeCheckpoints, CrossEncoderTrainer):
+            pass
+
         class Advance(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                bar.done = state.global_step
+
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 bar.advance()
 
@@ -167,12 +182,13 @@ def fine_tune(
                     bar.note = f"loss {float(logs['loss']):.4f}"
 
         with quiet_transformers():
-            trainer = CrossEncoderTrainer(
+            trainer = ResumableTrainer(
                 model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[Advance()]
             )
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
-            result = trainer.train()
+            checkpoint = last_checkpoint(work / "trainer")
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not np.isfinite(result.training_loss) or any(
         not bool(torch.isfinite(weight).all()) for weight in model.parameters()
     ):

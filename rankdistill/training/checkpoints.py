@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class SafeCheckpoints:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         version, words, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        name, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state(legacy=True))
         values = {
             "python": [version, list(words), gauss],
             "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],

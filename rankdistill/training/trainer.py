@@ -106,8 +106,9 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         self.part_count = 0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        stream: Any = self.train_dataset
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset, batch_size=1, collate_fn=whole, num_workers=self.args.dataloader_num_workers
+            stream, batch_size=1, collate_fn=whole, num_workers=self.args.dataloader_num_workers
         )
         return self.accelerator.prepare(loader)
 
@@ -135,14 +136,22 @@ class StudentTrainer(SafeCheckpoints, Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The dev metric; a student better than all before is kept in `best`."""
         metrics: dict[str, float] = {}
-        if self.dev is not None and self.args.should_save:
+        if self.dev is not None and self.args.should_save and not self._evaluated():
             student = self.accelerator.unwrap_model(self.model).student
             value = self.dev.evaluate(student)
             metrics = {f"dev_{self.dev.metric}": value}
             if value > self.best_so_far():
                 save_best(student, Path(self.args.output_dir) / BEST)
             self.log(metrics)
+        # As the base class does; it takes the request to evaluate back, which else is served again at the end.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluated(self) -> bool:
+        """Whether this step was evaluated before: a resumed run starts at one that was."""
+        assert self.dev is not None
+        key = f"dev_{self.dev.metric}"
+        return any(key in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
 
     def best_so_far(self) -> float:
         key = f"dev_{self.dev.metric}" if self.dev is not None else ""
@@ -239,7 +248,7 @@ def train_student(
         resume = last_checkpoint(work)
         if resume is not None:
             say(f"{name}: going on from {resume.name}")
-        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         best = work / BEST
         final = work / MODEL
         shutil.rmtree(final, ignore_errors=True)
@@ -251,7 +260,8 @@ def train_student(
         history = trainer.state.log_history
         artifact.counts = {"lists": len(lists), "steps": steps, "documents_a_list": stream.documents.size}
         artifact.notes = {
-            "train_loss": result.training_loss,
+            # The last one logged: the Trainer's own mean forgets the steps before a resumption.
+            "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
             "dev": {entry["step"]: entry[key] for entry in history for key in entry if key.startswith("dev_")},
             "dev_metric": f"{dev.metric} over a pool of {len(dev.doc_ids)} documents, {len(dev.query_ids)} queries"
             if dev

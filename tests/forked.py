@@ -1,0 +1,128 @@
+"""The program in processes of its own, forked from a server that has the libraries loaded.
+
+A fresh Python needs seconds to import torch; a forked one starts at once, can be killed at any moment like any other
+process, and shares nothing with the tests but the disk.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PRELOAD = [
+    "rankdistill.cli.main",
+    "rankdistill.stages",
+    "rankdistill.training.trainer",
+    "rankdistill.evaluation.evaluate",
+    "rankdistill.evaluation.suites",
+    "rankdistill.evaluation.table",
+    "rankdistill.indexes.bm25",
+    "rankdistill.indexes.dense",
+    "rankdistill.indexes.mining",
+    "rankdistill.teachers.cross_encoder_training",
+    "rankdistill.teachers.ensemble",
+    "rankdistill.teachers.recorded",
+    "rankdistill.students.dense",
+    "rankdistill.scores.lists",
+    "sentence_transformers.cross_encoder",
+]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+class Ending(NamedTuple):
+    """How a process ended: its exit code (minus the signal's number after a kill) and what it printed."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+class Forked:
+    """A function running in a forked process, its output in files below `folder`."""
+
+    def __init__(
+        self, function: Callable[..., Any], *arguments: Any, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        _start_server()
+        variables = {**os.environ, **(environment or {})}
+        self.process = _context.Process(target=_child, args=(function, arguments, str(folder), variables))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def wait(self, seconds: float = 120.0) -> Ending:
+        """Its ending; killed when it takes longer."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"not finished after {seconds} s:\n{self._text('err')}")
+        return Ending(self.process.exitcode, self._text("out"), self._text("err"))
+
+    def ended_within(self, seconds: float) -> bool:
+        self.process.join(seconds)
+        return not self.process.is_alive()
+
+    def kill(self) -> None:
+        """SIGKILL: nothing in the process can react."""
+        self.process.kill()
+        self.process.join()
+
+    def _text(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text() if path.is_file() else ""
+
+
+def program(*arguments: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Forked:
+    """`rankdistill ARGUMENTS` in a forked process."""
+    return Forked(_rankdistill, [str(argument) for argument in arguments], folder=folder, environment=environment)
+
+
+def run(*arguments: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Ending:
+    """`rankdistill ARGUMENTS`, to its end."""
+    return program(*arguments, folder=folder, environment=environment).wait()
+
+
+def _start_server() -> None:
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()  # a server once started goes on
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], folder: str, variables: Mapping[str, str]) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        target = os.open(Path(folder) / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        os.dup2(target, descriptor)
+        os.close(target)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        function(*arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _rankdistill(arguments: list[str]) -> None:
+    from rankdistill.cli.main import main
+
+    sys.argv = ["rankdistill", *arguments]
+    main()

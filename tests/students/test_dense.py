@@ -1,0 +1,228 @@
+"""Dense students: what they encode is what plain sentence-transformers encodes, and what a recipe's keys do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.students.base import split_by_length
+from rankdistill.students.dense import DenseModel, DenseStudent, StaticStudent
+
+TEXTS = [
+    "Iron is a metal that rusts when it meets water and oxygen.",
+    "gold",
+    "",
+    "Bats are mammals that fly at night and find insects by echo. " * 20,  # longer than the encoder's 64 positions
+    "Honey bees gather nectar; ünïcödé 蜜蜂 \x00 too",
+]
+
+
+def dense(encoder: Path, **settings: Any) -> DenseModel:
+    return DenseStudent(str(encoder), **{"precision": "fp32", **settings}).create("cpu")
+
+
+def saved(model: DenseModel, folder: Path) -> SentenceTransformer:
+    """The student as a user of plain sentence-transformers gets it."""
+    model.save(folder)
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"similarity": "cos"},
+        {"layers": [1], "pooling": "cls"},
+        {"query_length": 5, "document_length": 11},
+        {"query_prompt": "which ", "document_prompt": "a fact: ", "query_length": 9},
+    ],
+    ids=lambda settings: ",".join(settings) or "as it is",
+)
+def test_a_saved_student_encodes_the_same_in_plain_sentence_transformers(
+    tiny_encoder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    student = dense(tiny_encoder, **settings)
+    plain = saved(student, tmp_path / "model")
+    np.testing.assert_allclose(plain.encode_query(TEXTS), student.encode_queries(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(plain.encode_document(TEXTS), student.encode_documents(TEXTS), atol=1e-5)
+    reopened = DenseStudent(precision="fp32").open(tmp_path / "model", "cpu")
+    np.testing.assert_allclose(reopened.encode_queries(TEXTS), student.encode_queries(TEXTS), atol=1e-6)
+    assert (reopened.similarity, reopened.dimension) == (student.similarity, 32)
+
+
+def test_lengths_cut_each_side_to_its_own(tiny_encoder: Path) -> None:
+    student = dense(tiny_encoder, query_length=5, document_length=9)
+    assert student.preprocess(TEXTS, "query")["input_ids"].shape == (5, 5)
+    assert student.preprocess(TEXTS, "document")["input_ids"].shape == (5, 9)
+    # Beyond the encoder's positions nothing is to be had.
+    long = dense(tiny_encoder, document_length=4096)
+    assert long.preprocess(TEXTS, "document")["input_ids"].shape[1] == 64
+    assert np.isfinite(long.encode_documents(TEXTS)).all()
+
+
+def test_prompts_are_put_before_the_text(tiny_encoder: Path) -> None:
+    student = dense(tiny_encoder, query_prompt="metal ", document_prompt="gas ")
+    plain = dense(tiny_encoder)
+    np.testing.assert_allclose(student.encode_queries(["gold"]), plain.encode_queries(["metal gold"]), atol=1e-6)
+    np.testing.assert_allclose(student.encode_documents(["gold"]), plain.encode_documents(["gas gold"]), atol=1e-6)
+    assert student.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cut_encoder_runs_that_layer_alone(tiny_encoder: Path, layer: int) -> None:
+    """Against the layer itself, called by hand on the input embeddings."""
+    student = dense(tiny_encoder, layers=[layer], similarity="dot")
+    whole = SentenceTransformer(str(tiny_encoder), device="cpu")[0].model.eval()
+    features = student.preprocess(TEXTS[:1], "document")
+    with torch.inference_mode():
+        hidden = whole.embeddings(features["input_ids"])
+        hidden = whole.encoder.layer[layer](hidden)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    np.testing.assert_allclose(student.encode_documents(TEXTS[:1])[0], hidden[0].mean(0).numpy(), atol=1e-5)
+    assert student.model[0].model.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("layers", [[2], [-1], [], [0, 5]])
+def test_layers_that_are_not_there_are_refused(tiny_encoder: Path, layers: list[int]) -> None:
+    with pytest.raises(UsageError, match=r"layers 0 to 1(?s:.*)student\.layers"):
+        dense(tiny_encoder, layers=layers)
+
+
+def test_a_dot_product_student_learns_its_own_lengths(tiny_encoder: Path, tmp_path: Path) -> None:
+    """`similarity: dot` takes the encoder's normalisation away; `keep` keeps it, and `cos` adds one."""
+    transformer = Transformer(str(tiny_encoder), max_seq_length=64)
+    normalised = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean"), Normalize()], device="cpu")
+    normalised.save_pretrained(str(tmp_path / "normalised"), create_model_card=False)
+
+    def lengths(model: DenseModel) -> np.ndarray:
+        return np.asarray(np.linalg.norm(model.encode_documents(TEXTS), axis=1))
+
+    kept, dot = dense(tmp_path / "normalised"), dense(tmp_path / "normalised", similarity="dot")
+    assert kept.similarity == "cos" and dot.similarity == "dot"
+    np.testing.assert_allclose(lengths(kept), 1, atol=1e-5)
+    assert np.ptp(lengths(dot)) > 0.01
+    assert not any(isinstance(module, Normalize) for module in dot.model)
+    np.testing.assert_allclose(
+        dot.encode_documents(TEXTS), dense(tiny_encoder, similarity="dot").encode_documents(TEXTS), atol=1e-5
+    )
+    np.testing.assert_allclose(lengths(dense(tiny_encoder, similarity="cos")), 1, atol=1e-5)
+
+
+def test_the_scale_multiplies_training_scores_only(tiny_encoder: Path) -> None:
+    queries, documents = torch.eye(2, 4), torch.eye(4)
+    index = torch.tensor([[0, 1], [3, 1]])
+    expected = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for settings, scale in (({"similarity": "cos"}, 20.0), ({"similarity": "dot"}, 1.0), ({"scale": 7}, 7.0)):
+        student = dense(tiny_encoder, **settings)
+        torch.testing.assert_close(student.score_lists(queries, documents, index).detach(), expected * scale)
+        assert not student.scale.requires_grad
+    student = dense(tiny_encoder, similarity="cos")
+    np.testing.assert_allclose(np.diag(student.similarities(TEXTS[:2], TEXTS[:2])), 1, atol=1e-5)
+    learning = dense(tiny_encoder, learn_scale=True)
+    learning.score_lists(queries, documents, index).sum().backward()
+    assert learning.scale.grad is not None and learning.scale.grad.item() == 2.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"similarity": "dot"}, {"dimension": 6}, {"start": "words"}], ids=str)
+def test_a_static_student_is_a_plain_sentence_transformer(
+    tiny_encoder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    student = StaticStudent(str(tiny_encoder), **settings).create("cpu")
+    plain = saved(student, tmp_path / "model")
+    vectors = student.encode_documents(TEXTS)
+    assert vectors.shape == (5, settings.get("dimension", 32)) and np.isfinite(vectors).all()
+    np.testing.assert_allclose(plain.encode_document(TEXTS), vectors, atol=1e-5)
+    np.testing.assert_allclose(plain.encode_query(TEXTS), student.encode_queries(TEXTS), atol=1e-5)
+    reopened = StaticStudent(precision="fp32").open(tmp_path / "model", "cpu")
+    np.testing.assert_allclose(reopened.encode_documents(TEXTS), vectors, atol=1e-5)
+
+
+def test_a_static_table_holds_each_token_through_the_encoder(tiny_encoder: Path) -> None:
+    """`forward`: the vector of a one-token text is the encoder's own."""
+    student = StaticStudent(str(tiny_encoder), similarity="dot").create("cpu")
+    encoder = SentenceTransformer(str(tiny_encoder), device="cpu")
+    np.testing.assert_allclose(student.encode_documents(["metal"]), encoder.encode(["metal"]), atol=2e-2)
+
+
+def test_a_static_table_cuts_long_texts(tiny_encoder: Path) -> None:
+    student = StaticStudent(str(tiny_encoder), document_length=4).create("cpu")
+    first, second = student.encode_documents(["gold does not tarnish and is used", "gold does not tarnish"])
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_table_has_no_layers_to_train(tiny_encoder: Path, tmp_path: Path) -> None:
+    StaticStudent(str(tiny_encoder)).create("cpu").save(tmp_path / "static")
+    with pytest.raises(UsageError, match=r"no transformer(?s:.*)type: static"):
+        dense(tmp_path / "static")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RankdistillError, match="no model"):
+        dense(tmp_path)
+
+
+def test_a_folder_of_plain_sentence_transformers_opens_with_its_own_similarity(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    for name, similarity in (("dot", "dot"), ("cosine", "cos")):
+        model.similarity_fn_name = name
+        model.save_pretrained(str(tmp_path / name), create_model_card=False)
+        opened = DenseStudent(precision="fp32").open(tmp_path / name, "cpu")
+        assert opened.similarity == similarity
+        lengths = np.linalg.norm(opened.encode_documents(TEXTS[:2]), axis=1)
+        assert (np.abs(lengths - 1) < 1e-5).all() == (similarity == "cos")
+
+
+def test_encoding_does_not_depend_on_what_else_is_encoded(tiny_encoder: Path) -> None:
+    """Texts are sorted by length and padded together; each vector is its own text's all the same."""
+    student = dense(tiny_encoder)
+    together = student.encode_documents(TEXTS * 3)
+    np.testing.assert_allclose(together[:5], together[5:10], atol=1e-6)
+    for place, text in enumerate(TEXTS):
+        np.testing.assert_allclose(student.encode_documents([text])[0], together[place], atol=1e-5)
+    assert student.encode_documents([]).shape == (0, 32)
+
+
+def test_encoding_leaves_the_training_mode_as_it_was(tiny_encoder: Path) -> None:
+    student = dense(tiny_encoder).train()
+    first, second = student.encode_queries(TEXTS), student.encode_queries(TEXTS)
+    np.testing.assert_array_equal(first, second)  # no dropout while encoding
+    assert student.training and student.model.training
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_parts_of_like_length_cover_every_text_once(side: str) -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 60)
+    mask = torch.zeros(60, 40, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, length) if side == "right" else slice(40 - length, 40)] = 1
+    ids = torch.arange(60)[:, None] * mask
+    parts = split_by_length({"input_ids": ids, "attention_mask": mask, "prompt_length": 3}, budget=128)
+    rows = np.concatenate([rows for rows, _ in parts])
+    assert sorted(rows.tolist()) == list(range(60))
+    assert len(parts) > 5
+    for rows, part in parts:
+        assert part["input_ids"].numel() <= 128
+        assert part["prompt_length"] == 3
+        assert (part["attention_mask"].sum(1).numpy() == lengths[rows]).all()  # no token is cut off
+        assert (part["input_ids"].amax(1).numpy() == rows).all()  # nor another row's
+
+
+def test_the_fingerprint_names_weights_and_settings_but_no_path(tiny_encoder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_encoder, tmp_path / "elsewhere")
+    original = dense(tiny_encoder).fingerprint
+    assert dense(tmp_path / "elsewhere").fingerprint == original
+    for settings in ({"layers": [0]}, {"query_length": 7}, {"similarity": "dot"}, {"pooling": "cls"}):
+        assert dense(tiny_encoder, **settings).fingerprint != original

@@ -1,0 +1,199 @@
+"""`run` is killed at random moments, at least twenty times, and run again until it is done.
+
+Whatever the moment: the same final metrics and weights as an undisturbed run, nothing half-written taken for whole, and
+no pair scored twice except those of the part in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest_facts import many_facts
+from forked import Forked
+
+from rankdistill.artifacts import open_artifact
+from rankdistill.scores.lists import ScoredLists
+from rankdistill.stages import STAGES
+
+KILLS = 24
+CHUNK = PART = 24  # pairs handed to the teacher at once, and pairs a part of the store
+
+
+def run_recipe(recipe: str, out: str, store: str, log: str) -> None:
+    """The program, its score store in small parts, and every pair that is scored noted in a log."""
+    import sys
+
+    from rankdistill.cli.main import main
+    from rankdistill.scores.store import TeacherScores
+    from rankdistill.teachers.scoring import score_candidates
+
+    TeacherScores.__init__.__kwdefaults__["part_pairs"] = PART  # type: ignore[attr-defined]
+    score_candidates.__kwdefaults__["chunk_pairs"] = CHUNK  # type: ignore[attr-defined]
+    original = TeacherScores.add
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+
+    def add(self: TeacherScores, query_id: str, doc_ids: Any, scores: Any) -> int:
+        lines = "".join(f"{self.path.parent.name} {query_id} {doc_id}\n" for doc_id in doc_ids)
+        os.write(descriptor, lines.encode())
+        return original(self, query_id, doc_ids, scores)
+
+    TeacherScores.add = add  # type: ignore[method-assign]
+    sys.argv = ["rankdistill", "run", recipe, "--out", out, "--store", store]
+    main()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
+    path = tmp_path / "kill.yaml"
+    model = str(tiny_encoder)
+    values = {
+        "name": "kill",
+        "collection": f"beir:{many_facts(tmp_path / 'facts')}",
+        "candidates": {
+            "depth": 16,
+            "sources": [{"type": "bm25", "quota": 8}, {"type": "dense", "model": model, "quota": 8}],
+        },
+        "teacher": {"type": "cross_encoder", "model": model, "max_length": 48, "train": {"steps": 10, "batch_size": 8}},
+        "student": {"type": "dense", "model": model, "layers": [0], "similarity": "dot", "document_length": 32},
+        "training": {
+            "steps": 20,
+            "learning_rate": 5e-3,
+            "batches": {"type": "random_batches", "size": 4},
+            "lists": {"type": "random_documents", "size": 4},
+            "checkpoints": 5,
+            "metric": "map",
+            "log_every": 5,
+        },
+        "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
+        "indexes": ["flat", "sq8"],
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class Workplace:
+    """One workspace with its own store and log, run and killed until it is done."""
+
+    def __init__(self, root: Path, recipe: Path) -> None:
+        self.root, self.recipe = root, recipe
+        self.out, self.store, self.log = root / "run", root / "store", root / "log"
+        root.mkdir()
+
+    def start(self) -> Forked:
+        return Forked(
+            run_recipe, *map(str, (self.recipe, self.out, self.store, self.log)), folder=self.root / "output"
+        )
+
+    def stage(self) -> str:
+        """The stage that the last attempt had reached."""
+        lines = (self.root / "output" / "err").read_text()
+        finished = re.findall(rf"^({'|'.join(STAGES)}): .*\[\w+\]$", lines, re.MULTILINE)
+        return STAGES[min(len(finished), len(STAGES) - 1)] if lines else "start"
+
+    def check_whole(self) -> None:
+        """Everything that has its final name is whole."""
+        for manifest in self.out.rglob("manifest.json"):
+            if any(part.endswith((".partial", ".old")) for part in manifest.relative_to(self.out).parts):
+                continue
+            artifact = open_artifact(manifest.parent)
+            if artifact.kind == "candidates":
+                rows = pq.read_table(artifact.path / "candidates.parquet").num_rows
+                assert rows == artifact.counts["candidates"]
+            elif artifact.kind == "lists":
+                assert len(ScoredLists.open(artifact.path)) == artifact.counts["lists"]
+            elif artifact.kind == "vectors":
+                assert np.isfinite(np.load(artifact.path / "documents.npy", allow_pickle=False)).all()
+            elif artifact.kind in ("student", "teacher"):
+                assert self.weights(artifact.path)
+        for file in self.out.glob("indexes/*.faiss"):
+            import faiss
+
+            assert faiss.read_index(str(file)).ntotal > 0
+        for part in self.store.glob("*/*/part-*.parquet"):
+            assert pq.read_table(part).num_rows > 0
+
+    def weights(self, folder: Path) -> dict[str, bytes]:
+        from safetensors.numpy import load_file
+
+        return {name: array.tobytes() for name, array in load_file(folder / "model" / "model.safetensors").items()}
+
+    def result(self) -> dict[str, Any]:
+        """What must not depend on kills: metrics, weights and the teacher's scores."""
+        results = json.loads((self.out / "evaluation" / "collection" / "results.json").read_text())
+        return {
+            "metrics": {row["system"]: row["means"] for one in results["sets"] for row in one["rows"]},
+            "dev": open_artifact(self.out / "student").manifest["dev"],
+            "student": self.weights(self.out / "student"),
+            "labels": self.weights(self.out / "baselines" / "labels"),
+            "scores": self.scores(),
+        }
+
+    def scores(self) -> dict[tuple[str, str, str], float]:
+        rows = [
+            ((part.parents[1].name, row["query_id"], row["doc_id"]), row["score"])
+            for part in self.store.glob("*/*/part-*.parquet")
+            for row in pq.read_table(part).to_pylist()
+        ]
+        assert len(dict(rows)) == len(rows), "a pair is in the store twice"
+        return dict(rows)
+
+    def scored_again(self) -> int:
+        lines = self.log.read_text().splitlines()
+        return len(lines) - len(set(lines))
+
+
+def test_run_survives_being_killed_at_any_moment(tmp_path: Path, recipe: Path) -> None:
+    calm = Workplace(tmp_path / "calm", recipe)
+    assert calm.start().wait().code == 0  # warms the caches that all runs share
+    shutil.rmtree(calm.root)
+    calm = Workplace(tmp_path / "calm", recipe)
+    started = time.monotonic()
+    ending = calm.start().wait()
+    seconds = time.monotonic() - started
+    assert ending.code == 0, ending.err
+    expected = calm.result()
+    assert calm.scored_again() == 0 and len(expected["scores"]) > 20 * PART
+
+    seed = random.randrange(1 << 30)
+    delays = random.Random(seed)
+    print(f"seed {seed}; an undisturbed run takes {seconds:.1f} s")
+    kills: Counter[str] = Counter()
+    finished = 0
+    while kills.total() < KILLS:
+        place = Workplace(tmp_path / f"killed-{finished}", recipe)
+        scoring_kills = 0
+        while True:
+            process = place.start()
+            # No later kill once there are enough: the last workspace is run to its end.
+            patience = delays.uniform(0.05, seconds) if kills.total() < KILLS else 120.0
+            if process.ended_within(patience):
+                break
+            process.kill()
+            kills[place.stage()] += 1
+            scoring_kills += place.stage() in ("score", "evaluate")
+            place.check_whole()
+        ending = process.wait()
+        assert ending.code == 0, ending.err
+        place.check_whole()
+        again = place.scored_again()
+        # A list is never torn, so a part may be over its size by one.
+        assert again <= scoring_kills * (PART + CHUNK + 2 * 16), f"{again} pairs scored again, {scoring_kills} kills"
+        found = place.result()
+        for name, value in expected.items():
+            assert found[name] == value, f"{name} differs after kills"
+        finished += 1
+        print(f"workspace {finished}: done, {again} of {len(found['scores'])} pairs scored again")
+    print(f"{kills.total()} kills: {dict(kills)}")
+    assert kills.total() >= 20 and len(kills) >= 3

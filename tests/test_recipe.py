@@ -1,0 +1,265 @@
+"""Recipes: what is wrong is named with the nearest right word, and what is resolved reproduces the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rankdistill.errors import UsageError
+from rankdistill.recipe import (
+    KINDS,
+    build,
+    find_declaration,
+    json_schema,
+    load_recipe,
+    merge,
+    method_class,
+    method_names,
+    shipped,
+)
+
+SMALL: dict[str, Any] = {
+    "collection": "beir:facts",
+    "teacher": {"type": "cross_encoder", "model": "m", "train": {"steps": 4}},
+    "student": {"type": "dense", "layers": [0]},
+    "training": {"losses": [{"type": "margin_mse"}, {"type": "kl", "weight": 0.5}], "steps": 10},
+    "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(shipped("configs")))
+def test_every_shipped_recipe_is_right(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    recipe = load_recipe(name)
+    assert recipe.description and recipe.name == name
+    for baseline in recipe.baselines:
+        assert recipe.baseline(baseline).student == recipe.student
+    assert load_recipe(recipe.resolved()) == recipe
+    jsonschema.validate(yaml.safe_load(shipped("configs")[name].read_text()), json_schema())
+
+
+def test_a_resolved_recipe_has_every_default_and_is_the_same_again() -> None:
+    recipe = load_recipe(SMALL)
+    resolved = recipe.resolved()
+    assert (
+        resolved["student"]["query_length"] == 32 and resolved["training"]["losses"][0]["pairs"] == "positive_vs_rest"
+    )
+    assert resolved["teacher"]["train"]["steps"] == 4 and resolved["teacher"]["train"]["negatives"] > 0
+    again = load_recipe(yaml.safe_load(yaml.safe_dump(resolved)))
+    assert again == recipe and again.resolved() == resolved
+    json.dumps(resolved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "words"),
+    [
+        ({"colection": "x"}, "colection", "did you mean 'collection'?"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat", "did you mean 'learning_rate'?"),
+        ({"candidates": {"dept": 1}}, "candidates.dept", "did you mean 'depth'?"),
+        ({"student": {"type": "dense", "pooling_mode": "cls"}}, "student: pooling_mode", "did you mean 'pooling'?"),
+        ({"training": {"losses": [{"type": "kl", "temprature": 2}]}}, "losses.0: temprature", "'temperature'"),
+        ({"teacher": {"type": "cross_encoder", "model": "m", "train": {"stepz": 4}}}, "train.stepz", "'steps'"),
+        ({"student": {"type": "densse"}}, "student.type", "did you mean 'dense'?"),
+        ({"training": {"losses": [{"type": "margin_msee"}]}}, "losses.0.type", "did you mean 'margin_mse'?"),
+        ({"baselines": {"labels": {"training": {"lossses": []}}}}, "baselines.labels: training.lossses", "'losses'"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_nearest(changes: dict[str, Any], where: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe({**SMALL, **changes})
+    assert where in (caught.value.where or "") and words in (caught.value.fix or ""), str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": "soon"}, "seed"),
+        ({"training": {"steps": 0}}, "steps"),
+        ({"training": {"losses": []}}, "losses"),
+        ({"training": {"precision": "fp8"}}, "precision"),
+        ({"student": {"type": "dense", "query_length": "long"}}, "query_length"),
+        ({"student": {"layers": [0]}}, "student"),
+        ({"teacher": {"model": "m"}}, "teacher"),
+        ({"collection": None}, "collection"),
+    ],
+)
+def test_a_wrong_value_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_recipe({**SMALL, **changes})
+
+
+def test_overrides_reach_everything() -> None:
+    recipe = load_recipe(
+        SMALL,
+        [
+            "seed=7",
+            "name=two words",
+            "training.learning_rate=1.0e-4",
+            "training.losses.1.weight=0.25",
+            "training.losses.0={type: infonce, temperature: 0.1}",
+            "student.layers=[0, 2]",
+            "student.query_prompt='query: '",
+            "teacher.train.steps=9",
+            "baselines.labels.training.steps=3",
+            "indexes=[flat, ivf_pq]",
+            "evaluation.depth=20",
+            "candidates.margin=null",
+        ],
+    )
+    assert (recipe.seed, recipe.name, recipe.training.learning_rate) == (7, "two words", 1e-4)
+    losses = [loss.settings() for loss in recipe.training.losses]
+    assert (losses[0]["type"], losses[0]["temperature"], losses[1]["weight"]) == ("infonce", 0.1, 0.25)
+    student = recipe.student.settings()
+    assert student["layers"] == [0, 2] and student["query_prompt"] == "query: "
+    assert recipe.teacher is not None and recipe.teacher.settings()["train"]["steps"] == 9
+    assert recipe.baseline("labels").training.steps == 3 and recipe.training.steps == 10
+    assert recipe.indexes == ["flat", "ivf_pq"] and recipe.evaluation.depth == 20
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "key=value"),
+        ("=3", "key=value"),
+        ("sed=3", "did you mean 'seed'"),
+        ("training.losses.5.weight=1", "'5' is not one of the 2 entries"),
+        ("training.losses.first.weight=1", "'first' is not one of the 2 entries"),
+        ("collection.name=x", "'collection' holds a value, not keys"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_recipe(SMALL, [override])
+
+
+def test_an_override_does_not_change_what_it_was_given() -> None:
+    before = json.dumps(SMALL)
+    load_recipe(SMALL, ["training.losses.0.weight=3", "student.layers=[1]"])
+    assert json.dumps(SMALL) == before
+
+
+def test_a_baseline_is_the_recipe_with_its_changes() -> None:
+    recipe = load_recipe(
+        {
+            **SMALL,
+            "baselines": {
+                "labels": {"training": {"losses": [{"type": "infonce"}]}},
+                "table": {"student": {"type": "static"}},
+                "wide": {"student": {"layers": [0, 1]}},
+            },
+        }
+    )
+    labels = recipe.baseline("labels")
+    assert [loss.type for loss in labels.training.losses] == ["infonce"]
+    assert labels.training.steps == 10 and labels.student == recipe.student and labels.baselines == {}
+    table = recipe.baseline("table").student.settings()
+    assert table["type"] == "static" and "layers" not in table  # another type: none of the old one's keys
+    assert recipe.baseline("wide").student.settings()["layers"] == [0, 1]
+
+
+def test_merging_replaces_lists_and_other_types_whole() -> None:
+    base = {"a": {"type": "x", "p": 1, "q": 2}, "l": [1, 2], "k": {"m": 1}}
+    assert merge(base, {"a": {"p": 9}, "k": {"n": 2}}) == {
+        "a": {"type": "x", "p": 9, "q": 2}, "l": [1, 2], "k": {"m": 1, "n": 2},
+    }  # fmt: skip
+    assert merge(base, {"a": {"type": "y"}, "l": [3]})["a"] == {"type": "y"}
+    assert merge(base, {"l": [3]})["l"] == [3]
+    assert base == {"a": {"type": "x", "p": 1, "q": 2}, "l": [1, 2], "k": {"m": 1}}
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+METHODS = [(kind, name) for kind in KINDS for name in method_names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_every_method_is_found_and_each_of_its_keys_is_explained(kind: str, name: str) -> None:
+    import inspect
+
+    cls = method_class(kind, name)
+    assert cls.type == name
+    documentation = inspect.getdoc(cls) or ""
+    for key in inspect.signature(cls).parameters:
+        assert f"\n    {key}:" in documentation, f"{cls.__name__} does not explain {key}"
+
+
+def test_the_methods_of_this_release_are_there() -> None:
+    assert set(METHODS) >= {
+        ("loss", "margin_mse"), ("loss", "infonce"), ("loss", "kl"),
+        ("sampler", "random_batches"), ("sampler", "random_documents"),
+        ("student", "dense"), ("student", "static"),
+        ("teacher", "cross_encoder"), ("teacher", "bi_encoder"), ("teacher", "recorded"), ("teacher", "ensemble"),
+        ("source", "bm25"), ("source", "dense"),
+    }  # fmt: skip
+
+
+def test_a_method_is_built_from_its_settings() -> None:
+    loss = build("loss", {"type": "kl", "temperature": 2, "weight": 0.5})
+    assert (loss.temperature, loss.teacher_temperature, loss.weight) == (2.0, 2.0, 0.5)
+
+
+def test_the_schema_is_json_schema_and_holds_every_method() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for kind, name in METHODS:
+        assert schema["$defs"][f"{kind}.{name}"]["properties"]["type"]["const"] == name
+    check = jsonschema.Draft202012Validator(schema)
+    assert not list(check.iter_errors(SMALL))
+    assert not list(check.iter_errors(load_recipe(SMALL).resolved()))
+    for wrong in (
+        {"sed": 1},
+        {"student": {"type": "densse"}},
+        {"student": {"type": "dense", "layer": 1}},
+        {"training": {"losses": [{"type": "kl", "tau": 1}]}},
+        {"candidates": {"sources": [{"type": "bm25", "quotas": 1}]}},
+    ):
+        assert list(check.iter_errors({**SMALL, **wrong})), wrong
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_a_file_or_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(SMALL))
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("mine.yaml").collection == "beir:facts"
+    by_name = find_declaration("configs", "margin_mse")
+    assert by_name == find_declaration("configs", "configs/margin_mse.yaml") and by_name.is_file()
+    with pytest.raises(UsageError, match="did you mean 'margin_mse'"):
+        load_recipe("margin_msee")
+    with pytest.raises(UsageError, match="no file and no shipped"):
+        load_recipe("elsewhere/margin_mse.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1", "not valid YAML"),
+        (b"- a\n- b\n", "keys and values"),
+        (b"", "keys and values"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=words) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["rankdistill", "rankdistill.recipe", "rankdistill.stages", "rankdistill.cli.main"])
+def test_importing_brings_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "transformers", "faiss", "sentence_transformers", "ranx", "bm25s", "datasets", "pandas", "numba"}
+    code = f"import sys, {module}; print(*sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,389 @@
+"""Training: it learns, it can be stopped at any moment and goes on exactly, and what it saves is what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from forked import Forked
+from safetensors.numpy import load_file
+from scipy.stats import kendalltau
+from sentence_transformers import SentenceTransformer
+
+from rankdistill.errors import RankdistillError
+from rankdistill.training import trainer as trainer_module
+from rankdistill.training.checkpoints import last_checkpoint
+from rankdistill.training.trainer import LOG, DevPool, LogFile, train_student
+
+if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
+    from rankdistill.collections import Collection
+    from rankdistill.recipe import Recipe
+    from rankdistill.scores.lists import ScoredLists
+
+MakeRecipe = Callable[..., "Recipe"]
+Train = Callable[..., "Artifact"]
+
+
+@pytest.fixture
+def train(lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe) -> Train:
+    def run(out: Path, *, dev: DevPool | None = dev_pool, on: ScoredLists = lists, **changes: Any) -> Artifact:
+        return train_student(make_recipe(**changes), on, tiny_collection, dev, out)
+
+    return run
+
+
+def weights(artifact: Artifact | Path) -> dict[str, np.ndarray]:
+    folder = artifact if isinstance(artifact, Path) else artifact.path
+    return dict(load_file(folder / "model" / "model.safetensors"))
+
+
+def log(artifact: Artifact) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (artifact.path / LOG).read_text().splitlines()]
+
+
+def assert_same_weights(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    """Bit for bit."""
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].tobytes() == right[name].tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    lists: ScoredLists,
+    tiny_collection: Collection,
+    dev_pool: DevPool,
+    make_recipe: MakeRecipe,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Artifact:
+    """The training of these tests, run through: 12 steps, a checkpoint every 3, dropout on."""
+    out = tmp_path_factory.mktemp("undisturbed") / "student"
+    artifact = train_student(make_recipe(), lists, tiny_collection, dev_pool, out)
+    values = artifact.manifest["dev"]
+    assert int(max(values, key=values.get)) >= 6  # a trained student, or the tests below would compare little
+    return artifact
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], act: Callable[[], None]) -> None:
+    original = LogFile.on_step_end
+
+    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if state.global_step in steps:
+            steps.remove(state.global_step)
+            act()
+
+    monkeypatch.setattr(LogFile, "on_step_end", on_step_end)
+
+
+def fail() -> None:
+    raise Stop
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_trainings_are_the_same_bit_for_bit(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
+    assert_same_weights(weights(train(tmp_path / "student")), weights(undisturbed))
+    # Dropout is on: another seed of the same data takes another way.
+    other = weights(train(tmp_path / "other", seed=43))
+    assert any((other[name] != value).any() for name, value in weights(undisturbed).items())
+
+
+def test_a_stopped_training_goes_on_exactly(
+    undisturbed: Artifact, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped three times: before the first checkpoint, and at two random steps."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    steps = {2, *random.Random(seed).sample(range(4, 12), 2)}
+    stop_at(monkeypatch, set(steps), fail)
+    for _ in steps:
+        with pytest.raises(Stop):
+            train(tmp_path / "student")
+        assert not (tmp_path / "student").exists()
+    artifact = train(tmp_path / "student")
+    assert_same_weights(weights(artifact), weights(undisturbed))
+    first, second = ({e["step"]: e["loss"] for e in log(one) if "loss" in e} for one in (undisturbed, artifact))
+    assert first == second and len(first) == 12
+    assert artifact.manifest["dev"] == undisturbed.manifest["dev"]
+    assert artifact.manifest["loss"] == undisturbed.manifest["loss"]
+    assert artifact.fingerprint == undisturbed.fingerprint
+
+
+def _train_and_die(folder: str, step: int | None, recipe: dict[str, Any], lists: str, beir: str) -> None:
+    """In a process of its own: SIGKILL at a step."""
+    from rankdistill.collections import open_collection
+    from rankdistill.recipe import load_recipe
+    from rankdistill.scores.lists import ScoredLists
+
+    collection = open_collection(f"beir:{beir}")
+    query_ids = collection.query_ids("train")
+    dev = DevPool.build(collection, "train", query_ids, [[] for _ in query_ids], 24, 42, "ndcg@10")
+    original = LogFile.on_step_end
+
+    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LogFile.on_step_end = on_step_end  # type: ignore[method-assign]
+    train_student(load_recipe(recipe), ScoredLists.open(lists), collection, dev, Path(folder))
+
+
+def test_a_killed_training_goes_on_exactly(
+    undisturbed: Artifact, lists: ScoredLists, tiny_beir: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    step = random.randrange(1, 12)
+    arguments = (make_recipe().resolved(), str(lists.artifact.path), str(tiny_beir))
+    killed = Forked(_train_and_die, str(tmp_path / "student"), step, *arguments, folder=tmp_path / "killed").wait()
+    assert killed.code == -signal.SIGKILL, killed.err
+    resumed = Forked(_train_and_die, str(tmp_path / "student"), None, *arguments, folder=tmp_path / "resumed").wait()
+    assert resumed.code == 0, resumed.err
+    assert ("going on from checkpoint" in resumed.err) == (step > 3)
+    assert_same_weights(weights(tmp_path / "student"), weights(undisturbed))
+
+
+def test_a_torn_checkpoint_is_passed_over(
+    undisturbed: Artifact, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state, which is written last, ends in the middle: the checkpoint before counts."""
+    stop_at(monkeypatch, {8}, fail)
+    with pytest.raises(Stop):
+        train(tmp_path / "student")
+    (work,) = tmp_path.glob(".student.*.partial")
+    newest, older = work / "checkpoint-6", work / "checkpoint-3"
+    assert last_checkpoint(work) == newest and older.is_dir()
+    state = newest / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:-20])
+    assert last_checkpoint(work) == older
+    assert_same_weights(weights(train(tmp_path / "student")), weights(undisturbed))
+    shutil.rmtree(work, ignore_errors=True)
+    assert last_checkpoint(work) is None
+
+
+def test_checkpoints_hold_no_pickle(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle was written or read")
+
+    for module, name in ((torch, "save"), (torch, "load"), (np, "save")):
+        monkeypatch.setattr(module, name, refuse)
+    stop_at(monkeypatch, {7}, fail)
+    with pytest.raises(Stop):
+        train(tmp_path / "student")
+    checkpoints = list(tmp_path.glob(".student.*.partial/checkpoint-*/*"))
+    assert {path.suffix for path in checkpoints} == {".json", ".safetensors"}
+    artifact = train(tmp_path / "student")  # reads the checkpoint
+    assert {path.suffix for path in artifact.path.rglob("*") if path.is_file()} <= {
+        ".json", ".jsonl", ".safetensors", ".md", ".txt",
+    }  # fmt: skip
+    assert not list(artifact.path.glob("checkpoint-*"))
+
+
+# -- what a step is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def no_dropout(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("no-dropout") / "model"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_two_batches_of_four_accumulated_are_one_of_eight(train: Train, no_dropout: Path, tmp_path: Path) -> None:
+    """Holds for the first epoch: the same lists and documents meet, all lists have as many pairs, and nothing is
+    random. Compared are the loss and the gradient's norm; Adam would blow up the rounding of gradients near 0."""
+    entries = []
+    for name, size, accumulation in (("one", 8, 1), ("two", 4, 2)):
+        artifact = train(
+            tmp_path / name,
+            student={"model": str(no_dropout)},
+            batches={"type": "random_batches", "size": size},
+            accumulation=accumulation,
+            steps=1,
+            dev=None,
+        )
+        entries.append(next(entry for entry in log(artifact) if "loss" in entry))
+    for key in ("loss", "grad_norm", "loss/margin_mse"):
+        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4), key
+
+
+def test_the_number_of_loader_processes_changes_nothing(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
+    assert_same_weights(weights(train(tmp_path / "student", loader_processes=1)), weights(undisturbed))
+
+
+def test_the_token_budget_changes_rounding_only(train: Train, no_dropout: Path, tmp_path: Path) -> None:
+    """The documents of a batch go through the student in parts; the gradient is that of the whole."""
+    norms = []
+    for budget in (64, 4096):
+        artifact = train(
+            tmp_path / str(budget), student={"model": str(no_dropout)}, token_budget=budget, steps=1, dev=None
+        )
+        norms.append(next(entry["grad_norm"] for entry in log(artifact) if "loss" in entry))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_bf16_runs_and_stays_near_fp32(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
+    artifact = train(tmp_path / "student", precision="bf16", checkpoints=1)
+    assert artifact.manifest["precision"] == "bf16"
+    first, half = (next(e["loss"] for e in log(one) if "loss" in e) for one in (undisturbed, artifact))
+    assert half == pytest.approx(first, rel=0.05) and half != first
+    assert all(value.dtype == np.float32 for value in weights(artifact).values())
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_plain_and_whole(undisturbed: Artifact) -> None:
+    entries = log(undisturbed)
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 13))
+    for entry in steps:
+        assert {"loss", "loss/margin_mse", "learning_rate", "grad_norm", "epoch"} <= entry.keys()
+        assert entry["loss"] == pytest.approx(entry["loss/margin_mse"], rel=1e-5)  # one loss of weight 1
+    rates = [entry["learning_rate"] for entry in steps]
+    assert max(rates) <= 5e-3 and rates[-1] < rates[5]  # warm-up, then falling
+    assert [entry["step"] for entry in entries if "dev_ndcg@10" in entry] == [0, 3, 6, 9, 12]
+
+
+def test_the_best_checkpoint_is_the_one_saved(
+    train: Train, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    from rankdistill.recipe import build
+
+    # A learning rate that ruins the student: the best is the one before training, or an early one.
+    artifact = train(tmp_path / "student", learning_rate=0.2, schedule="constant")
+    values = {entry["step"]: entry["dev_ndcg@10"] for entry in log(artifact) if "dev_ndcg@10" in entry}
+    assert len(set(values.values())) > 1
+    student = build("student", make_recipe().student.settings()).open(artifact.path / "model", "cpu")
+    assert dev_pool.evaluate(student) == pytest.approx(max(values.values()), abs=1e-9)
+    assert values[12] < max(values.values())
+    assert not (artifact.path / "best").exists()
+
+
+def test_the_student_loads_in_plain_sentence_transformers(
+    undisturbed: Artifact, make_recipe: MakeRecipe, tiny_collection: Collection
+) -> None:
+    from rankdistill.recipe import build
+
+    folder = undisturbed.path / "model"
+    texts = tiny_collection.document_texts(range(6))
+    plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    own = build("student", make_recipe().student.settings()).open(folder, "cpu")
+    np.testing.assert_allclose(plain.encode_document(texts), own.encode_documents(texts), atol=1e-5)
+    assert plain.similarity_fn_name == "dot"
+
+
+def test_the_model_card_is_written_from_the_run(undisturbed: Artifact) -> None:
+    card = (undisturbed.path / "model" / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    header = yaml.safe_load(front)
+    assert header["library_name"] == "sentence-transformers" and "rankdistill" in header["tags"]
+    assert "12 steps" in text and "margin_mse" in text and "ndcg@10" in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["training"]["learning_rate"] == 5e-3
+
+
+def test_a_static_student_trains_too(train: Train, tmp_path: Path) -> None:
+    student = {"type": "static", "similarity": "cos", "learn_scale": True}
+    artifact = train(tmp_path / "student", student=student, steps=20, learning_rate=0.02)
+    losses = [entry["loss"] for entry in log(artifact) if "loss" in entry]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    plain = SentenceTransformer(str(artifact.path / "model"), device="cpu", local_files_only=True)
+    np.testing.assert_allclose(np.linalg.norm(plain.encode_document(["iron and gold"]), axis=1), 1, atol=1e-5)
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def agreement(artifact: Artifact, lists: ScoredLists, collection: Collection, recipe: Recipe) -> float:
+    """Kendall's tau between the student's and the teacher's scores, mean over the lists."""
+    from rankdistill.recipe import build
+
+    student = build("student", recipe.student.settings()).open(artifact.path / "model", "cpu")
+    taus = []
+    for query_id, rows, scores, _ in (lists[number] for number in range(len(lists))):
+        own = student.similarities(collection.query_texts([query_id]), collection.document_texts(rows))[0]
+        taus.append(float(kendalltau(own, scores).statistic))
+    return float(np.mean(taus))
+
+
+def test_a_student_learns_its_teachers_order(
+    train: Train,
+    lists: ScoredLists,
+    make_lists: Callable[..., ScoredLists],
+    tiny_collection: Collection,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+) -> None:
+    """From the teacher's scores the agreement rises above 0.6; from the same scores shuffled within each list it
+    stays below 0.3. Only the right pairing of scores and documents teaches."""
+    training = {
+        "steps": 150,
+        "learning_rate": 5e-3,
+        "checkpoints": 1,
+        "lists": {"type": "random_documents", "size": 8},
+        "log_every": 50,
+    }
+    learned = agreement(train(tmp_path / "true", dev=None, **training), lists, tiny_collection, make_recipe())
+    shuffled = make_lists(tiny_collection, tmp_path / "shuffled", shuffle=True)
+    misled = train(tmp_path / "false", dev=None, on=shuffled, **training)
+    not_learned = agreement(misled, lists, tiny_collection, make_recipe())
+    print(f"agreement {learned:.3f}, shuffled {not_learned:.3f}")
+    assert learned > 0.6
+    assert not_learned < 0.3
+
+
+# -- what cannot be trained -------------------------------------------------------------------------------------------
+
+
+def test_lists_without_a_positive_are_refused_where_a_loss_needs_one(
+    tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    from rankdistill.scores.lists import build_lists
+
+    query_id = tiny_collection.query_ids("train")[0]
+    relevant = tiny_collection.qrels("train")[query_id]
+    others = [doc_id for doc_id in tiny_collection.doc_ids(range(8)) if doc_id not in relevant]
+    lists = build_lists(
+        [(query_id, others, np.zeros(len(others)))],
+        lambda q, docs: np.arange(len(docs)),
+        tiny_collection,
+        "train",
+        tmp_path / "lists",
+    )
+    with pytest.raises(RankdistillError, match=r"margin_mse needs a labelled positive(?s:.*)all_pairs"):
+        train_student(make_recipe(), lists, tiny_collection, dev_pool, tmp_path / "student")
+    all_pairs = make_recipe(losses=[{"type": "margin_mse", "pairs": "all_pairs"}], steps=2)
+    assert train_student(all_pairs, lists, tiny_collection, dev_pool, tmp_path / "student").counts["steps"] == 2
+
+
+def test_a_training_that_diverges_says_so(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(RankdistillError, match=r"the loss is (nan|inf) at step(?s:.*)learning_rate"):
+        train(tmp_path / "student", learning_rate=1e30, max_gradient_norm=1e9, schedule="constant", warmup=0.0)
+
+
+def test_the_settings_that_decide_nothing_are_not_in_the_fingerprint(make_recipe: MakeRecipe) -> None:
+    values = [
+        trainer_module.training_fingerprint_values(make_recipe(**changes), "abc")
+        for changes in ({}, {"log_every": 7}, {"loader_processes": 2}, {"learning_rate": 2e-3})
+    ]
+    assert values[0] == values[1] == values[2] != values[3]
