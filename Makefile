@@ -1,6 +1,7 @@
 # make quickstart   environment, then the whole way on real text: runs/quickstart
 # make test         environment, then all tests            (ARGS="tests/losses -x" for some of them)
-# make lint         ruff and mypy                          make bench   side by side with peers
+# make lint         ruff and mypy
+# make bench        side by side with peers: eval/results  (BENCH=eval/benchmarks/startup.py for one, with ARGS)
 #
 # The environment is .venv, made once and made again when pyproject.toml or the constraints change.
 #   make GPU=1 ...            torch as the registry gives it (CUDA), not the version of constraints-cpu.txt
@@ -13,6 +14,7 @@ CONSTRAINTS ?= $(if $(GPU),,constraints-cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+BENCH ?= $(wildcard eval/benchmarks/*.py)
 
 # Libraries that start threads in every process of a pool, and print advice about it.
 export TOKENIZERS_PARALLELISM := false
@@ -32,8 +34,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	@for script in eval/benchmarks/*.py; do \
-		test -f "$$script" || continue; \
+	@for script in $(BENCH); do \
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
 
@@ -58,7 +59,7 @@ define install
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(or $(PYTHON),python3) -m venv $(VENV) || { \
 		echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 2; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '$(1)' || { \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '$(1)' || { \
 		echo "error: the installation failed.$(if $(CONSTRAINTS), If the registry in use does not have the torch of $(CONSTRAINTS):" \
 			"make CONSTRAINTS= $(or $(MAKECMDGOALS),quickstart))" >&2; exit 1; }
 endef

@@ -32,7 +32,7 @@ LIBRARIES = ("rankdistill", "torch", "transformers", "sentence-transformers", "f
 
 
 def cache_dir() -> Path:
-    """The user's cache folder: `$RANKDISTILL_CACHE`, else `$XDG_CACHE_HOME/rankdistill`, else `~/.cache/rankdistill`."""
+    """The cache folder: `$RANKDISTILL_CACHE`, else `$XDG_CACHE_HOME/rankdistill`, else `~/.cache/rankdistill`."""
     chosen = os.environ.get("RANKDISTILL_CACHE")
     if chosen:
         return Path(chosen)

@@ -29,6 +29,7 @@ SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank",
 TREC_COLUMNS = ("query_id", "q0", "doc_id", "rank", "score", "tag")
 TREC_FIX = "a line of a TREC run is: query_id Q0 doc_id rank score tag"
 ROW_GROUP = 1 << 16  # rows buffered before a row group is written
+ROWS_AT_ONCE = 1 << 20  # rows checked and sorted together: bounds what that takes beside the run itself
 BLOCK = 1 << 24  # bytes of a text file parsed at once
 
 Ranking = tuple[str, list[str], np.ndarray]
@@ -157,14 +158,7 @@ class Run:
     @property
     def tied(self) -> np.ndarray:
         """bool [N]: the score equals that of another document of the query, so that ids decide the order."""
-        tied = np.zeros(len(self.scores), bool)
-        if len(tied) > 1:
-            same = self.scores[1:] == self.scores[:-1]
-            starts = self.offsets[1:-1]
-            same[starts[(starts > 0) & (starts < len(tied))] - 1] = False
-            tied[1:] |= same
-            tied[:-1] |= same
-        return tied
+        return _tied(self.scores, self.offsets)
 
     def first(self, depth: int) -> Run:
         """The run cut to the first `depth` documents of each query."""
@@ -175,53 +169,87 @@ class Run:
 
     def _put_in_order(self) -> None:
         """Check that no document is twice in a query, and sort rows where they are not in trec_eval's order."""
-        if not len(self.scores):
-            return
-        queries = self.query_rows
-        encoded = self.doc_ids.dictionary_encode()
-        codes = encoded.indices.to_numpy(zero_copy_only=False)
-        self._refuse_duplicates(queries, codes, len(encoded.dictionary))
-        rises = (self.scores[1:] > self.scores[:-1]) & (queries[1:] == queries[:-1])
-        if rises.any():
-            order = np.argsort(_rank_keys(queries, self.scores), kind="stable")
-            self._reorder(order)
-            codes = codes[order]
-        tied = np.flatnonzero(self.tied)
-        if not len(tied):
-            return
-        # Only ids decide ties, so only theirs are compared, and each distinct id once.
-        used = np.zeros(len(encoded.dictionary), bool)
-        used[codes[tied]] = True
-        distinct = np.flatnonzero(used)
-        falling = np.zeros(len(used), np.int64)
-        by_id = pc.array_sort_indices(encoded.dictionary.take(pa.array(distinct)), order="descending").to_numpy()
-        falling[distinct[by_id]] = np.arange(len(distinct))
-        scores, tied_queries = self.scores[tied], queries[tied]
-        new_group = (scores[1:] != scores[:-1]) | (tied_queries[1:] != tied_queries[:-1])
-        group = np.concatenate([[0], np.cumsum(new_group)])
-        sequence = np.argsort(group * len(distinct) + falling[codes[tied]], kind="stable")
-        if (sequence != np.arange(len(tied))).any():
-            order = np.arange(len(self.scores))
-            order[tied] = tied[sequence]
-            self._reorder(order)
-
-    def _reorder(self, order: np.ndarray) -> None:
-        self.scores = self.scores[order]
-        self.doc_ids = self.doc_ids.take(pa.array(order))
-
-    def _refuse_duplicates(self, queries: np.ndarray, codes: np.ndarray, documents: int) -> None:
-        keys = queries * np.int64(documents) + codes
-        keys.sort()
-        twice = np.flatnonzero(keys[1:] == keys[:-1])
-        if len(twice):
-            query, code = divmod(int(keys[twice[0]]), documents)
-            doc_id = self.doc_ids.dictionary_encode().dictionary[code].as_py()
+        orders: list[tuple[int, int, np.ndarray | None]] = []
+        changed, twice = False, 0
+        repeated: tuple[str, str] | None = None
+        first = 0
+        while first < len(self):
+            # Whole queries, about ROWS_AT_ONCE rows, at least one query.
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + ROWS_AT_ONCE, "right")) - 1
+            last = min(max(last, first + 1), len(self))
+            start, end = int(self.offsets[first]), int(self.offsets[last])
+            encoded = self.doc_ids[start:end].dictionary_encode()
+            codes = encoded.indices.to_numpy(zero_copy_only=False)
+            offsets = self.offsets[first : last + 1] - start
+            queries = np.repeat(np.arange(last - first, dtype=np.int32), np.diff(offsets))
+            keys = np.sort(queries * np.int64(max(len(encoded.dictionary), 1)) + codes)
+            again = np.flatnonzero(keys[1:] == keys[:-1])
+            if len(again) and repeated is None:
+                query, code = divmod(int(keys[again[0]]), len(encoded.dictionary))
+                repeated = self.query_ids[first + query], encoded.dictionary[code].as_py()
+            twice += len(again)
+            order = _block_order(self.scores[start:end], codes, encoded.dictionary, queries, offsets)
+            changed |= order is not None
+            orders.append((start, end, order))
+            first = last
+        if repeated is not None:
             raise RankdistillError(
-                f"document {doc_id!r} is listed more than once for query {self.query_ids[query]!r}"
-                + (f" ({len(twice)} duplicates in all)" if len(twice) > 1 else ""),
+                f"document {repeated[1]!r} is listed more than once for query {repeated[0]!r}"
+                + (f" ({twice} duplicates in all)" if twice > 1 else ""),
                 where=self.name,
                 fix="keep one line for each document of a query",
             )
+        if changed:
+            whole = np.concatenate([np.arange(start, end) if o is None else o + start for start, end, o in orders])
+            self.scores = self.scores[whole]
+            self.doc_ids = self.doc_ids.take(pa.array(whole))
+
+
+def _tied(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """bool [N]: the score equals its neighbour's of the same query."""
+    tied = np.zeros(len(scores), bool)
+    if len(tied) > 1:
+        same = scores[1:] == scores[:-1]
+        starts = offsets[1:-1]
+        same[starts[(starts > 0) & (starts < len(tied))] - 1] = False
+        tied[1:] |= same
+        tied[:-1] |= same
+    return tied
+
+
+def _block_order(
+    scores: np.ndarray, codes: np.ndarray, dictionary: pa.Array, queries: np.ndarray, offsets: np.ndarray
+) -> np.ndarray | None:
+    """The order that puts rows in trec_eval's: int64 [N], or None when they are in it.
+
+    Args:
+        scores: [N] by query.
+        codes: [N] places of the documents' ids in `dictionary`.
+        queries: [N] rising numbers of the rows' queries; `offsets` says where each begins.
+    """
+    order: np.ndarray | None = None
+    if ((scores[1:] > scores[:-1]) & (queries[1:] == queries[:-1])).any():
+        order = np.argsort(_rank_keys(queries, scores), kind="stable")
+        scores, codes = scores[order], codes[order]
+    tied = np.flatnonzero(_tied(scores, offsets))
+    if not len(tied):
+        return order
+    # Only ids decide ties, so only theirs are compared, and each distinct id once.
+    used = np.zeros(len(dictionary), bool)
+    used[codes[tied]] = True
+    distinct = np.flatnonzero(used)
+    falling = np.zeros(len(used), np.int64)
+    by_id = pc.array_sort_indices(dictionary.take(pa.array(distinct)), order="descending").to_numpy()
+    falling[distinct[by_id]] = np.arange(len(distinct))
+    tied_scores, tied_queries = scores[tied], queries[tied]
+    new_group = (tied_scores[1:] != tied_scores[:-1]) | (tied_queries[1:] != tied_queries[:-1])
+    group = np.concatenate([[0], np.cumsum(new_group)])
+    sequence = np.argsort(group * len(distinct) + falling[codes[tied]], kind="stable")
+    if (sequence == np.arange(len(tied))).all():
+        return order
+    placed = np.arange(len(scores))
+    placed[tied] = tied[sequence]
+    return placed if order is None else order[placed]
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -256,13 +284,15 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     query_rows, score, rank = np.concatenate(queries), np.concatenate(scores), np.concatenate(ranks)
     ids = pa.chunked_array(doc_ids, pa.large_string()).combine_chunks()
     del queries, doc_ids, scores, ranks
-    if (np.diff(query_rows) < 0).any():
+    if (query_rows[1:] < query_rows[:-1]).any():
         order = np.argsort(query_rows, kind="stable")
         query_rows, score, rank, ids = query_rows[order], score[order], rank[order], ids.take(pa.array(order))
-    contradicting = ((np.diff(score) > 0) & (np.diff(rank) > 0)) | ((np.diff(score) < 0) & (np.diff(rank) < 0))
+    contradicting = (score[1:] > score[:-1]) & (rank[1:] > rank[:-1])
+    contradicting |= (score[1:] < score[:-1]) & (rank[1:] < rank[:-1])
     contradicting &= query_rows[1:] == query_rows[:-1]
     notes = {"rank_contradictions": len(np.unique(query_rows[1:][contradicting]))} if contradicting.any() else {}
     offsets = np.concatenate([[0], np.cumsum(np.bincount(query_rows, minlength=len(query_ids)))])
+    del query_rows, rank, contradicting
     try:
         return Run(query_ids, offsets, ids, score, name, notes)
     except RankdistillError as error:

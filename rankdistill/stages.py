@@ -221,9 +221,7 @@ class Workspace:
                         return np.zeros(len(doc_ids), dtype=np.float32)  # labels alone are read
                 else:
                     scores_of = self.scores(self.collection, candidates).scores_of
-                build_lists(
-                    _lists(candidates), scores_of, self.collection, "train", path, inputs=inputs
-                )
+                build_lists(_lists(candidates), scores_of, self.collection, "train", path, inputs=inputs)
             return ScoredLists.open(path, self.collection)
 
     # -- train --------------------------------------------------------------------------------------------------------
@@ -372,7 +370,8 @@ class Workspace:
         def systems(collection: Collection, one: EvaluationSet, split: str) -> dict[str, System]:
             return self.systems(loaded, collection, split)
 
-        return evaluate_suite(loaded, systems, out, own=self.collection, local=local, fetch=fetch)
+        with locked(out):  # two processes would write one file of rankings
+            return evaluate_suite(loaded, systems, out, own=self.collection, local=local, fetch=fetch)
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
         """The rows of a suite's table that this run can fill, made ready to search a collection."""

@@ -22,7 +22,11 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 FACTS = [
     ("iron", "Iron is a metal that rusts when it meets water and oxygen.", "which metal rusts in water"),
     ("copper", "Copper conducts electricity well and turns green with age.", "metal that turns green with age"),
-    ("gold", "Gold does not tarnish and is used for jewellery and coins.", "metal used for jewellery that never tarnishes"),
+    (
+        "gold",
+        "Gold does not tarnish and is used for jewellery and coins.",
+        "metal used for jewellery that never tarnishes",
+    ),
     ("mercury", "Mercury is a metal that is liquid at room temperature.", "which metal is liquid at room temperature"),
     ("helium", "Helium is a light gas that fills balloons and airships.", "what gas fills balloons"),
     ("oxygen", "Oxygen is the gas that animals breathe and fires need.", "gas needed for breathing and fire"),
@@ -68,7 +72,9 @@ def write_beir(folder: Path, facts: list[tuple[str, str, str]] = FACTS) -> Path:
     with open(folder / "corpus.jsonl", "w") as stream:
         for name, text, _ in facts:
             stream.write(json.dumps({"_id": f"d-{name}", "title": name, "text": text}) + "\n")
-            stream.write(json.dumps({"_id": f"x-{name}", "title": "", "text": f"A note about {name} and its price."}) + "\n")
+            stream.write(
+                json.dumps({"_id": f"x-{name}", "title": "", "text": f"A note about {name} and its price."}) + "\n"
+            )
     with open(folder / "queries.jsonl", "w") as stream:
         for name, _, question in facts:
             stream.write(json.dumps({"_id": f"q-{name}", "text": question}) + "\n")
@@ -95,7 +101,7 @@ def tiny_collection(tiny_beir: Path) -> Collection:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real sentence-transformers encoder made here: BERT, 2 layers of width 32, WordPiece over the facts, untrained."""
+    """A real sentence-transformers encoder made here: BERT, 2 layers of 32, WordPiece over the facts, untrained."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer

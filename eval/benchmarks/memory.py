@@ -127,7 +127,7 @@ def step_lists(collection: Collection, folder: Path) -> None:
     from rankdistill.scores.lists import build_lists
     from rankdistill.scores.store import TeacherScores
 
-    scores = TeacherScores(next((folder / "scores").glob("*/*")))
+    scores = TeacherScores(next((folder / "scores").glob("*/*/manifest.json")).parent)
     candidates = iter_run(folder / "candidates" / "candidates.parquet")
     build_lists(candidates, scores.scores_of, collection, "train", folder / "lists")
 

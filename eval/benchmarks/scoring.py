@@ -27,8 +27,9 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from rankdistill.artifacts import library_versions, write_atomically
+from rankdistill.progress import quiet_transformers
 from rankdistill.students.token_batches import resolve_precision
-from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, quiet_transformers
+from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
 
 NFCORPUS = Path(__file__).parents[3] / "shared" / "data" / "beir" / "nfcorpus"
 Pair = tuple[str, str]

@@ -137,7 +137,7 @@ def timed(trainer: Any, batch: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collection", required=True)
+    parser.add_argument("--collection", default="python-docs")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
@@ -148,7 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     collection = open_collection(options.collection)
     lines = [
-        "| documents a list | precision | this trainer, lists/s | sentence-transformers, lists/s | ratio (each round) |",
+        "| documents a list | precision | rankdistill, lists/s | sentence-transformers, lists/s | ratio (each round) |",
         "|---:|---|---:|---:|---|",
     ]
     for documents in options.documents:
@@ -169,7 +169,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     text = (
         "# Training throughput against sentence-transformers\n\n"
-        f"`python eval/benchmarks/training.py --collection beir:PATH/{collection.name}`: {MODEL}, {options.tokens} tokens, "
+        f"`python eval/benchmarks/training.py --collection beir:PATH/{collection.name}`: {MODEL}, "
+        f"{options.tokens} tokens, "
         f"batches of {options.batch} lists, {options.steps} steps, {options.rounds} rounds taking turns; medians. "
         f"{device}, {platform.machine()}, torch {torch.__version__}.\n\n" + "\n".join(lines) + "\n"
     )

@@ -343,6 +343,8 @@ def _begin(quiet: bool) -> None:
     set_quiet(quiet)
     # Libraries' own bars and advice would drown ours; ours say what is going on.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The CPU library keeps a kernel for each shape it has met: by default a thousand, which took gigabytes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

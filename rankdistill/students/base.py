@@ -21,6 +21,7 @@ Side = Literal["query", "document"]
 Features = dict[str, Any]
 ENCODE_CHUNK = 2048  # texts tokenised and sorted by length together
 ENCODE_BUDGET = 8192  # padded tokens in one forward pass
+WIDTH_STEP = 16  # padded lengths are multiples of this
 
 
 class StudentModel(nn.Module, ABC):
@@ -111,8 +112,8 @@ def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.in
     lengths = mask.sum(dim=1).numpy()
     left_padded = bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
     parts = []
-    for rows in token_budget_batches(lengths, budget):
-        longest = max(int(lengths[rows].max()), 1)
+    for rows in token_budget_batches(lengths, budget, multiple_of=WIDTH_STEP, few_shapes=True):
+        longest = min(-(-max(int(lengths[rows].max()), 1) // WIDTH_STEP) * WIDTH_STEP, mask.shape[1])
         columns = slice(mask.shape[1] - longest, None) if left_padded else slice(0, longest)
         part = {
             name: value[torch.from_numpy(rows)][:, columns]

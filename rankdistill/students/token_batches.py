@@ -18,7 +18,11 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def token_budget_batches(
-    lengths: np.ndarray, budget: int, max_rows: int | None = None, multiple_of: int = 1
+    lengths: np.ndarray,
+    budget: int,
+    max_rows: int | None = None,
+    multiple_of: int = 1,
+    few_shapes: bool = False,
 ) -> list[np.ndarray]:
     """Split texts into batches whose padded size (rows × longest) stays within a budget of tokens.
 
@@ -30,6 +34,7 @@ def token_budget_batches(
         budget: padded tokens a batch.
         max_rows: texts a batch, whatever their length.
         multiple_of: the width that rows are padded to is rounded up to this.
+        few_shapes: make the number of rows a power of two (a CPU's kernels are made, and kept in memory, one a shape).
 
     Returns:
         Arrays of positions in `lengths`.
@@ -41,7 +46,9 @@ def token_budget_batches(
     start = 0
     while start < len(order):
         width = -(-max(int(lengths[order[start]]), 1) // multiple_of) * multiple_of
-        rows = min(max(1, budget // width), max_rows or len(order))
+        rows = min(max(1, budget // width), max_rows or len(order), len(order) - start)
+        if few_shapes:
+            rows = 1 << (rows.bit_length() - 1)
         batches.append(order[start : start + rows])
         start += rows
     return batches

@@ -89,7 +89,7 @@ class BiEncoderTeacher(PairTeacher):
         return self._model
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
-        """float32 [N] similarities of pairs [N, 2]; a text is encoded once, as long as the memory of vectors holds it."""
+        """float32 [N] similarities of pairs [N, 2]; a text is encoded once while its vector is kept."""
         model = self.load()
         query_vectors = model.encode_queries(queries)
         document_vectors = self._documents(model, documents)

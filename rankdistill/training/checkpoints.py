@@ -66,7 +66,9 @@ class SafeCheckpoints:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         version, words, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state(legacy=True))
+        name, keys, position, has_gauss, cached = cast(
+            "tuple[str, Any, int, int, float]", np.random.get_state(legacy=True)
+        )
         values = {
             "python": [version, list(words), gauss],
             "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],

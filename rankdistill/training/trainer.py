@@ -351,4 +351,3 @@ def check_lists(lists: ScoredLists, losses: dict[str, Loss]) -> None:
             where="training.losses",
             fix="set candidates.include_positives: true, or a loss that needs none (margin_mse with pairs: all_pairs)",
         )
-

@@ -1,0 +1,47 @@
+"""A finished run of the tiny recipe, made once, and its recipe file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from forked import run
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = str(tiny_encoder)
+    values = {
+        "name": "tiny",
+        "description": "A recipe for tests.",
+        "collection": f"beir:{tiny_beir}",
+        "candidates": {
+            "depth": 6,
+            "sources": [{"type": "bm25", "quota": 4}, {"type": "dense", "model": model, "quota": 3}],
+        },
+        "teacher": {"type": "cross_encoder", "model": model, "max_length": 48, "train": {"steps": 2, "batch_size": 8}},
+        "student": {"type": "dense", "model": model, "layers": [0], "similarity": "dot"},
+        "training": {
+            "steps": 6,
+            "learning_rate": 5e-3,
+            "batches": {"type": "random_batches", "size": 4},
+            "lists": {"type": "random_documents", "size": 4},
+            "checkpoints": 2,
+            "log_every": 2,
+        },
+        "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
+        "indexes": ["flat"],
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went through; its store is beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    ending = run("run", recipe_file, "--out", folder / "run", "--store", folder / "store", folder=folder / "output")
+    assert ending.code == 0, ending.err
+    return folder / "run"
