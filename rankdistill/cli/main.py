@@ -241,7 +241,6 @@ def train(
 
     checked = load_recipe(recipe, changes or [])
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
-    workspace.save_recipe()
     artifact = workspace.train(student)
     print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import quiet_transformers
 from rankdistill.students.base import Features, Side, Student, StudentModel, pick_device
 from rankdistill.students.models import folder_revision, resolve_model
 from rankdistill.students.token_batches import Precision, autocast
@@ -274,9 +275,10 @@ class StaticStudent(_SentenceStudent):
 def load_sentence_transformer(folder: Path, device: str | None = None) -> SentenceTransformer:
     """Load a folder (a bare transformer gets mean pooling); weights in float32, safetensors only."""
     try:
-        return SentenceTransformer(
-            str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
-        )
+        with quiet_transformers():
+            return SentenceTransformer(
+                str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
+            )
     except (OSError, ValueError, KeyError) as error:
         raise RankdistillError(
             f"this is no model that sentence-transformers can load: {error}", where=str(folder)

@@ -161,7 +161,7 @@ def test_a_collection_is_described(tiny_beir: Path, tmp_path: Path) -> None:
 
 
 def test_mine_score_and_the_store(tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> None:
-    """Foreign input at each step: candidates as a TREC run, a teacher by its folder, then the same pairs for nothing."""
+    """Foreign input: candidates as a TREC run, a teacher by its folder; the same pairs again cost nothing."""
     from sentence_transformers import CrossEncoder
 
     spec = f"beir:{tiny_beir}"
