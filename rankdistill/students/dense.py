@@ -158,7 +158,7 @@ class DenseStudent(_SentenceStudent):
             if self.layers is not None:
                 keep_layers(transformer, self.layers)
             if self.dropout is not None:
-                set_dropout(transformer, self.dropout)
+                set_dropout(transformer.model, self.dropout)
             longest = transformer.max_seq_length or 10**9
             limit = _position_limit(transformer, longest)
             transformer.query_length = min(self.query_length or longest, limit)
@@ -309,17 +309,17 @@ def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
         config.layer_types = [config.layer_types[layer] for layer in layers]
 
 
-def set_dropout(transformer: Transformer, share: float) -> None:
+def set_dropout(model: Any, share: float) -> None:
     """Set every dropout of an encoder, in its modules (attention keeps its share as a number) and its configuration."""
-    for module in transformer.model.modules():
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = share
         for name in ("dropout_prob", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, share)
-    for name, value in list(transformer.model.config.to_dict().items()):
+    for name, value in list(model.config.to_dict().items()):
         if "dropout" in name and isinstance(value, float):
-            setattr(transformer.model.config, name, share)
+            setattr(model.config, name, share)
 
 
 def _position_limit(transformer: Transformer, longest: int) -> int:

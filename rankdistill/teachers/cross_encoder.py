@@ -52,6 +52,9 @@ class CrossEncoderTraining(BaseModel):
     negatives: int = Field(3, ge=1, description="negatives a positive, drawn from the candidates")
     positives: int = Field(1, ge=1, description="labelled positives a query at most, each with its own negatives")
     queries: int | None = Field(None, ge=1, description="training queries at most, drawn by the seed")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="the encoder's own by default; 0 spares a CPU a third of each step"
+    )
     max_length: int | None = Field(None, ge=8, description="tokens a pair in training; the teacher's own by default")
     precision: Precision = "auto"
 

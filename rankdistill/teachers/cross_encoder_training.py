@@ -115,6 +115,7 @@ def fine_tune(
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from rankdistill.students.dense import set_dropout
     from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 
     started = time.monotonic()
@@ -132,6 +133,8 @@ def fine_tune(
             local_files_only=True,
             model_kwargs={"use_safetensors": True},
         )
+    if settings.dropout is not None:
+        set_dropout(model[0].model, settings.dropout)
     loss: torch.nn.Module
     if settings.loss == "bce":
         loss = losses.BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(settings.negatives), device=device))

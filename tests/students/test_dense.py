@@ -226,3 +226,15 @@ def test_the_fingerprint_names_weights_and_settings_but_no_path(tiny_encoder: Pa
     assert dense(tmp_path / "elsewhere").fingerprint == original
     for settings in ({"layers": [0]}, {"query_length": 7}, {"similarity": "dot"}, {"pooling": "cls"}):
         assert dense(tiny_encoder, **settings).fingerprint != original
+
+
+def test_dropout_is_set_everywhere(tiny_encoder: Path) -> None:
+    import torch
+
+    student = DenseStudent(model=str(tiny_encoder), dropout=0.0, precision="fp32").create("cpu")
+    student.train()
+    features = student.preprocess(["which metal rusts in water"], "query")
+    first, second = (student.embed(features, "query") for _ in range(2))
+    assert torch.equal(first, second)
+    other = DenseStudent(model=str(tiny_encoder), precision="fp32").create("cpu").train()
+    assert not torch.equal(other.embed(features, "query"), other.embed(features, "query"))
