@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -44,8 +45,8 @@ BEST = "best"
 class DevPool:
     """Dev queries and a pool of documents they are searched in: quick enough to ask several times in a training.
 
-    The pool holds the dev queries' relevant documents, their candidates, then random documents; a metric over it is
-    higher than over the whole collection and serves to compare checkpoints only.
+    The pool holds the dev queries' relevant documents and candidates, as far as its size allows, then random documents;
+    a metric over it is not the metric over the collection and serves to compare checkpoints only.
     """
 
     query_ids: list[str]
@@ -68,10 +69,10 @@ class DevPool:
     ) -> DevPool:
         judged = collection.qrels(split)
         qrels = {query_id: judged[query_id] for query_id in query_ids if query_id in judged}
-        wanted = [doc_id for judgments in qrels.values() for doc_id, grade in judgments.items() if grade > 0]
-        # By rank over all queries, so that a cut pool keeps every query's hardest candidates.
-        depth = max((len(docs) for docs in candidates), default=0)
-        wanted += [docs[rank] for rank in range(depth) for docs in candidates if rank < len(docs)]
+        relevant = [[doc_id for doc_id, grade in judgments.items() if grade > 0] for judgments in qrels.values()]
+        # The first of every query, then the second, so that a pool cut to size is as fair to each.
+        turns = itertools.zip_longest(*relevant, *candidates)
+        wanted = [doc_id for turn in turns for doc_id in turn if doc_id is not None]
         rows = collection.doc_rows(list(dict.fromkeys(wanted))[:size])
         if len(rows) < min(size, collection.document_count):
             more = generator(seed, 1).permutation(collection.document_count)
