@@ -386,7 +386,7 @@ class Workspace:
             rows["BM25"] = EngineSystem(self._bm25(sources, collection))
         if "sources" in suite.systems:
             for source, method in zip(sources, self.recipe.candidates.sources, strict=True):
-                if isinstance(source.engine, DenseEngine):
+                if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
                     rows[f"first stage: {method.settings().get('model')}"] = _dense_system(source.engine)
         names = []
         if "untrained" in suite.systems:
@@ -420,19 +420,21 @@ class Workspace:
         return BM25.open(path)
 
     def _teacher_row(self, collection: Collection, split: str, sources: Sequence[Source], depth: int) -> System:
-        """The teacher re-ranking the first stage that its training lists came from; its scores go to the store."""
-        from rankdistill.indexes.mining import FILE, mine
+        """The teacher re-ranking the top of the recipe's first source of candidates; its scores go to the store."""
+        from rankdistill.indexes.mining import FILE, Source, mine
 
         path = self.path / "candidates" / f"{collection.name}-{split}"
-        candidates = mine(collection, sources, path, depth=depth, split=split, include_positives=False)
+        # The engine alone: quotas and ranks of the recipe say what a training list holds.
+        first_stage = Source(sources[0].engine)
+        candidates = mine(collection, [first_stage], path, depth=depth, split=split, include_positives=False)
         scores = self.scores(collection, candidates)
 
         def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
             for item in lists:
                 yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
 
-        engines = " + ".join(source.engine.name for source in sources)
-        return _Recorded(recorded, path / FILE, depth, note=f"the teacher re-ranks the first {depth} of {engines}")
+        note = f"the teacher re-ranks the first {depth} of {first_stage.engine.name}"
+        return _Recorded(recorded, path / FILE, depth, note=note)
 
     # -- run ----------------------------------------------------------------------------------------------------------
 

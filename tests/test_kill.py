@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest_facts import many_facts
 from forked import Forked
 
 from rankdistill.artifacts import open_artifact
@@ -53,13 +52,32 @@ def run_recipe(recipe: str, out: str, store: str, log: str) -> None:
     main()
 
 
+def copies(beir: Path, folder: Path, count: int = 4) -> Path:
+    """A larger collection: each document and query so many times, told apart by a number."""
+    (folder / "qrels").mkdir(parents=True)
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        entries = [json.loads(line) for line in (beir / name).read_text().splitlines()]
+        numbered = [
+            {**entry, "_id": f"{entry['_id']}-{number}", "text": f"{entry['text']} Note {number}."}
+            for number in range(count)
+            for entry in entries
+        ]
+        (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in numbered))
+    for file in (beir / "qrels").iterdir():
+        header, *lines = file.read_text().splitlines()
+        rows = [line.split("\t") for line in lines]
+        numbered_rows = [f"{q}-{n}\t{d}-{n}\t{grade}" for n in range(count) for q, d, grade in rows]
+        (folder / "qrels" / file.name).write_text("\n".join([header, *numbered_rows]) + "\n")
+    return folder
+
+
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
+def recipe(tmp_path: Path, tiny_beir: Path, tiny_encoder: Path) -> Path:
     path = tmp_path / "kill.yaml"
     model = str(tiny_encoder)
     values = {
         "name": "kill",
-        "collection": f"beir:{many_facts(tmp_path / 'facts')}",
+        "collection": f"beir:{copies(tiny_beir, tmp_path / 'facts')}",
         "candidates": {
             "depth": 16,
             "sources": [{"type": "bm25", "quota": 8}, {"type": "dense", "model": model, "quota": 8}],

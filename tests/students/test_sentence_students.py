@@ -158,10 +158,13 @@ def test_a_static_table_cuts_long_texts(tiny_encoder: Path) -> None:
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_table_has_no_layers_to_train(tiny_encoder: Path, tmp_path: Path) -> None:
-    StaticStudent(str(tiny_encoder)).create("cpu").save(tmp_path / "static")
-    with pytest.raises(UsageError, match=r"no transformer(?s:.*)type: static"):
-        dense(tmp_path / "static")
+def test_a_saved_table_is_a_start_too_but_has_no_layers(tiny_encoder: Path, tmp_path: Path) -> None:
+    table = StaticStudent(str(tiny_encoder), similarity="dot").create("cpu")
+    table.save(tmp_path / "static")
+    again = dense(tmp_path / "static", similarity="dot")
+    np.testing.assert_allclose(again.encode_documents(TEXTS), table.encode_documents(TEXTS), atol=1e-5)
+    with pytest.raises(UsageError, match=r"no transformer whose layers(?s:.*)student\.layers"):
+        dense(tmp_path / "static", layers=[0])
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
