@@ -399,7 +399,8 @@ class Workspace:
             if name != UNTRAINED and not (self.student_folder(name) / "manifest.json").is_file():
                 continue
             student = self.student(name)
-            rows[row] = _dense_system(DenseEngine.over(student, self.vectors(name, student, collection)))
+            engine = DenseEngine.over(student, self.vectors(name, student, collection))
+            rows[row] = _dense_system(engine, "" if name == UNTRAINED else self._best_step(name))
         if "indexes" in suite.systems and (self.student_folder(STUDENT) / "manifest.json").is_file():
             student = self.student()
             for specification in self.recipe.indexes:
@@ -408,6 +409,15 @@ class Workspace:
         if "teacher" in suite.systems and self.recipe.teacher is not None:
             rows["teacher"] = self._teacher_row(collection, split, sources, suite.rerank_depth)
         return rows
+
+    def _best_step(self, name: str) -> str:
+        """Which checkpoint a student is: step 0 says that training did not help on dev."""
+        manifest = open_artifact(self.student_folder(name), "student").manifest
+        dev = manifest.get("dev") or {}
+        if not dev:
+            return ""
+        best = max(dev, key=lambda step: dev[step])
+        return f"the best of {len(dev)} checkpoints on dev: step {best} of {manifest['counts']['steps']}"
 
     def _bm25(self, sources: Sequence[Source], collection: Collection) -> Engine:
         from rankdistill.indexes.bm25 import BM25
@@ -533,10 +543,10 @@ class _Recorded:
         return self._system.run(collection, query_ids, texts, depth)
 
 
-def _dense_system(engine: Any) -> System:
+def _dense_system(engine: Any, note: str = "") -> System:
     from rankdistill.evaluation.evaluate import EngineSystem
 
-    system = EngineSystem(engine, bytes=engine.index.bytes)
+    system = EngineSystem(engine, bytes=engine.index.bytes, note=note)
     encoder = engine.encoder
     if hasattr(encoder, "parameters"):
         system.parameters = sum(parameter.numel() for parameter in encoder.parameters())

@@ -62,6 +62,8 @@ class Forked:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        for name in ("out", "err"):
+            (folder / name).unlink(missing_ok=True)  # an earlier one's
         _start_server()
         variables = {**os.environ, **(environment or {})}
         self.process = _context.Process(target=_child, args=(function, arguments, str(folder), variables))
