@@ -249,10 +249,12 @@ class Workspace:
 
         self.save_recipe()
         lists = self.score()
+        _, dev = self.mine()
+        inputs = {"lists": lists.fingerprint, "dev": dev.fingerprint}
         recipe = self.recipe_of(name)
         path = self.student_folder(name)
         with locked(path):
-            found = find_artifact(path, "student", fingerprint(training_fingerprint_values(recipe, lists.fingerprint)))
+            found = find_artifact(path, "student", fingerprint(training_fingerprint_values(recipe, inputs)))
             if found is not None:
                 return found
             say(f"train: {name}")
@@ -263,7 +265,7 @@ class Workspace:
                 self.dev_pool(recipe),
                 path,
                 name=name,
-                inputs={"lists": lists.fingerprint},
+                inputs=inputs,
             )
 
     def dev_pool(self, recipe: Recipe) -> Any:

@@ -224,7 +224,7 @@ def train_student(
     batches = build("sampler", settings.batches.settings())
     per_epoch = max(1, len(lists) // batches.size)
     steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch / settings.accumulation))
-    values = training_fingerprint_values(recipe, lists.fingerprint)
+    values = training_fingerprint_values(recipe, {"lists": lists.fingerprint, **(inputs or {})})
     with write_artifact(
         out, kind="student", fingerprint=fingerprint(values), settings=values, inputs=inputs, resume=True
     ) as artifact:
@@ -277,13 +277,13 @@ def train_student(
     return Artifact(out, json.loads((out / "manifest.json").read_text()))
 
 
-def training_fingerprint_values(recipe: Recipe, lists_fingerprint: str) -> dict[str, Any]:
-    """What decides a trained student: the weights it starts from, not where they lie."""
+def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
+    """What decides a trained student: the weights it starts from (not where they lie), its lists and its dev set."""
     student = recipe.student.settings()
     if student.get("model"):
         student["model"] = resolve_model(student["model"]).revision
     training = recipe.training.model_dump(mode="json", exclude={"device", "log_every", "loader_processes"})
-    return {"seed": recipe.seed, "student": student, "training": training, "lists": lists_fingerprint}
+    return {"seed": recipe.seed, "student": student, "training": training, **inputs}
 
 
 def training_arguments(settings: Training, steps: int, folder: Path, seed: int) -> TrainingArguments:

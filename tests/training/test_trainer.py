@@ -383,7 +383,7 @@ def test_a_training_that_diverges_says_so(train: Train, tmp_path: Path) -> None:
 
 def test_the_settings_that_decide_nothing_are_not_in_the_fingerprint(make_recipe: MakeRecipe) -> None:
     values = [
-        trainer_module.training_fingerprint_values(make_recipe(**changes), "abc")
+        trainer_module.training_fingerprint_values(make_recipe(**changes), {"lists": "abc", "dev": "def"})
         for changes in ({}, {"log_every": 7}, {"loader_processes": 2}, {"learning_rate": 2e-3})
     ]
     assert values[0] == values[1] == values[2] != values[3]
