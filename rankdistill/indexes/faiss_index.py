@@ -349,6 +349,7 @@ def _prepare_training(index: Any, seed: int) -> None:
         for owner in (part, getattr(part, "pq", part)):
             if hasattr(owner, "cp"):
                 owner.cp.seed = seed
+                owner.cp.min_points_per_centroid = 1  # what is too few is our error, not one line a subspace
 
 
 def parts(index: Any) -> Iterator[Any]:
