@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# A suite started in the background of a shell is deaf to Ctrl-C, and so would be the programs that it interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small models: threads that spin for each other cost more than they do, above all where tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

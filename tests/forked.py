@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
@@ -143,8 +142,6 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], folder: str
         os.close(target)
     os.environ.clear()
     os.environ.update(variables)
-    # A suite started in the background of a shell is deaf to Ctrl-C, and so would be its children.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function(*arguments)
     finally:

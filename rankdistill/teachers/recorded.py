@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +36,8 @@ class _FileTeacher(Teacher):
             raise RankdistillError("there is no score file here", where=str(self.file))
         return file_digest(self.file)
 
-    def _pairs(self) -> Iterator[ForeignScore]:
-        raise NotImplementedError
+    @abstractmethod
+    def _pairs(self) -> Iterator[ForeignScore]: ...
 
     def table(self) -> PairTable:
         """The file's scores by pair (12 bytes a pair), by id or by text as the file has them."""
