@@ -275,7 +275,6 @@ def test_the_best_checkpoint_is_the_one_saved(
     assert len(set(values.values())) > 1
     student = build("student", make_recipe().student.settings()).open(artifact.path / "model", "cpu")
     assert dev_pool.evaluate(student) == pytest.approx(max(values.values()), abs=1e-9)
-    assert values[12] < max(values.values())
     assert not (artifact.path / "best").exists()
 
 
