@@ -71,7 +71,7 @@ def undisturbed(
     out = tmp_path_factory.mktemp("undisturbed") / "student"
     artifact = train_student(make_recipe(), lists, tiny_collection, dev_pool, out)
     values = artifact.manifest["dev"]
-    assert int(max(values, key=values.get)) > 0  # a trained student, or the tests below would compare little
+    assert int(max(values, key=values.get)) >= 6  # a trained student, or the tests below would compare little
     return artifact
 
 
@@ -275,6 +275,7 @@ def test_the_best_checkpoint_is_the_one_saved(
     assert len(set(values.values())) > 1
     student = build("student", make_recipe().student.settings()).open(artifact.path / "model", "cpu")
     assert dev_pool.evaluate(student) == pytest.approx(max(values.values()), abs=1e-9)
+    assert values[12] < max(values.values())
     assert not (artifact.path / "best").exists()
 
 
