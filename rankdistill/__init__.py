@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from rankdistill.collections.collection import Collection as Collection
     from rankdistill.errors import RankdistillError as RankdistillError
     from rankdistill.errors import UsageError as UsageError
+    from rankdistill.evaluation.compare import compare as compare
     from rankdistill.evaluation.evaluate import evaluate_suite as evaluate_suite
     from rankdistill.evaluation.evaluate import evaluate_systems as evaluate_systems
+    from rankdistill.evaluation.extrapolation import pool_folds as pool_folds
     from rankdistill.evaluation.metrics import evaluate_run as evaluate_run
+    from rankdistill.evaluation.report import report as report
     from rankdistill.indexes.dense import export_index as export_index
     from rankdistill.indexes.faiss_index import FaissIndex as FaissIndex
     from rankdistill.indexes.mining import mine as mine
@@ -40,6 +43,7 @@ _PUBLIC = {
     "ScoreStore": "scores.store",
     "UsageError": "errors",
     "Workspace": "stages",
+    "compare": "evaluation.compare",
     "evaluate_run": "evaluation.metrics",
     "evaluate_suite": "evaluation.evaluate",
     "evaluate_systems": "evaluation.evaluate",
@@ -48,7 +52,9 @@ _PUBLIC = {
     "load_recipe": "recipe",
     "mine": "indexes.mining",
     "open_collection": "collections",
+    "pool_folds": "evaluation.extrapolation",
     "read_run": "runs",
+    "report": "evaluation.report",
     "score_candidates": "teachers.scoring",
     "train_student": "training.trainer",
 }

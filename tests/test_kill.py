@@ -94,7 +94,7 @@ def recipe(tmp_path: Path, tiny_beir: Path, tiny_encoder: Path) -> Path:
         },
         "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
         "indexes": ["flat", "sq8"],
-        "evaluation": {"teacher_depth": 20},
+        "evaluation": {"teacher_depth": 20, "extrapolation": {"model": model}},
     }
     path.write_text(yaml.safe_dump(values))
     return path
@@ -130,7 +130,7 @@ class Workplace:
             elif artifact.kind == "lists":
                 assert len(ScoredLists.open(artifact.path)) == artifact.counts["lists"]
             elif artifact.kind == "vectors":
-                assert np.isfinite(np.load(artifact.path / "documents.npy", allow_pickle=False)).all()
+                assert np.isfinite(np.load(artifact.path / artifact.manifest["file"], allow_pickle=False)).all()
             elif artifact.kind in ("student", "teacher"):
                 assert self.weights(artifact.path)
         for file in self.out.glob("indexes/*.faiss"):

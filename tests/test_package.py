@@ -66,6 +66,9 @@ def test_the_wheel_carries_every_declaration(wheel: Path) -> None:
         shipped = {f"rankdistill/_declarations/{folder}/{path.name}" for path in (SOURCE / folder).glob("*.yaml")}
         assert shipped, folder
         assert shipped <= carried
+    pages = {path.name for path in (SOURCE / "rankdistill/evaluation/page").iterdir()}
+    assert {"base.css", "base.js", "report.css", "report.js"} <= pages
+    assert {f"rankdistill/evaluation/page/{name}" for name in pages} <= carried
     assert not [name for name in carried if "tests/" in name or name.endswith(".pyc")]
 
 

@@ -121,6 +121,47 @@ def test_a_bad_line_far_down_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert caught.value.where == f"{path}:4322"
 
 
+def test_the_quick_parser_takes_only_what_the_careful_one_reads_alike(tmp_path: Path) -> None:
+    """Lines with white space, line ends or columns damaged at random places: either refused, or read the same."""
+    random, taken = np.random.default_rng(0), 0
+    for _ in range(400):
+        text = "".join(f"q{n // 3} Q0 d{n} {n} {-n}.5 tag\n" for n in range(6)).encode()
+        for _ in range(random.integers(0, 3)):
+            at = int(random.integers(0, len(text)))
+            damage = [b" ", b"  ", b"\t", b"\r\n", b"\n", b"\n\n", b"\x0b", b"", b"x"][random.integers(9)]
+            text = text[:at] + damage + text[at + int(random.integers(0, 2)) :]
+        if not text.strip():
+            continue
+        quick = runs._parse_quickly(text, " ")
+        if quick is None:
+            continue
+        taken += 1
+        careful = runs._parse_carefully(text, tmp_path / "run", 1)
+        for name in ("query_id", "doc_id", "score"):
+            assert quick[name].to_pylist() == careful[name].to_pylist(), text
+    assert taken > 100
+
+
+def test_parts_of_any_size_give_the_same_run_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = random_run(4)
+    write_trec(run, tmp_path / "whole.trec", "x")
+    write_trec(iter(list(run)), tmp_path / "streamed.trec", "x")
+    given = [(query_id, dict(zip(ids[::-1], scores[::-1].tolist(), strict=True))) for query_id, ids, scores in run]
+    for rows in (1, 7, 40):
+        monkeypatch.setattr(runs, "ROWS_AT_ONCE", rows)
+        again = Run.from_dict(dict(given), "made")
+        assert same(again, run)
+        write_trec(again, tmp_path / "parts.trec", "x")
+        for name in ("parts", "streamed"):
+            assert (tmp_path / f"{name}.trec").read_bytes() == (tmp_path / "whole.trec").read_bytes()
+
+
+def test_self_hits_are_found_and_left_out() -> None:
+    run = Run.from_dict({"a": {"a": 2.0, "b": 1.0}, "b": {"a": 2.0, "c": 1.0}, "c": {"c": 1.0}})
+    assert run.self_hits.tolist() == [True, False, False, False, True]
+    assert run.keep(~run.self_hits).to_dict() == {"a": {"b": 1.0}, "b": {"a": 2.0, "c": 1.0}, "c": {}}
+
+
 def test_a_duplicate_document_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q1 Q0 a 1 2 x\nq1 Q0 b 2 1 x\nq2 Q0 a 1 2 x\nq2 Q0 c 2 1 x\nq2 Q0 a 3 0 x\n")

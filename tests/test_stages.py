@@ -32,6 +32,7 @@ def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
         "student": {"type": "static", "model": model},
         "training": {"steps": 4, "checkpoints": 2, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
         "indexes": ["flat"],
+        "evaluation": {"extrapolation": {"model": model}},
     }
 
 

@@ -9,11 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankdistill.artifacts import cache_dir
+
+if TYPE_CHECKING:
+    from rankdistill.indexes.check import IndexCheck
 
 # Extra → the modules it brings.
 EXTRAS = {
@@ -49,6 +53,26 @@ def checks() -> list[Check]:
         *(_extra(name, modules) for name, modules in EXTRAS.items()),
         _cache(),
     ]
+
+
+def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int) -> IndexCheck:
+    """Check an index, ours or a foreign FAISS file, against the vectors it was built from where they are given.
+
+    Raises:
+        RankdistillError: a file that cannot be read, vectors that are not the index's.
+    """
+    from rankdistill.indexes.check import check_index
+    from rankdistill.indexes.faiss_index import FaissIndex, manifest_file
+    from rankdistill.indexes.foreign_vectors import Side, open_foreign_vectors
+
+    ours = manifest_file(file).is_file() or not file.is_file()
+    index = FaissIndex.open(file, memory_map=True) if ours else FaissIndex.foreign(file, memory_map=True)
+    with tempfile.TemporaryDirectory() as folder:
+        opened = {}
+        sides: tuple[tuple[Side, Path | None], ...] = (("documents", vectors), ("queries", queries))
+        for side, given in sides:
+            opened[side] = None if given is None else open_foreign_vectors(given, folder, side=side).vectors
+        return check_index(index, vectors=opened["documents"], queries=opened["queries"], k=k)
 
 
 def _python() -> Check:

@@ -248,17 +248,55 @@ def train(
 @app.command()
 def index(
     folder: Run,
-    spec: Annotated[str, typer.Option(help="An index specification: file or shipped name.")] = "flat",
+    spec: Annotated[
+        list[str] | None, typer.Option(help="An index specification: file or shipped name; again for more.")
+    ] = None,
     on: Annotated[str | None, typer.Option("--collection", help="Index another collection than the run's own.")] = None,
     out: Out = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Try search settings; print the best of quality, speed and bytes.")
+    ] = False,
+    target_recall: Annotated[
+        float | None, typer.Option(help="Search as cheaply as this recall of exact search allows; kept in the file.")
+    ] = None,
+    recall_at: Annotated[int, typer.Option(help="Documents of which recall counts.", min=1)] = 10,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Export a run's student to an index file that plain FAISS opens, document ids beside it."""
-    _begin(quiet)
+    _begin(quiet or as_json)
     from rankdistill.collections import open_collection
 
+    names = spec or ["flat"]
+    if out is not None and len(names) > 1:
+        raise UsageError("one file cannot hold several indexes", where="--out", fix="one --spec, or no --out")
     workspace = _workspace(folder)
-    print(workspace.index(spec, out, collection=open_collection(on) if on else None))
+    over = open_collection(on) if on else workspace.collection
+    student = workspace.student()
+    indexes = [workspace.index(name, out, student=student, collection=over) for name in names]
+    if not sweep and target_recall is None:
+        print(json.dumps([one.manifest for one in indexes], indent=2) if as_json else "\n".join(map(repr, indexes)))
+        return
+    from rankdistill.evaluation.operating_points import sweep_student
+    from rankdistill.evaluation.table import print_tables
+
+    found = sweep_student(
+        student,
+        indexes,
+        workspace.vectors("student", student, over),
+        over,
+        k=recall_at,
+        target_recall=target_recall,
+        seed=workspace.recipe.seed,
+    )
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    elif sweep:
+        print_tables(found.tables())
+    for name, point in found.chosen.items():
+        if not as_json:
+            kept = "written into the file" if point.settings else "it has nothing to set"
+            print(f"{name}: {point} reaches recall@{recall_at} {point.recall:.4f}; {kept}")
 
 
 @app.command()
@@ -268,6 +306,9 @@ def search(
     index_file: Annotated[
         Path | None, typer.Option("--index", help="An index file of this run; exact search without one.")
     ] = None,
+    memory_map: Annotated[
+        bool, typer.Option("--memory-map", help="Leave the index on disk, for one that memory does not hold.")
+    ] = False,
     count: Annotated[int, typer.Option("-k", help="Documents to show.", min=1)] = 10,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -277,7 +318,7 @@ def search(
     workspace = _workspace(folder)
     if not query.strip():
         raise UsageError("the query is empty", fix='rankdistill search RUN "some words"')
-    hits = workspace.engine(index_file).search([query], count)[0]
+    hits = workspace.engine(index_file, memory_map=memory_map).search([query], count)[0]
     documents = workspace.collection.documents(hits.rows)
     results = [
         {
@@ -314,12 +355,150 @@ def evaluate(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """What is installed, what is missing, how to get it."""
-    _begin(False)
-    from rankdistill.cli.doctor import as_json as plain
-    from rankdistill.cli.doctor import checks
+def folds(
+    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")],
+    changes: Set = None,
+    out: Out = None,
+    protocol: Annotated[
+        str, typer.Option(help="`clusters` of queries left out in turn, or `similarity` to the test queries.")
+    ] = "clusters",
+    buckets: Annotated[int, typer.Option(help="Clusters, and so runs.", min=2)] = 5,
+    store: Store = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure extrapolation: run a recipe once for each part of the queries held out, and pool per query."""
+    _begin(quiet or as_json)
+    from rankdistill.cli.folds import run_folds
+    from rankdistill.evaluation.table import extrapolation_table, print_tables
+    from rankdistill.recipe import load_recipe
 
+    if protocol not in ("clusters", "similarity"):
+        raise UsageError(f"there is no protocol {protocol!r}", where="--protocol", fix="clusters or similarity")
+    checked = load_recipe(recipe, changes or [])
+    out = out or Path("runs") / f"{checked.name}-folds"
+    found, name = run_folds(checked, out, store, protocol=protocol, buckets=buckets)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    entry = found.protocols[0]
+    metrics = next(iter(entry["gap"].values()))
+    print_tables([extrapolation_table(entry, metric, name) for metric in metrics])
+
+
+@app.command()
+def serve(
+    folder: Run,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback are open to others.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8080,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(help="An index specification or index file of this run; the recipe's by default.", metavar="SPEC"),
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Documents a column.", min=1, max=50)] = 10,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """A local page that shows BM25, the student, its indexes and the teacher side by side for a query you type."""
+    _begin(quiet)
+    import webbrowser
+
+    from rankdistill.cli.serve import search_page
+    from rankdistill.evaluation.page_server import PageServer
+    from rankdistill.progress import say, warn
+
+    workspace = _workspace(folder)
+    server = PageServer(host, port)  # before anything is loaded: the port may be taken
+    if not server.loopback:
+        warn(f"{host} is not loopback: whoever reaches this machine can search this collection and read its documents")
+
+    def ready(url: str) -> None:
+        print(url, flush=True)
+        say("Ctrl-C ends it")
+        if open_browser:
+            webbrowser.open(url)
+
+    server.run(search_page(workspace, index, depth), ready)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run files, or folders of runs or evaluations.", metavar="RUN...")],
+    on: Annotated[str | None, typer.Option("--collection", help="Whose judgments; default the evaluation's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of the collection; default: test.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="A file of judgments: TREC, BEIR or Parquet.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="As ranx names them, e.g. ndcg@10.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Compare with this run alone; default: all pairs.")] = None,
+    correction: Annotated[str, typer.Option(help="For many systems: holm or tukey.")] = "holm",
+    alpha: Annotated[float, typer.Option(help="What corrected p-values are held against.")] = 0.05,
+    relevance_level: Annotated[int | None, typer.Option(help="Least judgment that counts in binary metrics.")] = None,
+    drop_self_hits: Annotated[bool, typer.Option(help="Leave out documents whose id is the query's.")] = False,
+    form: Annotated[str, typer.Option("--format", help="text, markdown or latex.")] = "text",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file instead of printing.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare runs made anywhere: metrics, tests of significance, intervals."""
+    _begin(quiet or as_json)
+    from rankdistill.evaluation.compare import compare as compare_runs
+    from rankdistill.evaluation.compare import show
+
+    found = compare_runs(
+        runs,
+        qrels,
+        collection=on,
+        split=split,
+        metrics=metric,
+        baseline=baseline,
+        correction=correction,
+        alpha=alpha,
+        relevance_level=relevance_level,
+        drop_self_hits=drop_self_hits or None,
+    )
+    show(found, "json" if as_json else form, out)
+
+
+@app.command()
+def report(
+    folder: Run,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; default: RUN/report.html.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Which evaluation; default: of the recipe's suite.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown to this file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Also write the tables as LaTeX to this file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write an evaluated run as one HTML page that opens from disk: tables, charts, queries and documents."""
+    _begin(quiet)
+    from rankdistill.evaluation.report import report as write_report
+
+    print(write_report(folder, out, suite=suite, markdown=markdown, latex=latex))
+
+
+@app.command()
+def doctor(
+    index_file: Annotated[Path | None, typer.Option("--index", help="Look at an index file instead.")] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="With --index: the vectors it was built from (.npy or Parquet).")
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="With --index: query vectors to search with (.npy or Parquet).")
+    ] = None,
+    count: Annotated[int, typer.Option("-k", help="With --index: hits asked for.", min=1)] = 100,
+    as_json: Json = False,
+) -> None:
+    """What is installed, what is missing, how to get it; or what is wrong with an index."""
+    _begin(as_json)
+    from rankdistill.cli.doctor import as_json as plain
+    from rankdistill.cli.doctor import checks, look_at_index
+
+    if index_file is not None:
+        found = look_at_index(index_file, vectors, queries, count)
+        print(json.dumps(found.to_json(), indent=2) if as_json else found)
+        return
+    if vectors is not None or queries is not None:
+        raise UsageError("--vectors and --queries go with --index", fix="rankdistill doctor --index FILE")
     results = checks()
     if as_json:
         print(json.dumps(plain(results), indent=2))

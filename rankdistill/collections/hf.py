@@ -3,7 +3,8 @@
 On the hub, the layout that BEIR and MTEB use: configurations `corpus` and `queries`, and judgements either in a
 configuration `qrels` or `default` of the same repository (mteb/nfcorpus) or in a repository `NAME-qrels`
 (BeIR/nfcorpus). In a folder: corpus*.parquet, queries*.parquet and qrels/SPLIT*.parquet (corpus/*.parquet,
-queries/*.parquet and qrels/SPLIT/*.parquet are read too).
+queries/*.parquet and qrels/SPLIT/*.parquet are read too). Judgements without a column of relevance name relevant pairs:
+each counts 1.
 
 A hub name is pinned to the revision it has when opened. Where the hub cannot be reached, a collection that was
 imported before is opened at the revision it had; any other is a quick, clear error.
@@ -84,7 +85,8 @@ def _load(writer: CollectionWriter, layout: _Layout) -> None:
         for number, row in enumerate(part.rows(), 1):
             where = f"{part.label}, row {number}"
             query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
-            grade = _field(row, RELEVANCE, where)
+            # NanoBEIR has no such column: it lists relevant pairs alone.
+            grade = next((row[name] for name in RELEVANCE if name in row), 1)
             if not isinstance(grade, int | float) or grade != grade or int(grade) != grade:
                 raise RankdistillError(f"the relevance {grade!r} is not a whole number", where=where)
             writer.judgement(split, query_id, doc_id, int(grade), number)

@@ -1,8 +1,10 @@
 """Evaluate systems on a collection: a TREC run file for each, metrics, per-query results, size and speed.
 
 Files in the folder of an evaluation: `runs/SYSTEM.trec` (Parquet where ids hold white space), `results.json`,
-`results.md`, `per_query.parquet` (columns system, query_id and one for each metric). Runs are streamed to disk as they
-are made, and read one at a time.
+`results.md`, `per_query.parquet` (columns system, query_id and one for each metric), `significance.json` (see
+`rankdistill.evaluation.significance`), `cost.json` (see `rankdistill.evaluation.cost`), `extrapolation.json` (see
+`rankdistill.evaluation.extrapolation`), and where a row is named `teacher` `fidelity.json` and `fidelity.parquet` (see
+`rankdistill.evaluation.fidelity`). Runs are streamed to disk as they are made, and read one at a time.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -23,20 +26,25 @@ import pyarrow.parquet as pq
 
 from rankdistill.artifacts import disk_errors, library_versions, write_atomically
 from rankdistill.errors import RankdistillError
+from rankdistill.evaluation.cost import Step, engine_steps, measure_costs, model_bytes
+from rankdistill.evaluation.extrapolation import Extrapolation, QuerySplit, measure_splits
+from rankdistill.evaluation.fidelity import Fidelity, measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Metrics, evaluate_run, parse_metric
+from rankdistill.evaluation.significance import Significance, compare_values, parse_correction, pick_baseline
 from rankdistill.evaluation.suites import EvaluationSet, Found, Judged, Missing, Suite, load_references, locate
 from rankdistill.progress import Progress, progress, warn
 from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
 
 QUERY_BATCH = 256  # queries handed to a system at once
+TEACHER = "teacher"  # the row that others' agreement is measured with
 
 
 @runtime_checkable
 class System(Protocol):
     """Anything that ranks documents for queries.
 
-    Optional attributes: `bytes` (what is kept to search, on disk), `parameters`, `note` (shown below the table) and
-    `timed` (False: the ranking was made elsewhere and its speed is not measured).
+    Optional attributes: `bytes` (what is kept to search, on disk), `parameters`, `note` (shown below the table),
+    `timed` (False: the ranking was made elsewhere and its speed is not measured), and what `measure_costs` reads.
     """
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterable[Ranking]:
@@ -63,6 +71,18 @@ class EngineSystem:
         for query_id, hits in zip(query_ids, self.engine.search(texts, depth), strict=True):
             yield query_id, collection.doc_ids(hits.rows), hits.scores
 
+    def steps(self, depth: int) -> dict[str, Step]:
+        return engine_steps(self.engine, depth)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The index and the encoder's weights, all of them in memory."""
+        return None if self.bytes is None else self.bytes + model_bytes(getattr(self.engine, "encoder", None))
+
+    @property
+    def device(self) -> Any:
+        return getattr(getattr(self.engine, "encoder", None), "device", "cpu")
+
 
 class RunSystem:
     """A ranking made elsewhere: a run, or the path of a run file."""
@@ -76,9 +96,20 @@ class RunSystem:
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
         """Also the queries without judgments, so that they are counted; cut to `depth`."""
-        source = self.source if isinstance(self.source, Run) else read_run(self.source)
-        for query_id, doc_ids, scores in source:
-            yield query_id, doc_ids[:depth], scores[:depth]
+        yield from self.cut(depth, False)[0]
+
+    def cut(self, depth: int, drop_self_hits: bool, name: str | None = None) -> tuple[Run, int]:
+        """The first `depth` documents of each query, self hits left out where asked for, and how many those were."""
+        run = copy(self.source) if isinstance(self.source, Run) else read_run(self.source)
+        dropped = 0
+        if drop_self_hits:
+            run = run.first(depth + 1)
+            itself = run.self_hits
+            dropped = int(np.count_nonzero(itself))
+            run = run.keep(~itself) if dropped else run
+        run = run.first(depth)
+        run.name = name or run.name
+        return run, dropped
 
 
 class RerankList(NamedTuple):
@@ -110,6 +141,7 @@ class RerankSystem:
     bytes: int | None = None
     note: str = ""
     lists_at_once: int = 32
+    lowest: dict[str, float] = field(default_factory=dict)  # of each query run so far: the teacher's least score
 
     def __post_init__(self) -> None:
         base = self.base if isinstance(self.base, Run) else read_run(self.base)
@@ -145,11 +177,18 @@ class RerankSystem:
         taken = set(ids)
         rest = [doc_id for doc_id in self._first(query_id, max(depth, self.depth)) if doc_id not in taken]
         lowest = np.float32(scores.min() if len(scores) else 0.0)
-        # Steps as wide as float32 keeps apart at this size, so that the rest neither ties nor reorders.
-        step = max(np.float32(1.0), np.spacing(np.abs(lowest)) * 2)
-        below = lowest - step * np.arange(1, len(rest) + 1, dtype=np.float32)
+        if len(scores):
+            self.lowest[query_id] = float(lowest)
+        below = scores_below(lowest, len(rest))
         merged = [ids[i] for i in order] + rest
         return query_id, merged[:depth], np.concatenate([scores[order], below]).astype(np.float32)[:depth]
+
+
+def scores_below(lowest: np.float32, count: int) -> np.ndarray:
+    """Falling float32 scores [count] below the lowest, for documents that follow the re-ranked ones."""
+    # Steps as wide as float32 keeps apart at this size, so that the rest neither ties nor reorders.
+    step = max(np.float32(1.0), np.spacing(np.abs(lowest)) * 2)
+    return np.asarray(lowest - step * np.arange(1, count + 1, dtype=np.float32), np.float32)
 
 
 @dataclass
@@ -164,6 +203,7 @@ class Row:
     queries_per_second: float | None = None
     parameters: int | None = None
     note: str = ""
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # metric → 95% interval of the mean
 
 
 @dataclass
@@ -171,6 +211,10 @@ class Evaluation:
     """The rows of one set.
 
     Attributes:
+        significance: the comparisons of the rows, written to a file of its own.
+        cost: what it costs to serve them (see `cost`), written to a file of its own; None where it was not asked for.
+        fidelity: how far the rows rank as the one named `teacher`, where there is one; files of its own.
+        extrapolation: the rows on queries near the training queries and far from them; files of its own.
         published: figures of others on this set, to be shown beside and never among the rows.
         environment: machine, threads, library versions; what the speeds were measured with.
     """
@@ -186,6 +230,10 @@ class Evaluation:
     environment: dict[str, Any] = field(default_factory=dict)
     published: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
+    significance: Significance | None = None
+    cost: dict[str, Any] | None = None
+    fidelity: Fidelity | None = None
+    extrapolation: Extrapolation | None = None
 
     def __repr__(self) -> str:
         from rankdistill.evaluation.table import plain_table
@@ -199,9 +247,46 @@ class Evaluation:
         raise KeyError(system)
 
     def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        values.pop("path")
+        """What `results.json` holds."""
+        values = asdict(replace(self, fidelity=None, extrapolation=None))
+        del values["path"], values["significance"], values["cost"], values["fidelity"], values["extrapolation"]
         return values
+
+    def compare_rows(
+        self,
+        values: Mapping[str, Mapping[str, np.ndarray]],
+        *,
+        baseline: str | None = None,
+        family: Literal["all", "baseline"] = "all",
+        correction: str = "holm",
+        alpha: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        """Fill in the rows' intervals and `significance` from system → metric → value of each query."""
+        missing = {row.system: row.notes["missing_queries"] for row in self.rows if row.notes["missing_queries"]}
+        self.significance = compare_values(
+            values,
+            baseline=baseline,
+            family=family,
+            correction=correction,
+            alpha=alpha,
+            seed=seed,
+            notes={"missing_queries": missing} if missing else None,
+        )
+        for row in self.rows:
+            row.intervals = self.significance.intervals[row.system]
+
+    def measure_cost(
+        self, systems: Mapping[str, Any], collection: Judged, query_ids: Sequence[str], queries: int
+    ) -> None:
+        """Fill in `cost`, and in the rows what was first measured there: a teacher whose scores were looked up."""
+        self.cost = measure_costs(
+            systems, self.rows, collection, query_ids, depth=self.depth, metric=self.metrics[0], queries=queries
+        )
+        for row in self.rows:
+            found = self.cost["systems"][row.system]
+            row.queries_per_second = found["batch_queries_per_second"]
+            row.bytes, row.parameters = found["bytes"], found["parameters"]
 
 
 def evaluate_systems(
@@ -216,6 +301,12 @@ def evaluate_systems(
     drop_self_hits: bool = False,
     name: str | None = None,
     references: bool = True,
+    baseline: str | None = None,
+    correction: str = "holm",
+    alpha: float = 0.05,
+    seed: int = 0,
+    latency_queries: int = 0,
+    splits: Sequence[QuerySplit] = (),
 ) -> Evaluation:
     """Run every system on the split's queries and measure it.
 
@@ -226,36 +317,47 @@ def evaluate_systems(
         out: the folder that is written.
         relevance_level: least judgment that binary metrics count as relevant.
         name: of the set; default the collection's. Published figures are looked up by it.
+        baseline: the row that marks of significance refer to; default BM25, else the first.
+        correction, alpha, seed: of the tests, see `rankdistill.evaluation.significance`.
+        latency_queries: queries whose latency is measured one by one, a few seconds a system; 0 measures none.
+        splits: how the queries are parted into interpolation and extrapolation.
 
     Raises:
-        UsageError: an unknown metric.
+        UsageError: an unknown metric, baseline or correction.
         RankdistillError: no judged queries, or a system's ranking is not one (duplicate documents, NaN).
     """
     out = Path(out)
     for metric in metrics:
         parse_metric(metric)
+    pick_baseline(list(systems), baseline)  # before hours of searching
+    parse_correction(correction)
     qrels = collection.qrels(split, missing=True)  # as trec_eval: what the collection lacks was not found
     query_ids = collection.query_ids(split)
     if not query_ids:
         raise RankdistillError(f"the split {split!r} has no judged queries", where=collection.spec)
     rows: list[Row] = []
     per_query: list[pa.Table] = []
+    values: dict[str, dict[str, np.ndarray]] = {}
     files = _file_names(systems)
     for system_name, given in systems.items():
         system = RunSystem(given) if isinstance(given, Run | str | Path) else given
         file = out / "runs" / files[system_name]
-        with progress(f"evaluate {system_name}", len(query_ids), "queries") as bar, RunWriter(file) as writer:
-            clock = _Clock(system)
-            rankings = _rankings(system, collection, query_ids, depth + drop_self_hits, bar, clock)
-            for ranking in _without_self_hits(rankings, depth, drop_self_hits, clock):
-                writer.add(*ranking)
-        run = read_run(file, system_name)
+        clock = _Clock(system)
+        if isinstance(system, RunSystem):
+            run, clock.self_hits = system.cut(depth, drop_self_hits, system_name)
+        else:
+            with progress(f"evaluate {system_name}", len(query_ids), "queries") as bar, RunWriter(file) as writer:
+                rankings = _rankings(system, collection, query_ids, depth + drop_self_hits, bar, clock)
+                for ranking in _without_self_hits(rankings, depth, drop_self_hits, clock):
+                    writer.add(*ranking)
+            run = read_run(file, system_name)
         found = evaluate_run(run, qrels, metrics, relevance_level=relevance_level)
         file = _as_trec(run, file)
         found.notes["self_hits_dropped"] = clock.self_hits
         rows.append(_row(system_name, system, found, file.relative_to(out), clock))
         names = pa.array([system_name] * len(found.query_ids), pa.string())
         per_query.append(found.to_table().add_column(0, "system", names))
+        values[system_name] = found.per_query
     set_name = name or collection.name
     evaluation = Evaluation(
         name=set_name,
@@ -270,19 +372,54 @@ def evaluate_systems(
         published=[figure.model_dump() for figure in load_references(set_name)] if references else [],
         path=out,
     )
+    evaluation.compare_rows(values, baseline=baseline, correction=correction, alpha=alpha, seed=seed)
+    if splits:
+        evaluation.extrapolation = measure_splits(splits, values, qrels, relevance_level)
+    if TEACHER in systems and len(rows) > 1:
+        evaluation.fidelity = _fidelity(evaluation, systems[TEACHER], qrels, values)
+    if latency_queries:
+        evaluation.measure_cost(systems, collection, query_ids, latency_queries)
     _write(evaluation, per_query, out)
     return evaluation
 
 
+def _fidelity(
+    evaluation: Evaluation, teacher: Any, qrels: Any, values: Mapping[str, Mapping[str, np.ndarray]]
+) -> Fidelity | None:
+    """Agreement of all rows with the teacher's, from the runs on disk."""
+    assert evaluation.path is not None
+    metric = evaluation.metrics[0]
+    runs: dict[str, Run | str | Path] = {row.system: evaluation.path / row.run for row in evaluation.rows}
+    own = runs.pop(TEACHER)
+    lowest = getattr(teacher, "lowest", None)
+    if lowest is not None and not lowest.keys() & qrels.keys():
+        warn("the teacher has no score for any query here: agreement with it is not measured")
+        return None
+    return measure_fidelity(
+        own,
+        runs,
+        qrels,
+        name=TEACHER,
+        metric=metric,
+        relevance_level=evaluation.relevance_level,
+        lowest=lowest,
+        values={system: by_metric[metric] for system, by_metric in values.items()},
+    )
+
+
 def _as_trec(run: Run, file: Path) -> Path:
-    """Replace a Parquet run by a TREC file, except where an id cannot be written in one."""
+    """Write a run as a TREC file in place of a Parquet one, except where an id cannot be written in it."""
     trec = file.with_suffix(".trec")
     try:
         write_trec(run, trec)
     except WhiteSpaceError as error:
         warn(f"{error.what}: {file} stays Parquet")
+        if not file.is_file():
+            with RunWriter(file) as writer:
+                for ranking in run:
+                    writer.add(*ranking)
         return file
-    file.unlink()
+    file.unlink(missing_ok=True)
     return trec
 
 
@@ -376,6 +513,13 @@ def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None
         sink = pa.BufferOutputStream()
         pq.write_table(pa.concat_tables(per_query), sink)
         write_atomically(out / "per_query.parquet", sink.getvalue().to_pybytes())
+    if evaluation.significance is not None:
+        write_atomically(out / "significance.json", json.dumps(evaluation.significance.to_json(), indent=2) + "\n")
+    if evaluation.cost is not None:
+        write_atomically(out / "cost.json", json.dumps(evaluation.cost, indent=2) + "\n")
+    for measured in (evaluation.fidelity, evaluation.extrapolation):
+        if measured is not None:
+            measured.write(out)
     write_atomically(out / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_atomically(out / "results.md", markdown(evaluation))
 
@@ -424,6 +568,7 @@ def evaluate_suite(
     systems_for: Callable[[Any, EvaluationSet, str], Systems],
     out: str | Path,
     *,
+    splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None = None,
     own: Judged | None = None,
     local: str | Path | None = None,
     fetch: bool = True,
@@ -433,6 +578,7 @@ def evaluate_suite(
 
     Args:
         systems_for: (collection, set, split) → the systems to run on it; called once for each set found.
+        splits_for: (collection, split) → how its queries are parted into interpolation and extrapolation.
         out: each set is written to `out/SET`, the whole to `out/results.json` and `out/results.md`.
         own, local, fetch, opener: where sets are found, see `suites.locate`.
 
@@ -451,7 +597,7 @@ def evaluate_suite(
             warn(f"{one.name} is not evaluated: {found.reason}")
             missing.append({"set": one.name, "reason": found.reason})
             continue
-        evaluations.append(_evaluate_set(suite, one, found, systems_for, out))
+        evaluations.append(_evaluate_set(suite, one, found, systems_for, splits_for, out))
         groups[evaluations[-1].name] = one.group or one.name
     if not evaluations:
         reasons = "; ".join(f"{entry['set']}: {entry['reason']}" for entry in missing)
@@ -474,6 +620,7 @@ def _evaluate_set(
     one: EvaluationSet,
     found: Found,
     systems_for: Callable[[Any, EvaluationSet, str], Systems],
+    splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None,
     out: Path,
 ) -> Evaluation:
     name = found.collection.name if one.collection == "own" else one.name
@@ -490,6 +637,11 @@ def _evaluate_set(
         relevance_level=one.relevance_level,
         drop_self_hits=one.drop_self_hits,
         name=name,
+        baseline=suite.baseline,
+        correction=suite.correction,
+        alpha=suite.alpha,
+        latency_queries=suite.latency_queries,
+        splits=splits_for(found.collection, found.split) if splits_for is not None else (),
     )
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rankdistill.collections.identifiers import text_keys
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import say
 from rankdistill.runs import Run, read_run
@@ -85,7 +86,8 @@ class Metrics:
         notes: what decides how far the means can be trusted, as counts and shares:
             queries, missing_queries (count 0), queries_without_relevant (count 0), ignored_queries (not in the
             qrels, left out), judged@10 (share of the first ten documents that have a judgment), tied_share (scores that
-            equal another of the query, so that ids decide), self_hits_dropped, rank_contradictions, undefined.
+            equal another of the query, so that ids decide), self_hits_dropped, rank_contradictions, undefined,
+            numeric_ids (of the run or the qrels, taken as text).
     """
 
     name: str
@@ -108,6 +110,7 @@ class Metrics:
             "self_hits_dropped": "{:,} self hits dropped",
             "rank_contradictions": "{:,} queries whose ranks contradict their scores (scores decide)",
             "undefined": "{:,} undefined values count 0",
+            "numeric_ids": "{:,} ids were numbers and are taken as text",
         }
         said = [f"{self.notes['queries']:,} queries", f"judged@10 {self.notes['judged@10']:.1%}"]
         return ", ".join(said + [text.format(self.notes[key]) for key, text in words.items() if self.notes.get(key)])
@@ -144,6 +147,7 @@ def evaluate_run(
         raise UsageError(f"relevance_level is {relevance_level}, but must be at least 1", where="relevance_level")
     if not qrels:
         raise RankdistillError("there are no judgments to evaluate with", where=run.name)
+    qrels, numeric = text_keys(qrels, "judgments")
     ranked = _rank(run, qrels, drop_self_hits)
     per_query: dict[str, np.ndarray] = {}
     undefined = 0
@@ -168,6 +172,8 @@ def evaluate_run(
         "undefined": undefined,
         **run.notes,
     }
+    if numeric:
+        notes["numeric_ids"] = notes.get("numeric_ids", 0) + numeric
     return Metrics(
         run.name,
         {metric: float(values.mean()) for metric, values in per_query.items()},
@@ -233,7 +239,7 @@ def _rank(run: Run, qrels: Qrels, drop_self_hits: bool) -> _Ranked:
     keep = query >= 0
     self_hits = 0
     if drop_self_hits:
-        itself = _self_hits(run)
+        itself = run.self_hits
         self_hits = int(np.count_nonzero(itself & keep))
         keep &= ~itself
     document = pc.index_in(run.doc_ids, value_set=encoded.dictionary).fill_null(-1).to_numpy().astype(np.int64)
@@ -273,13 +279,6 @@ def _rank(run: Run, qrels: Qrels, drop_self_hits: bool) -> _Ranked:
         self_hits=self_hits,
         tied_share=float(tied.mean()) if len(tied) else 0.0,
     )
-
-
-def _self_hits(run: Run) -> np.ndarray:
-    """bool [N]: the document's id is the query's."""
-    number = {query_id: row for row, query_id in enumerate(run.query_ids)}
-    same = pc.index_in(run.doc_ids, value_set=pa.array(list(number), pa.large_string())).fill_null(-1).to_numpy()
-    return np.asarray(same == run.query_rows)
 
 
 def _standard(metric: Metric, ranked: _Ranked, relevance_level: int) -> np.ndarray:

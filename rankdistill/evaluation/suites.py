@@ -47,7 +47,18 @@ class Suite(_Declaration):
         ["bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"],
         description="Rows of the table, those of them that the run has.",
     )
-    rerank_depth: int = Field(100, ge=1, description="First-stage documents the teacher re-ranks.")
+    rerank_depth: int = Field(100, ge=1, description="First-stage documents that are re-ranked.")
+    rerank: bool = Field(
+        False, description="Students and the teacher also re-rank BM25's first documents, in rows of their own."
+    )
+    baseline: str | None = Field(
+        None, description="The row that marks of significance refer to; default BM25, else the first."
+    )
+    correction: Literal["holm", "tukey", "tukey_hsd"] = Field("holm", description="Of p-values, for many systems.")
+    alpha: float = Field(0.05, gt=0, lt=1, description="What corrected p-values are held against.")
+    latency_queries: int = Field(
+        100, ge=0, description="Queries whose latency is measured one by one, seconds a system; 0 measures none."
+    )
 
     @field_validator("metrics")
     @classmethod
@@ -183,7 +194,7 @@ def locate(
 
     Args:
         own: the run's collection; used for `collection: own`, and for a set of its name or specification.
-        local: a folder whose sub-folders are sets in BEIR (or MS MARCO) layout.
+        local: a folder whose sub-folders are sets in BEIR or MS MARCO layout, or clones of data sets of the hub.
         fetch: open a declared collection that may have to be downloaded.
         opener: opens a specification; default `rankdistill.collections.open_collection`.
     """
@@ -198,6 +209,8 @@ def locate(
             candidate = opener(f"beir:{folder}")
         elif folder is not None and any(folder.glob("collection.tsv*")):
             candidate = opener(f"msmarco:{folder}")
+        elif folder is not None and (any(folder.glob("corpus*.parquet")) or any(folder.glob("corpus/*.parquet"))):
+            candidate = opener(f"hf:{folder}")
         elif own is not None and (one.collection in (OWN, own.spec) or one.name == own.name):
             candidate = own
         elif one.collection == OWN:

@@ -1,21 +1,32 @@
-"""Tables of an evaluation: terminal, plain text, Markdown. Published figures stand apart, marked as published."""
+"""Tables of an evaluation: terminal, plain text, Markdown, LaTeX. Published figures stand apart, marked as published.
+
+A figure that differs significantly from the baseline's carries a mark: ▲ better, ▼ worse; the line below says by which
+test. Markdown also has the 95% intervals.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rankdistill.evaluation.metrics import Metrics
+from rankdistill.evaluation.significance import Significance
 
 if TYPE_CHECKING:
     from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
 
+LEFT = ("system", "set", "source", "reason", "metric", "against", "front", "index", "settings")  # columns of words
+MARKS = {1: "▲", -1: "▼", 0: ""}
+LATEX_MARKS = {"▲": r"$^{\dagger}$", "▼": r"$^{\ddagger}$"}
+CORRECTIONS = {"holm": "Holm", "tukey_hsd": "Tukey HSD"}
+PAIR_ROWS = 30  # comparisons shown in a table; all are in significance.json
+
 
 @dataclass
 class Table:
-    """Cells as text; the first column is left-aligned, the others right. `bold` holds (row, column)."""
+    """Cells as text; columns of words are left-aligned, the others right. `bold` holds (row, column)."""
 
     title: str
     header: list[str]
@@ -50,12 +61,12 @@ def figure_text(value: float | Sequence[float] | None) -> str:
     return "–".join(f"{part:.3f}" for part in value)
 
 
-def tables(evaluation: Evaluation | SuiteEvaluation) -> list[Table]:
-    """The tables of an evaluation: measured, then published."""
+def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False) -> list[Table]:
+    """The tables of an evaluation: measured (with `intervals` those too), then published."""
     if not hasattr(evaluation, "sets"):  # by shape: to import the class from here would be a circle
-        return _set_tables(evaluation)
+        return _set_tables(evaluation, intervals)
     evaluation = cast("SuiteEvaluation", evaluation)
-    made = [table for one in evaluation.sets for table in _set_tables(one)]
+    made = [table for one in evaluation.sets for table in _set_tables(one, intervals)]
     if len(evaluation.sets) > 1:
         made.append(_macro_table(evaluation))
         made += _published(f"{evaluation.suite}, average", evaluation.metrics, evaluation.published)
@@ -65,7 +76,7 @@ def tables(evaluation: Evaluation | SuiteEvaluation) -> list[Table]:
     return made
 
 
-def _set_tables(evaluation: Evaluation) -> list[Table]:
+def _set_tables(evaluation: Evaluation, intervals: bool) -> list[Table]:
     has_size = any(row.bytes is not None for row in evaluation.rows)
     has_rate = any(row.queries_per_second is not None for row in evaluation.rows)
     header = ["system", *evaluation.metrics] + ["size"] * has_size + ["queries/s"] * has_rate
@@ -75,12 +86,89 @@ def _set_tables(evaluation: Evaluation) -> list[Table]:
         + [rate_text(row.queries_per_second)] * has_rate
         for row in evaluation.rows
     ]
+    bold = _best(rows, len(evaluation.metrics))
+    below = _notes(evaluation)
+    if evaluation.significance is not None:
+        _add_marks(rows, evaluation.metrics, evaluation.significance)
+        below += legend(evaluation.significance)
     queries = evaluation.rows[0].notes["queries"] if evaluation.rows else 0
-    title = f"{evaluation.name} ({evaluation.split}, {queries:,} queries, depth {evaluation.depth:,})"
+    split = f"{evaluation.split}, " if evaluation.split else ""
+    title = f"{evaluation.name} ({split}{queries:,} queries, depth {evaluation.depth:,})"
     return [
-        Table(title, header, rows, _best(rows, len(evaluation.metrics)), _notes(evaluation)),
+        Table(title, header, rows, bold, below),
+        *_cost(evaluation),
+        *_agreement(evaluation),
+        *_extrapolation(evaluation),
+        *(_intervals(evaluation) if intervals else []),
         *_published(evaluation.name, evaluation.metrics, evaluation.published),
     ]
+
+
+def _agreement(evaluation: Evaluation) -> list[Table]:
+    found = evaluation.fidelity
+    if found is None:
+        return []
+    overlap, unscored = f"overlap@{found.cutoff}", f"unscored@{found.cutoff}"
+    shown = {"Kendall τ": "kendall_tau", overlap: overlap, "RBO": "rbo", "margins r": "margin_correlation"}
+    rows = [
+        [
+            *(system, *(figure_text(values[key]) for key in shown.values()), f"{values[unscored]:.1%}"),
+            f"{values['student_better']:,}/{values['equal']:,}/{values['teacher_better']:,}",
+            f"{values['won']:,}/{values['lost']:,}",
+        ]
+        for system, values in found.systems.items()
+    ]
+    queries = found.notes["queries"] - found.notes["queries_without_teacher_list"]
+    title = f"{evaluation.name}: agreement with the teacher ({queries:,} queries, at most {found.depth:,} documents)"
+    below = [
+        "agreement is not effectiveness: Kendall τ-b over the documents that the teacher scored, RBO with p = .9, "
+        "Pearson's r of the margins between scores within a query",
+        f"{unscored}: share of the first {found.cutoff} that the teacher never scored; win/tie/loss against it: "
+        f"queries, by {found.metric}; won/lost: relevant documents that only one has among its first {found.cutoff}",
+    ]
+    header = ["system", *shown, unscored, "win/tie/loss", "won/lost"]
+    return [Table(title, header, rows, set(), below)]
+
+
+def _extrapolation(evaluation: Evaluation) -> list[Table]:
+    if evaluation.extrapolation is None:
+        return []
+    metric = evaluation.metrics[0]
+    return [extrapolation_table(one, metric, evaluation.name) for one in evaluation.extrapolation.protocols]
+
+
+def extrapolation_table(protocol: Mapping[str, Any], metric: str, name: str) -> Table:
+    """One metric on queries near the training queries and far from them, from an entry of `extrapolation.json`."""
+    parts, overlap = protocol["parts"], protocol["relevant_overlap"]
+    header, rows = ["system", *parts, "gap"], []
+    reference = protocol["reference"]
+    for system, gaps in protocol["gap"].items():
+        means = [figure_text(part["systems"][system].get(metric)) for part in parts.values()]
+        rows.append([system, *means, _gap_text(gaps[metric])])
+        if reference is not None:
+            rows[-1].append(_gap_text(protocol["gap_beyond"].get(system, {}).get(metric)))
+    if reference is not None:
+        header.append(f"gap beyond {reference}'s")
+    counts = ", ".join(f"{part['queries']:,} {name}" for name, part in parts.items())
+    if protocol["neither"]:
+        counts += f", {protocol['neither']:,} neither"
+    how = f"left-out clusters, {protocol['folds']} folds" if "folds" in protocol else "nearest training query"
+    if "bucket" in protocol:
+        how = f"cluster {protocol['bucket']} of {protocol['buckets']} left out"
+    below = [
+        f"{counts} queries; no query of extrapolation has a training query at a cosine above {protocol['bound']:.3f} "
+        f"({protocol['encoder']})",
+        "gap: interpolation − extrapolation with its 95% interval; the parts hold different queries, so it is the gap "
+        "beyond that of a system without training that tells",
+        "of what is relevant, "
+        + ", ".join(f"{overlap[part]['pair_share'] or 0:.1%} in {part}" for part in parts)
+        + " is relevant to a training query too",
+    ]
+    return Table(f"{name}: interpolation and extrapolation ({how}), {metric}", header, rows, set(), below)
+
+
+def _gap_text(gap: Sequence[float] | None) -> str:
+    return "" if gap is None else f"{gap[0]:+.4f} ({gap[1]:+.3f} to {gap[2]:+.3f})"
 
 
 def _best(rows: list[list[str]], metrics: int) -> set[tuple[int, int]]:
@@ -90,6 +178,129 @@ def _best(rows: list[list[str]], metrics: int) -> set[tuple[int, int]]:
         values = [row[column] for row in rows]
         bold |= {(row, column) for row, value in enumerate(values) if len(rows) > 1 and value == max(values)}
     return bold
+
+
+def _add_marks(rows: list[list[str]], metrics: Sequence[str], significance: Significance) -> None:
+    for column, metric in enumerate(metrics, 1):
+        marks = [MARKS[significance.mark(row[0], metric)] for row in rows]
+        width = max(map(len, marks), default=0)
+        for row, mark in zip(rows, marks, strict=True):
+            row[column] += mark.ljust(width)  # figures stay under each other
+
+
+def legend(significance: Significance) -> list[str]:
+    """What the marks mean: [] where nothing was compared."""
+    if not significance.comparisons:
+        return []
+    if significance.queries < 2:
+        return ["one query: no test, no interval"]
+    pairs = "all pairs" if significance.family == "all" else "the pairs with it"
+    return [
+        f"▲ ▼ better or worse than {significance.baseline}: randomisation test, p < {significance.alpha:g} after "
+        f"{CORRECTIONS[significance.correction]} over {pairs} on a metric"
+    ]
+
+
+def _intervals(evaluation: Evaluation) -> list[Table]:
+    rows = [
+        [row.system, *(_interval(row.intervals.get(metric)) for metric in evaluation.metrics)]
+        for row in evaluation.rows
+    ]
+    if not any(row.intervals for row in evaluation.rows):
+        return []
+    title = f"{evaluation.name}: 95% intervals of the means (BCa bootstrap over queries)"
+    return [Table(title, ["system", *evaluation.metrics], rows)]
+
+
+def _cost(evaluation: Evaluation) -> list[Table]:
+    """What serving costs: one query at a time, bytes, memory; [] where it was not measured."""
+    cost = evaluation.cost
+    if cost is None:
+        return []
+    systems: dict[str, dict[str, Any]] = cost["systems"]
+    steps = [name for name in ("encode", "search", "rerank") if any(one.get(f"{name}_ms") for one in systems.values())]
+    header = ["system", *(f"{name} ms" for name in steps), "p50 ms", "p95 ms", "p99 ms"]
+    header += ["bytes/doc", "memory", "parameters", "front"]
+    rows = []
+    for name, one in systems.items():
+        total = one["total_ms"] or {}
+        fronts = [axis for axis, front in cost["pareto"].items() if name in front]
+        cells = [name, *(latency_text((one.get(f"{step}_ms") or {}).get("p50")) for step in steps)]
+        cells += [latency_text(total.get(level)) for level in ("p50", "p95", "p99")]
+        cells += ["" if one["bytes_a_document"] is None else f"{one['bytes_a_document']:,.0f}"]
+        cells += [bytes_text(one["memory_bytes"]), count_text(one["parameters"]), ", ".join(fronts)]
+        rows.append(cells)
+    environment = cost["environment"]
+    counts = sorted({one["queries_measured"] for one in systems.values()} - {0})
+    measured = " to ".join(str(count) for count in counts[:: max(1, len(counts) - 1)]) or "no"
+    below = [
+        f"one query at a time, warmed up, {measured} queries, depth {cost['depth']:,}; {environment['machine']}, "
+        f"{environment['device']}, {environment['threads']} threads; a step's figure is its median",
+        f"front: no system is at least as good in {cost['metric']} and as cheap in latency (p50), in bytes, and better "
+        "in one; memory: index and weights",
+    ]
+    if (environment["load"] or 0) > environment["cores"] + 0.5:
+        load = f"load {environment['load']} on {environment['cores']} cores"
+        below.append(f"the machine was busy ({load}): alone on it, systems are faster")
+    for one in cost["same_queries"]:
+        ratios = one["teacher_takes_times"].items()
+        times = ", ".join(f"{ratio:,.{0 if ratio >= 10 else 1}f}× {name}" for name, ratio in ratios)
+        mean = latency_text(one["mean_ms"][one["teacher"]])
+        below.append(f"{one['teacher']}: {mean} ms a query, on the same {one['queries']} queries as long as {times}")
+    return [Table(f"{evaluation.name}: what serving costs", header, rows, set(), below)]
+
+
+def latency_text(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:,.0f}"
+
+
+def count_text(count: int | None) -> str:
+    """`22.7 M`; empty when unknown."""
+    if count is None:
+        return ""
+    return f"{count:,}" if count < 10_000 else f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
+
+
+def _interval(ends: Sequence[float | None] | None) -> str:
+    return "" if not ends or None in ends else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def comparisons(significance: Significance, title: str) -> Table:
+    """The tests of the pairs; where they are many and of all pairs, those of the first metric."""
+    shown = significance.comparisons
+    below: list[str] = []
+    if significance.family == "all" and len(shown) > PAIR_ROWS and len(significance.metrics) > 1:
+        shown = [one for one in shown if one.metric == significance.metrics[0]]
+        below.append(f"the same for {', '.join(significance.metrics[1:])}: in the JSON")
+    if len(shown) > PAIR_ROWS:
+        below.append(f"{len(shown) - PAIR_ROWS:,} more pairs: in the JSON")
+        shown = shown[:PAIR_ROWS]
+    # fmt: off
+    header = ["metric", "system", "against", "difference", "95%", "d", "win/tie/loss", "t-test", "randomisation",
+              "t corrected", "corrected"]
+    # fmt: on
+    rows = [
+        [
+            *(one.metric, one.a, one.b, f"{one.difference:+.4f}"),
+            *("" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}",),
+            *("" if one.effect_size is None else f"{one.effect_size:+.2f}",),
+            f"{one.wins:,}/{one.ties:,}/{one.losses:,}",
+            *(p_text(p) for p in (one.p_t, one.p_randomisation, one.p_t_corrected)),
+            p_text(one.p_randomisation_corrected) + (" *" if one.significant else "  "),
+        ]
+        for one in shown
+    ]
+    below.insert(
+        0,
+        f"difference: system − the one against it, with its BCa bootstrap interval; d: Cohen's, paired; p-values of "
+        f"{significance.permutations:,} permutations (exact where few queries differ); corrected: "
+        f"{CORRECTIONS[significance.correction]}; * below {significance.alpha:g}",
+    )
+    return Table(title, header, rows, set(), below)
+
+
+def p_text(p: float) -> str:
+    return "<.0001" if p < 0.0001 else f"{p:.4f}".removeprefix("0") if p < 0.99995 else "1"
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
@@ -136,7 +347,11 @@ def _published(name: str, metrics: Sequence[str], figures: Sequence[dict[str, An
 
 def plain_table(evaluation: Evaluation | SuiteEvaluation, width: int | None = None) -> str:
     """Aligned plain text; where a table is wider than `width`, one block of lines for each row."""
-    return "\n\n".join(_plain(table, width) for table in tables(evaluation))
+    return plain_tables(tables(evaluation), width)
+
+
+def plain_tables(shown: Sequence[Table], width: int | None = None) -> str:
+    return "\n\n".join(_plain(table, width) for table in shown)
 
 
 def _plain(table: Table, width: int | None) -> str:
@@ -147,7 +362,9 @@ def _plain(table: Table, width: int | None) -> str:
         for row in table.rows:
             lines.append(row[0])
             lines += [
-                f"  {name:<{label}}  {cell}" for name, cell in zip(table.header[1:], row[1:], strict=True) if cell
+                f"  {name:<{label}}  {cell}".rstrip()
+                for name, cell in zip(table.header[1:], row[1:], strict=True)
+                if cell.strip()
             ]
     else:
         for row in [table.header, *table.rows]:
@@ -157,18 +374,21 @@ def _plain(table: Table, width: int | None) -> str:
 
 
 def _aligned(column: str, cell: str, width: int) -> str:
-    return cell.ljust(width) if column in ("system", "set", "source", "reason") else cell.rjust(width)
+    return cell.ljust(width) if column in LEFT else cell.rjust(width)
 
 
 def markdown(evaluation: Evaluation | SuiteEvaluation) -> str:
     """Markdown; the best figures are bold."""
+    return markdown_tables(tables(evaluation, intervals=True))
+
+
+def markdown_tables(shown: Sequence[Table]) -> str:
     parts = []
-    for table in tables(evaluation):
-        left = ("system", "set", "source", "reason")
+    for table in shown:
         lines = [f"### {table.title}", "", _markdown_row(table.header)]
-        lines.append(_markdown_row([":---" if name in left else "---:" for name in table.header]))
+        lines.append(_markdown_row([":---" if name in LEFT else "---:" for name in table.header]))
         for number, row in enumerate(table.rows):
-            cells = [_escape(cell) for cell in row]
+            cells = [_escape(cell.rstrip()) for cell in row]
             lines.append(_markdown_row([f"**{c}**" if (number, i) in table.bold else c for i, c in enumerate(cells)]))
         lines += [""] + [f"- {_escape(line)}" for line in table.lines_below]
         parts.append("\n".join(lines).rstrip())
@@ -185,32 +405,76 @@ def _escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
+def latex(evaluation: Evaluation | SuiteEvaluation) -> str:
+    """LaTeX tables to paste into a paper (needs the booktabs package); the best figures are bold.
+
+    Notes become comments; what the marks mean is said in the caption.
+    """
+    return latex_tables(tables(evaluation))
+
+
+def latex_tables(shown: Sequence[Table]) -> str:
+    return "\n".join(_latex(table) for table in shown)
+
+
+def _latex(table: Table) -> str:
+    marks = [line for line in table.lines_below if line.startswith("▲")]
+    lines = ["% \\usepackage{booktabs}", *(f"% {' '.join(line.split())}" for line in table.lines_below)]
+    lines += [r"\begin{table}", r"\centering"]
+    # The legend's marks are spelt out: "▲ ▼ better or worse than ..."
+    said = [line.replace("▲ ▼ better or worse", "▲ better, ▼ worse", 1) for line in marks]
+    lines.append(rf"\caption{{{_tex('. '.join([table.title, *said]))}.}}")
+    lines.append(rf"\begin{{tabular}}{{{''.join('l' if name in LEFT else 'r' for name in table.header)}}}")
+    lines += [r"\toprule", _latex_row([_tex(name) for name in table.header]), r"\midrule"]
+    for number, row in enumerate(table.rows):
+        cells = [_tex(cell.rstrip()) for cell in row]
+        lines.append(_latex_row([rf"\textbf{{{c}}}" if (number, i) in table.bold else c for i, c in enumerate(cells)]))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+TEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
+    "–": "--", "−": "$-$", "×": r"$\times$", "\n": " ", **LATEX_MARKS,
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    """Text as LaTeX prints it: a system's name may hold anything."""
+    return "".join(TEX.get(character, character) for character in text)
+
+
 def print_tables(
-    evaluation: Evaluation | SuiteEvaluation, stream: TextIO | None = None, width: int | None = None
+    evaluation: Evaluation | SuiteEvaluation | Sequence[Table], stream: TextIO | None = None, width: int | None = None
 ) -> None:
     """Print to a terminal through rich; elsewhere, or where it is too narrow, as plain text.
 
     Args:
+        evaluation: or tables made already.
         stream: default standard output.
         width: in columns; default the terminal's, without limit where there is none.
     """
     stream = stream or sys.stdout
+    shown_tables = evaluation if isinstance(evaluation, Sequence) else tables(evaluation)
     if not stream.isatty():
-        print(plain_table(evaluation, width), file=stream)
+        print(plain_tables(shown_tables, width), file=stream)
         return
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
     console = Console(file=stream, width=width)
-    for table in tables(evaluation):
+    for table in shown_tables:
         if sum(table.widths()) + 3 * len(table.header) + 1 > console.width:
             print(_plain(table, console.width) + "\n", file=stream)
             continue
         # Text objects, not markup: a system's name may hold brackets.
         shown = RichTable(title=Text(table.title), title_justify="left")
         for name in table.header:
-            shown.add_column(Text(name), justify="left" if name in ("system", "set", "source", "reason") else "right")
+            shown.add_column(Text(name), justify="left" if name in LEFT else "right")
         for number, row in enumerate(table.rows):
             shown.add_row(*(Text(c, style="bold" if (number, i) in table.bold else "") for i, c in enumerate(row)))
         console.print(shown)

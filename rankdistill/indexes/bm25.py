@@ -77,6 +77,12 @@ class BM25:
     def fingerprint_for(self, collection: Collection) -> str:
         return fingerprint(["bm25", self.settings, collection.fingerprint])
 
+    @property
+    def bytes(self) -> int:
+        """Size of the opened index: postings, offsets and vocabulary."""
+        files = (DATA, INDICES, INDPTR, VOCABULARY, PARAMETERS)
+        return sum((self.path / name).stat().st_size for name in files) if self.path is not None else 0
+
     def __repr__(self) -> str:
         opened = f", {self.document_count} documents, {len(self._vocabulary)} terms" if self.path else ""
         return f"BM25(k1={self.k1}, b={self.b}, language={self.language!r}{opened})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from rankdistill.artifacts import Artifact, fingerprint
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import Encoder, Hits, Vectors, no_hits, ranked
-from rankdistill.indexes.faiss_index import FaissIndex, IndexSpecification, build_index
+from rankdistill.indexes.building import build_index
+from rankdistill.indexes.faiss_index import FaissIndex
+from rankdistill.indexes.specification import IndexSpecification
 from rankdistill.indexes.vectors import check_vectors, open_vectors
 
 if TYPE_CHECKING:
@@ -36,15 +38,21 @@ class VectorIndex(Protocol):
 
 
 class ExactIndex:
-    """Brute force by inner product over memory-mapped vectors: the reference, with no file of its own.
+    """Brute force over memory-mapped vectors: the reference, with no file of its own. Scores as `FaissIndex` has.
 
     Memory: one block of vectors and `k` hits a query.
     """
 
     name = "exact"
 
-    def __init__(self, vectors: NDArray[np.float32], fingerprint: str, inputs: dict[str, str] | None = None) -> None:
-        self.vectors, self.fingerprint, self.inputs = vectors, fingerprint, inputs or {}
+    def __init__(
+        self,
+        vectors: NDArray[np.float32],
+        fingerprint: str,
+        inputs: dict[str, str] | None = None,
+        metric: Literal["inner_product", "l2"] = "inner_product",
+    ) -> None:
+        self.vectors, self.fingerprint, self.inputs, self.metric = vectors, fingerprint, inputs or {}, metric
 
     @property
     def dimension(self) -> int:
@@ -80,7 +88,9 @@ class ExactIndex:
         best_rows = np.empty((len(vectors), 0), np.int64)
         for start in range(0, len(self.vectors), BLOCK):
             block = np.ascontiguousarray(self.vectors[start : start + BLOCK], dtype=np.float32)
-            scores, rows = faiss.knn(vectors, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            metric = faiss.METRIC_L2 if self.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+            scores, rows = faiss.knn(vectors, block, min(k, len(block)), metric=metric)
+            scores = -scores if self.metric == "l2" else scores
             best_scores, best_rows = np.hstack([best_scores, scores]), np.hstack([best_rows, rows + start])
             if best_scores.shape[1] > k:
                 # Blocks come in row order and the sort is stable, so ties keep the lower row.

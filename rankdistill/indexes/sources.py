@@ -19,7 +19,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Engine, Hits, allocate_array, no_hits, ranked
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.dense import DenseEngine, export_index
-from rankdistill.indexes.faiss_index import load_specification
+from rankdistill.indexes.specification import load_specification
 from rankdistill.indexes.vectors import encode_documents
 from rankdistill.progress import warn
 

@@ -29,3 +29,25 @@ class KLDivergence(ListLoss):
         teacher = (teacher_scores / self.teacher_temperature).masked_fill(~mask, -1e30).log_softmax(dim=1)
         divergence = (teacher.exp() * (teacher - student)).masked_fill(~mask, 0.0).sum(dim=1)
         return self.temperature**2 * divergence.mean()
+
+
+class ListNet(ListLoss):
+    """Cross-entropy -sum softmax(t / tau) * log softmax(s / tau), batch mean (Cao et al. 2007).
+
+    Its gradient is that of the KL divergence; its least value is the teacher's entropy, not 0.
+
+    Args:
+        temperature: tau, of both sides.
+        weight: share in a sum of losses.
+    """
+
+    type = "listnet"
+
+    def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.temperature = temperature
+
+    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        student = (student_scores / self.temperature).masked_fill(~mask, -1e30).log_softmax(dim=1)
+        teacher = (teacher_scores / self.temperature).masked_fill(~mask, -1e30).softmax(dim=1)
+        return -(teacher * student).masked_fill(~mask, 0.0).sum(dim=1).mean()

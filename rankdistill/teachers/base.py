@@ -30,6 +30,7 @@ class Teacher(ABC):
 
     type: ClassVar[str]
     score_kind: ScoreKind
+    live: ClassVar[bool] = True  # scores are computed here and now; a recorded teacher's speed says nothing
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -27,6 +27,7 @@ class _FileTeacher(Teacher):
     """Looks scores up in a file read once; gives what it has and leaves the rest out."""
 
     file: str
+    live = False
 
     def __init__(self) -> None:
         self._table: PairTable | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from rankdistill.progress import progress, warn
 from rankdistill.scores.store import ScoreStore, TeacherScores
 from rankdistill.teachers.base import Teacher, TextList
+from rankdistill.teachers.ensemble import EnsembleTeacher
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -88,3 +89,24 @@ def score_candidates(
     if scores.unscored:
         warn(f"the teacher has no score for {scores.unscored:,} of the candidates asked for")
     return scores
+
+
+def score_list(teacher: Teacher | EnsembleTeacher, item: TextList) -> np.ndarray:
+    """Score one list now, past the store: float32 [len(item.doc_ids)], NaN where the teacher has no score."""
+    ensemble = teacher if isinstance(teacher, EnsembleTeacher) else None
+    members = ensemble.members if ensemble else [cast(Teacher, teacher)]
+    given = [_Given(member, item) for member in members]
+    source = ensemble.combine(given) if ensemble else given[0]
+    return source.scores_of(item.query_id, item.doc_ids)
+
+
+class _Given:
+    """A teacher's scores of one list, as the combination of several reads them."""
+
+    def __init__(self, teacher: Teacher, item: TextList) -> None:
+        self._scores: dict[str, float] = {}
+        for _, doc_ids, scores in teacher.score([item]):
+            self._scores.update(zip(doc_ids, scores.tolist(), strict=True))
+
+    def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        return np.array([self._scores.get(doc_id, np.nan) for doc_id in doc_ids], dtype=np.float32)

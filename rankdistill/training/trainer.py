@@ -20,7 +20,7 @@ from rankdistill.artifacts import Artifact, fingerprint, write_artifact
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.losses.base import Loss
-from rankdistill.progress import Progress, say
+from rankdistill.progress import Progress, say, warn
 from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
@@ -31,11 +31,13 @@ from rankdistill.students.token_batches import resolve_precision
 from rankdistill.training.batches import BatchStream, whole
 from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm
 from rankdistill.training.distiller import Distiller
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
+DECIDES_NOTHING = {"device", "log_every", "loader_processes", "agreement_queries"}  # settings; the student is the same
 LOG = "log.jsonl"
 MODEL = "model"
 BEST = "best"
@@ -97,12 +99,22 @@ class DevPool:
 
 
 class StudentTrainer(SafeCheckpoints, Trainer):
-    """Minimises a `Distiller` over a `BatchStream`; evaluates on a `DevPool` and keeps the best student."""
+    """Minimises a `Distiller` over a `BatchStream`; evaluates on a `DevPool` and keeps the best student.
 
-    def __init__(self, distiller: Distiller, stream: BatchStream, dev: DevPool | None, args: TrainingArguments) -> None:
+    Agreement with the teacher is logged beside the dev metric, and chooses nothing.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        stream: BatchStream,
+        dev: DevPool | None,
+        args: TrainingArguments,
+        agreement: Agreement | None = None,
+    ) -> None:
         # The eval_dataset is only asked for by the base class: `evaluate` reads the dev pool.
         super().__init__(model=distiller, args=args, train_dataset=stream, eval_dataset=stream, data_collator=whole)
-        self.dev = dev
+        self.dev, self.agreement, self.warned = dev, agreement, False
         self.part_sums: dict[str, float] = {}
         self.part_count = 0
 
@@ -143,10 +155,21 @@ class StudentTrainer(SafeCheckpoints, Trainer):
             metrics = {f"dev_{self.dev.metric}": value}
             if value > self.best_so_far():
                 save_best(student, Path(self.args.output_dir) / BEST)
+            if self.agreement is not None and math.isfinite(agreement := self.agreement.evaluate(student)):
+                metrics[AGREEMENT] = agreement
             self.log(metrics)
+            self._warn_of_hacking()
         # As the base class does; it takes the request to evaluate back, which else is served again at the end.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _warn_of_hacking(self) -> None:
+        """Once a process: a person may want to stop here."""
+        assert self.dev is not None
+        alarm = None if self.warned else last_alarm(self.state.log_history, f"dev_{self.dev.metric}")
+        if alarm is not None:
+            warn(str(alarm))
+            self.warned = True
 
     def _evaluated(self) -> bool:
         """Whether this step was evaluated before: a resumed run starts at one that was."""
@@ -205,11 +228,13 @@ def train_student(
     *,
     name: str = "student",
     inputs: dict[str, str] | None = None,
+    agreement: Agreement | None = None,
 ) -> Artifact:
     """Train the recipe's student on scored lists and save the best checkpoint by the dev metric.
 
     Resumes an interrupted training from its last checkpoint, exactly. The artifact holds `model/` (loads in plain
-    sentence-transformers, with a model card), `log.jsonl`, and the manifest.
+    sentence-transformers, with a model card), `log.jsonl`, and the manifest: the dev curve, that of `agreement` (the
+    teacher's lists of dev queries) where it is given, and `teacher_hacking` where the alarm rang.
 
     Raises:
         RankdistillError: no list has what the losses need, or the loss stops being a number.
@@ -243,7 +268,7 @@ def train_student(
             steps * settings.accumulation * world,
             settings.token_budget,
         )
-        trainer = StudentTrainer(Distiller(student, losses), stream, dev, arguments)
+        trainer = StudentTrainer(Distiller(student, losses), stream, dev, arguments, agreement)
         trainer.remove_callback(_printer())
         trainer.add_callback(LogFile(work / LOG, steps))
         resume = last_checkpoint(work)
@@ -263,13 +288,18 @@ def train_student(
         artifact.notes = {
             # The last one logged: the Trainer's own mean forgets the steps before a resumption.
             "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
-            "dev": {entry["step"]: entry[key] for entry in history for key in entry if key.startswith("dev_")},
+            "dev": curve(history, f"dev_{dev.metric}") if dev else {},
             "dev_metric": f"{dev.metric} over a pool of {len(dev.doc_ids)} documents, {len(dev.query_ids)} queries"
             if dev
             else None,
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
             "precision": resolve_precision(student.device, settings.precision),
         }
+        if agreement is not None and dev is not None:
+            artifact.notes[AGREEMENT] = curve(history, AGREEMENT)
+            alarm = last_alarm(history, f"dev_{dev.metric}")
+            if alarm is not None:
+                artifact.notes["teacher_hacking"] = alarm.to_json()
         artifact.device = str(student.device)
         (final / "README.md").write_text(model_card(recipe, collection, artifact.counts, artifact.notes))
         for leftover in [best, *work.glob("checkpoint-*")]:
@@ -277,12 +307,17 @@ def train_student(
     return Artifact(out, json.loads((out / "manifest.json").read_text()))
 
 
+def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
+    """step → value of a figure of the log."""
+    return {entry["step"]: entry[key] for entry in history if key in entry}
+
+
 def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides a trained student: the weights it starts from (not where they lie), its lists and its dev set."""
     student = recipe.student.settings()
     if student.get("model"):
         student["model"] = resolve_model(student["model"]).revision
-    training = recipe.training.model_dump(mode="json", exclude={"device", "log_every", "loader_processes"})
+    training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
     return {"seed": recipe.seed, "student": student, "training": training, **inputs}
 
 

@@ -42,6 +42,13 @@ def test_a_folder_of_parquet(folder: Path, tmp_path: Path) -> None:
     assert open_collection(f"hf:{tmp_path / 'other'}").fingerprint == collection.fingerprint
 
 
+def test_judgments_without_a_column_of_relevance_name_relevant_pairs(folder: Path) -> None:
+    """NanoBEIR's form."""
+    (folder / "qrels/test-00000-of-00001.parquet").unlink()
+    pq.write_table(pa.table({"query-id": ["7", "8"], "corpus-id": ["d1", "d2"]}), folder / "qrels/train.parquet")
+    assert open_collection(f"hf:{folder}").qrels("train") == {"7": {"d1": 1}, "8": {"d2": 1}}
+
+
 def break_column(folder: Path) -> str:
     pq.write_table(pa.table({"_id": ["q"], "words": ["x"]}), folder / "queries.parquet")
     return "no column text or query among _id, words"

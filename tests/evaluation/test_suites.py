@@ -32,12 +32,14 @@ class Opened:
 
 def test_every_shipped_suite_loads_and_is_named_after_its_file() -> None:
     suites = {name: load_suite(name) for name in shipped(FOLDER)}
-    assert {"quickstart", "collection", "beir", "msmarco_dev", "trec_dl"} <= suites.keys()
+    assert {"quickstart", "collection", "beir", "msmarco_dev", "trec_dl", "nanobeir"} <= suites.keys()
     assert all(suite.name == name for name, suite in suites.items())
     beir = suites["beir"]
     assert len({one.group or one.name for one in beir.sets}) == 14  # the public sets of BEIR, CQADupStack as one
     assert [one.name for one in beir.sets if one.drop_self_hits] == ["arguana"]
     assert all(one.relevance_level == 2 for one in suites["trec_dl"].sets)
+    nano = suites["nanobeir"].sets
+    assert len(nano) == 13 and all(one.collection == f"hf:zeta-alpha-ai/{one.name}" for one in nano)
 
 
 def test_beir_names_are_known_to_ir_datasets() -> None:
@@ -70,6 +72,9 @@ def test_every_reference_has_a_source_and_a_metric_that_exists() -> None:
         ("name: x\nsets: []", "sets"),
         ("name: x\nsets: [{name: a}, {name: a}]", "two sets have the same name"),
         ("name: x\nsets: [{name: a, relevance_level: 0}]", "relevance_level"),
+        ("name: x\nsets: [{name: a}]\nbase_line: BM25", "unknown key 'base_line'.*did you mean 'baseline'"),
+        ("name: x\nsets: [{name: a}]\ncorrection: bonferroni", "correction"),
+        ("name: x\nsets: [{name: a}]\nalpha: 2", "alpha"),
     ],
 )
 def test_a_wrong_suite_names_the_key_and_the_nearest_right_one(tmp_path: Path, text: str, message: str) -> None:
@@ -105,6 +110,20 @@ def test_a_local_folder_comes_before_the_own_collection_and_the_declared_one(tmp
     assert opened[-1] == f"msmarco:{tmp_path / 'passages'}"
     locate(facts, opener=opener)
     assert opened[-1] == "ir_datasets:beir/facts"
+
+
+@pytest.mark.parametrize("file", ["corpus/train-00000-of-00001.parquet", "corpus.parquet"])
+def test_a_clone_of_a_data_set_of_the_hub_is_a_local_folder_too(tmp_path: Path, file: str) -> None:
+    path = tmp_path / "NanoFacts" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    found = locate(
+        EvaluationSet(name="NanoFacts", collection="hf:nobody/NanoFacts"),
+        local=tmp_path,
+        opener=lambda spec: Opened(spec, splits=("train",)),
+    )
+    assert isinstance(found, Found) and found.split == "train"
+    assert found.collection.spec == f"hf:{tmp_path / 'NanoFacts'}"
 
 
 def test_missing_sets_have_a_reason(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes import dense
 from rankdistill.indexes.dense import DenseEngine, ExactIndex, export_index
-from rankdistill.indexes.faiss_index import FaissIndex, load_specification
+from rankdistill.indexes.faiss_index import FaissIndex
+from rankdistill.indexes.specification import load_specification
 from rankdistill.indexes.vectors import encode_documents
 
 TEXTS = [f"word{row % 50} word{row % 7} word{row}" for row in range(200)]

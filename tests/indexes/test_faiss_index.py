@@ -14,16 +14,9 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.faiss_index import (
-    FaissIndex,
-    IndexSpecification,
-    build_index,
-    ids_file,
-    load_specification,
-    manifest_file,
-    shipped_specifications,
-    sign_bits,
-)
+from rankdistill.indexes.building import build_index
+from rankdistill.indexes.faiss_index import FaissIndex, ids_file, manifest_file, sign_bits
+from rankdistill.indexes.specification import IndexSpecification, load_specification, shipped_specifications
 
 COUNT, DIMENSION = 1500, 32
 IDS = [f"doc {row}\nwith a line" for row in range(COUNT)]
@@ -36,6 +29,8 @@ RECALL = {
     "ivf_pq_refine": 0.9,
     "ivf_pq": 0.4,
     "opq_pq": 0.4,
+    "opq_pq_fs": 0.3,
+    "ivf_pq_fs": 0.4,
     "binary": 0.4,
     "rabitq": 0.3,
 }
@@ -234,7 +229,11 @@ def corrupted(vectors: np.ndarray, row: int, value: float) -> np.ndarray:
         (lambda v: v[:, :31], {"factory": "BFlat", "binary": True}, "31 is not divisible by 8"),
         (lambda v: v, {"factory": "Flatt"}, "FAISS does not know this index"),
         (lambda v: v, {"factory": "{list},Flat"}, "cannot be filled in"),
-        (lambda v: v, {"factory": "PQ4x8fs"}, "FAISS"),
+        (lambda v: v, {"factory": "PQ4x8fs"}, "a fast-scan index holds 4 bits a codeword, not 8"),
+        (lambda v: v, {"factory": "OPQ4,IVF8,PQ4fsr"}, "a fast-scan index holds 4 bits a codeword, not 8"),
+        (lambda v: v, {"factory": "OPQ5,PQ4x4"}, "32 is not divisible by the number of subspaces 5"),
+        (lambda v: v, {"factory": "OPQ4_20,PQ8x4"}, "20 is not divisible by the number of subspaces 8"),
+        (lambda v: v[np.arange(len(v)) % 12], {"factory": "PQ4x4fs"}, "only 12 of 1500 vectors are different"),
         (lambda v: v, {"factory": "Flat", "search": {"nprobe": 3}}, "no setting 'nprobe'"),
         (lambda v: v, {"factory": "IVF100,Flat", "training_sample": 50}, "training_sample 50 is smaller"),
         (lambda v: corrupted(v, 1234, np.nan), {"factory": "Flat"}, "NaN"),
@@ -298,7 +297,8 @@ def test_killed_at_any_moment_an_index_is_whole_or_refused(tmp_path: Path) -> No
     """Two specifications are written over each other without end; the process is killed; what is there must agree."""
     code = (
         "import sys, numpy as np\n"
-        "from rankdistill.indexes.faiss_index import build_index, load_specification\n"
+        "from rankdistill.indexes.building import build_index\n"
+        "from rankdistill.indexes.specification import load_specification\n"
         "vectors = np.random.default_rng(0).normal(size=(3000, 32)).astype('float32')\n"
         "print('ready', flush=True)\n"
         "while True:\n"
@@ -335,3 +335,65 @@ def test_specifications_are_checked(tmp_path: Path) -> None:
     assert load_specification(tmp_path / "mine.yaml").name == "mine"
     with pytest.raises(UsageError, match="no file and no shipped declaration 'ivfpq'"):
         load_specification("ivfpq")
+
+
+def test_rotations_are_learned_for_the_bits_that_follow(tmp_path: Path) -> None:
+    """FAISS's own OPQ learns for 8 bits: worse for 4, and impossible with fewer than 256 vectors."""
+    rng = np.random.default_rng(3)
+    vectors = (rng.normal(size=(800, 12)) @ rng.normal(size=(12, 12)) * np.linspace(0.1, 2, 12)).astype(np.float32)
+    index = build_index(vectors, map(str, range(800)), specification(factory="OPQ3,PQ3x4"), tmp_path / "x.faiss")
+    plain = faiss.index_factory(12, "OPQ3,PQ3x4", faiss.METRIC_INNER_PRODUCT)
+    faiss.downcast_index(plain.index).do_polysemous_training = False
+    plain.train(vectors)
+    plain.add(vectors)
+    ours, theirs = (((vectors - one.reconstruct_n(0, 800)) ** 2).sum(axis=1).mean() for one in (index.index, plain))
+    assert ours < 0.95 * theirs
+    few = build_index(vectors[:50], map(str, range(50)), specification(factory="OPQ3,PQ3x4fs"), tmp_path / "y.faiss")
+    assert few.document_count == 50
+
+
+def test_memory_mapped_codes_stay_on_disk(tmp_path: Path) -> None:
+    """Opened by a process that may not hold them: anonymous memory grows by less than a tenth of the file."""
+    from rankdistill.indexes.assembly import add_codes, assemble_index
+    from rankdistill.indexes.faiss_index import publish_index
+
+    rng, count = np.random.default_rng(0), 300_000
+    codebooks, centroids = rng.normal(size=(32, 256, 2)), rng.normal(size=(64, 64))
+    codes, lists = rng.integers(0, 256, (count, 32)).astype(np.uint8), rng.integers(0, 64, count)
+    code = (
+        "import sys, numpy as np, faiss\n"
+        "from rankdistill.indexes.faiss_index import FaissIndex\n"
+        "def anonymous():\n"
+        "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon'))\n"
+        "query = np.ones((1, 64), np.float32)\n"
+        "FaissIndex.open(sys.argv[1] + '.small').search(query, 5)\n"  # what a first search allocates anyway
+        "before = anonymous()\n"
+        "index = FaissIndex.open(sys.argv[1], memory_map=sys.argv[2] == '1')\n"
+        "hits = index.search(query, 5)[0]\n"
+        "print(anonymous() - before, *hits.rows)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name, held in (("pq", None), ("ivf", centroids)):
+        path = tmp_path / name
+        for rows, file in ((count, path), (100, Path(f"{path}.small"))):
+            made = assemble_index(rotation=None, centroids=held, codebooks=codebooks)
+            add_codes(made, None if held is None else lists[:rows], codes[:rows])
+            publish_index(made, map(str, range(rows)), file, specification=specification(factory="any"), manifest={})
+        printed = [
+            subprocess.run(
+                [sys.executable, "-c", code, str(path), mapped],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=environment,
+            ).stdout.split()
+            for mapped in "01"
+        ]
+        size = path.stat().st_size / 1024
+        assert printed[0][1:] == printed[1][1:]
+        assert int(printed[0][0]) > 0.8 * size and int(printed[1][0]) < 0.1 * size, (name, printed, size)
+
+
+@pytest.mark.parametrize(("name", "mappable"), [("opq_pq_fs", False), ("ivf_pq_fs", False), ("ivf_pq", True)])
+def test_what_cannot_be_mapped_says_so(name: str, mappable: bool, vectors: np.ndarray, tmp_path: Path) -> None:
+    assert build_index(vectors, IDS, load_specification(name), tmp_path / name).mappable == mappable

@@ -1,0 +1,79 @@
+"""A run's search page: which systems stand side by side (`rankdistill serve`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rankdistill.artifacts import open_artifact
+from rankdistill.errors import RankdistillError
+from rankdistill.progress import warn
+from rankdistill.recipe import build
+
+if TYPE_CHECKING:
+    from rankdistill.evaluation.search_page import Reranker, SearchPage
+    from rankdistill.stages import Workspace
+
+
+def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, depth: int = 10) -> SearchPage:
+    """BM25, the student, indexes of it and the teacher over a run's own collection; `PageServer().run(page)` shows it.
+
+    Args:
+        indexes: specifications (one that is not there yet is built) or index files of this student; the recipe's that
+            are on disk unless given, but for exhaustive ones in float32, which find what the student finds.
+        depth: documents a column.
+
+    Raises:
+        RankdistillError: there is no trained student; an index belongs to another one.
+    """
+    from rankdistill.evaluation.search_page import Column, SearchPage
+    from rankdistill.indexes.dense import DenseEngine
+    from rankdistill.indexes.faiss_index import FaissIndex
+    from rankdistill.indexes.specification import load_specification
+    from rankdistill.stages import STUDENT
+
+    collection, recipe = workspace.collection, workspace.recipe
+    student = workspace.student()
+    exact: Any = DenseEngine.over(student, workspace.vectors(STUDENT, student, collection))
+    bm25 = workspace.bm25()
+    columns = [
+        Column("BM25", bm25, bm25.bytes, kind="bm25"),
+        Column("student", exact, exact.index.bytes, "Every vector in float32, searched exhaustively.", "student"),
+    ]
+    if indexes is None:
+        built = [one for one in recipe.indexes if workspace.index_file(one).is_file()]
+        indexes = [one for one in built if load_specification(one).factory != "Flat"]
+    for given in indexes:
+        index = FaissIndex.open(given) if given.endswith(".faiss") else workspace.index(given, student=student)
+        engine = DenseEngine(student, index, collection=collection)
+        note = index.specification.description
+        columns.append(Column(f"student, {index.name}", engine, index.bytes, note, "index"))
+    teacher, reason = None, "the recipe names none"
+    try:
+        teacher = _teacher(workspace)
+    except RankdistillError as error:
+        reason = error.what
+        warn(f"no teacher on the page: {reason}")
+    return SearchPage(collection, columns, teacher, name=recipe.name, depth=depth, no_teacher=reason)
+
+
+def _teacher(workspace: Workspace) -> Reranker | None:
+    """The recipe's teacher as the run has trained it; unlike for `Workspace.teacher`, nothing is mined or trained.
+
+    Raises:
+        RankdistillError: it has not been trained yet.
+    """
+    from rankdistill.evaluation.search_page import Reranker
+    from rankdistill.teachers.base import TextList
+    from rankdistill.teachers.ensemble import EnsembleTeacher
+    from rankdistill.teachers.scoring import score_list
+
+    if workspace.recipe.teacher is None:
+        return None
+    teacher: Any = build("teacher", workspace.recipe.teacher.settings(), "teacher")
+    ensemble = isinstance(teacher, EnsembleTeacher)
+    for number, member in enumerate(teacher.members if ensemble else [teacher]):
+        if member.needs_training:
+            name = f"teacher-{number}" if ensemble else "teacher"
+            member.use_trained(open_artifact(workspace.path / name, "teacher").path / "model")
+    return Reranker(lambda item: score_list(teacher, TextList(*item)), note=workspace.recipe.teacher.type)

@@ -1,0 +1,379 @@
+"""Compare runs made anywhere: TREC or Parquet files, folders of them, folders of evaluations.
+
+Rules, beside those of `rankdistill.evaluation.metrics`:
+- The queries are those of the judgments, the same for every run: one a run does not hold counts 0 for it. How many
+  that are is said below the table, run by run, and so is how many queries of a run have no judgments.
+- A run's name is its file's; those that clash are told apart by the folders they lie in.
+- A judgment that is repeated counts once and is counted; two that contradict each other are an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rankdistill.artifacts import file_digest, write_atomically
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.evaluate import Evaluation, Row, environment
+from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
+from rankdistill.evaluation.significance import parse_correction, pick_baseline
+from rankdistill.progress import progress, say, warn
+from rankdistill.runs import Run, read_run
+
+if TYPE_CHECKING:
+    from rankdistill.evaluation.suites import Judged
+
+RUN_FILES = ("*.trec", "*.trec.gz", "*.run", "*.run.gz", "*.parquet")
+RESULTS = "results.json"
+FORMS = ("text", "markdown", "latex", "json")
+
+
+class _Given(NamedTuple):
+    """A run to compare: its name, where it lies, and the evaluation it belongs to, if any."""
+
+    name: str
+    run: Run | Path
+    folder: Path
+    results: dict[str, Any] | None
+
+
+class _Judgments(NamedTuple):
+    name: str
+    split: str
+    collection: dict[str, str]
+    qrels: Qrels
+
+
+def compare(
+    runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path],
+    qrels: Qrels | str | Path | None = None,
+    *,
+    collection: Judged | str | None = None,
+    split: str | None = None,
+    metrics: Sequence[str] | None = None,
+    baseline: str | None = None,
+    correction: str = "holm",
+    alpha: float = 0.05,
+    relevance_level: int | None = None,
+    drop_self_hits: bool | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure runs on the same judgments and test their differences.
+
+    Args:
+        runs: runs, run files, folders of run files, folders that `evaluate` wrote; or name → run.
+        qrels: {query id: {doc id: judgment}}, or a file of judgments (TREC, BEIR, Parquet). With neither qrels nor a
+            collection, the judgments of the evaluation the runs come from.
+        collection, split: judgments of a collection instead (opened when it is a string); split `test` by default.
+        metrics, relevance_level, drop_self_hits: default what the evaluation had, else the usual.
+        baseline: compare every run with this one alone. Default all pairs; marks then refer to BM25 or the first.
+        correction, alpha, seed: see `rankdistill.evaluation.significance`.
+
+    Returns:
+        The evaluation with its `significance`; nothing is written.
+
+    Raises:
+        UsageError: no judgments given, an unknown metric or baseline, evaluations of different sets.
+        RankdistillError: a file cannot be read or does not fit the judgments.
+    """
+    given = list(_given(runs))
+    if not given:
+        raise UsageError("there is no run to compare", fix="give run files, or the folder of an evaluation")
+    names = _names(given)
+    pick_baseline(names, baseline)
+    parse_correction(correction)
+    settings = _settings(given)
+    metrics = list(metrics or settings.get("metrics") or DEFAULT_METRICS)
+    for metric in metrics:
+        parse_metric(metric)
+    level = relevance_level if relevance_level is not None else int(settings.get("relevance_level", 1))
+    drop = drop_self_hits if drop_self_hits is not None else bool(settings.get("drop_self_hits", False))
+    judgments = _judgments(qrels, collection, split, settings)
+    rows: list[Row] = []
+    values: dict[str, dict[str, np.ndarray]] = {}
+    depth = 0
+    with progress("compare", len(given), "runs") as bar:
+        for name, one in zip(names, given, strict=True):
+            run = one.run if isinstance(one.run, Run) else read_run(one.run)
+            found = evaluate_run(run, judgments.qrels, metrics, relevance_level=level, drop_self_hits=drop)
+            depth = max(depth, int(np.diff(run.offsets).max(initial=0)))
+            rows.append(Row(name, found.means, found.notes, str(one.run) if isinstance(one.run, Path) else ""))
+            values[name] = found.per_query
+            bar.advance()
+    evaluation = Evaluation(
+        name=judgments.name,
+        split=judgments.split,
+        collection=judgments.collection,
+        metrics=metrics,
+        depth=depth,
+        relevance_level=level,
+        drop_self_hits=drop,
+        rows=rows,
+        environment=environment(),
+    )
+    evaluation.compare_rows(
+        values,
+        baseline=baseline,
+        family="all" if baseline is None else "baseline",
+        correction=correction,
+        alpha=alpha,
+        seed=seed,
+    )
+    return evaluation
+
+
+def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = None) -> None:
+    """Print a comparison, or write it to a file: the table of runs, then that of pairs.
+
+    Args:
+        form: `text`, `markdown`, `latex` or `json` (which has every pair on every metric).
+
+    Raises:
+        UsageError: an unknown form.
+    """
+    from rankdistill.evaluation import table
+
+    if form not in FORMS:
+        raise UsageError(f"there is no format {form!r}", where="format", fix=f"choose {', '.join(FORMS)}")
+    significance = evaluation.significance
+    shown = table.tables(evaluation, intervals=form != "latex")
+    if significance is not None and significance.comparisons:
+        shown.append(table.comparisons(significance, f"{evaluation.name}: pairs of runs"))
+    if form == "json":
+        values = evaluation.to_json() | {"significance": significance.to_json() if significance else None}
+        text = json.dumps(values, indent=2) + "\n"
+    elif form == "markdown":
+        text = table.markdown_tables(shown)
+    elif form == "latex":
+        text = table.latex_tables(shown)
+    else:
+        text = table.plain_tables(shown) + "\n"
+    if out is not None:
+        write_atomically(out, text)
+        say(f"written to {out}")
+    elif form == "text":
+        table.print_tables(shown)
+    else:
+        print(text, end="")
+
+
+# -- which runs -------------------------------------------------------------------------------------------------------
+
+
+def _given(runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path]) -> Iterator[_Given]:
+    if isinstance(runs, Mapping):
+        for name, run in runs.items():
+            yield _Given(name, run if isinstance(run, Run) else Path(run), Path(), None)
+        return
+    for run in [runs] if isinstance(runs, str | Path | Run) else runs:
+        if isinstance(run, Run):
+            yield _Given(run.name, run, Path(), None)
+        elif (path := Path(run)).is_dir():
+            yield from _folder(path)
+        else:
+            yield _Given(_stem(path), path, path.parent, None)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def _folder(folder: Path) -> Iterator[_Given]:
+    """The runs of an evaluation, which may lie deeper (a suite's folder, a run's), or every run file in a folder."""
+    evaluations = [path.parent for path in sorted(folder.rglob(RESULTS)) if (path.parent / "runs").is_dir()]
+    if len(evaluations) > 1:
+        raise UsageError(
+            f"the folder holds {len(evaluations)} evaluated sets",
+            where=str(folder),
+            fix="give one of them: " + ", ".join(str(path) for path in evaluations[:5]),
+        )
+    if evaluations:
+        yield from _evaluated(evaluations[0])
+        return
+    files = sorted({path for pattern in RUN_FILES for path in folder.glob(pattern)})
+    if not files:
+        raise UsageError(
+            "the folder holds neither an evaluation nor run files",
+            where=str(folder),
+            fix=f"a folder of runs holds {', '.join(RUN_FILES)}",
+        )
+    for path in files:
+        yield _Given(_stem(path), path, folder, None)
+
+
+def _evaluated(folder: Path) -> Iterator[_Given]:
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        rows = [(str(row["system"]), folder / str(row["run"])) for row in results["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RankdistillError(
+            f"this is no evaluation ({type(error).__name__}: {error})",
+            where=str(folder / RESULTS),
+            fix="evaluate again, or give the run files themselves",
+        ) from None
+    for system, path in rows:
+        if folder.resolve() not in path.resolve().parents:
+            raise RankdistillError(f"the run of {system!r} lies outside the evaluation", where=str(folder / RESULTS))
+        yield _Given(system, path, folder, results)
+
+
+def _names(given: Sequence[_Given]) -> list[str]:
+    """Different names; those that clash get the parts of their folders that differ.
+
+    Raises:
+        UsageError: the same run twice.
+    """
+    names = [one.name for one in given]
+    for name in {name for name in names if names.count(name) > 1}:
+        at = [number for number, one in enumerate(given) if one.name == name]
+        parts = [given[number].folder.resolve().parts for number in at]
+        while all(len(one) > 0 for one in parts) and len({one[0] for one in parts}) == 1:
+            parts = [one[1:] for one in parts]
+        while all(len(one) > 0 for one in parts) and len({one[-1] for one in parts}) == 1:
+            parts = [one[:-1] for one in parts]
+        for number, own in zip(at, parts, strict=True):
+            names[number] = "/".join([*own, name])
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"two runs are called {twice!r}",
+            where=", ".join(str(one.run) for one, name in zip(given, names, strict=True) if name == twice),
+            fix="give each run once, or rename a file",
+        )
+    return names
+
+
+def _settings(given: Sequence[_Given]) -> dict[str, Any]:
+    """What the evaluations among the runs agree on.
+
+    Raises:
+        UsageError: they are of different sets.
+    """
+    found = [(one.folder, one.results) for one in given if one.results is not None]
+    if not found:
+        return {}
+
+    def key(results: dict[str, Any]) -> tuple[Any, ...]:
+        return (results.get("collection", {}).get("fingerprint"), results.get("split"), results.get("relevance_level"))
+
+    for folder, results in found[1:]:
+        if key(results) != key(found[0][1]):
+            raise UsageError(
+                "these evaluations are of different sets",
+                where=f"{found[0][0]} and {folder}",
+                fix="compare runs on the same collection, split and relevance level",
+            )
+    return found[0][1]
+
+
+# -- judgments --------------------------------------------------------------------------------------------------------
+
+
+def _judgments(
+    qrels: Qrels | str | Path | None, collection: Judged | str | None, split: str | None, settings: dict[str, Any]
+) -> _Judgments:
+    if qrels is not None and collection is not None:
+        raise UsageError("both judgments and a collection are given", fix="give one of them")
+    if isinstance(qrels, str | Path):
+        path = Path(qrels)
+        read = read_judgments(path)
+        return _Judgments(path.name, "", {"name": path.name, "spec": str(path), "fingerprint": file_digest(path)}, read)
+    if qrels is not None:
+        return _Judgments("judgments", "", {"name": "judgments", "spec": "", "fingerprint": ""}, qrels)
+    recorded = settings.get("collection", {}) if collection is None else {}
+    collection = collection if collection is not None else recorded.get("spec")
+    if not collection:
+        raise UsageError(
+            "there is nothing to judge the runs with",
+            fix="give --qrels FILE, or --collection COLLECTION with --split, or the folder of an evaluation",
+        )
+    if isinstance(collection, str):
+        from rankdistill.collections import open_collection
+
+        collection = open_collection(collection)
+    if recorded and collection.fingerprint != recorded.get("fingerprint"):
+        raise RankdistillError(
+            "the collection has changed since these runs were evaluated",
+            where=collection.spec,
+            fix="evaluate again, or give --collection to use it as it is now",
+        )
+    split = split or (str(settings["split"]) if recorded else "test")
+    if split not in collection.splits:
+        raise UsageError(
+            f"the collection has no judgments for the split {split!r}",
+            where=collection.spec,
+            fix=f"splits: {', '.join(collection.splits) or 'none'}",
+        )
+    source = {"name": collection.name, "spec": collection.spec, "fingerprint": collection.fingerprint}
+    return _Judgments(collection.name, split, source, collection.qrels(split, missing=True))
+
+
+def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
+    """Judgments from a file: TREC (`query 0 document relevance`), BEIR (three columns), or Parquet; gzip too.
+
+    Args:
+        path: Parquet has the columns query_id, doc_id, relevance; it is told by its first bytes.
+
+    Returns:
+        {query id: {doc id: relevance}}, queries in the file's order.
+
+    Raises:
+        RankdistillError: the file is unreadable or empty, or judges a document twice and differently.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RankdistillError("there is no such file of judgments", where=str(path))
+    with open(path, "rb") as stream:
+        parquet = stream.read(4) == b"PAR1"
+    qrels: dict[str, dict[str, int]] = {}
+    rows = 0
+    for query_id, doc_id, relevance, where in _parquet_rows(path) if parquet else _text_rows(path):
+        rows += 1
+        before = qrels.setdefault(query_id, {}).setdefault(doc_id, relevance)
+        if before != relevance:
+            raise RankdistillError(
+                f"document {doc_id!r} is judged {before} and {relevance} for query {query_id!r}",
+                where=where,
+                fix="keep one judgment of each pair",
+            )
+    if not qrels:
+        raise RankdistillError("the file holds no judgments", where=str(path))
+    repeated = rows - sum(map(len, qrels.values()))
+    if repeated:
+        warn(f"{path}: {repeated:,} judgments are repeated and count once")
+    return qrels
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
+    from rankdistill.collections.text_files import read_qrels
+
+    for one in read_qrels(path):
+        yield one.query_id, one.doc_id, one.relevance, f"{path}:{one.line}"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from rankdistill.collections.identifiers import text_ids
+
+    columns = ["query_id", "doc_id", "relevance"]
+    try:
+        table = pq.read_table(path)
+        missing = set(columns) - set(table.column_names)
+        if missing:
+            has = ", ".join(table.column_names)
+            raise RankdistillError(f"the judgments have no column {', '.join(sorted(missing))} (they have {has})",
+                                   where=str(path))  # fmt: skip
+        if any(table[name].null_count for name in columns):
+            raise RankdistillError("the judgments have empty cells", where=str(path))
+        ids = [text_ids(table[name].combine_chunks(), str(path)).to_pylist() for name in columns[:2]]
+        relevance = table["relevance"].cast(pa.int32()).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise RankdistillError(f"the Parquet judgments cannot be read: {error}", where=str(path)) from None
+    for row, (query_id, doc_id, level) in enumerate(zip(*ids, relevance, strict=True), 1):
+        yield query_id, doc_id, level, f"{path}, row {row}"

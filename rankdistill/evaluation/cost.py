@@ -1,0 +1,322 @@
+"""What it costs to serve a system: latency step by step, bytes, memory, parameters; and which systems are worth it.
+
+Latency is one query at a time, after a warm-up, over the same queries in the same order for every system; a slow one (a
+teacher that re-ranks) stops when its seconds are spent, and the others are compared with it on the queries it got to.
+Throughput in batches is measured while rankings are made (`Row.queries_per_second`) and only repeated here.
+
+Written to `cost.json` in the folder of an evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankdistill.progress import progress
+
+WARM_UP = 3  # queries answered before the clock runs; fewer where one takes a second
+LEAST_QUERIES = 3  # measured however slow a system is
+MOST_SECONDS = 3.0  # of measured latency a system
+WARM_UP_SECONDS = 1.0
+PERCENTILES = (50, 95, 99)
+SEED = 42
+
+# What a step makes of the query texts and of what the step before it made.
+Step = Callable[[Sequence[str], Any], Any]
+
+
+def engine_steps(engine: Any, depth: int) -> dict[str, Step]:
+    """How an engine answers: `encode`, then `search`; one step where it does not tell them apart (BM25)."""
+    encoder, index = getattr(engine, "encoder", None), getattr(engine, "index", None)
+    if encoder is None or index is None:
+        return {"search": lambda texts, _: engine.search(texts, depth)}
+    return {
+        "encode": lambda texts, _: encoder.encode_queries(texts),
+        "search": lambda _, vectors: index.search(vectors, depth),
+    }
+
+
+@dataclass
+class Reranking:
+    """How a teacher is served: a first stage, then the teacher over what it found. For `measure_costs`.
+
+    Args:
+        engine: the first stage.
+        score: (query, document ids, document texts) → scores, computed now.
+        models: gives what is in memory beside the first stage's index and encoder; asked after the first query.
+        depth: documents re-ranked for each query, whatever depth is asked for.
+    """
+
+    engine: Any
+    collection: Any
+    score: Callable[[str, list[str], list[str]], Any]
+    models: Callable[[], Sequence[Any]]
+    depth: int
+
+    def steps(self, depth: int) -> dict[str, Step]:
+        return {**engine_steps(self.engine, self.depth), "rerank": self._rerank}
+
+    def _rerank(self, texts: Sequence[str], found: Sequence[Any]) -> list[Any]:
+        scored = []
+        for text, hits in zip(texts, found, strict=True):
+            documents = self.collection.document_texts(hits.rows)
+            scored.append(self.score(text, self.collection.doc_ids(hits.rows), documents))
+        return scored
+
+    @property
+    def bytes(self) -> int | None:
+        """The first stage's index: what is kept to search; the texts that the teacher reads come on top."""
+        held: int | None = getattr(getattr(self.engine, "index", self.engine), "bytes", None)
+        return held
+
+    def _models(self) -> list[Any]:
+        encoder = getattr(self.engine, "encoder", None)
+        return [*([encoder] if encoder is not None else []), *self.models()]
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.bytes is None else self.bytes + sum(map(model_bytes, self._models()))
+
+    @property
+    def parameters(self) -> int | None:
+        return sum(model_parameters(model) or 0 for model in self._models()) or None
+
+    @property
+    def device(self) -> Any:
+        return next((model.device for model in reversed(self._models()) if hasattr(model, "device")), "cpu")
+
+
+def model_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and buffers, each tensor once; 0 for what is no torch module."""
+    if not hasattr(model, "parameters"):
+        return 0
+    held = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(held.values())
+
+
+def model_parameters(model: Any) -> int | None:
+    """Parameters of a torch module; None for anything else."""
+    return sum(parameter.numel() for parameter in model.parameters()) if hasattr(model, "parameters") else None
+
+
+def measure_costs(
+    systems: Mapping[str, Any],
+    rows: Iterable[Any],
+    collection: Any,
+    query_ids: Sequence[str],
+    *,
+    depth: int,
+    metric: str,
+    queries: int = 100,
+    seconds: float = MOST_SECONDS,
+) -> dict[str, Any]:
+    """The cost of each system, and the Pareto fronts of `metric` against latency and against bytes.
+
+    A system is measured when it has `steps(depth)`, the names and functions of what is done to a query, or `served`, an
+    object that has (a teacher whose scores were looked up, see `Reranking`). `memory_bytes`, `parameters` and `device`
+    are optional. A ready run has none of these, and no figures here.
+
+    Args:
+        rows: the measured rows (`evaluate.Row`): quality, bytes and queries a second are taken from them.
+        query_ids: of the split; as many of them as `queries` are drawn, the same for every system.
+        depth: documents asked for, as when the quality was measured: a deeper search is slower and finds more.
+        seconds: measured at most for one system, as long as it answered LEAST_QUERIES.
+
+    Returns:
+        what is written to cost.json; milliseconds, bytes; None where something was not measured.
+    """
+    order = np.random.default_rng(SEED).permutation(len(query_ids))
+    drawn = [query_ids[row] for row in order[: queries + WARM_UP]]
+    texts = collection.query_texts(drawn)
+    measured, others = texts[:queries], texts[queries:] or texts
+    documents = getattr(collection, "document_count", None)
+    found: dict[str, dict[str, Any]] = {}
+    totals: dict[str, np.ndarray] = {}
+    rerankers: list[str] = []
+    devices: set[str] = set()
+    with progress("measure latency", len(systems), "systems") as bar:
+        for row in rows:
+            system = getattr(systems[row.system], "served", None) or systems[row.system]
+            steps = system.steps(depth) if hasattr(system, "steps") else {}
+            times = _latencies(steps, measured, others, seconds) if steps else {}
+            one: dict[str, Any] = {f"{name}_ms": percentiles(values) for name, values in times.items()}
+            one.setdefault("encode_ms", None)
+            one.setdefault("search_ms", None)
+            total = np.sum(list(times.values()), axis=0) if times else None
+            one["total_ms"] = percentiles(total) if total is not None else None
+            one["queries_measured"] = len(total) if total is not None else 0
+            rate = row.queries_per_second
+            if rate is None and total is not None:
+                rate = round(1000 / max(float(total.mean()), 1e-6), 4)  # a re-ranker's batch is one query's documents
+            one["batch_queries_per_second"] = rate
+            size = row.bytes if row.bytes is not None else getattr(system, "bytes", None)
+            one["bytes"] = size
+            one["bytes_a_document"] = round(size / documents, 2) if size is not None and documents else None
+            one["memory_bytes"] = getattr(system, "memory_bytes", None)
+            one["parameters"] = getattr(system, "parameters", None)
+            one["quality"] = row.means.get(metric)
+            found[row.system] = one
+            if total is not None:
+                totals[row.system] = total
+                devices.add(device_name(getattr(system, "device", "cpu")))
+            if "rerank" in steps:
+                rerankers.append(row.system)
+            bar.advance()
+    points = {
+        name: {
+            "quality": one["quality"],
+            "latency": one["total_ms"]["p50"] if one["total_ms"] else None,
+            "bytes": one["bytes"],
+        }
+        for name, one in found.items()
+    }
+    return {
+        "environment": {**measuring_environment(), "device": ", ".join(sorted(devices)) or "cpu"},
+        "metric": metric,
+        "depth": depth,
+        "systems": found,
+        "pareto": {axis: pareto_front(points, maximise=["quality"], minimise=[axis]) for axis in ("latency", "bytes")},
+        "same_queries": [_on_the_same_queries(name, totals) for name in rerankers],
+    }
+
+
+def percentiles(milliseconds: Any) -> dict[str, float]:
+    """{"p50": …, "p95": …, "p99": …}, interpolated between measurements."""
+    values = np.percentile(np.asarray(milliseconds), PERCENTILES)
+    return {f"p{level}": round(float(value), 4) for level, value in zip(PERCENTILES, values, strict=True)}
+
+
+def _latencies(
+    steps: Mapping[str, Step], texts: Sequence[str], others: Sequence[str], seconds: float
+) -> dict[str, np.ndarray]:
+    """step → milliseconds of each query [as many as the seconds allowed], one query at a time."""
+    times: list[list[float]] = []
+    started = time.perf_counter()
+    for text in others[:WARM_UP]:
+        _answer(steps, [text])
+        if time.perf_counter() - started > WARM_UP_SECONDS:
+            break
+    started = time.perf_counter()
+    for text in texts:
+        times.append(_answer(steps, [text]))
+        if len(times) >= LEAST_QUERIES and time.perf_counter() - started > seconds:
+            break
+    return {name: np.array(column) * 1000 for name, column in zip(steps, zip(*times, strict=True), strict=True)}
+
+
+def _answer(steps: Mapping[str, Step], texts: Sequence[str]) -> list[float]:
+    """Seconds of each step."""
+    made: Any = None
+    clock = [time.perf_counter()]
+    for step in steps.values():
+        made = step(texts, made)
+        clock.append(time.perf_counter())
+    return [after - before for before, after in pairwise(clock)]
+
+
+def _on_the_same_queries(teacher: str, totals: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Mean milliseconds of every system on the queries that the teacher got to, and how many times as long it took."""
+    count = len(totals[teacher])
+    means = {name: float(total[:count].mean()) for name, total in totals.items() if len(total) >= count}
+    return {
+        "teacher": teacher,
+        "queries": count,
+        "mean_ms": {name: round(mean, 4) for name, mean in means.items()},
+        "teacher_takes_times": {
+            name: round(means[teacher] / mean, 2) for name, mean in means.items() if name != teacher
+        },
+    }
+
+
+# -- what is worth its cost -------------------------------------------------------------------------------------------
+
+
+def pareto_front(
+    points: Mapping[str, Mapping[str, float | None]], *, maximise: Sequence[str] = (), minimise: Sequence[str] = ()
+) -> list[str]:
+    """The points that no other point dominates: at least as good in every key and better in one.
+
+    Points that are equal in every key do not dominate each other: all of them are on the front, or none. A point that
+    lacks a key (None or NaN) is left out.
+
+    Args:
+        points: name → key → value.
+        maximise: keys of which more is better.
+        minimise: keys of which less is better.
+
+    Returns:
+        names, best first by the first key given (`maximise` before `minimise`), then by the next; ties by name.
+    """
+    kept: dict[str, tuple[float, ...]] = {}
+    for name, values in points.items():
+        better_low = [-_number(values.get(key)) for key in maximise] + [_number(values.get(key)) for key in minimise]
+        if not any(math.isnan(value) for value in better_low):
+            kept[name] = tuple(better_low)
+    front: list[str] = []
+    # In this order a point can only be dominated by one before it, and then by one of the front.
+    for name in sorted(kept, key=lambda name: (kept[name], name)):
+        mine = kept[name]
+        dominated = any(
+            kept[other] != mine and all(a <= b for a, b in zip(kept[other], mine, strict=True)) for other in front
+        )
+        if not dominated:
+            front.append(name)
+    return front
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+def measuring_environment() -> dict[str, Any]:
+    """The machine, its processor, and the threads that libraries in use are set to."""
+    from rankdistill.artifacts import library_versions
+
+    threads: dict[str, int] = {}
+    if "torch" in sys.modules:
+        threads["torch"] = sys.modules["torch"].get_num_threads()
+    if "faiss" in sys.modules:
+        threads["faiss"] = sys.modules["faiss"].omp_get_max_threads()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "machine": processor(),
+        "cores": allowed,
+        "threads": max(threads.values(), default=int(os.environ.get("OMP_NUM_THREADS") or allowed)),
+        "threads_of": threads,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # others' work slows what we time
+        "libraries": library_versions(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    import platform
+
+    kind = f"{platform.machine()} {platform.system()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return kind
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name} ({kind})" if name else kind
+
+
+def device_name(device: Any) -> str:
+    """`cpu`, or a GPU's name."""
+    if not str(device).startswith("cuda"):
+        return str(device)
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(torch.device(str(device)))})"

@@ -1,0 +1,559 @@
+"""Interpolation and extrapolation: is a system as good on queries unlike those it was trained on?
+
+After Zhan et al., Evaluating Extrapolation Performance of Dense Retrieval (2022, arXiv:2204.11447): a test query is
+near its training queries (interpolation) or far from them (extrapolation), by the cosine of query embeddings. Three
+ways, from cheap to strict:
+
+- A finished run is only looked at: its test queries are parted by the cosine to the nearest training query, at a bound.
+- Clusters: training queries are clustered (spherical k-means) into buckets, one bucket is left out of training, and
+  test queries of that bucket are the extrapolation; once for each bucket, pooled per query.
+- Similarity: for a fixed test set two runs, one trained on the queries that are near a test query and one on as many
+  that are not; the first shows interpolation and the second extrapolation, on the same test queries.
+
+The parts hold different queries (but in the last way), so one may be harder: the gap of a system that was trained on
+none of them, such as BM25, says how much. `gap_beyond` is what is left of a system's gap after that one's.
+
+In every part of extrapolation no query is nearer to a training query than the bound that is stated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rankdistill.artifacts import MANIFEST, fingerprint, write_atomically
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.metrics import Qrels
+from rankdistill.progress import say
+from rankdistill.recipe import Recipe
+from rankdistill.sampling.base import generator
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+FILE, TABLE = "extrapolation.json", "extrapolation.parquet"
+INTERPOLATION, EXTRAPOLATION, NEITHER = PARTS = ("interpolation", "extrapolation", "neither")
+REFERENCES = ("BM25", "student, untrained")  # systems that no training query taught anything; the first there is
+SAMPLE = 50_000  # training queries that k-means is fitted to at most
+RESTARTS, ITERATIONS = 4, 100
+ROWS_AT_ONCE = 1 << 24  # cosines held at once
+CONFIDENCE = 0.95
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class QuerySplit:
+    """Test queries parted by how near the training queries are.
+
+    Attributes:
+        bound: no query of the extrapolation part has a training query at a greater cosine.
+        part: of each query, one of `PARTS` (neither: in the held-out bucket, but nearer than a given bound).
+        nearest: float32 [queries], cosine to the nearest training query; `nearest_ids` says which that is.
+        seen: documents relevant to at least one training query.
+        settings: what else made it (protocol's options, encoder), for the record.
+    """
+
+    protocol: str
+    bound: float
+    query_ids: list[str]
+    part: list[str]
+    nearest: Vectors
+    nearest_ids: list[str]
+    training_queries: int
+    seen: frozenset[str] = frozenset()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.part.count(part):,} {part}" for part in PARTS if part in self.part)
+        return f"QuerySplit({self.protocol}: {counts}; bound {self.bound:.3f}; {self.training_queries:,} for training)"
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def split_by_similarity(
+    query_ids: Sequence[str],
+    queries: Vectors,
+    training_ids: Sequence[str],
+    training: Vectors,
+    bound: float | None = None,
+) -> QuerySplit:
+    """Part test queries by the cosine to the nearest training query: extrapolation below the bound.
+
+    Args:
+        queries, training: unit vectors [n, d].
+        bound: the median of the test queries' cosines unless given, so that each part has half of them.
+    """
+    cosine, row = nearest(queries, training)
+    if bound is None:
+        bound = float(np.median(cosine))
+    part = np.where(cosine < bound, EXTRAPOLATION, INTERPOLATION).tolist()
+    names = [training_ids[at] for at in row]
+    return QuerySplit("similarity", bound, list(query_ids), part, cosine, names, len(training_ids))
+
+
+def split_by_clusters(
+    query_ids: Sequence[str],
+    queries: Vectors,
+    training_ids: Sequence[str],
+    training: Vectors,
+    centroids: Vectors,
+    bucket: int,
+    bound: float | None = None,
+) -> QuerySplit:
+    """Part test queries by cluster: extrapolation is the bucket that was left out of training.
+
+    Args:
+        training_ids, training: what was trained on: queries of the other buckets only.
+        centroids: unit vectors [buckets, d].
+        bound: queries of the bucket with a training query nearer than this (across the border) are in neither part;
+            unless given, the nearest there is becomes the bound.
+    """
+    cosine, row = nearest(queries, training)
+    inside = assign(queries, centroids) == bucket
+    stays = inside & (cosine < bound) if bound is not None else inside
+    if bound is None:
+        bound = float(cosine[inside].max()) if inside.any() else -1.0
+    part = np.where(stays, EXTRAPOLATION, np.where(inside, NEITHER, INTERPOLATION)).tolist()
+    names = [training_ids[at] for at in row]
+    return QuerySplit("clusters", bound, list(query_ids), part, cosine, names, len(training_ids))
+
+
+def near_or_far(training: Vectors, queries: Vectors, keep: str, bound: float | None, seed: int) -> tuple[Ints, float]:
+    """Training queries that are near a test query, or as many that are far from all of them.
+
+    Args:
+        keep: `near` (cosine to the nearest test query at least the bound) or `far` (below it).
+        bound: the median of the training queries' cosines unless given.
+        seed: draws from the larger of the two sets, so that both have the same size.
+
+    Returns:
+        Rows of `training`, rising, and the bound.
+    """
+    cosine, _ = nearest(training, queries)
+    if bound is None:
+        bound = float(np.median(cosine))
+    near, far = np.flatnonzero(cosine >= bound), np.flatnonzero(cosine < bound)
+    size = min(len(near), len(far))
+    rows = near if keep == "near" else far
+    return np.sort(generator(seed, 5).permutation(rows)[:size]), bound
+
+
+def nearest(queries: Vectors, others: Vectors) -> tuple[Vectors, Ints]:
+    """For each of n unit vectors the greatest cosine to m others, and which: float32 [n], int64 [n]."""
+    cosine, row = np.empty(len(queries), np.float32), np.empty(len(queries), np.int64)
+    step = max(1, ROWS_AT_ONCE // len(others))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        found = queries[part] @ others.T
+        row[part] = found.argmax(axis=1)
+        cosine[part] = np.take_along_axis(found, row[part, None], axis=1)[:, 0]
+    return cosine, row
+
+
+def assign(vectors: Vectors, centroids: Vectors) -> Ints:
+    """The bucket of each vector: int64 [n]."""
+    return np.asarray((vectors @ centroids.T).argmax(axis=1))
+
+
+def spherical_kmeans(vectors: Vectors, buckets: int, seed: int) -> Vectors:
+    """Unit centroids [buckets, d] that the vectors have the greatest cosine with: k-means++ starts, the best of four.
+
+    The same seed and vectors give the same result.
+
+    Raises:
+        RankdistillError: fewer different vectors than buckets.
+    """
+    random = generator(seed, 4)
+    if len(vectors) > SAMPLE:
+        vectors = vectors[np.sort(random.choice(len(vectors), SAMPLE, replace=False))]
+    if len(vectors) < buckets or len(np.unique(vectors, axis=0)) < buckets:
+        raise RankdistillError(
+            f"there are fewer than {buckets} different training queries", fix="ask for fewer buckets, or more queries"
+        )
+    tries = [_kmeans(vectors, buckets, random) for _ in range(RESTARTS)]
+    return max(tries, key=lambda found: found[1])[0]
+
+
+def _kmeans(vectors: Vectors, buckets: int, random: np.random.Generator) -> tuple[Vectors, float]:
+    chosen = [int(random.integers(len(vectors)))]
+    distance = 1 - vectors @ vectors[chosen[0]]
+    while len(chosen) < buckets:
+        weight = np.clip(distance, 0, None).astype(np.float64) ** 2
+        weight[chosen] = 0
+        chosen.append(int(random.choice(len(vectors), p=weight / weight.sum())))
+        distance = np.minimum(distance, 1 - vectors @ vectors[chosen[-1]])
+    centroids = vectors[chosen]
+    labels = np.full(len(vectors), -1)
+    for _ in range(ITERATIONS):
+        cosine = vectors @ centroids.T
+        new = cosine.argmax(axis=1)
+        for empty in np.setdiff1d(np.arange(buckets), new):  # it takes over what fits worst elsewhere
+            worst = int(cosine[np.arange(len(new)), new].argmin())
+            new[worst] = empty
+            cosine[worst] = 1
+        if (new == labels).all():
+            break
+        labels = new
+        sums = np.stack([vectors[labels == bucket].sum(axis=0) for bucket in range(buckets)])
+        centroids = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return centroids, float((vectors @ centroids.T).max(axis=1).sum())
+
+
+# -- for a run --------------------------------------------------------------------------------------------------------
+
+
+def embed_queries(
+    collection: Collection, query_ids: Sequence[str], model: str, folder: Path, length: int = 64
+) -> Vectors:
+    """Unit vectors [n, d] of a collection's queries, encoded once and kept below `folder` as an artifact.
+
+    Memory: all of them, 4·d bytes a query (0.8 GB for MS MARCO's 500,000 training queries at 384 dimensions).
+    """
+    from rankdistill.indexes.vectors import encode_queries, open_vectors
+    from rankdistill.students.models import resolve_model
+
+    key = [resolve_model(model).revision, length, collection.fingerprint, _digest(query_ids)]
+    path = folder / f"queries-{fingerprint(key)}"
+    if not (path / MANIFEST).is_file():
+        from rankdistill.students.dense import DenseStudent
+
+        encoder: Any = DenseStudent(model=model, query_length=length, precision="fp32").create()
+        encode_queries(encoder, collection, path, query_ids=query_ids)
+    vectors = np.array(open_vectors(path), np.float32)
+    vectors /= np.maximum(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), 1e-12)[:, None]
+    return vectors
+
+
+def _digest(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
+
+
+def hold_out(
+    collection: Collection, training: list[str], dev: list[str], recipe: Recipe, folder: Path
+) -> tuple[list[str], list[str]]:
+    """The training and dev queries that a recipe does not hold out; dev queries too, for they choose the checkpoint.
+
+    Raises:
+        RankdistillError: nothing is left.
+    """
+    settings, seed = recipe.candidates.hold_out, recipe.seed
+    if settings is None:
+        return training, dev
+    vectors = embed_queries(collection, training, settings.model, folder)
+    dev_vectors = embed_queries(collection, dev, settings.model, folder)
+    if settings.protocol == "clusters":
+        centroids = spherical_kmeans(vectors, settings.buckets, seed)
+        rows = np.flatnonzero(assign(vectors, centroids) != settings.bucket)
+        dev_rows = np.flatnonzero(assign(dev_vectors, centroids) != settings.bucket)
+        how = f"bucket {settings.bucket} of {settings.buckets} is left out"
+    else:
+        tests = embed_queries(collection, collection.query_ids(settings.split), settings.model, folder)
+        rows, bound = near_or_far(vectors, tests, settings.keep, settings.bound, seed)
+        cosine, _ = nearest(dev_vectors, tests)
+        dev_rows = np.flatnonzero((cosine >= bound) == (settings.keep == "near"))
+        how = f"those {settings.keep} of the split {settings.split} (bound {bound:.3f})"
+    say(f"queries: {len(rows):,} of {len(training):,} training and {len(dev_rows):,} of {len(dev):,} dev ones: {how}")
+    if not len(rows) or not len(dev_rows):
+        raise RankdistillError(
+            f"{len(rows)} training and {len(dev_rows)} dev queries are left",
+            where="candidates.hold_out",
+            fix="another bucket or bound, or more queries",
+        )
+    return [training[row] for row in rows], [dev[row] for row in dev_rows]
+
+
+def run_splits(
+    collection: Collection,
+    split: str,
+    pool: list[str],
+    training: list[str],
+    recipe: Recipe,
+    folder: Path,
+) -> list[QuerySplit]:
+    """How a run's test queries are parted: by what it held out, else by the similarity to what it was trained on.
+
+    Nothing where the recipe's `evaluation.extrapolation` is null.
+
+    Args:
+        pool: the training queries before any was held out.
+        training: those it was trained on.
+    """
+    held_out, settings, seed = recipe.candidates.hold_out, recipe.evaluation.extrapolation, recipe.seed
+    if settings is None:
+        return []
+    model = held_out.model if held_out is not None else settings.model
+    query_ids = collection.query_ids(split)
+    of_pool = embed_queries(collection, pool, model, folder)
+    vectors = of_pool
+    if training != pool:
+        row_of = {query_id: row for row, query_id in enumerate(pool)}
+        vectors = of_pool[[row_of[query_id] for query_id in training]]
+    queries = embed_queries(collection, query_ids, model, folder)
+    record: dict[str, Any] = {"encoder": model, "held_out": held_out is not None}
+    if held_out is None:
+        made = split_by_similarity(query_ids, queries, training, vectors, settings.bound)
+    elif held_out.protocol == "clusters":
+        centroids = spherical_kmeans(of_pool, held_out.buckets, seed)
+        made = split_by_clusters(query_ids, queries, training, vectors, centroids, held_out.bucket, settings.bound)
+        record |= {"buckets": held_out.buckets, "bucket": held_out.bucket}
+    else:
+        made = split_by_similarity(query_ids, queries, training, vectors)
+        tests = embed_queries(collection, collection.query_ids(held_out.split), model, folder)
+        _, bound = near_or_far(of_pool, tests, held_out.keep, held_out.bound, seed)
+        part = EXTRAPOLATION if held_out.keep == "far" else INTERPOLATION
+        parts = [part if part == INTERPOLATION or cosine < bound else NEITHER for cosine in made.nearest]
+        made = QuerySplit("similarity", bound, query_ids, parts, made.nearest, made.nearest_ids, len(training))
+        record["keep"] = held_out.keep
+    judged = collection.qrels("train")
+    seen = {doc_id for query_id in training for doc_id, grade in judged.get(query_id, {}).items() if grade > 0}
+    return [QuerySplit(**{**vars(made), "seen": frozenset(seen), "settings": record})]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Extrapolation:
+    """Figures of the parts: `protocols` as `extrapolation.json` has them, `table` one row a query."""
+
+    protocols: list[dict[str, Any]]
+    table: pa.Table
+
+    def to_json(self) -> dict[str, Any]:
+        return {"confidence": CONFIDENCE, "protocols": self.protocols}
+
+    def write(self, folder: Path) -> None:
+        """`extrapolation.json` and `extrapolation.parquet`."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.table, sink, compression="zstd")
+        write_atomically(folder / TABLE, sink.getvalue().to_pybytes())
+        write_atomically(folder / FILE, json.dumps(self.to_json(), indent=2) + "\n")
+
+
+Values = Mapping[str, Mapping[str, NDArray[np.float64]]]  # system → metric → value of each query
+
+
+def measure_splits(
+    splits: Sequence[QuerySplit], values: Values, qrels: Qrels, relevance_level: int = 1
+) -> Extrapolation:
+    """Means of each part with 95 % t-intervals, the gap between them (Welch), and the overlap of relevant passages.
+
+    Args:
+        values: of the queries of the qrels, in their order.
+    """
+    protocols, tables = [], []
+    order = {query_id: row for row, query_id in enumerate(qrels)}
+    for split in splits:
+        placed = zip(split.query_ids, split.part, strict=True)
+        judged = [(query_id, part) for query_id, part in placed if query_id in order]
+        chosen = {part: [query_id for query_id, own in judged if own == part] for part in PARTS}
+        rows = {part: np.array([order[query_id] for query_id in ids], np.int64) for part, ids in chosen.items()}
+        measured = {
+            part: {
+                system: {metric: by_query[rows[part]] for metric, by_query in by_metric.items()}
+                for system, by_metric in values.items()
+            }
+            for part in (INTERPOLATION, EXTRAPOLATION)
+        }
+        protocols.append(
+            {
+                "protocol": split.protocol,
+                "bound": split.bound,
+                **split.settings,
+                "training_queries": split.training_queries,
+                **_figures(measured, {part: len(ids) for part, ids in chosen.items()}),
+                "relevant_overlap": {
+                    part: _overlap(chosen[part], qrels, split.seen, relevance_level)
+                    for part in (INTERPOLATION, EXTRAPOLATION)
+                },
+            }
+        )
+        tables.append(
+            pa.table(
+                {
+                    "protocol": pa.array([split.protocol] * len(split.query_ids), pa.string()),
+                    "query_id": pa.array(split.query_ids, pa.string()),
+                    "part": pa.array(split.part, pa.string()),
+                    "nearest_cosine": pa.array(split.nearest, pa.float32()),
+                    "nearest_query_id": pa.array(split.nearest_ids, pa.string()),
+                }
+            )
+        )
+    return Extrapolation(protocols, pa.concat_tables(tables) if tables else pa.table({}))
+
+
+def _figures(measured: Mapping[str, Values], counts: Mapping[str, int]) -> dict[str, Any]:
+    """`parts`, `neither`, `gap`, `gap_beyond` and `reference`."""
+    parts = {
+        part: {
+            "queries": counts[part],
+            "systems": {s: {m: float(v.mean()) for m, v in one.items() if len(v)} for s, one in systems.items()},
+            "intervals": {s: {m: _interval(v) for m, v in one.items()} for s, one in systems.items()},
+        }
+        for part, systems in measured.items()
+    }
+    inside, outside = measured[INTERPOLATION], measured[EXTRAPOLATION]
+    reference = next((name for name in REFERENCES if name in inside), None)
+    gap = {s: {m: _gap(v, outside[s][m]) for m, v in one.items()} for s, one in inside.items()}
+    beyond: dict[str, Any] = {}
+    if reference is not None:
+        beyond = {
+            s: {m: _gap(v - inside[reference][m], outside[s][m] - outside[reference][m]) for m, v in inside[s].items()}
+            for s in inside
+            if s != reference
+        }
+    return {
+        "parts": parts,
+        "neither": counts[NEITHER],
+        "gap": gap,
+        "reference": reference,
+        "gap_beyond": beyond,
+    }
+
+
+def _interval(values: NDArray[np.float64]) -> list[float] | None:
+    """[low, high] of a mean by Student's t; None with fewer than two values."""
+    from scipy.special import stdtrit
+
+    if len(values) < 2:
+        return None
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / np.sqrt(len(values)))
+    return [float(values.mean()) - half, float(values.mean()) + half]
+
+
+def _gap(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> list[float] | None:
+    """[difference of means, low, high] by Welch's t; None where a part has fewer than two queries."""
+    from scipy.special import stdtrit
+
+    if min(len(inside), len(outside)) < 2:
+        return None
+    difference = float(inside.mean() - outside.mean())
+    errors = [values.var(ddof=1) / len(values) for values in (inside, outside)]
+    if sum(errors) == 0:
+        return [difference, difference, difference]
+    freedom = sum(errors) ** 2 / sum(
+        error**2 / (len(values) - 1) for error, values in zip(errors, (inside, outside), strict=True)
+    )
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(sum(errors)))
+    return [difference, difference - half, difference + half]
+
+
+def _overlap(query_ids: Sequence[str], qrels: Qrels, seen: frozenset[str], level: int) -> dict[str, Any]:
+    """How much of what is relevant in a part is relevant to at least one training query too."""
+    relevant = [[doc_id for doc_id, grade in qrels[query_id].items() if grade >= level] for query_id in query_ids]
+    distinct = {doc_id for documents in relevant for doc_id in documents}
+    pairs = sum(map(len, relevant))
+    seen_pairs = sum(doc_id in seen for documents in relevant for doc_id in documents)
+    return {
+        "passages": len(distinct),
+        "seen_passages": len(distinct & seen),
+        "passage_share": len(distinct & seen) / len(distinct) if distinct else None,
+        "pairs": pairs,
+        "seen_pairs": seen_pairs,
+        "pair_share": seen_pairs / pairs if pairs else None,
+        "queries_with_seen": sum(any(doc_id in seen for doc_id in documents) for documents in relevant),
+    }
+
+
+# -- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
+    """Pool the evaluations of runs that each held something out, per query.
+
+    A query that several runs have in one part counts once there, with the mean of its values: with clusters it is
+    extrapolation for one run and interpolation for the others.
+
+    Args:
+        folders: of one set each (`evaluation/SUITE/SET`), the same set in all.
+
+    Raises:
+        UsageError: a run held nothing out, they differ in protocol or set, or a query is extrapolation twice.
+    """
+    if len(folders) < 2:
+        raise UsageError("pooling needs at least two runs", fix="give the evaluations of all folds")
+    sums: dict[tuple[str, str, str], list[dict[str, float]]] = {}  # (part, system, query) → values of each fold
+    entries: list[dict[str, Any]] = []
+    nearest_of: list[dict[str, str]] = []
+    systems: list[str] | None = None
+    for folder in map(Path, folders):
+        entry, table, per_query = _read_fold(folder)
+        if entries and {entries[0]["protocol"], *nearest_of[0]} != {entry["protocol"], *table["query_id"].to_pylist()}:
+            raise UsageError("the runs differ in protocol or in test queries", where=str(folder))
+        entries.append(entry)
+        part_of = dict(zip(table["query_id"].to_pylist(), table["part"].to_pylist(), strict=True))
+        nearest_of.append(part_of)
+        found: dict[str, None] = {}
+        for row in per_query:
+            system, query_id = row.pop("system"), row.pop("query_id")
+            found[system] = None
+            sums.setdefault((part_of[query_id], system, query_id), []).append(row)
+        systems = [name for name in found if systems is None or name in systems]
+    assert systems
+    parts = {part: [q for q in nearest_of[0] if any(one[q] == part for one in nearest_of)] for part in PARTS}
+    twice = [q for q in parts[EXTRAPOLATION] if sum(one[q] == EXTRAPOLATION for one in nearest_of) > 1]
+    if twice:
+        raise UsageError(
+            f"query {twice[0]!r} is extrapolation in two of the runs ({len(twice)} such queries)",
+            fix="give each bucket once, of runs with one seed",
+        )
+    metrics = list(next(iter(sums.values()))[0])
+    measured = {
+        part: {
+            system: {
+                m: np.array([np.mean([one[m] for one in sums[part, system, q]]) for q in parts[part]], np.float64)
+                for m in metrics
+            }
+            for system in systems
+        }
+        for part in (INTERPOLATION, EXTRAPOLATION)
+    }
+    never = [q for q in nearest_of[0] if not any(one[q] != NEITHER for one in nearest_of)]
+    counts = {part: len(queries) for part, queries in parts.items()} | {NEITHER: len(never)}
+    overlap = {
+        part: {key: sum(one["relevant_overlap"][part][key] for one in entries) for key in ("pairs", "seen_pairs")}
+        for part in (INTERPOLATION, EXTRAPOLATION)
+    }
+    for one in overlap.values():
+        one["pair_share"] = one["seen_pairs"] / one["pairs"] if one["pairs"] else None
+    pooled = {
+        "protocol": entries[0]["protocol"],
+        "bound": max(entry["bound"] for entry in entries),
+        "encoder": entries[0]["encoder"],
+        "held_out": True,
+        "folds": len(entries),
+        "training_queries": [entry["training_queries"] for entry in entries],
+        **_figures(measured, counts),
+        "relevant_overlap": overlap,
+    }
+    rows = [(q, part) for part in PARTS for q in parts[part]]
+    table = pa.table({"query_id": [q for q, _ in rows], "part": [part for _, part in rows]})
+    return Extrapolation([pooled], table)
+
+
+def _read_fold(folder: Path) -> tuple[dict[str, Any], pa.Table, list[dict[str, Any]]]:
+    """The protocol's entry, the parts and the values of each query of one run's evaluation."""
+    try:
+        entry = json.loads((folder / FILE).read_text())["protocols"][0]
+        table, per_query = pq.read_table(folder / TABLE), pq.read_table(folder / "per_query.parquet")
+    except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+        raise UsageError(
+            f"there is no evaluation of extrapolation here: {error}",
+            where=str(folder),
+            fix="give the folder of a set, evaluation/SUITE/SET, of a run with candidates.hold_out",
+        ) from None
+    if not entry.get("held_out"):
+        raise UsageError("this run held nothing out of training", where=str(folder), fix="set candidates.hold_out")
+    return entry, table, per_query.to_pylist()

@@ -1,0 +1,73 @@
+"""A student over a first stage: its vectors order what the first stage found, as papers on distillation report it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rankdistill.evaluation.cost import Step, engine_steps, model_bytes, model_parameters
+from rankdistill.evaluation.evaluate import scores_below
+from rankdistill.runs import Ranking
+
+
+@dataclass
+class StudentReranking:
+    """A system: the first stage's top `depth` documents ordered by the student, those below in the first stage's order.
+
+    No document is encoded: their vectors are there already, and only the query's is made.
+
+    Args:
+        first: the engine of the first stage.
+        student: a `DenseEngine` over the vectors of the same collection, one row a document.
+        depth: documents re-ranked for each query, whatever depth is asked for.
+    """
+
+    first: Any
+    student: Any
+    depth: int = 100
+
+    @property
+    def note(self) -> str:
+        return f"the student re-ranks the first {self.depth} of {self.first.name}"
+
+    @property
+    def bytes(self) -> int | None:
+        """The first stage's index and the vectors."""
+        first = getattr(self.first, "bytes", None)
+        return None if first is None else int(first) + int(self.student.index.bytes)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.bytes is None else self.bytes + model_bytes(self.student.encoder)
+
+    @property
+    def parameters(self) -> int | None:
+        return model_parameters(self.student.encoder)
+
+    @property
+    def device(self) -> Any:
+        return getattr(self.student.encoder, "device", "cpu")
+
+    def steps(self, depth: int) -> dict[str, Step]:
+        """For `measure_costs`."""
+        return {**engine_steps(self.first, max(depth, self.depth)), "rerank": self._rerank}
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
+        found = self.first.search(texts, max(depth, self.depth))
+        for query_id, (rows, scores) in zip(query_ids, self._rerank(texts, found), strict=True):
+            yield query_id, collection.doc_ids(rows[:depth]), scores[:depth]
+
+    def _rerank(self, texts: Sequence[str], found: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(rows, falling scores) of each query."""
+        vectors = self.student.index.vectors
+        merged = []
+        for vector, hits in zip(self.student.encoder.encode_queries(texts), found, strict=True):
+            top, rest = hits.rows[: self.depth], hits.rows[self.depth :]
+            scores = np.asarray(vectors[top] @ vector, np.float32)
+            order = np.argsort(-scores, kind="stable")
+            below = scores_below(scores.min() if len(scores) else np.float32(0), len(rest))
+            merged.append((np.concatenate([top[order], rest]), np.concatenate([scores[order], below])))
+        return merged

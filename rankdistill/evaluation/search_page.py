@@ -1,0 +1,367 @@
+"""What the search page shows: one query, several systems side by side, and where each puts the documents of the others.
+
+A column is an engine; the last one may be a teacher that re-ranks what the engines found, on demand and few documents,
+because it is slow. `SearchPage.search` answers with plain values for JSON; `page_server` puts them on a local address.
+Document texts are data: they leave here as strings and the page sets them as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.evaluate import RerankList, Searches
+from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.runs import Run
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+LONGEST_QUERY = 1000  # characters
+MOST_DOCUMENTS = 50  # a column
+FOLLOWED = 100  # ranks searched in every column, so that a move is known beyond the documents shown
+TEACHER_DEPTH = 30  # documents a teacher re-ranks
+LONGEST_TEXT = 2000  # characters of a document that are sent
+MOST_EXAMPLES = 200  # judged queries to pick from
+WARM_UP = 8  # queries searched before the first that is asked
+TEACHER = "teacher"
+ALL_COLUMNS = "all"  # what the teacher re-ranks: the first of every column in turn
+METRIC = "ndcg@10"
+
+
+class _Encoded(NamedTuple):
+    vectors: Any  # [1, dimension]
+    milliseconds: float
+
+
+@dataclass
+class Column:
+    """A system that searches.
+
+    Args:
+        name: shown above the column.
+        engine: `search(queries, k)`; one made of an `encoder` and an `index` is timed in two parts.
+        bytes: what is kept to search, on disk.
+        note: shown with the name.
+        kind: bm25, student, index or another word; a page may colour by it.
+    """
+
+    name: str
+    engine: Searches
+    bytes: int | None = None
+    note: str = ""
+    kind: str = ""
+    key: str = ""
+
+    def search(self, query: str, k: int, encoded: dict[int, _Encoded] | None = None) -> tuple[Any, dict[str, float]]:
+        """Hits (rows and scores, best first) and milliseconds.
+
+        Args:
+            encoded: what encoders have made of this query already: columns of one student share its vector and time.
+        """
+        encoder, index = getattr(self.engine, "encoder", None), getattr(self.engine, "index", None)
+        if encoder is None or index is None:
+            started = time.perf_counter()
+            hits = self.engine.search([query], k)[0]
+            return hits, {"search_ms": _milliseconds(started)}
+        encoded = {} if encoded is None else encoded
+        if id(encoder) not in encoded:
+            started = time.perf_counter()
+            encoded[id(encoder)] = _Encoded(encoder.encode_queries([query]), _milliseconds(started))
+        vectors, encode_ms = encoded[id(encoder)]
+        started = time.perf_counter()
+        hits = index.search(vectors, k)[0]
+        return hits, {"encode_ms": encode_ms, "search_ms": _milliseconds(started)}
+
+
+@dataclass
+class Reranker:
+    """A teacher: scores of one list, float [documents], NaN where it has none; higher is better."""
+
+    scores: Callable[[RerankList], Any]
+    depth: int = TEACHER_DEPTH
+    note: str = ""
+
+
+@dataclass
+class _Ranking:
+    """What one column found, with ranks from 1 of all rows it followed."""
+
+    rows: list[int]
+    scores: list[float]
+    times: dict[str, float]
+    note: str = ""
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        self.rank_of = {row: rank for rank, row in enumerate(self.rows, 1)}
+
+
+class SearchPage:
+    """The columns over one collection.
+
+    Not for several threads at once (encoders are not): whoever serves it lets one search through at a time.
+
+    In memory: texts and labels of the example split's queries.
+
+    Args:
+        collection: what is searched.
+        columns: systems, left to right; the first is the one that moves are counted against.
+        teacher: the last column, or None.
+        name: of the run.
+        depth: documents a column shows unless asked for another number.
+        split: whose queries are offered as examples and known by their text; test, dev, or any but train.
+        no_teacher: why there is none, shown in its place.
+
+    Raises:
+        UsageError: no column, or a depth outside 1 to MOST_DOCUMENTS.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        columns: Sequence[Column],
+        teacher: Reranker | None = None,
+        *,
+        name: str = "",
+        depth: int = 10,
+        split: str | None = None,
+        no_teacher: str = "",
+    ) -> None:
+        if not columns:
+            raise UsageError("a search page needs at least one system")
+        self.collection, self.columns, self.teacher = collection, list(columns), teacher
+        self.name, self.no_teacher = name, no_teacher
+        self.depth = _count(depth, "--depth")
+        taken = {TEACHER, ALL_COLUMNS}
+        for column in self.columns:
+            column.key = _key(column.key or column.name, taken)
+            taken.add(column.key)
+        others = [one for one in collection.splits if one != "train"]  # training queries may be half a million
+        self.split = split or next((one for one in ("test", "dev", *others) if one in others), "")
+        self.qrels = collection.qrels(self.split, missing=True) if self.split else {}
+        ids = list(self.qrels)
+        texts = collection.query_texts(ids) if ids else []
+        self._query_ids: dict[str, str] = {}
+        for query_id, text in zip(ids, texts, strict=True):
+            self._query_ids.setdefault(_plain(text), query_id)  # of queries with one text, the first
+        self._warm_up()
+
+    def __repr__(self) -> str:
+        names = [column.name for column in self.columns] + ([TEACHER] if self.teacher else [])
+        return f"SearchPage({self.collection.name}: {', '.join(names)})"
+
+    def _warm_up(self) -> None:
+        """The first calls of every engine load and compile (encoders for each length): not what a query costs."""
+        for query in [*list(self._query_ids)[:WARM_UP], "warm up"]:
+            encoded: dict[int, _Encoded] = {}
+            rankings = [self._rank(column, query[:LONGEST_QUERY], encoded) for column in self.columns]
+        if self.teacher is not None:
+            self._rerank(query, None, rankings)  # what fails is shown with the first query
+
+    def about(self) -> dict[str, Any]:
+        """What there is to search, with what, and example queries (evenly spaced over the split)."""
+        texts = [text for text in self._query_ids if 0 < len(text) <= LONGEST_QUERY]
+        step = max(1, -(-len(texts) // MOST_EXAMPLES))
+        return {
+            "name": self.name,
+            "collection": {"name": self.collection.name, "documents": self.collection.document_count},
+            "columns": [
+                {name: getattr(one, name) for name in ("key", "name", "kind", "note", "bytes")} for one in self.columns
+            ],
+            "teacher": {"depth": self.teacher.depth, "note": self.teacher.note} if self.teacher else None,
+            "no_teacher": self.no_teacher,
+            "depth": self.depth,
+            "limits": {"query": LONGEST_QUERY, "k": MOST_DOCUMENTS, "followed": FOLLOWED},
+            "split": self.split,
+            "judged_queries": len(self._query_ids),
+            "examples": [{"query_id": self._query_ids[text], "text": text} for text in texts[::step]],
+        }
+
+    def search(self, query: str, k: int | None = None, teacher: str | None = None) -> dict[str, Any]:
+        """Search with every column.
+
+        Args:
+            query: any text; control characters count as spaces.
+            k: documents a column shows, 1 to MOST_DOCUMENTS; the page's depth unless given.
+            teacher: ask the teacher too: to re-rank the first of this column (by key), or of `all` columns in turn.
+
+        Returns:
+            query, k, judged (the query's labels, None for one that is not judged), columns (key, name, hits, times in
+            milliseconds, nDCG@10 where judged, error) and documents: doc id → title, text, relevance and the rank in
+            each column (None: not within the FOLLOWED first; for the teacher, not among the re-ranked).
+
+        Raises:
+            UsageError: an empty or too long query, a wrong k, no such column to re-rank, no teacher.
+        """
+        query = clean_query(query)
+        k = self.depth if k is None else _count(k, "k")
+        keys = [column.key for column in self.columns]
+        if teacher is not None and self.teacher is None:
+            raise UsageError("this page has no teacher", where="teacher", fix=self.no_teacher or "leave it out")
+        if teacher is not None and teacher not in (ALL_COLUMNS, *keys):
+            raise UsageError(
+                f"there is no column {teacher!r}", where="teacher", fix=f"one of: {', '.join([ALL_COLUMNS, *keys])}"
+            )
+        query_id = self._query_ids.get(query)
+        encoded: dict[int, _Encoded] = {}
+        rankings = {column.key: self._rank(column, query, encoded) for column in self.columns}
+        if teacher is not None:
+            base = rankings.values() if teacher == ALL_COLUMNS else [rankings[teacher]]
+            rankings[TEACHER] = self._rerank(query, query_id, list(base))
+        shown = list(dict.fromkeys(row for one in rankings.values() for row in one.rows[:k]))
+        ids = dict(zip(shown, self.collection.doc_ids(shown), strict=True)) if shown else {}
+        return {
+            "query": query,
+            "k": k,
+            "judged": self._judged(query_id),
+            "columns": [self._column(key, one, ids, k, query_id) for key, one in rankings.items()],
+            "documents": self._documents(ids, rankings, query_id),
+        }
+
+    def _rank(self, column: Column, query: str, encoded: dict[int, _Encoded]) -> _Ranking:
+        try:
+            hits, times = column.search(query, FOLLOWED, encoded)
+        except RankdistillError as error:  # one column that fails leaves the others
+            return _Ranking([], [], {}, error=error.what)
+        return _Ranking([int(row) for row in hits.rows], [float(score) for score in hits.scores], times)
+
+    def _rerank(self, query: str, query_id: str | None, base: list[_Ranking]) -> _Ranking:
+        assert self.teacher is not None
+        started = time.perf_counter()
+        rows = in_turn([one.rows for one in base], self.teacher.depth)
+        if not rows:
+            return _Ranking([], [], {}, note="nothing to re-rank")
+        item = RerankList(query_id or "", query, self.collection.doc_ids(rows), self.collection.document_texts(rows))
+        try:
+            scores = np.asarray(self.teacher.scores(item), np.float64)
+        except RankdistillError as error:
+            return _Ranking([], [], {}, error=error.what)
+        known = np.flatnonzero(np.isfinite(scores))
+        # Stable: of equal scores the document that the first stage had higher.
+        order = known[np.argsort(-scores[known], kind="stable")]
+        note = f"{len(rows)} documents re-ranked"
+        if len(known) < len(rows):
+            note = f"scores of {len(known)} of {len(rows)} documents" if len(known) else "no score for this query"
+        return _Ranking(
+            [rows[at] for at in order],
+            [float(scores[at]) for at in order],
+            {"teacher_ms": _milliseconds(started)},
+            note=note,
+        )
+
+    def _column(self, key: str, ranking: _Ranking, ids: dict[int, str], k: int, query_id: str | None) -> dict[str, Any]:
+        first = [
+            {"doc_id": ids[row], "rank": rank, "score": round(score, 4)}
+            for rank, (row, score) in enumerate(zip(ranking.rows[:k], ranking.scores, strict=False), 1)
+        ]
+        return {
+            "key": key,
+            "hits": first,
+            "found": len(ranking.rows),
+            "times": {name: round(value, 3) for name, value in ranking.times.items()},
+            METRIC: self._measure(ranking, query_id),
+            "note": ranking.note,
+            "error": ranking.error,
+        }
+
+    def _measure(self, ranking: _Ranking, query_id: str | None) -> float | None:
+        """nDCG@10 of the order that is shown (which decides among equal scores, unlike in a run file)."""
+        if query_id is None or ranking.error:
+            return None
+        if not ranking.rows:
+            return 0.0
+        ids = self.collection.doc_ids(ranking.rows[:10])
+        run = Run.from_dict({query_id: {doc_id: -float(rank) for rank, doc_id in enumerate(ids)}})
+        return round(evaluate_run(run, {query_id: self.qrels[query_id]}, [METRIC]).means[METRIC], 4)
+
+    def _judged(self, query_id: str | None) -> dict[str, Any] | None:
+        if query_id is None:
+            return None
+        labels = self.qrels[query_id]
+        relevant = [doc_id for doc_id, relevance in labels.items() if relevance > 0]
+        missing = int((np.asarray(self.collection.doc_rows(relevant)) < 0).sum()) if relevant else 0
+        return {
+            "query_id": query_id,
+            "split": self.split,
+            "judged": len(labels),
+            "relevant": len(relevant),
+            "relevant_missing": missing,  # judged relevant, but not in the collection: cannot be found
+        }
+
+    def _documents(
+        self, ids: dict[int, str], rankings: dict[str, _Ranking], query_id: str | None
+    ) -> dict[str, dict[str, Any]]:
+        labels = self.qrels.get(query_id, {}) if query_id is not None else {}
+        rows = list(ids)
+        return {
+            document.doc_id: {
+                "title": document.title[:LONGEST_TEXT],
+                "text": document.text[:LONGEST_TEXT],
+                "characters": len(document.text),
+                "relevance": labels.get(document.doc_id),
+                "ranks": {key: one.rank_of.get(row) for key, one in rankings.items()},
+            }
+            for row, document in zip(rows, self.collection.documents(rows) if rows else [], strict=True)
+        }
+
+
+def clean_query(text: str) -> str:
+    """A query as it is searched: control characters and broken code points as spaces, white space folded.
+
+    Raises:
+        UsageError: nothing is left, or it is longer than LONGEST_QUERY characters.
+    """
+    if len(text) > 20 * LONGEST_QUERY:
+        raise UsageError(f"the query is longer than {LONGEST_QUERY:,} characters", where="q", fix="shorten it")
+    text = _plain(text)
+    if not text:
+        raise UsageError("the query is empty", where="q", fix="type some words")
+    if len(text) > LONGEST_QUERY:
+        raise UsageError(
+            f"the query has {len(text):,} characters, more than {LONGEST_QUERY:,}", where="q", fix="shorten it"
+        )
+    return text
+
+
+def _plain(text: str) -> str:
+    return " ".join("".join(" " if unicodedata.category(one) in ("Cc", "Cs") else one for one in text).split())
+
+
+def in_turn(lists: Sequence[Sequence[int]], count: int) -> list[int]:
+    """The first `count` distinct values: the first of each list, then the second of each, and so on."""
+    found: dict[int, None] = {}
+    for place in range(max((len(one) for one in lists), default=0)):
+        for one in lists:
+            if place < len(one):
+                found.setdefault(one[place])
+            if len(found) == count:
+                return list(found)
+    return list(found)
+
+
+def _count(value: int, where: str) -> int:
+    if not 1 <= value <= MOST_DOCUMENTS:
+        raise UsageError(f"{value} documents a column", where=where, fix=f"between 1 and {MOST_DOCUMENTS}")
+    return value
+
+
+def _key(name: str, taken: set[str]) -> str:
+    """A short key for addresses: letters, digits and dashes, different from those taken."""
+    stem = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-") or "column"
+    key, number = stem, 2
+    while key in taken:
+        key, number = f"{stem}-{number}", number + 1
+    return key
+
+
+def _milliseconds(started: float) -> float:
+    """... since then."""
+    return (time.perf_counter() - started) * 1000

@@ -1,0 +1,524 @@
+"""Is a difference between systems more than chance? Tests, corrections for many systems, intervals.
+
+All of it is paired: every system has one value for each query of the qrels, 0 where it returned nothing. Two tests of
+each pair and metric:
+
+- the paired t-test;
+- Fisher's randomisation test, two-sided: if the systems are alike, chance says which of a query's two values is
+  whose. All 2^n ways are counted where at most `EXACT_QUERIES` queries differ; else p = (b + 1) / (m + 1) over m
+  random ones, which is never 0 (Phipson and Smyth 2010). Smucker, Allan and Carterette (CIKM 2007) compare the two.
+
+With many systems something differs by chance, so p-values are corrected within each metric:
+
+- `holm`: Holm's step-down over the pairs compared (1979): right for any dependence between them;
+- `tukey_hsd`: the difference is set against the greatest one that chance makes among all systems. Analytic over the
+  residual of the two-way layout systems × queries for the t side; randomised, permuting each query's values among the
+  systems, for the other (Carterette, TOIS 2012). With two systems both are the uncorrected tests. The one-way Tukey
+  test of statistics packages is not for paired values.
+
+Intervals are bias-corrected and accelerated bootstrap ones (BCa, Efron 1987) over queries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankdistill.errors import UsageError
+
+Correction = Literal["holm", "tukey_hsd"]
+Floats = NDArray[np.float64]
+
+BASELINE = "bm25"  # in any case: what marks refer to, where there is such a row and nothing else was said
+EXACT_QUERIES = 16  # at most so many differing queries are enumerated (65,536 tosses)
+PERMUTATIONS = 100_000
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+CELLS = 1 << 22  # numbers of a random matrix made at once: bounds memory, some 32 MiB
+TOSSES = 200_000_000  # random numbers a randomisation test may take: fewer permutations where queries are many
+SAME = 1e-9  # values that differ by less are a tie
+FEWEST_PERMUTATIONS = 2_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric, two systems; everything as a − b, over the same queries.
+
+    Attributes:
+        low, high: 95% interval of the difference; None with fewer than two queries.
+        effect_size: Cohen's d of paired values: mean over standard deviation of the differences; None where they do
+            not vary and are not 0.
+        wins, ties, losses: queries where a is better, equal (to 1e-9), worse.
+        t: None where it is infinite or undefined (differences that do not vary, one query).
+        p_t, p_randomisation: two-sided, of this pair alone.
+        p_t_corrected, p_randomisation_corrected: for all pairs of the metric that were compared.
+        significant: the corrected randomisation test is below alpha.
+    """
+
+    metric: str
+    a: str
+    b: str
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float | None
+    high: float | None
+    effect_size: float | None
+    wins: int
+    ties: int
+    losses: int
+    t: float | None
+    p_t: float
+    p_randomisation: float
+    p_t_corrected: float
+    p_randomisation_corrected: float
+    significant: bool
+
+
+@dataclass
+class Significance:
+    """The comparisons of several systems on the same queries.
+
+    Attributes:
+        baseline: the system that marks in tables refer to.
+        family: `all` pairs of systems were compared and corrected for, or only those with the `baseline`.
+        seed, permutations, resamples: of the randomisation test and of the bootstrap.
+        intervals: system → metric → [low, high], 95%, of the mean; without an entry where there is one query only.
+        notes: counts of what the rules decided (`missing_queries`: system → queries it returned nothing for, which
+            count 0 in every comparison; `tukey_permutations`).
+    """
+
+    alpha: float
+    correction: Correction
+    baseline: str | None
+    family: Literal["all", "baseline"]
+    metrics: list[str]
+    systems: list[str]
+    queries: int
+    seed: int
+    permutations: int
+    resamples: int
+    intervals: dict[str, dict[str, list[float]]]
+    comparisons: list[Comparison]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, a: str, b: str, metric: str) -> Comparison:
+        """The comparison of a and b as a − b, whichever way round it was made.
+
+        Raises:
+            KeyError: the pair was not compared.
+        """
+        for one in self.comparisons:
+            if one.metric == metric and (one.a, one.b) == (a, b):
+                return one
+            if one.metric == metric and (one.a, one.b) == (b, a):
+                return _turned(one)
+        raise KeyError((a, b, metric))
+
+    def mark(self, system: str, metric: str) -> int:
+        """1 or -1 where the system is significantly better or worse than the baseline, else 0."""
+        for one in self.comparisons:
+            if one.significant and one.metric == metric and {one.a, one.b} == {system, self.baseline}:
+                return 1 if (one.difference > 0) == (one.a == system) else -1
+        return 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As `significance.json` has it; no NaN or infinity."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Significance:
+        """From `to_json`."""
+        return cls(**{**values, "comparisons": [Comparison(**one) for one in values["comparisons"]]})
+
+    def __repr__(self) -> str:
+        found = sum(one.significant for one in self.comparisons)
+        return (
+            f"Significance({len(self.systems)} systems, {self.queries:,} queries, {found} of "
+            f"{len(self.comparisons)} comparisons below {self.alpha} by randomisation, {self.correction})"
+        )
+
+
+def _turned(one: Comparison) -> Comparison:
+    """The same comparison as b − a."""
+
+    def minus(value: float | None) -> float | None:
+        return None if value is None else -value
+
+    values = asdict(one) | {
+        "a": one.b,
+        "b": one.a,
+        "mean_a": one.mean_b,
+        "mean_b": one.mean_a,
+        "difference": -one.difference,
+        "low": minus(one.high),
+        "high": minus(one.low),
+        "effect_size": minus(one.effect_size),
+        "t": minus(one.t),
+        "wins": one.losses,
+        "losses": one.wins,
+    }
+    return Comparison(**values)
+
+
+def parse_correction(name: str) -> Correction:
+    """`holm`, `tukey_hsd`, or `tukey` for short.
+
+    Raises:
+        UsageError: another name.
+    """
+    name = "tukey_hsd" if name == "tukey" else name
+    if name not in get_args(Correction):
+        raise UsageError(f"there is no correction {name!r}", where="correction", fix="choose holm or tukey")
+    return cast(Correction, name)
+
+
+def pick_baseline(systems: Sequence[str], named: str | None = None) -> str | None:
+    """The row that marks refer to: the named one, else BM25, else the first; None without systems.
+
+    Raises:
+        UsageError: the named system is not there.
+    """
+    if named is not None and named not in systems:
+        nearest = difflib.get_close_matches(named, systems, 1, 0.4)
+        offered = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise UsageError(
+            f"there is no system {named!r} to be the baseline",
+            where="baseline",
+            fix=f"{offered}systems: {', '.join(systems) or 'none'}",
+        )
+    if named is not None or not systems:
+        return named
+    return next((name for name in systems if name.lower() == BASELINE), systems[0])
+
+
+def compare_values(
+    values: Mapping[str, Mapping[str, Any]],
+    *,
+    baseline: str | None = None,
+    family: Literal["all", "baseline"] = "all",
+    correction: str = "holm",
+    alpha: float = 0.05,
+    seed: int = 0,
+    permutations: int = PERMUTATIONS,
+    resamples: int = RESAMPLES,
+    notes: Mapping[str, Any] | None = None,
+) -> Significance:
+    """Compare systems pair by pair on every metric.
+
+    Args:
+        values: system → metric → one value for each query, float [queries], the same queries in the same order.
+        baseline: the system that marks refer to; default BM25, else the first.
+        family: compare `all` pairs, or every system with the `baseline` alone: fewer pairs are corrected for (with
+            `tukey_hsd` always all).
+        permutations: of the randomisation tests; fewer where queries are so many that more would take minutes.
+
+    Raises:
+        UsageError: an unknown baseline or correction, alpha outside (0, 1).
+        ValueError: values of different lengths, or not finite.
+    """
+    systems = list(values)
+    baseline = pick_baseline(systems, baseline)
+    chosen = parse_correction(correction)
+    if not 0 < alpha < 1:
+        raise UsageError(f"alpha is {alpha}, but must lie between 0 and 1", where="alpha", fix="0.05 is usual")
+    metrics = list(next(iter(values.values()))) if systems else []
+    table = _table(values, metrics)  # [metrics, queries, systems]
+    queries = table.shape[1]
+    family = "all" if chosen == "tukey_hsd" else family
+    pairs = _pairs(systems, baseline, family)
+    tossed = _affordable(permutations, queries)
+    result = Significance(
+        alpha=alpha,
+        correction=chosen,
+        baseline=baseline,
+        family=family,
+        metrics=metrics,
+        systems=systems,
+        queries=queries,
+        seed=seed,
+        permutations=tossed,
+        resamples=resamples,
+        intervals={name: {} for name in systems},
+        comparisons=[],
+        notes=dict(notes or {}),
+    )
+    if not systems or not queries or not metrics:
+        return result
+    boot = _bootstrap_means(table, resamples, seed)  # [metrics, resamples, systems]
+    differences = np.stack([table[:, :, a] - table[:, :, b] for a, b in pairs], axis=2) if pairs else None
+    random_p = _randomisation(differences, tossed, seed) if differences is not None else np.zeros((len(metrics), 0))
+    tukey_p: Floats | None = None
+    if differences is not None and chosen == "tukey_hsd":
+        # A permutation of all systems takes much longer than a toss for each query.
+        permuted = _affordable(permutations, 8 * queries * len(systems))
+        tukey_p = _randomised_tukey_hsd(table, pairs, permuted, seed)
+        result.notes["tukey_permutations"] = permuted
+    for number, metric in enumerate(metrics):
+        for column, name in enumerate(systems):
+            interval = bca(boot[number, :, column], table[number, :, column])
+            if interval is not None:
+                result.intervals[name][metric] = list(interval)
+        if differences is None:
+            continue
+        t, p_t = paired_t(differences[number])
+        if tukey_p is None:
+            corrected_t, corrected = holm(p_t), holm(random_p[number])
+        else:
+            corrected_t, corrected = tukey_hsd(table[number], pairs), tukey_p[number]
+        for at, (a, b) in enumerate(pairs):
+            d = differences[number, :, at]
+            interval = bca(boot[number, :, a] - boot[number, :, b], d)
+            result.comparisons.append(
+                Comparison(
+                    metric=metric,
+                    a=systems[a],
+                    b=systems[b],
+                    mean_a=float(table[number, :, a].mean()),
+                    mean_b=float(table[number, :, b].mean()),
+                    difference=float(d.mean()),
+                    low=None if interval is None else interval[0],
+                    high=None if interval is None else interval[1],
+                    effect_size=effect_size(d),
+                    wins=int((d > SAME).sum()),
+                    ties=int((np.abs(d) <= SAME).sum()),
+                    losses=int((d < -SAME).sum()),
+                    t=float(t[at]) if np.isfinite(t[at]) else None,
+                    p_t=float(p_t[at]),
+                    p_randomisation=float(random_p[number, at]),
+                    p_t_corrected=float(corrected_t[at]),
+                    p_randomisation_corrected=float(corrected[at]),
+                    significant=bool(corrected[at] < alpha),
+                )
+            )
+    return result
+
+
+def _table(values: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> Floats:
+    """float64 [metrics, queries, systems]."""
+    rows = [[np.asarray(of_metric[metric], np.float64) for of_metric in values.values()] for metric in metrics]
+    lengths = {array.shape for row in rows for array in row}
+    if len(lengths) > 1 or any(len(shape) != 1 for shape in lengths):
+        raise ValueError(f"systems have values of different shapes: {sorted(lengths)}")
+    queries = next(iter(lengths))[0] if lengths else 0
+    table = np.array(rows, np.float64).reshape(len(metrics), len(values), queries).transpose(0, 2, 1)
+    if not np.isfinite(table).all():
+        raise ValueError("a value is not finite")
+    return table
+
+
+def _pairs(systems: Sequence[str], baseline: str | None, family: str) -> list[tuple[int, int]]:
+    """(a, b): b is the baseline or the earlier row, so that a − b is positive where the later one is better."""
+    pairs = []
+    for first, second in itertools.combinations(range(len(systems)), 2):
+        a, b = (first, second) if systems[second] == baseline else (second, first)
+        if family == "all" or baseline in (systems[a], systems[b]):
+            pairs.append((a, b))
+    return pairs
+
+
+def _affordable(permutations: int, row: int) -> int:
+    return max(min(permutations, TOSSES // max(row, 1)), min(permutations, FEWEST_PERMUTATIONS))
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+def paired_t(differences: Any) -> tuple[Floats, Floats]:
+    """Paired t-test, two-sided: (t, p), each [columns].
+
+    Args:
+        differences: [queries, columns] or [queries]. Where all are 0, or there is one query, nothing speaks against
+            chance: p = 1 and t = 0 or NaN. Where all are equal and not 0, t is infinite and p = 0.
+    """
+    from scipy.special import stdtr
+
+    d = np.asarray(differences, np.float64)
+    d = d.reshape(len(d), -1)
+    queries = len(d)
+    if queries < 2:
+        return np.full(d.shape[1], np.nan), np.ones(d.shape[1])
+    mean, sd = d.mean(axis=0), _deviation(d)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(sd > 0, mean / (sd / np.sqrt(queries)), np.where(mean == 0, 0.0, np.sign(mean) * np.inf))
+    return t, np.asarray(2 * stdtr(queries - 1, -np.abs(t)))
+
+
+def _deviation(d: Floats) -> Floats:
+    """Standard deviation of a sample [queries, columns]; 0 where only rounding makes values differ."""
+    sd = d.std(axis=0, ddof=1)
+    return np.where(sd <= 1e-12 * np.abs(d).max(axis=0), 0.0, sd)
+
+
+def effect_size(differences: Any) -> float | None:
+    """Cohen's d of paired values: mean over standard deviation; 0 where all are 0, None where undefined."""
+    d = np.asarray(differences, np.float64)
+    if not d.any():
+        return 0.0
+    if len(d) < 2:
+        return None
+    sd = float(_deviation(d.reshape(-1, 1))[0])
+    return float(d.mean()) / sd if sd > 0 else None
+
+
+def randomisation(differences: Any, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
+    """Fisher's randomisation test of paired differences [queries], two-sided: p (see the module's docstring)."""
+    d = np.asarray(differences, np.float64)
+    return float(_randomisation(d.reshape(1, -1, 1), permutations, seed)[0, 0])
+
+
+def _randomisation(differences: Floats, permutations: int, seed: int) -> Floats:
+    """p [metrics, pairs] of differences [metrics, queries, pairs]; one set of tosses serves all."""
+    metrics, queries, pairs = differences.shape
+    d = differences.transpose(1, 0, 2).reshape(queries, -1)
+    nonzero = np.count_nonzero(d, axis=0)
+    # Sums of the same numbers in another order differ in their last digits: what is that near counts as equal.
+    least = np.abs(d.sum(axis=0)) - SAME * np.abs(d).sum(axis=0)
+    p = np.ones(d.shape[1])
+    for column in np.flatnonzero((nonzero > 0) & (nonzero <= EXACT_QUERIES)):
+        p[column] = _exact(d[d[:, column] != 0, column], least[column])
+    sampled = np.flatnonzero(nonzero > EXACT_QUERIES)
+    if len(sampled):
+        beyond = np.zeros(len(sampled), np.int64)
+        total, many = d[:, sampled].sum(axis=0), np.ascontiguousarray(d[:, sampled])
+        random = np.random.default_rng([seed, 0])
+        chunk = max(CELLS // queries, 1)
+        for start in range(0, permutations, chunk):
+            size = min(chunk, permutations - start)
+            tossed = np.unpackbits(random.integers(0, 256, (size, -(-queries // 8)), np.uint8), axis=1, count=queries)
+            # With signs ±1 = 2 bit − 1 the sum of signed differences is twice the sum where the bit is 1, less all.
+            beyond += (np.abs(2 * (tossed.astype(np.float64) @ many) - total) >= least[sampled]).sum(axis=0)
+        p[sampled] = (beyond + 1) / (permutations + 1)
+    return p.reshape(metrics, pairs)
+
+
+def _exact(d: Floats, least: float) -> float:
+    """Share of all sign patterns whose sum is at least as far from 0."""
+    sums = np.zeros(1)
+    for value in d:
+        sums = np.concatenate([sums + value, sums - value])
+    return float((np.abs(sums) >= least).mean())
+
+
+# -- corrections ------------------------------------------------------------------------------------------------------
+
+
+def holm(p: Any) -> Floats:
+    """Holm's step-down correction of p-values [tests]."""
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(steps, 1.0)
+    return corrected
+
+
+def tukey_hsd(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
+    """Tukey's honestly significant difference over the two-way layout: p of each pair.
+
+    Args:
+        values: [queries, systems]. The error is what neither the query nor the system explains.
+        pairs: columns of `values`.
+    """
+    from scipy.stats import studentized_range
+
+    queries, systems = values.shape
+    if queries < 2:
+        return np.ones(len(pairs))
+    means = values.mean(axis=0)
+    rest = values - values.mean(axis=1, keepdims=True) - means + values.mean()
+    freedom = (queries - 1) * (systems - 1)
+    error = np.sqrt(np.square(rest).sum() / freedom / queries)
+    gaps = np.array([abs(means[a] - means[b]) for a, b in pairs])
+    if error <= 1e-12 * max(float(np.abs(values).max()), SAME):
+        return np.where(gaps <= SAME, 1.0, 0.0)
+    return np.clip(studentized_range.sf(gaps / error, systems, freedom), 0.0, 1.0)
+
+
+def randomised_tukey_hsd(
+    values: Floats, pairs: Sequence[tuple[int, int]], permutations: int = PERMUTATIONS, seed: int = 0
+) -> Floats:
+    """Randomised Tukey HSD (Carterette 2012): p of each pair.
+
+    Each query's values are permuted among the systems; p is how often the greatest difference of two means then
+    reaches the pair's, with the arrangement found counted once.
+
+    Args:
+        values: [queries, systems].
+    """
+    return _randomised_tukey_hsd(np.asarray(values)[None], pairs, permutations, seed)[0]
+
+
+def _randomised_tukey_hsd(table: Floats, pairs: Sequence[tuple[int, int]], permutations: int, seed: int) -> Floats:
+    """p [metrics, pairs] of a table [metrics, queries, systems]; one set of permutations serves all metrics."""
+    metrics, queries, systems = table.shape
+    means = table.mean(axis=1)
+    gaps = np.array([np.abs(means[:, a] - means[:, b]) for a, b in pairs]).T
+    least = gaps - SAME * np.abs(table).mean(axis=(1, 2))[:, None]
+    beyond = np.zeros(gaps.shape, np.int64)
+    random = np.random.default_rng([seed, 1])
+    # Queries that every system answers alike stay as they are however they are permuted.
+    told = (np.ptp(table, axis=2) > 0).any(axis=0)
+    constant, varied = table[:, ~told].sum(axis=1), table[:, told]
+    if not told.any():
+        return np.ones(gaps.shape)
+    columns = np.arange(systems, dtype=np.uint8)
+    chunk = max(CELLS // varied[0].size, 1)
+    for start in range(0, permutations, chunk):
+        size = min(chunk, permutations - start)
+        order = random.permuted(np.broadcast_to(columns, (size, *varied[0].shape)), axis=2)
+        for metric in range(metrics):
+            shuffled = np.take_along_axis(varied[metric][None], order, axis=2).sum(axis=1) + constant[metric]
+            beyond[metric] += (np.ptp(shuffled / queries, axis=1)[:, None] >= least[metric]).sum(axis=0)
+    return np.asarray((beyond + 1) / (permutations + 1))
+
+
+# -- intervals --------------------------------------------------------------------------------------------------------
+
+
+def _bootstrap_means(table: Floats, resamples: int, seed: int) -> Floats:
+    """Means of resampled queries, the same samples for every metric and system: [metrics, resamples, systems]."""
+    metrics, queries, systems = table.shape
+    flat = np.ascontiguousarray(table.transpose(1, 0, 2).reshape(queries, -1))
+    means = np.empty((resamples, flat.shape[1]))
+    random = np.random.default_rng([seed, 2])
+    chunk = max(CELLS // queries, 1)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        drawn = random.integers(0, queries, (size, queries), np.int32)
+        drawn += np.arange(size, dtype=np.int32)[:, None] * queries
+        counts = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
+        means[start : start + size] = counts.astype(np.float64) @ flat / queries
+    return means.reshape(resamples, metrics, systems).transpose(1, 0, 2)
+
+
+def bca(resampled: Floats, values: Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """The BCa interval of a mean; None with fewer than two values.
+
+    Args:
+        resampled: means of bootstrap samples, [resamples].
+        values: [queries].
+    """
+    from scipy.special import ndtr, ndtri
+
+    if len(values) < 2:
+        return None
+    mean = float(values.mean())
+    centred = values - mean  # for a mean the jackknife's deviations are these, over n − 1
+    spread = float(np.square(centred).sum())
+    if spread <= (1e-12 * float(np.abs(values).max())) ** 2 * len(values):
+        return mean, mean
+    acceleration = float((centred**3).sum()) / (6 * spread**1.5)
+    # Means that equal the sample's count half below: per-query values are often few and coarse.
+    near = SAME * max(abs(mean), float(np.abs(values).max()))
+    below = ((resampled < mean - near).mean() + (resampled <= mean + near).mean()) / 2
+    bias = ndtri(np.clip(below, 0.5 / len(resampled), 1 - 0.5 / len(resampled)))
+    tails = bias + ndtri([(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(resampled, ndtr(bias + tails / (1 - acceleration * tails)))
+    return float(low), float(high)

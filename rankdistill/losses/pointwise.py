@@ -1,0 +1,20 @@
+"""Pointwise losses: each score alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rankdistill.losses.base import ListLoss, mean_where
+
+
+class PointwiseMSE(ListLoss):
+    """Mean of (s - t)^2: the student takes over the teacher's very scores, so both need one scale.
+
+    Args:
+        weight: share in a sum of losses.
+    """
+
+    type = "mse"
+
+    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return mean_where((student_scores - teacher_scores).square(), mask)

@@ -1,0 +1,343 @@
+"""From vectors to a FAISS index whose codebooks were learned: start, train, encode, export.
+
+The artifact beside the index (kind "quantizer") holds `quantizer.safetensors` (rotation, query map, centroids,
+codebooks), `codes.npy` uint8 [n, M], `lists.npy` int64 [n] and `log.jsonl`; all are read memory-mapped. The index file is
+FAISS's own: a transform for queries, then IndexPQ, IndexIVFPQ or their fast-scan forms.
+
+What grows: in memory the queries (at most `queries.most` of each kind but the given ones), one step's documents and one
+block; the index itself, M bytes and an id a document, while it is written. On disk M bytes a document, and 4 · top bytes a query.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.assembly import IndexParts, add_codes, assemble_index, parts_of
+from rankdistill.indexes.base import Vectors, allocate_array
+from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
+from rankdistill.indexes.faiss_index import FaissIndex, apply_search, manifest_if_whole, publish_index
+from rankdistill.indexes.specification import QuantizerSpecification
+from rankdistill.progress import progress, say, warn
+from rankdistill.quantization.batches import Queries, Sampler
+from rankdistill.quantization.quantizer import VectorQuantizer, encode
+from rankdistill.quantization.training import LOG, WEIGHTS, QuantizerTraining
+
+if TYPE_CHECKING:
+    from rankdistill.students.base import StudentModel
+
+KIND = "quantizer"
+CODES, LISTS = "codes.npy", "lists.npy"
+ENCODER = "query_encoder"
+BLOCK = 65_536
+
+
+def quantize(
+    documents: Vectors,
+    doc_ids: Iterable[str],
+    queries: Queries | None,
+    specification: QuantizerSpecification,
+    out_file: str | Path,
+    *,
+    vectors_fingerprint: str = "",
+    queries_fingerprint: str = "",
+    student_fingerprint: str = "",
+    collection_fingerprint: str = "",
+    similarity: Literal["dot", "cos"] | None = None,
+    student: StudentModel | None = None,
+) -> FaissIndex:
+    """Learn a product-quantised index over document vectors [n, dimension] that ranks as the vectors do.
+
+    A killed training goes on from its last checkpoint and ends with the same codebooks (on the same machine); an index
+    of the same specification over the same vectors and queries is kept.
+
+    Args:
+        documents: float32, memory-mapped or not.
+        doc_ids: one id a vector, in row order; streamed.
+        queries: what to learn from; the documents themselves unless given.
+        vectors_fingerprint: of the document vectors, queries_fingerprint of the queries: what decides the result.
+        similarity: of the student; `cos` promises vectors of length one and is checked.
+        student: whose query encoder is trained along (`query: encoder`).
+
+    Raises:
+        UsageError: a specification that cannot be met: no queries, no labels where labels are asked for, a query map
+            under l2.
+        RankdistillError: too few vectors for the codewords or lists, a dimension that the subspaces do not divide, NaN,
+            too many zero vectors, another number of ids than vectors, a loss that stops being a number, a full disk.
+    """
+    out_file = Path(out_file)
+    if documents.ndim != 2 or not len(documents):
+        raise RankdistillError(f"there is nothing to quantise: vectors of shape {list(documents.shape)}")
+    specification = _checked(specification, student)
+    values = {
+        "specification": specification.model_dump(
+            mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
+        ),
+        "vectors": vectors_fingerprint or fingerprint([documents.shape, float(np.abs(documents[:1024]).sum())]),
+        "queries": queries_fingerprint,
+    }
+    with locked(out_file):
+        trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student)
+        wanted = fingerprint([values, specification.refine, specification.search.model_dump()])
+        if manifest_if_whole(out_file).get("fingerprint") == wanted:
+            return FaissIndex.open(out_file)
+        started = time.time()
+        index = _export(trained, documents, specification)
+        learned_queries = (trained.path / ENCODER).is_dir()
+        return publish_index(
+            index,
+            doc_ids,
+            out_file,
+            specification=specification.started(documents.shape[1]),
+            manifest={
+                "fingerprint": wanted,
+                "student_fingerprint": "" if learned_queries else student_fingerprint,
+                "collection_fingerprint": collection_fingerprint,
+                "vectors_fingerprint": vectors_fingerprint,
+                "similarity": similarity,
+                "quantizer": specification.model_dump(mode="json"),
+                "query_encoder": str(trained.path.name) + f"/{ENCODER}" if learned_queries else None,
+                **{key: trained.manifest[key] for key in ("factory", "trained_on", "agreement", "zero_vectors")},
+                "device": "cpu",
+                "training_seconds": trained.manifest["seconds"],
+                "seconds": round(time.time() - started, 3),
+            },
+        )
+
+
+def _checked(specification: QuantizerSpecification, student: StudentModel | None) -> QuantizerSpecification:
+    """The specification, if its parts go together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    where = f"index specification {specification.name}"
+    if specification.fast_scan and specification.bits != 4:
+        raise UsageError(
+            f"a fast-scan index holds 4-bit codes, not {specification.bits}-bit ones", where=where, fix="bits: 4"
+        )
+    if specification.metric == "l2" and specification.query == "linear":
+        raise UsageError(
+            "a query map needs inner products: distances compare with the documents' own space",
+            where=where,
+            fix="query: frozen",
+        )
+    if specification.query == "encoder" and student is None:
+        raise UsageError(
+            "query: encoder trains a run's student along, and there are only vectors here",
+            where=where,
+            fix="query: linear, or give a run",
+        )
+    if specification.metric == "l2" and specification.query == "encoder":
+        raise UsageError("query: encoder needs inner products", where=where, fix="metric: inner_product")
+    if specification.codes == "frozen" and specification.rotation == "learned":
+        raise UsageError("frozen codes do not follow a learned rotation", where=where, fix="rotation: opq")
+    return specification
+
+
+def quantizer_folder(out_file: Path) -> Path:
+    """Where the trained quantiser of an index file lies."""
+    return out_file.with_name(f"{out_file.name}.quantizer")
+
+
+def _train(
+    documents: Vectors,
+    queries: Queries,
+    specification: QuantizerSpecification,
+    out_file: Path,
+    values: dict[str, Any],
+    similarity: str | None,
+    student: StudentModel | None,
+) -> Artifact:
+    wanted, path = fingerprint(values), quantizer_folder(out_file)
+    found = find_artifact(path, KIND, wanted)
+    if found is not None:
+        return found
+    zeros: list[int] = []
+    for start in range(0, len(documents), BLOCK):
+        zeros += checked_rows(documents, np.arange(start, min(start + BLOCK, len(documents))), False)[1]
+    refuse_zeros(zeros, len(documents), specification.name)
+    if similarity == "cos":
+        check_unit_length(documents)
+    with write_artifact(
+        path, kind=KIND, fingerprint=wanted, settings=values, inputs={"vectors": values["vectors"]}, resume=True
+    ) as writer:
+        work = writer.path
+        start_file = work / "start.safetensors"
+        parts, notes = _start(documents, specification, start_file)
+        torch.manual_seed(specification.seed)
+        quantizer = VectorQuantizer(
+            parts,
+            learn_rotation=specification.rotation == "learned",
+            learn_query_map=specification.query == "linear",
+            softness=specification.softness if specification.codes == "straight_through" else None,
+        )
+        agreement: dict[str, float] = {}
+        frozen: NDArray[np.uint8] | None = None
+        if specification.codes == "frozen":
+            frozen = _encode_all(documents, quantizer, work)[1]
+        if specification.steps:
+            sampler = Sampler(documents, queries, specification, work)
+            encoder = None
+            if specification.query == "encoder":
+                assert student is not None
+                encoder = (student, _query_encoding(student))
+            training = QuantizerTraining(
+                quantizer, sampler, specification, documents, work, codes=frozen, query_encoder=encoder
+            )
+            training.run()
+            agreement = {"start": training.initial, "end": training.final, "queries": float(len(sampler.held_out))}
+            if training.final < training.initial:
+                warn(
+                    f"{specification.name}: training lowered the agreement with exact search from"
+                    f" {training.initial:.3f} to {training.final:.3f} of the first ten"
+                )
+        if frozen is None:
+            _encode_all(documents, quantizer, work)
+        save_file({name: value.contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
+        if specification.query == "encoder" and student is not None and specification.steps:
+            student.save(work / ENCODER)
+        writer.counts = {
+            "documents": len(documents),
+            "dimension": int(documents.shape[1]),
+            "steps": specification.steps,
+        }
+        writer.notes = {**notes, "agreement": agreement, "zero_vectors": len(zeros), "log": LOG}
+        for leftover in ("best.npy", start_file.name):
+            (work / leftover).unlink(missing_ok=True)
+        _remove_checkpoints(work)
+    return open_artifact(path, KIND)
+
+
+def _remove_checkpoints(work: Path) -> None:
+    import shutil
+
+    for folder in work.glob("checkpoint*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(documents: Vectors, specification: QuantizerSpecification, file: Path) -> tuple[IndexParts, dict[str, Any]]:
+    """FAISS's trained parts; kept in a file, so that a resumed training starts from the very same."""
+    started = specification.started(documents.shape[1])
+    if not file.is_file():
+        say(f"{specification.name}: FAISS trains {started.resolve(*documents.shape)}, which learning starts from")
+        index, notes = train_index(documents, started.model_copy(update={"refine": None}))
+        parts = parts_of(index)
+        tensors = {"codebooks": torch.from_numpy(parts.codebooks)}
+        if parts.rotation is not None:
+            tensors["rotation"] = torch.from_numpy(parts.rotation)
+        if parts.centroids is not None:
+            tensors["centroids"] = torch.from_numpy(np.array(parts.centroids))
+        new = file.with_suffix(".new")
+        save_file(tensors, new, metadata={key: str(value) for key, value in notes.items()})
+        new.rename(file)
+    from safetensors import safe_open
+
+    arrays = {name: value.numpy() for name, value in load_file(file).items()}
+    with safe_open(file, "pt") as stream:
+        kept = stream.metadata()
+    parts = IndexParts(
+        arrays.get("rotation"),
+        arrays.get("centroids"),
+        arrays["codebooks"],
+        specification.metric,
+        specification.residual and bool(specification.lists),
+        specification.fast_scan,
+        None,
+        np.empty((0, arrays["codebooks"].shape[0]), np.uint8),
+        np.empty(0, np.int64),
+    )
+    return parts, {"factory": started.resolve(*documents.shape), "trained_on": int(kept["trained_on"])}
+
+
+def _encode_all(
+    documents: Vectors, quantizer: VectorQuantizer, work: Path
+) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
+    """Lists and codes of all documents with the codebooks as they are now, written memory-mapped."""
+    rotation, centroids, codebooks = quantizer.parts()
+    codes = allocate_array(work / CODES, (len(documents), quantizer.subspaces), np.uint8)
+    lists = None if centroids is None else allocate_array(work / LISTS, (len(documents),), np.int64)
+    with progress("encode documents to codes", len(documents), "vectors") as bar:
+        for start in range(0, len(documents), BLOCK):
+            block = np.asarray(documents[start : start + BLOCK], np.float32)
+            found, made = encode(
+                block, rotation, centroids, codebooks, metric=quantizer.metric, by_residual=quantizer.by_residual
+            )
+            codes[start : start + len(block)] = made
+            if lists is not None and found is not None:
+                lists[start : start + len(block)] = found
+            bar.advance(len(block))
+    codes.flush()
+    if lists is not None:
+        lists.flush()
+    return lists, codes
+
+
+def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpecification) -> Any:
+    """The FAISS index of a trained quantiser and its codes."""
+    import faiss
+
+    tensors = load_file(trained.path / WEIGHTS)
+    codes = np.load(trained.path / CODES, mmap_mode="r", allow_pickle=False)
+    lists = (
+        np.load(trained.path / LISTS, mmap_mode="r", allow_pickle=False) if (trained.path / LISTS).is_file() else None
+    )
+    transform = query_transform(tensors)
+    index = assemble_index(
+        rotation=None if specification.rotation == "none" and "query_map" not in tensors else transform,
+        centroids=tensors["centroids.weight"].numpy() if "centroids.weight" in tensors else None,
+        codebooks=tensors["codebooks"].numpy(),
+        metric=specification.metric,
+        by_residual=specification.residual,
+        fast_scan=specification.fast_scan,
+    )
+    add_codes(index, lists, codes)
+    if specification.refine:
+        # The second stage compares the query itself with the documents themselves.
+        kind = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[specification.metric]
+        second: Any = faiss.index_factory(documents.shape[1], specification.refine, kind)
+        rows = np.arange(len(documents))
+        if not second.is_trained:
+            second.train(np.ascontiguousarray(documents[rows[:BLOCK]], dtype=np.float32))
+        for start in range(0, len(documents), BLOCK):
+            second.add(np.ascontiguousarray(documents[start : start + BLOCK], dtype=np.float32))
+        outer: Any = faiss.IndexRefine(index, second)
+        for part in (index, second):
+            part.this.disown()
+        outer.own_fields = outer.own_refine_index = True
+        outer.ntotal = index.ntotal
+        index = outer
+    apply_search(index, specification.search, specification.name)
+    return index
+
+
+def query_transform(tensors: dict[str, torch.Tensor]) -> NDArray[np.float32]:
+    """R W of a saved quantiser [d, dimension]."""
+    rotation = tensors["rotation0"]
+    if "skew" in tensors:
+        half = (tensors["skew"] - tensors["skew"].T) / 2
+        one = torch.eye(len(half))
+        rotation = torch.linalg.solve(one + half, one - half) @ rotation
+    if "query_map" in tensors:
+        rotation = rotation @ tensors["query_map"]
+    array: NDArray[np.float32] = rotation.numpy()
+    return array
+
+
+def _query_encoding(student: StudentModel) -> Any:
+    """Texts → query vectors [n, dimension], with gradients while the quantiser trains."""
+    from rankdistill.students.base import to_device
+
+    def run(texts: list[str]) -> torch.Tensor:
+        return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float()
+
+    return run

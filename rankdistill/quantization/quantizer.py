@@ -1,0 +1,203 @@
+"""The quantiser as a torch module: rotation, lists, codebooks, and how a vector becomes codes and comes back.
+
+With u = R v and o the centroid of the vector's list (none without lists, or when codes do not hold residuals):
+    codes    k_m = argmin_k ||(u - o)_m - C[m, k]||^2
+    decoded  v^ = o + (C[1, k_1] | ... | C[M, k_M])
+    score    <R W q, v^>, or -||R q - v^||^2
+W, the query map, is the identity unless it is trained. Distill-VQ: Xiao et al. 2022, arXiv:2204.00185.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rankdistill.indexes.assembly import IndexParts, Metric, unpack_codes
+
+DISTANCES_AT_ONCE = 1 << 25  # numbers in one block of distances to codewords
+
+
+class VectorQuantizer(nn.Module):
+    """Product quantisation with gradients: codebooks always, centroids, rotation and query map if asked for.
+
+    Args:
+        parts: what to start from; its codes are not read.
+        learn_rotation: R = cayley(S) R_0 with S skew-symmetric, so that R stays orthogonal.
+        learn_query_map: W, [d, d], from the identity; inner product only.
+        softness: temperature of straight-through gradients to all codewords, in units of the mean squared distance to
+            the nearest one; without it only the chosen codewords learn.
+    """
+
+    rotation0: Tensor
+
+    def __init__(
+        self,
+        parts: IndexParts,
+        *,
+        learn_rotation: bool = False,
+        learn_query_map: bool = False,
+        softness: float | None = None,
+    ) -> None:
+        super().__init__()
+        subspaces, self.codewords, self.width = parts.codebooks.shape
+        self.metric: Metric = parts.metric
+        self.by_residual = parts.by_residual and parts.centroids is not None
+        self.softness = softness
+        inside = subspaces * self.width
+        rotation = parts.rotation if parts.rotation is not None else np.eye(inside, dtype=np.float32)
+        self.register_buffer("rotation0", torch.from_numpy(np.array(rotation, np.float32)))
+        self.codebooks = nn.Parameter(torch.from_numpy(np.array(parts.codebooks, np.float32)))
+        self.skew = nn.Parameter(torch.zeros(inside, inside)) if learn_rotation else None
+        self.query_map = nn.Parameter(torch.eye(rotation.shape[1])) if learn_query_map else None
+        self.centroids: nn.Embedding | None = None
+        if parts.centroids is not None:
+            # Sparse gradients: a step touches the lists of its documents, however many there are.
+            start = torch.from_numpy(np.array(parts.centroids, np.float32))
+            self.centroids = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)
+
+    @property
+    def subspaces(self) -> int:
+        return int(self.codebooks.shape[0])
+
+    def rotation(self) -> Tensor:
+        """R [d, dimension], orthogonal if it was at the start."""
+        if self.skew is None:
+            return self.rotation0
+        half = (self.skew - self.skew.T) / 2
+        one = torch.eye(len(half), dtype=half.dtype, device=half.device)
+        return torch.linalg.solve(one + half, one - half) @ self.rotation0
+
+    def query_transform(self) -> Tensor:
+        """R W [d, dimension]: what a query is multiplied by."""
+        return self.rotation() if self.query_map is None else self.rotation() @ self.query_map
+
+    def assign_lists(self, rotated: Tensor) -> Tensor:
+        """The list that the index probes first for each vector [n, d]: int64 [n]."""
+        assert self.centroids is not None
+        centroids = self.centroids.weight.detach()
+        near = rotated @ centroids.T
+        if self.metric == "l2":
+            near = 2 * near - centroids.square().sum(dim=1)
+        return near.argmax(dim=1)
+
+    def residuals(self, rotated: Tensor, lists: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the codes describe [n, M, d/M], and the centroids to add to it [n, d], if any."""
+        base = self.centroids(lists) if self.centroids is not None and lists is not None else None
+        rest = rotated if base is None or not self.by_residual else rotated - base
+        return rest.view(len(rest), self.subspaces, self.width), base
+
+    def distances(self, rest: Tensor) -> Tensor:
+        """Squared distances to the codewords, less each vector's own square: [M, n, codewords]."""
+        vectors = rest.transpose(0, 1)
+        return self.codebooks.square().sum(dim=2)[:, None] - 2 * vectors @ self.codebooks.transpose(1, 2)
+
+    @torch.no_grad()
+    def nearest(self, rest: Tensor) -> Tensor:
+        """Codeword numbers [n, M] of vectors [n, M, d/M]."""
+        rows = max(1, DISTANCES_AT_ONCE // (self.subspaces * self.codewords))
+        return torch.cat([self.distances(part).argmin(dim=2).T for part in rest.split(rows)])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """[n, M] codeword numbers → [n, d]."""
+        offsets = torch.arange(self.subspaces, device=codes.device) * self.codewords
+        chosen = nn.functional.embedding(codes + offsets, self.codebooks.flatten(0, 1))
+        return chosen.flatten(1)
+
+    def decode_straight_through(self, rest: Tensor, codes: Tensor) -> Tensor:
+        """The chosen codewords, with gradients as if the choice had been soft (Bengio et al. 2013; Distill-VQ, eq. 9).
+
+        Forward: exactly `decode(codes)`. Backward: the chosen codewords get the gradient of the choice, and all
+        codewords that of p = softmax(-distance / softness) times themselves.
+        """
+        chosen = self.decode(codes)
+        if self.softness is None:
+            return chosen
+        distances = self.distances(rest)
+        own = rest.detach().square().sum(dim=2).T
+        nearest = distances.detach().gather(2, codes.T[:, :, None])[:, :, 0] + own
+        scale = self.softness * nearest.mean().clamp(min=1e-12)
+        p = (-distances / scale).softmax(dim=2)
+        soft = torch.einsum("mnk,mkd->nmd", p, self.codebooks.detach()).flatten(1)
+        return chosen + (soft - soft.detach())
+
+    def forward(self, rotated: Tensor, lists: Tensor | None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Decoded vectors [n, d] of rotated ones, and their codes [n, M] (found unless given)."""
+        rest, base = self.residuals(rotated, lists)
+        found = self.nearest(rest) if codes is None else codes
+        decoded = self.decode(found) if codes is not None else self.decode_straight_through(rest, found)
+        return (decoded + base if base is not None and self.by_residual else decoded), found
+
+    def score(self, queries: Tensor, decoded: Tensor) -> Tensor:
+        """[queries, documents] as the index scores them (l2: minus the squared distance); queries transformed."""
+        return similarity(queries, decoded, self.metric)
+
+    @torch.no_grad()
+    def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.float32]]:
+        """(R, O, C) as arrays."""
+        centroids = None if self.centroids is None else self.centroids.weight.detach().cpu().numpy().copy()
+        return self.rotation().cpu().numpy().copy(), centroids, self.codebooks.detach().cpu().numpy().copy()
+
+
+def similarity(queries: Tensor, documents: Tensor, metric: Metric) -> Tensor:
+    """[queries, documents]: inner products, or minus squared distances."""
+    products = queries @ documents.T
+    if metric == "inner_product":
+        return products
+    return 2 * products - documents.square().sum(dim=1) - queries.square().sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def uniform_codes(distances: Tensor, strength: float = 0.05, iterations: int = 50) -> Tensor:
+    """Codes [n, M] under the constraint that a batch uses each codeword alike (RepCONC, Zhan et al. 2022).
+
+    Sinkhorn's iterations on exp(-distance / (strength · mean distance)) give the plan with uniform marginals; each vector
+    takes its greatest entry.
+
+    Args:
+        distances: [M, n, codewords].
+    """
+    spread = distances - distances.min(dim=2, keepdim=True).values
+    logits = -spread / (strength * spread.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
+    codewords = torch.zeros(distances.shape[0], 1, distances.shape[2], dtype=distances.dtype, device=distances.device)
+    share = np.log(distances.shape[1] / distances.shape[2])
+    for _ in range(iterations):
+        vectors = -(logits + codewords).logsumexp(dim=2, keepdim=True)
+        codewords = share - (logits + vectors).logsumexp(dim=1, keepdim=True)
+    return (logits + codewords).argmax(dim=2).T
+
+
+def encode(
+    vectors: NDArray[np.float32],
+    rotation: NDArray[np.float32],
+    centroids: NDArray[np.float32] | None,
+    codebooks: NDArray[np.float32],
+    *,
+    metric: Literal["inner_product", "l2"],
+    by_residual: bool,
+    lists: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
+    """Lists [n] and codes [n, M] of vectors [n, dimension], by FAISS's own kernels on all threads.
+
+    Rounded as FAISS rounds, so that its own trained parts give its own codes. A vector goes to the list the index probes first for it: by inner product where the index scores by it.
+    """
+    import faiss
+
+    subspaces, codewords, width = codebooks.shape
+    turn = faiss.LinearTransform(rotation.shape[1], rotation.shape[0], False)
+    faiss.copy_array_to_vector(np.ascontiguousarray(rotation, dtype=np.float32).ravel(), turn.A)
+    turn.is_trained = True
+    rotated = turn.apply(np.ascontiguousarray(vectors, dtype=np.float32))
+    if centroids is not None:
+        if lists is None:
+            kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+            _, nearest = faiss.knn(rotated, np.ascontiguousarray(centroids), 1, metric=kind)
+            lists = nearest[:, 0].astype(np.int64)
+        if by_residual:
+            rotated -= centroids[lists]
+    quantiser = faiss.ProductQuantizer(subspaces * width, subspaces, codewords.bit_length() - 1)
+    faiss.copy_array_to_vector(np.ascontiguousarray(codebooks, dtype=np.float32).ravel(), quantiser.centroids)
+    return lists, unpack_codes(quantiser.compute_codes(rotated), subspaces, quantiser.nbits)

@@ -1,0 +1,309 @@
+"""Training the quantiser: the list losses of distillation over compressed scores, with checkpoints that resume exactly.
+
+Loss of a step: L_pq, the losses between the teacher's scores and those of the decoded vectors, + w · L_ivf, the same
+losses with each document's centroid in its place, w = L_pq / L_ivf of the first batch (Distill-VQ, Xiao et al. 2022,
+arXiv:2204.00185); a query encoder that is trained along also learns from the uncompressed scores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankdistill.artifacts import write_atomically
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.base import Vectors
+from rankdistill.indexes.specification import QuantizerSpecification
+from rankdistill.losses.base import ListLoss
+from rankdistill.progress import progress, say
+from rankdistill.quantization.batches import Batch, Sampler
+from rankdistill.quantization.quantizer import VectorQuantizer, encode, uniform_codes
+from rankdistill.recipe import build
+from rankdistill.training.checkpoints import load_state, save_state
+
+LOG, CHECKPOINT, STATE = "log.jsonl", "checkpoint", "state.json"
+WEIGHTS = "quantizer.safetensors"
+LOG_EVERY = 10
+AGREEMENT = 10  # documents compared with the exact ranking
+BLOCK = 65_536
+TEMPERATURE_SHARE = 0.5  # of the standard deviation of the teacher's scores among its best
+
+EncodeQueries = Callable[[list[str]], Tensor]
+
+
+class QuantizerTraining:
+    """One training, resumable from `work`.
+
+    Args:
+        quantizer: from FAISS's trained parts.
+        sampler: of queries and documents.
+        codes: [n, M] FAISS's codes, read where codes stay frozen.
+        query_encoder: a module and a function texts → vectors, where a query encoder is trained along.
+    """
+
+    def __init__(
+        self,
+        quantizer: VectorQuantizer,
+        sampler: Sampler,
+        specification: QuantizerSpecification,
+        documents: Vectors,
+        work: Path,
+        *,
+        codes: NDArray[np.uint8] | None = None,
+        query_encoder: tuple[nn.Module, EncodeQueries] | None = None,
+    ) -> None:
+        self.quantizer, self.sampler, self.specification = quantizer, sampler, specification
+        self.documents, self.work, self.codes, self.query_encoder = documents, work, codes, query_encoder
+        self.losses: list[ListLoss] = [build("loss", loss.settings()) for loss in specification.losses]
+        if any(loss.needs_labels for loss in self.losses) and not specification.documents.labelled:
+            raise RankdistillError(
+                f"the loss {next(one.type for one in self.losses if one.needs_labels)} needs a labelled positive",
+                where="losses",
+                fix="documents: {labelled: true}, or a loss that needs none (kl, listnet)",
+            )
+        wanted = specification.temperature
+        self.temperature = TEMPERATURE_SHARE * sampler.spread() if wanted == "auto" else float(wanted)
+        self.weights: dict[str, float] = {}  # fixed by the first batch: w of L_ivf, the unit of the reconstruction
+        self.step = 0
+        self.log: list[dict[str, Any]] = []
+        self.lists: Tensor | None = None
+        self.optimisers, self.rates = self._optimisers()
+
+    def run(self) -> None:
+        """Train to the last step; goes on from the last checkpoint."""
+        spec = self.specification
+        resumed = self._load()
+        self.initial = self.agreement() if not resumed else float(self.log[0][f"overlap@{AGREEMENT}"])
+        if not resumed:
+            self.log.append({"step": 0, f"overlap@{AGREEMENT}": self.initial})
+        if self.quantizer.centroids is not None:
+            self._assign(keep=resumed)
+        with progress(f"quantize {spec.name}", spec.steps, "steps") as bar:
+            bar.done = self.step
+            while self.step < spec.steps:
+                entry = self._train_step()
+                self.step += 1
+                if self.step % LOG_EVERY == 0 or self.step == spec.steps:
+                    self.log.append({"step": self.step, **entry})
+                bar.advance(1, f"loss {entry['loss']:.4f}")
+                if self.lists is not None and self.step % spec.reassign_every == 0:
+                    self._assign()
+                if self.step % spec.checkpoint_every == 0 and self.step < spec.steps:
+                    self._save()
+        self.final = self.agreement()
+        self.log.append({"step": self.step, f"overlap@{AGREEMENT}": self.final})
+        self._write_log()
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> dict[str, float]:
+        spec, quantizer = self.specification, self.quantizer
+        quantizer.train()
+        batch = self.sampler.batch(self.step)
+        vectors = self.sampler.document_vectors(batch.rows)
+        teacher = batch.teacher
+        if teacher is None:
+            teacher = self._listed(self.sampler.similarities(batch.queries, batch.rows), batch)
+        queries = batch.queries
+        if self.query_encoder is not None:
+            queries = self.query_encoder[1]([self.sampler.texts[number] for number in batch.numbers])
+        rotated = vectors @ quantizer.rotation().T
+        asked = queries @ quantizer.query_transform().T
+        lists = None if self.lists is None else self.lists[torch.from_numpy(batch.rows)]
+        decoded, _ = quantizer(rotated, lists, self._codes(rotated, lists, batch))
+        parts = {"pq": self._loss(quantizer.score(asked, decoded), teacher, batch)}
+        if lists is not None and quantizer.centroids is not None:
+            parts["ivf"] = self._loss(quantizer.score(asked, quantizer.centroids(lists)), teacher, batch)
+        if self.query_encoder is not None:
+            parts["dense"] = self._loss(quantizer.score(asked, rotated), teacher, batch)
+        error = (rotated - decoded).square().sum(dim=1).mean()
+        if "error" not in self.weights:
+            self.weights["error"] = max(float(error.detach()), 1e-12)
+            for name in ("ivf", "dense"):
+                if name in parts:
+                    self.weights[name] = float(parts["pq"].detach()) / max(float(parts[name].detach()), 1e-12)
+        total = sum((self.weights.get(name, 1.0) * part for name, part in parts.items()), torch.zeros(()))
+        if spec.reconstruction:
+            total = total + spec.reconstruction * error / self.weights["error"]
+        if not torch.isfinite(total):
+            raise RankdistillError(
+                f"the loss is {float(total)} at step {self.step}",
+                where=spec.name,
+                fix="a lower codebook_rate, or another temperature",
+            )
+        share = _rate(self.step, spec.steps, spec.warmup)
+        for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+            optimiser.zero_grad(set_to_none=True)
+        if total.requires_grad:
+            total.backward()
+        for optimiser in self.optimisers:
+            optimiser.step()
+        entry = {"loss": float(total.detach())} | {name: float(part.detach()) for name, part in parts.items()}
+        return entry | {"reconstruction": float(error.detach()) / self.weights["error"]}
+
+    def _codes(self, rotated: Tensor, lists: Tensor | None, batch: Batch) -> Tensor | None:
+        """Codes that are not the nearest ones: frozen, or under the uniform constraint."""
+        if self.specification.codes == "frozen":
+            assert self.codes is not None
+            return torch.from_numpy(self.codes[batch.rows].astype(np.int64))
+        if self.specification.codes == "uniform":
+            with torch.no_grad():
+                rest, _ = self.quantizer.residuals(rotated, lists)
+                return uniform_codes(self.quantizer.distances(rest) + rest.square().sum(dim=2).T[:, :, None])
+        return None
+
+    @staticmethod
+    def _listed(scores: Tensor, batch: Batch) -> Tensor:
+        return scores if batch.places is None else scores.gather(1, batch.places)
+
+    def _loss(self, scores: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        student = self._listed(scores, batch) / self.temperature
+        total = torch.zeros(())
+        for loss in self.losses:
+            total = total + loss.weight * loss(student, teacher / self.temperature, batch.labels, batch.mask)
+        return total
+
+    def _optimisers(self) -> tuple[list[torch.optim.Optimizer], list[list[float]]]:
+        spec, quantizer = self.specification, self.quantizer
+        # Rates follow the scale of what they move, so that one default suits vectors of any length.
+        dense: list[tuple[list[nn.Parameter], float]] = [
+            ([quantizer.codebooks], spec.codebook_rate * float(quantizer.codebooks.detach().std()))
+        ]
+        if quantizer.query_map is not None:
+            dense.append(([quantizer.query_map], spec.query_rate))
+        if quantizer.skew is not None:
+            dense.append(([quantizer.skew], spec.rotation_rate))
+        if self.query_encoder is not None:
+            dense.append((list(self.query_encoder[0].parameters()), spec.encoder_rate))
+        adam = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in dense], betas=(0.9, 0.98))
+        optimisers: list[torch.optim.Optimizer] = [adam]
+        rates = [[rate for _, rate in dense]]
+        if quantizer.centroids is not None:
+            rate = spec.centroid_rate * float(quantizer.centroids.weight.detach().std())
+            optimisers.append(torch.optim.SparseAdam([quantizer.centroids.weight], lr=rate))
+            rates.append([rate])
+        return optimisers, rates
+
+    # -- the whole collection -----------------------------------------------------------------------------------------
+
+    def _assign(self, keep: bool = False) -> None:
+        """Each document to the list that the index would probe first for it."""
+        path = self.work / "lists.npy"
+        if keep and path.is_file():
+            self.lists = torch.from_numpy(np.load(path, allow_pickle=False))
+            return
+        rotation, centroids, codebooks = self.quantizer.parts()
+        lists = np.empty(len(self.documents), np.int64)
+        for start in range(0, len(lists), BLOCK):
+            block = np.asarray(self.documents[start : start + BLOCK], np.float32)
+            found, _ = encode(block, rotation, centroids, codebooks, metric=self.quantizer.metric, by_residual=False)
+            assert found is not None
+            lists[start : start + BLOCK] = found
+        self.lists = torch.from_numpy(lists)
+
+    @torch.no_grad()
+    def agreement(self) -> float:
+        """Share of the exact first ten that the codes put into the first ten too, over held-out queries.
+
+        Exhaustive over at most 65,536 documents drawn by the seed; NaN where no query was held out.
+        """
+        sampler, quantizer = self.sampler, self.quantizer
+        if not len(sampler.held_out):
+            return math.nan
+        random = np.random.default_rng(sampler.seed)
+        count = len(self.documents)
+        rows = np.arange(count) if count <= BLOCK else np.sort(random.choice(count, BLOCK, replace=False))
+        queries = sampler.vectors[sampler.held_out]
+        exact = sampler.similarities(queries, rows).topk(min(AGREEMENT, len(rows)), dim=1).indices
+        if self.query_encoder is not None:
+            queries = self.query_encoder[1]([sampler.texts[number] for number in sampler.held_out])
+        rotation, centroids, codebooks = quantizer.parts()
+        lists, codes = encode(
+            np.asarray(self.documents[rows], np.float32),
+            rotation,
+            centroids,
+            codebooks,
+            metric=quantizer.metric,
+            by_residual=quantizer.by_residual,
+        )
+        if self.specification.codes == "frozen" and self.codes is not None:
+            codes = self.codes[rows]
+        decoded = quantizer.decode(torch.from_numpy(codes.astype(np.int64)))
+        if quantizer.by_residual and lists is not None and quantizer.centroids is not None:
+            decoded = decoded + quantizer.centroids(torch.from_numpy(lists))
+        found = quantizer.score(queries @ quantizer.query_transform().T, decoded).topk(exact.shape[1], dim=1).indices
+        return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {name: value.detach().contiguous() for name, value in self.quantizer.state_dict().items()}
+        if self.query_encoder is not None:
+            encoder = self.query_encoder[0].state_dict()
+            tensors |= {f"encoder.{name}": value.detach().clone() for name, value in encoder.items()}
+        return tensors
+
+    def _save(self) -> None:
+        """A checkpoint, renamed into place when whole."""
+        new, final = self.work / f"{CHECKPOINT}.new", self.work / CHECKPOINT
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        save_file(self.state(), new / WEIGHTS)
+        for number, optimiser in enumerate(self.optimisers):
+            save_state(optimiser.state_dict(), new, f"optimiser_{number}")
+        if self.lists is not None:
+            np.save(new / "lists.npy", self.lists.numpy())
+        values = {"step": self.step, "weights": self.weights, "log": self.log, "temperature": self.temperature}
+        write_atomically(new / STATE, json.dumps(values))
+        old = self.work / f"{CHECKPOINT}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        self._write_log()
+
+    def _load(self) -> bool:
+        for folder in (self.work / CHECKPOINT, self.work / f"{CHECKPOINT}.old"):
+            try:
+                values = json.loads((folder / STATE).read_text())
+                tensors = load_file(folder / WEIGHTS)
+                states = [load_state(folder, f"optimiser_{number}") for number in range(len(self.optimisers))]
+            except (OSError, ValueError):
+                continue
+            own = {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
+            self.quantizer.load_state_dict(own)
+            if self.query_encoder is not None:
+                prefix = "encoder."
+                encoder = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in own}
+                self.query_encoder[0].load_state_dict(encoder)
+            for optimiser, state in zip(self.optimisers, states, strict=True):
+                optimiser.load_state_dict(state)
+            if (folder / "lists.npy").is_file():
+                shutil.copy(folder / "lists.npy", self.work / "lists.npy")
+            self.step, self.weights, self.log = values["step"], values["weights"], values["log"]
+            self.temperature = values["temperature"]
+            say(f"{self.specification.name}: going on from step {self.step}")
+            return True
+        return False
+
+    def _write_log(self) -> None:
+        write_atomically(self.work / LOG, "".join(json.dumps(entry) + "\n" for entry in self.log))
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """Linear up over the warm-up, linear down to 2% at the end."""
+    rising = (step + 1) / max(1.0, warmup * steps)
+    return min(1.0, rising, max(0.02, 1 - step / steps))

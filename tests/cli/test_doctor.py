@@ -1,0 +1,50 @@
+"""`doctor --index`: the table, the JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from forked import run
+
+from rankdistill.indexes.building import build_index
+from rankdistill.indexes.specification import load_specification
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+    specification = load_specification({"name": "lists", "factory": "IVF8,PQ4x4", "search": {"nprobe": 1}})
+    return build_index(vectors, map(str, range(400)), specification, tmp_path / "x.faiss").path
+
+
+def test_an_index_is_looked_at(index: Path, tmp_path: Path) -> None:
+    arguments = ("doctor", "--index", "x.faiss", "--vectors", "vectors.npy", "-k", "200")
+    ending = run(*arguments, folder=tmp_path)
+    assert ending.code == 0 and "own list probed first" in ending.out
+    assert "WARNING  hits missing (-1) of 200" in ending.out and "raise nprobe" in ending.out
+    found = json.loads(run(*arguments, "--json", folder=tmp_path).out)
+    assert found["findings"]["own list probed first"] == 1.0 and len(found["warnings"]) >= 1
+    assert sorted(path.name for path in tmp_path.glob("documents.*")) == []  # nothing is left beside
+
+
+def test_a_foreign_index_is_looked_at(index: Path, tmp_path: Path) -> None:
+    faiss.write_index(faiss.read_index(str(index)), str(tmp_path / "foreign.faiss"))
+    np.save(tmp_path / "queries.npy", np.ones((3, 16), np.float16))
+    ending = run("doctor", "--index", "foreign.faiss", "--queries", "queries.npy", "-k", "5", folder=tmp_path)
+    assert ending.code == 0 and "hits missing (-1) of 5" in ending.out
+
+
+def test_what_it_refuses(index: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "other.npy", np.ones((399, 16), np.float32))
+    for arguments, code, message in (
+        (("--index", "none.faiss"), 1, "there is no index here"),
+        (("--index", "x.faiss", "--vectors", "other.npy"), 1, "vectors of shape [399, 16], an index of 400 × 16"),
+        (("--vectors", "vectors.npy"), 2, "--vectors and --queries go with --index"),
+    ):
+        ending = run("doctor", *arguments, folder=tmp_path)
+        assert ending.code == code and message in ending.err and "Traceback" not in ending.err

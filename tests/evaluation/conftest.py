@@ -1,0 +1,94 @@
+"""A search page over real engines: BM25, a tiny encoder exactly and in an 8-bit index, and its like as teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from rankdistill.evaluation.page_server import PageServer
+    from rankdistill.evaluation.search_page import SearchPage
+
+# What a page must show as text: markup in a title and in a text, other scripts, an empty document.
+HOSTILE = {
+    "_id": "d-<hostile>",
+    "title": '<img src="x" onerror="window.hacked = 1">',
+    "text": "<script>window.hacked = 1</script> zirconium & <b>bold</b> \"quotes\" 'and' </style>",
+}
+FURTHER = [
+    HOSTILE,
+    {"_id": "d-кит", "title": "Кит 🐋", "text": "Кит — 鯨 — حوت."},
+    {"_id": "d-empty", "title": "", "text": ""},
+]
+
+
+@pytest.fixture(scope="session")
+def page_parts(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The collection, the engines by name and the teacher's scores."""
+    from rankdistill.collections import open_collection
+    from rankdistill.indexes.bm25 import BM25
+    from rankdistill.indexes.dense import DenseEngine, export_index
+    from rankdistill.indexes.specification import load_specification
+    from rankdistill.indexes.vectors import encode_documents
+    from rankdistill.students.dense import DenseStudent
+    from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+    from rankdistill.teachers.scoring import score_list
+
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(tiny_beir, folder / "facts")
+    with open(folder / "facts" / "corpus.jsonl", "a") as stream:
+        stream.writelines(json.dumps(document) + "\n" for document in FURTHER)
+    with open(folder / "facts" / "qrels" / "test.tsv", "a") as stream:
+        stream.write("q-sun\td-moon\t0\nq-sun\td-nowhere\t2\n")
+    collection = open_collection(f"beir:{folder / 'facts'}")
+    BM25().build(collection, folder / "bm25")
+    student = DenseStudent(model=str(tiny_encoder), precision="fp32").create("cpu")
+    vectors = encode_documents(student, collection, folder / "vectors")
+    index = export_index(student, collection, vectors, load_specification("sq8"), folder / "sq8.faiss")
+    teacher = BiEncoderTeacher(model=str(tiny_encoder), precision="fp32", device="cpu")
+    exact: Any = DenseEngine.over(student, vectors)
+    return {
+        "collection": collection,
+        "bm25": BM25.open(folder / "bm25", threads=1),
+        "student": exact,
+        "sq8": DenseEngine(student, index, collection=collection),
+        "scores": lambda item: score_list(teacher, item),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_page(page_parts: dict[str, Any]) -> Callable[..., SearchPage]:
+    """A page of these columns, or of the usual three and the teacher."""
+    from rankdistill.evaluation.search_page import Column, Reranker, SearchPage
+
+    def make(*columns: Column, teacher: bool = True, depth: int = 5) -> SearchPage:
+        usual = [
+            Column("BM25", page_parts["bm25"]),
+            Column("student", page_parts["student"], page_parts["student"].index.bytes),
+            Column("student, sq8", page_parts["sq8"], page_parts["sq8"].index.bytes),
+        ]
+        reranker = Reranker(page_parts["scores"], depth=8, note="bi_encoder") if teacher else None
+        return SearchPage(page_parts["collection"], columns or usual, reranker, name="facts", depth=depth)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def search_page(make_page: Callable[..., SearchPage]) -> SearchPage:
+    return make_page()
+
+
+@pytest.fixture(scope="session")
+def served(search_page: SearchPage) -> Iterator[PageServer]:
+    """The page on a free port."""
+    from rankdistill.evaluation.page_server import PageServer
+
+    server = PageServer(port=0)
+    server.start(search_page)
+    yield server
+    server.stop()

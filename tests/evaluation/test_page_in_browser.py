@@ -1,0 +1,252 @@
+"""The search page in a real browser: what a person sees, types and points at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from rankdistill.evaluation.page_server import PageServer
+from rankdistill.evaluation.search_page import SearchPage
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+Open = Callable[..., "Page"]
+
+
+@pytest.fixture
+def open_page(browser: Browser, served: PageServer) -> Iterator[Open]:
+    """Open the page; at the end nothing may have gone wrong in it and nothing been asked of another host."""
+    said: list[str] = []
+    contexts = []
+
+    def start(query: str = "", **context: Any) -> Page:
+        contexts.append(browser.new_context(**context))
+        contexts[-1].set_default_timeout(60_000)
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+        page.on(
+            "request",
+            lambda request: (
+                said.append(f"asked {request.url}")
+                if urlsplit(request.url).netloc != urlsplit(served.url).netloc
+                else None
+            ),
+        )
+        page.goto(served.url + query)
+        page.wait_for_selector("#status:not(:empty)")
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def ask(page: Page, query: str) -> None:
+    page.fill("#q", query)
+    page.press("#q", "Enter")
+    settled(page)
+
+
+def settled(page: Page) -> None:
+    page.wait_for_function(
+        "() => document.querySelector('#status').textContent.match(/udged|empty|answer/) "
+        "&& !document.body.classList.contains('busy')"
+    )
+
+
+def shown(page: Page, key: str) -> list[str]:
+    return page.eval_on_selector_all(f"#column-{key} ol .hit", "items => items.map(one => one.dataset.doc)")
+
+
+def overflow(page: Page) -> int:
+    return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+def test_typing_a_query_shows_every_column_with_times_and_moves(open_page: Open, search_page: SearchPage) -> None:
+    page = open_page()
+    assert page.title() == "facts · rankdistill"
+    ask(page, "which gas do balloons need")
+    expected = search_page.search("which gas do balloons need")
+    assert page.locator("#columns h2").all_inner_texts() == ["BM25", "student", "student, sq8", "teacher bi_encoder"]
+    for column in expected["columns"]:
+        assert shown(page, column["key"]) == [hit["doc_id"] for hit in column["hits"]]
+    for key, times in (("bm25", 1), ("student", 2), ("student-sq8", 2)):
+        texts = page.locator(f"#column-{key} [data-time]").all_inner_texts()
+        assert len(texts) == times and all(re.fullmatch(r"\w+ [\d.]+ m?s", text) for text in texts)
+    # Against BM25: what it had too has moved by the difference of ranks, the rest is new.
+    for hit in expected["columns"][1]["hits"]:
+        before = expected["documents"][hit["doc_id"]]["ranks"]["bm25"]
+        badge = page.inner_text(f"#column-student ol .hit[data-doc='{hit['doc_id']}'] .move")
+        if before is None:
+            assert badge == "new"
+        else:
+            step = before - hit["rank"]
+            assert badge == ("=" if not step else f"{'▲' if step > 0 else '▼'} {abs(step)}")
+    assert page.locator("#column-bm25 .move").count() == 0
+    lost = set(shown(page, "bm25")) - set(shown(page, "student"))
+    assert lost == set(
+        page.eval_on_selector_all("#column-student .gone .hit", "items => items.map(one => one.dataset.doc)")
+    )
+    page.select_option("#reference", "student")
+    assert page.locator("#column-student .move").count() == 0
+    assert page.locator("#column-student-sq8 .move").count() >= 5
+
+
+def test_the_teacher_is_asked_on_demand(open_page: Open, search_page: SearchPage) -> None:
+    page = open_page()
+    ask(page, "which gas do balloons need")
+    assert shown(page, "teacher") == []
+    page.click(".ask")
+    page.wait_for_selector("#column-teacher ol .hit")
+    settled(page)
+    expected = search_page.search("which gas do balloons need", teacher="all")["columns"][-1]
+    assert shown(page, "teacher") == [hit["doc_id"] for hit in expected["hits"]]
+    assert "8 documents re-ranked" in page.inner_text("#column-teacher .facts")
+    page.select_option("#reference", "teacher")
+    titles = page.eval_on_selector_all("#column-student .move", "all => all.map(one => one.title || one.textContent)")
+    assert titles and all("teacher" in title or "→" in title for title in titles)
+    page.check("#always")
+    page.wait_for_function("() => location.search.includes('teacher=all')")
+    ask(page, "desert plant")
+    page.wait_for_selector("#column-teacher ol .hit")
+    settled(page)
+    page.reload()  # the address holds it all
+    page.wait_for_selector("#column-teacher ol .hit")
+    assert page.input_value("#q") == "desert plant" and page.input_value("#reference") == "teacher"
+
+
+def test_a_judged_query_is_picked_and_its_labels_are_shown(open_page: Open) -> None:
+    page = open_page()
+    page.select_option("#example", "star that heats the earth")
+    page.wait_for_selector("#column-bm25 ol .hit")
+    settled(page)
+    assert page.inner_text("#status") == ("Judged query q-sun of test: 3 judged, 2 relevant (1 not in the collection).")
+    assert "✓ relevant 1" in page.inner_text("#column-bm25 ol .hit[data-doc='d-sun']")
+    assert "judged 0" in page.inner_text("#column-bm25 ol .hit[data-doc='d-moon']")
+    assert "nDCG@10" in page.inner_text("#column-student")
+
+
+def test_hostile_documents_are_text(open_page: Open) -> None:
+    page = open_page("?q=zirconium+%3Cscript%3Ewindow.hacked%3D1%3C%2Fscript%3E")
+    page.wait_for_selector("#column-bm25 ol .hit")
+    settled(page)
+    hit = page.locator("#column-bm25 ol .hit").first
+    assert hit.locator(".open").inner_text() == '<img src="x" onerror="window.hacked = 1">'
+    assert hit.locator(".text").text_content() == (
+        "<script>window.hacked = 1</script> zirconium & <b>bold</b> \"quotes\" 'and' </style>"
+    )
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("main img, main script, main b:not(.facts b)").count() == 0
+    assert page.input_value("#q") == "zirconium <script>window.hacked=1</script>"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_columns_are_tabs_and_nothing_overflows(open_page: Open, scheme: str) -> None:
+    page = open_page(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
+    assert overflow(page) == 0
+    ask(page, "zirconium " + "unbreakable" * 30)
+    page.click("#tabs button:last-child")
+    page.click(".ask")
+    page.wait_for_selector("#column-teacher ol .hit")
+    settled(page)
+    for number, key in enumerate(["bm25", "student", "student-sq8", "teacher"]):
+        page.click(f"#tabs button:nth-child({number + 1})")
+        assert page.locator(".column:visible").evaluate_all("all => all.map(one => one.dataset.key)") == [key]
+        page.locator(f"#column-{key} ol .open").first.click()
+        assert overflow(page) == 0, key
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, dark[4:-1].split(","))) < 200) == (scheme == "dark")
+
+
+def test_side_by_side_on_a_desk(open_page: Open) -> None:
+    page = open_page(viewport={"width": 1280, "height": 800})
+    ask(page, "which metal")
+    boxes = [page.locator(f"#column-{key}").bounding_box() for key in ("bm25", "student", "student-sq8", "teacher")]
+    assert all(a and b and a["x"] + a["width"] <= b["x"] and a["y"] == b["y"] for a, b in pairwise(boxes))
+    assert overflow(page) == 0 and not page.is_visible("#tabs")
+
+
+def test_pointing_at_a_document_marks_it_in_every_column(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "which gas do balloons need")
+    both = next(one for one in shown(page, "bm25") if one in shown(page, "student"))
+    page.hover(f"#column-bm25 ol .hit[data-doc='{both}']")
+    marked = page.eval_on_selector_all(
+        ".marked", "all => all.map(one => [one.closest('.column').dataset.key, one.dataset.doc])"
+    )
+    assert {tuple(one) for one in marked} >= {("bm25", both), ("student", both)}
+    assert {doc_id for _, doc_id in marked} == {both}
+    page.hover("h2")
+    assert page.locator(".marked").count() == 0
+
+
+def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
+    page = open_page()
+    assert page.evaluate("document.activeElement.id") == "q"
+    page.keyboard.type("which gas do balloons need")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#column-student ol .hit")
+    settled(page)
+    hit = "document.activeElement.closest('.hit')"
+    focused = f"[{hit}?.closest('.column').dataset.key, {hit}?.dataset.doc]"
+    page.keyboard.press("ArrowDown")
+    first, student = shown(page, "bm25"), shown(page, "student")
+    assert page.evaluate(focused) == ["bm25", first[0]]
+    assert page.eval_on_selector_all(".marked", "all => all.length") >= 1
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(focused) == ["bm25", first[1]]
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) == ["student", first[1] if first[1] in student else student[1]]
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "q" and page.input_value("#q") == "which gas do balloons need"
+
+
+def test_going_back_shows_the_query_before(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "desert plant")
+    ask(page, "which planet is red")
+    page.go_back()
+    page.wait_for_function("() => document.querySelector('#q').value === 'desert plant'")
+    settled(page)
+    assert shown(page, "bm25")[0] == "d-cactus"
+
+
+def test_an_empty_query_asks_for_words(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "iron")
+    before = shown(page, "student")
+    page.fill("#q", "   ")
+    page.press("#q", "Enter")
+    page.wait_for_function("() => document.querySelector('#status').textContent.startsWith('Type a query')")
+    assert shown(page, "student") == before
+
+
+def test_a_server_that_is_gone_is_said(browser: Browser, search_page: SearchPage) -> None:
+    server = PageServer(port=0)
+    with _running(server, search_page):
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#status:not(:empty)")
+    ask(page, "iron")
+    assert page.inner_text("#status") == "The server does not answer: is it still running?"
+    page.close()
+
+
+@contextmanager
+def _running(server: PageServer, page: SearchPage) -> Iterator[None]:
+    server.start(page)
+    yield
+    server.stop()

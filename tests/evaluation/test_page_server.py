@@ -1,0 +1,445 @@
+"""The search page over HTTP: what is answered, what is refused, how it ends. Real sockets on loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.page_server import HEADERS, PageServer
+from rankdistill.evaluation.search_page import Column, SearchPage
+
+
+def ask(
+    server: PageServer, path: str, method: str = "GET", headers: dict[str, str] | None = None, body: bytes | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    finally:
+        connection.close()
+
+
+def error(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, str]:
+    """Status and message of an error, which is JSON with every safety header."""
+    status, headers, body = answer
+    assert headers["Content-Type"] == "application/json; charset=utf-8"
+    assert headers.items() >= HEADERS.items()
+    return status, json.loads(body)["error"]["what"]
+
+
+def raw(server: PageServer, text: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(text)
+        parts = []
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@contextmanager
+def running(server: PageServer, page: SearchPage) -> Iterator[PageServer]:
+    server.start(page)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+# -- what is answered -------------------------------------------------------------------------------------------------
+
+
+def test_a_search_answers_what_the_page_answers(served: PageServer, search_page: SearchPage) -> None:
+    status, headers, body = ask(served, "/api/search?q=what+gas+fills+balloons&k=4&teacher=all")
+    assert status == 200 and headers["Content-Type"] == "application/json; charset=utf-8"
+    answer, expected = json.loads(body), search_page.search("what gas fills balloons", 4, "all")
+    for one in [*answer["columns"], *expected["columns"]]:
+        one["times"] = sorted(one["times"])
+    assert answer == expected and answer["judged"]["query_id"] == "q-helium"
+    assert json.loads(ask(served, "/api/about")[2]) == search_page.about()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "金 不會",
+        "كيف حال",
+        "🐋 🏳️‍🌈",
+        "e\u0301",
+        "a\0b",
+        "a\nb",
+        "<script>",
+        "'; DROP TABLE --",
+        "%",
+        "+",
+        "&k=3",
+        "\u200b",
+    ],
+)
+def test_a_query_in_any_script_arrives_as_it_is(served: PageServer, query: str) -> None:
+    status, _, body = ask(served, f"/api/search?q={quote(query, safe='')}")
+    assert status == 200
+    assert json.loads(body)["query"] == " ".join(query.replace("\0", " ").split())
+    assert all(not one["error"] for one in json.loads(body)["columns"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/?q=iron&against=bm25", "/base.css", "/base.js", "/search.css", "/search.js", "/search.svg", "/api/about"],
+)
+def test_pages_have_the_safety_headers_and_head_has_no_body(served: PageServer, path: str) -> None:
+    status, headers, body = ask(served, path)
+    assert status == 200 and headers.items() >= HEADERS.items()
+    assert "Access-Control-Allow-Origin" not in headers and "unsafe" not in headers["Content-Security-Policy"]
+    assert headers["Server"] == "rankdistill" and int(headers["Content-Length"]) == len(body) > 0
+    status, head, nothing = ask(served, path, "HEAD")
+    assert status == 200 and nothing == b"" and head["Content-Length"] == headers["Content-Length"]
+
+
+def test_nothing_of_the_page_comes_from_elsewhere(served: PageServer) -> None:
+    for path in ("/", "/base.css", "/base.js", "/search.css", "/search.js"):
+        text = ask(served, path)[2].decode()
+        assert "http://" not in text and "https://" not in text and "innerHTML" not in text and " style=" not in text
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing",
+        "/api",
+        "/api/search/",
+        "/../pyproject.toml",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/search.html",
+        "/page/search.js",
+        "//evil.example/",
+        "/search.js%00",
+        "/search.js/../search.css",
+        "/favicon.ico",
+    ],
+)
+def test_only_the_fixed_routes_are_there(served: PageServer, path: str) -> None:
+    assert error(ask(served, path)) == (404, "there is nothing here")
+
+
+@pytest.mark.parametrize(
+    ("query", "what"),
+    [
+        ("", "the query is empty"),
+        ("q=", "the query is empty"),
+        ("q=%00%20%0a", "the query is empty"),
+        ("q=" + "x" * 1001, "the query has 1,001 characters"),
+        ("q=" + "x" * 50_000, "the query is longer than 1,000"),
+        ("q=iron&k=0", "0 documents a column"),
+        ("q=iron&k=51", "51 documents a column"),
+        ("q=iron&k=-1", "'-1' is no number"),
+        ("q=iron&k=1e9", "'1e9' is no number"),
+        ("q=iron&k=%D9%A3", "is no number"),
+        ("q=iron&k=99999999", "is no number"),
+        ("q=iron&teacher=gpt", "there is no column 'gpt'"),
+        ("q=iron&q=gold", "q is given twice"),
+        ("q=iron&path=/etc/passwd", "there is no parameter 'path'"),
+        ("q=%ff%fe", "not UTF-8"),
+        ("&".join(["q=x"] * 20), "cannot be read"),
+    ],
+)
+def test_wrong_questions_get_400(served: PageServer, query: str, what: str) -> None:
+    status, said = error(ask(served, f"/api/search?{query}"))
+    assert status == 400 and what in said
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+def test_only_get_and_head(served: PageServer, method: str) -> None:
+    answer = ask(served, "/api/search?q=iron", method, body=b"q=iron" * 1000)
+    assert error(answer)[0] == 405 and answer[1]["Allow"] == "GET, HEAD"
+    assert "Access-Control-Allow-Methods" not in answer[1]
+
+
+def test_a_body_is_refused(served: PageServer) -> None:
+    assert error(ask(served, "/api/search?q=iron", body=b"x" * 5000))[0] == 413
+    assert error(ask(served, "/api/about", headers={"Content-Length": "99999999999"}))[0] == 413
+    chunked = b"GET /api/about HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert b" 413 " in raw(served, chunked).splitlines()[0]
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST:8080", "127.0.0.1:1"])
+def test_names_of_this_machine_are_served(served: PageServer, host: str) -> None:
+    assert ask(served, "/api/about", headers={"Host": host})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8080",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.1",
+        "0.0.0.0",
+        "evil@localhost",
+        "localhost/evil",
+        "[",
+        "",
+    ],
+)
+def test_other_names_are_not(served: PageServer, host: str) -> None:
+    """A page of another site whose name now points here must learn nothing."""
+    for path in ("/", "/api/search?q=iron"):
+        assert error(ask(served, path, headers={"Host": host})) == (403, "this name is not served here")
+
+
+def test_a_request_names_one_host(served: PageServer) -> None:
+    for head in (b"", b"Host: localhost\r\nHost: evil.example\r\n"):
+        assert b" 403 " in raw(served, b"GET /api/about HTTP/1.1\r\n" + head + b"\r\n").splitlines()[0]
+
+
+def test_other_sites_may_not_ask(served: PageServer) -> None:
+    for site in ("cross-site", "same-site"):
+        headers = {"Sec-Fetch-Site": site}
+        assert error(ask(served, "/api/search?q=iron", headers=headers))[0] == 403
+        assert ask(served, "/", headers=headers)[0] == 200  # following a link to the page is fine
+    assert ask(served, "/api/search?q=iron", headers={"Sec-Fetch-Site": "same-origin"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+        (b"GET /api/search?q=\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"BREW /tea HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+        (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505),
+        (b"\x16\x03\x01\x02\x00 what is this\r\n\r\n", 400),
+    ],
+    ids=["long", "headers", "raw bytes", "no path", "method", "version", "tls"],
+)
+def test_malformed_requests_are_answered_in_json(served: PageServer, request_: bytes, status: int) -> None:
+    head, _, body = raw(served, request_).partition(b"\r\n\r\n")
+    if head.startswith(b"HTTP"):
+        assert int(head.split()[1]) == status
+    else:  # a request of the first HTTP has no head in its answer
+        body = head
+    assert json.loads(body)["error"]["what"]
+    assert b"Traceback" not in body
+
+
+def test_what_fails_inside_stays_inside(
+    make_page: Callable[..., SearchPage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        broken = False
+
+        def search(self, queries: Any, k: int) -> Any:
+            if self.broken:
+                raise ZeroDivisionError("the secret of /home/user")
+            return [type("Hits", (), {"rows": [], "scores": []})]
+
+    engine = Broken()
+    with running(PageServer(port=0), make_page(Column("broken", engine))) as server:
+        engine.broken = True
+        assert error(ask(server, "/api/search?q=iron")) == (500, "the search failed")
+    assert "warning: a search failed: ZeroDivisionError: the secret" in capsys.readouterr().err
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+class Blocking:
+    """An engine that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.go, self.entered, self.most = threading.Event(), threading.Semaphore(0), 0
+        self._inside = 0
+        self.go.set()
+
+    def search(self, queries: Any, k: int) -> Any:
+        self._inside += 1
+        self.most = max(self.most, self._inside)
+        self.entered.release()
+        assert self.go.wait(20)
+        self._inside -= 1
+        return [type("Hits", (), {"rows": [0], "scores": [1.0]})]
+
+    def block(self) -> None:
+        while self.entered.acquire(blocking=False):
+            pass
+        self.go.clear()
+
+
+class InThread(threading.Thread):
+    """A request on its way."""
+
+    def __init__(self, server: PageServer, path: str) -> None:
+        super().__init__(daemon=True)
+        self.server, self.path, self.answer = server, path, (0, {}, b"")
+        self.start()
+
+    def run(self) -> None:
+        self.answer = ask(self.server, self.path)  # type: ignore[assignment]
+
+    def result(self) -> tuple[int, Any, bytes]:
+        self.join(30)
+        return self.answer
+
+
+def test_one_search_at_a_time_and_few_wait(make_page: Callable[..., SearchPage]) -> None:
+    engine = Blocking()
+
+    class Narrow(PageServer):
+        waiting = 1
+        patience = 15.0
+
+    with running(Narrow(port=0), make_page(Column("slow", engine), teacher=False)) as server:
+        engine.block()
+        first = InThread(server, "/api/search?q=one")
+        assert engine.entered.acquire(timeout=10)
+        second = InThread(server, "/api/search?q=two")
+        while server._places._value:  # until it waits
+            time.sleep(0.005)
+        refused = ask(server, "/api/search?q=three")
+        assert error(refused) == (503, "too many searches are waiting") and refused[1]["Retry-After"] == "1"
+        assert ask(server, "/api/about")[0] == ask(server, "/")[0] == 200  # the page itself is still there
+        engine.go.set()
+        assert first.result()[0] == second.result()[0] == 200
+    assert engine.most == 1
+
+
+def test_a_search_that_waits_too_long_is_told_to_come_back(make_page: Callable[..., SearchPage]) -> None:
+    engine = Blocking()
+
+    class Impatient(PageServer):
+        patience = 0.1
+
+    with running(Impatient(port=0), make_page(Column("slow", engine), teacher=False)) as server:
+        engine.block()
+        first = InThread(server, "/api/search?q=one")
+        assert engine.entered.acquire(timeout=10)
+        refused = ask(server, "/api/search?q=two")
+        assert error(refused) == (503, "the search before takes too long") and refused[1]["Retry-After"] == "1"
+        engine.go.set()
+        assert first.result()[0] == 200
+        assert ask(server, "/api/search?q=three")[0] == 200  # its place is free again
+
+
+def test_slow_clients_are_cut_off(search_page: SearchPage) -> None:
+    class Strict(PageServer):
+        request_seconds = 0.4
+
+    with running(Strict(port=0), search_page) as server:
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+            assert silent.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as dripping:
+            dripping.settimeout(0.1)
+            ended = False
+            while not ended and time.monotonic() - started < 10:
+                try:
+                    dripping.sendall(b"G")
+                    ended = dripping.recv(100) == b""
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    ended = True
+        assert ended and time.monotonic() - started < 5
+        assert ask(server, "/api/about")[0] == 200
+
+
+def test_connections_are_bounded(search_page: SearchPage) -> None:
+    class Small(PageServer):
+        connections = 2
+
+    with running(Small(port=0), search_page) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(2)]
+        while server._slots._value:
+            time.sleep(0.005)
+        status, headers, body = ask(server, "/api/about")
+        assert status == 503 and headers["Retry-After"] == "1"
+        assert json.loads(body)["error"]["what"] == "too many connections"
+        for connection in idle:
+            connection.close()
+        while server._slots._value < 2:
+            time.sleep(0.005)
+        assert ask(server, "/api/about")[0] == 200
+
+
+# -- addresses, and the end -------------------------------------------------------------------------------------------
+
+
+def test_an_answer_in_the_making_is_finished_at_the_end(make_page: Callable[..., SearchPage]) -> None:
+    engine = Blocking()
+    server = PageServer(port=0)
+    server.start(make_page(Column("slow", engine), teacher=False))
+    engine.block()
+    request = InThread(server, "/api/search?q=one")
+    assert engine.entered.acquire(timeout=10)
+    with socket.create_connection(("127.0.0.1", server.port)):  # idle: nothing waits for it
+        ending = threading.Thread(target=server.stop)
+        ending.start()
+        ending.join(0.5)
+        assert ending.is_alive()
+        with pytest.raises(ConnectionError):
+            ask(server, "/api/about")
+        engine.go.set()
+        ending.join(10)
+        assert not ending.is_alive() and request.result()[0] == 200
+    again = PageServer(port=server.port)
+    again.server_close()
+
+
+def test_a_taken_port_is_said_with_the_way_out(served: PageServer) -> None:
+    with pytest.raises(RankdistillError, match=f"port {served.port} is taken") as caught:
+        PageServer(port=served.port)
+    assert caught.value.fix == "--port 0 picks a free one" and caught.value.where == f"127.0.0.1:{served.port}"
+
+
+@pytest.mark.parametrize(("host", "port"), [("no.such.name.invalid", 0), ("192.0.2.1", 0)])
+def test_an_address_that_is_not_ours_is_an_error(host: str, port: int) -> None:
+    with pytest.raises(RankdistillError, match=r"no address|cannot be used"):
+        PageServer(host, port)
+
+
+@pytest.mark.parametrize("port", [-1, 65_536])
+def test_a_port_that_is_none_is_wrong_usage(port: int) -> None:
+    with pytest.raises(UsageError, match=f"no port {port}"):
+        PageServer(port=port)
+
+
+def test_bound_to_all_addresses_it_serves_addresses_and_its_own_name() -> None:
+    """Names are what a foreign page can re-point; an address typed into the browser is its user's own doing."""
+    server = PageServer("0.0.0.0", 0)
+    try:
+        assert not server.loopback and server.url == f"http://127.0.0.1:{server.port}/"
+        for host in ("192.168.1.7:8080", "[fe80::1]", socket.gethostname(), "localhost"):
+            assert server.allows_host(host), host
+        for host in ("evil.example", f"{socket.gethostname()}.evil.example", None):
+            assert not server.allows_host(host), host
+    finally:
+        server.server_close()
+
+
+def test_ipv6_loopback(search_page: SearchPage) -> None:
+    try:
+        server = PageServer("::1", 0)
+    except RankdistillError as error_:
+        pytest.skip(f"no IPv6 here: {error_.what}")
+    with running(server, search_page):
+        assert server.loopback and server.url == f"http://[::1]:{server.port}/"
+        connection = http.client.HTTPConnection("::1", server.port, timeout=30)
+        connection.request("GET", "/api/about")
+        assert connection.getresponse().status == 200
+        connection.close()

@@ -1,0 +1,310 @@
+"""Tests of significance agree with scipy on the same numbers; corrections with their definitions; edges have a rule."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rankdistill.errors import UsageError
+from rankdistill.evaluation.evaluate import Evaluation, Row
+from rankdistill.evaluation.significance import (
+    Comparison,
+    Significance,
+    bca,
+    compare_values,
+    effect_size,
+    holm,
+    paired_t,
+    randomisation,
+    randomised_tukey_hsd,
+    tukey_hsd,
+)
+from rankdistill.evaluation.table import comparisons, latex, markdown, plain_table
+
+
+def values(queries: int, systems: int = 2, seed: int = 0, better: float = 0.08) -> Any:
+    """[queries, systems] in [0, 1], queries of very different difficulty; system i better by i × `better`."""
+    random = np.random.default_rng(seed)
+    difficulty = random.beta(1, 1, (queries, 1))
+    return np.clip(difficulty + random.normal(0, 0.15, (queries, systems)) + better * np.arange(systems), 0, 1)
+
+
+@pytest.mark.parametrize("queries", [2, 5, 43, 400])
+def test_the_t_test_is_scipys(queries: int) -> None:
+    table = values(queries, 3)
+    differences = table[:, [1, 2]] - table[:, [0, 0]]
+    t, p = paired_t(differences)
+    for column, b in enumerate((1, 2)):
+        expected = stats.ttest_rel(table[:, b], table[:, 0])
+        assert (t[column], p[column]) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-9)
+
+
+@pytest.mark.parametrize("queries", [2, 6, 12])
+def test_few_queries_are_enumerated_as_scipy_does(queries: int) -> None:
+    for seed in range(5):
+        table = np.round(values(queries, seed=seed), 1)  # coarse values: sums tie
+        differences = table[:, 1] - table[:, 0]
+        expected = stats.permutation_test(
+            (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+        )
+        assert randomisation(differences) == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+def test_zero_differences_do_not_count_towards_the_limit_of_enumeration() -> None:
+    differences = np.concatenate([np.zeros(500), [0.5, 0.25, 0.25]])
+    assert randomisation(differences) == 2 / 8
+
+
+def test_many_queries_are_sampled_near_scipys_and_never_zero() -> None:
+    differences = np.diff(values(60, better=0.03), axis=1)[:, 0]
+    theirs = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=50_000, rng=np.random.default_rng(1)
+    ).pvalue
+    ours = randomisation(differences, 50_000, seed=1)
+    noise = np.sqrt(theirs * (1 - theirs) / 50_000)
+    assert 0.001 < theirs < 0.5 and abs(ours - theirs) < 6 * noise
+    assert ours == randomisation(differences, 50_000, seed=1) != randomisation(differences, 50_000, seed=2)
+    assert randomisation(np.full(30, 0.5), 999) == 1 / 1000
+
+
+def test_the_size_of_the_test_is_alpha() -> None:
+    """Where two systems are alike, a share alpha of experiments calls them different: no more, not far fewer."""
+    random = np.random.default_rng(4)
+    p = np.array([randomisation(random.standard_t(3, 25), 400, seed) for seed in range(400)])
+    assert abs((p < 0.1).mean() - 0.1) < 0.05
+
+
+def test_holm_is_step_down() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]).tolist() == [1.0, 1.0] and holm([]).tolist() == []
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        p = random.random(7) ** 2
+        expected = [min(1.0, max((7 - rank) * q for rank, q in enumerate(sorted(p)) if q <= own)) for own in p]
+        assert holm(p).tolist() == pytest.approx(expected)
+
+
+def test_tukey_of_two_systems_is_the_uncorrected_test() -> None:
+    for seed in range(5):
+        table = values(30, seed=seed, better=0.05)
+        assert tukey_hsd(table, [(0, 1)])[0] == pytest.approx(
+            stats.ttest_rel(table[:, 0], table[:, 1]).pvalue, rel=1e-6
+        )
+    p = randomised_tukey_hsd(table, [(0, 1)], 20_000)[0]
+    assert p == pytest.approx(randomisation(table[:, 1] - table[:, 0], 20_000), abs=0.02)
+
+
+def test_tukey_is_computed_on_the_residual_of_the_two_way_layout() -> None:
+    """Against the textbook sums of squares: what a query adds to every system does not widen the error."""
+    table = values(25, 4, seed=3)
+    pairs = list(itertools.combinations(range(4), 2))
+    grand, rows, columns = table.mean(), table.mean(axis=1), table.mean(axis=0)
+    total = ((table - grand) ** 2).sum()
+    error = (total - 4 * ((rows - grand) ** 2).sum() - 25 * ((columns - grand) ** 2).sum()) / (24 * 3)
+    expected = [stats.studentized_range.sf(abs(columns[a] - columns[b]) / np.sqrt(error / 25), 4, 72) for a, b in pairs]
+    assert tukey_hsd(table, pairs).tolist() == pytest.approx(expected, rel=1e-9)
+    shifted = table + np.random.default_rng(0).normal(0, 9, (25, 1))
+    assert tukey_hsd(shifted, pairs).tolist() == pytest.approx(expected, rel=1e-4)
+    # Randomised, the real differences of other systems count as noise too; among like systems the two agree.
+    alike = values(40, 4, seed=5, better=0.0)
+    assert randomised_tukey_hsd(alike, pairs, 4000).tolist() == pytest.approx(tukey_hsd(alike, pairs).tolist(), abs=0.04)
+
+
+def test_randomised_tukey_is_the_share_of_all_permutations() -> None:
+    table = np.array([[0.1, 0.5, 0.4], [0.0, 0.2, 0.7], [0.3, 0.3, 0.9]])
+    ranges = [
+        np.ptp(np.mean([table[q][list(order)] for q, order in enumerate(orders)], axis=0))
+        for orders in itertools.product(itertools.permutations(range(3)), repeat=3)
+    ]
+    exact = [(np.array(ranges) >= table[:, b].mean() - table[:, a].mean() - 1e-12).mean() for a, b in ((0, 2), (0, 1))]
+    assert randomised_tukey_hsd(table, [(0, 2), (0, 1)], 20_000).tolist() == pytest.approx(exact, abs=0.015)
+
+
+def test_a_family_of_like_systems_is_rarely_called_different() -> None:
+    """The chance of one false alarm among all pairs stays near alpha; uncorrected it is several times that."""
+    alarms = {"holm": 0, "tukey": 0, "none": 0}
+    for seed in range(60):
+        table = values(20, 5, seed=100 + seed, better=0.0)
+        given = {f"s{n}": {"m": table[:, n]} for n in range(5)}
+        for correction in ("holm", "tukey"):
+            found = compare_values(given, correction=correction, permutations=1000, resamples=10, seed=seed)
+            alarms[correction] += any(one.significant for one in found.comparisons)
+        alarms["none"] += any(one.p_randomisation < 0.05 for one in found.comparisons)
+    assert max(alarms["holm"], alarms["tukey"]) <= 8 < alarms["none"]
+
+
+def test_intervals_are_scipys() -> None:
+    sample = values(50, 1, seed=7)[:, 0] ** 3  # skewed: BCa differs from the percentiles
+    found = compare_values({"a": {"m": sample}}, seed=3)
+    theirs = stats.bootstrap(
+        (sample,), np.mean, n_resamples=10_000, method="BCa", rng=np.random.default_rng(3), vectorized=True
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert found.intervals["a"]["m"] == pytest.approx([theirs.low, theirs.high], abs=0.03 * width)
+    resampled = np.random.default_rng(0).choice(sample, (5000, 50)).mean(axis=1)
+    assert bca(resampled, sample) != pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=1e-6)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    random, held = np.random.default_rng(11), 0
+    for seed in range(200):
+        found = compare_values({"a": {"m": random.beta(0.6, 1.2, 40)}}, seed=seed, resamples=1000)
+        low, high = found.intervals["a"]["m"]
+        held += low <= 0.6 / 1.8 <= high
+    assert 178 <= held <= 199  # 95% of 200 is 190
+
+
+@pytest.fixture
+def found() -> Significance:
+    table = values(40, 4, seed=2, better=0.12)
+    given = {
+        name: {"ndcg@10": table[:, n], "map": np.round(table[:, n], 1)}
+        for n, name in enumerate(["first", "BM25", "student", "teacher"])
+    }
+    return compare_values(given, permutations=5000, resamples=500)
+
+
+def test_every_pair_is_compared_and_the_figures_belong_together(found: Significance) -> None:
+    assert (found.baseline, found.family, found.queries) == ("BM25", "all", 40)
+    assert len(found.comparisons) == 2 * 6
+    assert {one.b for one in found.comparisons if "BM25" in (one.a, one.b)} == {"BM25"}
+    for one in found.comparisons:
+        assert one.difference == pytest.approx(one.mean_a - one.mean_b)
+        assert one.wins + one.ties + one.losses == 40
+        assert one.low is not None and one.high is not None and one.low <= one.difference <= one.high
+        assert one.p_t <= one.p_t_corrected and one.p_randomisation <= one.p_randomisation_corrected
+        assert one.significant == (one.p_randomisation_corrected < 0.05)
+        assert one.t is not None and one.effect_size == pytest.approx(one.t / np.sqrt(40))
+    turned = found.of("BM25", "student", "map")
+    assert turned.difference == -found.of("student", "BM25", "map").difference and turned.low == pytest.approx(
+        -float(found.of("student", "BM25", "map").high or 0)
+    )
+    with pytest.raises(KeyError):
+        found.of("student", "nobody", "map")
+
+
+def test_marks_say_better_or_worse_than_the_baseline(found: Significance) -> None:
+    assert found.mark("teacher", "ndcg@10") == 1 and found.mark("BM25", "ndcg@10") == 0
+    against_best = compare_values(
+        {name: {"m": values(40, 4, seed=2)[:, n]} for n, name in enumerate("abcd")}, baseline="d", family="baseline"
+    )
+    assert len(against_best.comparisons) == 3 and against_best.mark("a", "m") == -1
+    assert {one.b for one in against_best.comparisons} == {"d"}
+
+
+def test_json_goes_there_and_back(found: Significance) -> None:
+    text = json.dumps(found.to_json(), allow_nan=False)
+    again = Significance.from_json(json.loads(text))
+    assert again == found and isinstance(again.comparisons[0], Comparison)
+    assert {"alpha", "correction", "baseline", "metrics", "queries", "seed", "intervals", "comparisons"} <= set(
+        json.loads(text)
+    )
+
+
+def test_more_queries_get_fewer_permutations_and_say_so() -> None:
+    table = values(20_000, better=0.001)
+    made = compare_values({"a": {"m": table[:, 0]}, "b": {"m": table[:, 1]}}, resamples=100)
+    assert made.permutations == 10_000
+
+
+# -- edges ------------------------------------------------------------------------------------------------------------
+
+
+def one_pair(a: list[float], b: list[float], correction: str = "holm") -> Comparison:
+    found = compare_values({"b": {"m": b}, "a": {"m": a}}, correction=correction, resamples=200, permutations=500)
+    assert found.to_json() == json.loads(json.dumps(found.to_json(), allow_nan=False))
+    return found.comparisons[0]
+
+
+@pytest.mark.parametrize("correction", ["holm", "tukey_hsd"])
+def test_one_query_proves_nothing(correction: str) -> None:
+    one = one_pair([0.9], [0.1], correction)
+    assert (one.p_t, one.p_randomisation, one.p_randomisation_corrected, one.significant) == (1, 1, 1, False)
+    assert one.low is None and one.effect_size is None and one.t is None and one.wins == 1
+    assert compare_values({"a": {"m": [0.5]}}).intervals == {"a": {}}
+
+
+@pytest.mark.parametrize("correction", ["holm", "tukey_hsd"])
+def test_systems_that_are_the_same_do_not_differ(correction: str) -> None:
+    one = one_pair([0.3, 0.7, 0.2], [0.3, 0.7, 0.2], correction)
+    assert (one.p_t, one.p_randomisation, one.p_t_corrected, one.p_randomisation_corrected) == (1, 1, 1, 1)
+    assert (one.low, one.high, one.effect_size, one.t, one.ties) == (0, 0, 0, 0, 3)
+
+
+def test_a_difference_that_never_varies_is_certain_by_t_and_counted_by_randomisation() -> None:
+    one = one_pair([0.3, 0.5, 0.7, 0.9], [0.2, 0.4, 0.6, 0.8])
+    assert (one.p_t, one.t, one.effect_size) == (0.0, None, None)
+    assert one.p_randomisation == 2 / 16 and not one.significant
+    assert effect_size([0.0, 0.0]) == 0.0 and effect_size([0.1, 0.3]) == pytest.approx(0.2 / np.std([0.1, 0.3], ddof=1))
+
+
+def test_one_system_and_none() -> None:
+    alone = compare_values({"a": {"m": [0.1, 0.2]}}, resamples=100)
+    assert alone.comparisons == [] and alone.baseline == "a" and len(alone.intervals["a"]["m"]) == 2
+    assert compare_values({}).comparisons == [] and compare_values({}).baseline is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"baseline": "bm52"}, "did you mean 'bm25'"),
+        ({"correction": "bonferoni"}, "choose holm or tukey"),
+        ({"alpha": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_wrong_settings_teach(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare_values({"bm25": {"m": [0.1]}}, **settings)
+
+
+def test_unpaired_or_broken_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="different shapes"):
+        compare_values({"a": {"m": [0.1]}, "b": {"m": [0.1, 0.2]}})
+    with pytest.raises(ValueError, match="not finite"):
+        compare_values({"a": {"m": [np.nan, 0.2]}})
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluation() -> Evaluation:
+    table = values(40, 3, seed=2)
+    names = ["BM25", "student_50% & <b>", "teacher"]
+    rows = [
+        Row(name, {"ndcg@10": float(table[:, n].mean())}, {"queries": 40, "judged@10": 0.5, "missing_queries": n}, "")
+        for n, name in enumerate(names)
+    ]
+    made = Evaluation("facts", "test", {}, ["ndcg@10"], 10, 1, False, rows)
+    made.compare_rows({name: {"ndcg@10": table[:, n]} for n, name in enumerate(names)})
+    return made
+
+
+def test_the_table_marks_what_is_significant_and_says_by_which_test(evaluation: Evaluation) -> None:
+    assert evaluation.significance is not None and evaluation.significance.mark("teacher", "ndcg@10") == 1
+    assert evaluation.significance.notes == {"missing_queries": {"student_50% & <b>": 1, "teacher": 2}}
+    text = plain_table(evaluation)
+    mean = f"{evaluation['teacher'].means['ndcg@10']:.4f}"
+    assert f"{mean}▲" in text and f"{evaluation['BM25'].means['ndcg@10']:.4f}▲" not in text
+    assert "▲ ▼ better or worse than BM25: randomisation test, p < 0.05 after Holm over all pairs" in text
+    assert len({len(line.rstrip("▲▼")) for line in text.splitlines()[2:5]}) == 1  # figures stay under each other
+    low, high = evaluation["teacher"].intervals["ndcg@10"]
+    assert f"| teacher | {low:.4f} to {high:.4f} |" in markdown(evaluation)
+    assert "significance" not in evaluation.to_json() and evaluation.to_json()["rows"][2]["intervals"]["ndcg@10"]
+    pairs = comparisons(evaluation.significance, "pairs")
+    assert len(pairs.rows) == 3 and pairs.rows[0][:3] == ["ndcg@10", "student_50% & <b>", "BM25"]
+
+
+def test_latex_is_escaped_and_balanced(evaluation: Evaluation) -> None:
+    text = latex(evaluation)
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert r"student\_50\% \& $<$b$>$" in body and r"$^{\dagger}$" in body and r"\textbf{" in body
+    assert body.count("{") == body.count("}") and body.count(r"\begin") == body.count(r"\end")
+    rows = [line for line in body.splitlines() if line.endswith(r" \\")]
+    assert len(rows) == 4 and all(line.replace(r"\&", "").count("&") == 1 for line in rows)
+    assert "▲" not in body and r"$^{\ddagger}$ worse than BM25" in body
