@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from rankdistill.evaluation.extrapolation import pool_folds as pool_folds
     from rankdistill.evaluation.metrics import evaluate_run as evaluate_run
     from rankdistill.evaluation.report import report as report
+    from rankdistill.indexes.building import build_index as build_index
+    from rankdistill.indexes.check import check_index as check_index
     from rankdistill.indexes.dense import export_index as export_index
     from rankdistill.indexes.faiss_index import FaissIndex as FaissIndex
+    from rankdistill.indexes.merging import merge_indexes as merge_indexes
     from rankdistill.indexes.mining import mine as mine
     from rankdistill.recipe import load_recipe as load_recipe
     from rankdistill.runs import Run as Run
@@ -43,6 +46,8 @@ _PUBLIC = {
     "ScoreStore": "scores.store",
     "UsageError": "errors",
     "Workspace": "stages",
+    "build_index": "indexes.building",
+    "check_index": "indexes.check",
     "compare": "evaluation.compare",
     "evaluate_run": "evaluation.metrics",
     "evaluate_suite": "evaluation.evaluate",
@@ -50,6 +55,7 @@ _PUBLIC = {
     "export_index": "indexes.dense",
     "import_scores": "teachers.recorded",
     "load_recipe": "recipe",
+    "merge_indexes": "indexes.merging",
     "mine": "indexes.mining",
     "open_collection": "collections",
     "pool_folds": "evaluation.extrapolation",

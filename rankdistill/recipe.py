@@ -271,7 +271,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         path = find_declaration("configs", str(source))
         values, where = read_yaml(path), str(path)
     for override in overrides:
-        _override(values, override)
+        override_value(values, override)
     return check_recipe(values, where)
 
 
@@ -348,7 +348,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return f"known: {', '.join(sorted(known))}" if known else None
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def override_value(values: dict[str, Any], override: str) -> None:
+    """Apply one `key.nested=value`, the value read as YAML.
+
+    Raises:
+        UsageError: no `=`, or a place that is not there.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError("an override has the form key=value", where=f"--set {override}")

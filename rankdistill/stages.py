@@ -1,6 +1,6 @@
 """The order of stages, what each reads and leaves, and what is stale.
 
-    mine ─► teach ─► score ─► train ─► index ─► evaluate
+    mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
 
 A `Workspace` is a run's folder. Each stage asks the one before for its artifact; an artifact whose fingerprint is on
 disk is not made again, so a stage can be asked for alone, and a killed run goes on where it stopped.
@@ -38,15 +38,17 @@ if TYPE_CHECKING:
     from rankdistill.evaluation.suites import EvaluationSet, Suite
     from rankdistill.indexes.base import Engine
     from rankdistill.indexes.bm25 import BM25
+    from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.faiss_index import FaissIndex
     from rankdistill.indexes.mining import Source
+    from rankdistill.indexes.specification import QuantizerSpecification
     from rankdistill.runs import Ranking
     from rankdistill.scores.ensemble import ScoreSource
     from rankdistill.scores.lists import ScoredLists
     from rankdistill.students.base import StudentModel
     from rankdistill.teachers.base import Teacher
 
-STAGES = ("mine", "teach", "score", "train", "index", "evaluate")
+STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
 RECIPE = "recipe.yaml"
 STUDENT = "student"
 UNTRAINED = "untrained"
@@ -349,32 +351,65 @@ class Workspace:
 
         return encode_documents(student, collection, self.path / "vectors" / f"{name}-{collection.name}")
 
-    def index_file(self, specification: str, collection: Collection | None = None) -> Path:
-        from rankdistill.indexes.specification import load_specification
+    def index_file(self, specification: str | QuantizerSpecification, collection: Collection | None = None) -> Path:
+        from rankdistill.indexes.specification import any_specification
 
         folder = self.path / "indexes"
         if collection is not None and collection.fingerprint != self.collection.fingerprint:
             folder = folder / collection.name
-        return folder / f"{load_specification(specification).name}.faiss"
+        return folder / f"{any_specification(specification).name}.faiss"
 
     def index(
         self,
-        specification: str,
+        specification: str | QuantizerSpecification,
         out: str | Path | None = None,
         *,
         student: StudentModel | None = None,
         collection: Collection | None = None,
     ) -> FaissIndex:
-        """Export the student to an index over a collection (its own unless given)."""
+        """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
         from rankdistill.indexes.dense import export_index
-        from rankdistill.indexes.specification import load_specification
+        from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
         collection = collection or self.collection
         student = student or self.student()
         out = Path(out) if out is not None else self.index_file(specification, collection)
         out.parent.mkdir(parents=True, exist_ok=True)
         vectors = self.vectors(STUDENT, student, collection)
-        return export_index(student, collection, vectors, load_specification(specification), out)
+        wanted = any_specification(specification)
+        if not isinstance(wanted, QuantizerSpecification):
+            return export_index(student, collection, vectors, wanted, out)
+        from rankdistill.quantization.quantize import quantize_student
+
+        own = collection.fingerprint == self.collection.fingerprint
+        return quantize_student(
+            student,
+            collection,
+            vectors,
+            wanted,
+            out,
+            query_ids=self.queries[0] if own and "train" in collection.splits else None,
+            lists=self.score() if own and wanted.relevance == "scores" else None,
+            open_student=self._open_student,
+        )
+
+    def _open_student(self, folder: Path) -> StudentModel:
+        maker = build("student", self.recipe.student.settings(), "student")
+        model: StudentModel = maker.open(folder, self.recipe.training.device)
+        return model
+
+    def searched(self, index: FaissIndex, student: StudentModel) -> DenseEngine:
+        """An index with the encoder its queries need: the student's, or the one that was trained along with it."""
+        from rankdistill.indexes.dense import DenseEngine
+        from rankdistill.quantization.quantize import query_encoder_folder
+
+        own = query_encoder_folder(index) if index.manifest.get("quantizer") else None
+        return DenseEngine(self._open_student(own) if own else student, index, name=str(index.path))
+
+    def _learned(self, specification: str) -> bool:
+        from rankdistill.indexes.specification import QuantizerSpecification, any_specification
+
+        return isinstance(any_specification(specification), QuantizerSpecification)
 
     def engine(self, index: str | Path | None = None, *, memory_map: bool = False) -> Engine:
         """The student over an index file of it, or over all its vectors, to search with text.
@@ -394,7 +429,8 @@ class Workspace:
         opened = FaissIndex.open(index, memory_map=memory_map)
         if memory_map and not opened.mappable:
             warn("a fast-scan index cannot be memory-mapped: it was read into memory whole")
-        return DenseEngine(student, opened, collection=self.collection, name=str(index))
+        opened.check(collection=self.collection)
+        return self.searched(opened, student)
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
@@ -471,7 +507,7 @@ class Workspace:
             student = self.student()
             for specification in self.recipe.indexes:
                 index = self.index(specification, student=student, collection=collection)
-                rows[f"student, {index.name}"] = _dense_system(DenseEngine(student, index))
+                rows[f"student, {index.name}"] = _dense_system(self.searched(index, student))
         if "teacher" in suite.systems and self.recipe.teacher is not None:
             rows["teacher"] = self._teacher_row(collection, split, sources[0], suite.rerank_depth)
             if suite.rerank and sources[0].engine is not first.engine:
@@ -501,9 +537,7 @@ class Workspace:
         BM25().build(collection, path)
         return BM25.open(path)
 
-    def _teacher_row(
-        self, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
-    ) -> System:
+    def _teacher_row(self, collection: Collection, split: str, source: Source, depth: int, suffix: str = "") -> System:
         """The teacher re-ranking the top of a source of candidates; its scores go to the store."""
         from rankdistill.indexes.mining import FILE, Source, mine
 
@@ -581,9 +615,12 @@ class Workspace:
             for student in students:
                 self.train(student)
             done = ", ".join(students)
-        elif name == "index":
+        elif name in ("quantize", "index"):
+            wanted = [one for one in self.recipe.indexes if self._learned(one) == (name == "quantize")]
+            if not wanted and name == "quantize":
+                return None  # no learned index in this recipe: not a stage of it
             student_model = self.student()
-            indexes = [self.index(specification, student=student_model) for specification in self.recipe.indexes]
+            indexes = [self.index(specification, student=student_model) for specification in wanted]
             done = ", ".join(f"{index.name} ({index.bytes_per_document:.0f} B a document)" for index in indexes)
         else:
             result = self.evaluate()
@@ -608,11 +645,16 @@ class Workspace:
             "teach": [path.name for path in self.path.glob("teacher*") if path.is_dir()],
             "score": ["lists", "dev-lists"],
             "train": [STUDENT, "baselines"],
+            "quantize": [],
             "index": ["indexes", "vectors"],
             "evaluate": ["evaluation"],
         }
         for folder in folders[stage]:
             shutil.rmtree(self.path / folder, ignore_errors=True)
+        if stage == "quantize":
+            for specification in filter(self._learned, self.recipe.indexes):
+                for path in (self.path / "indexes").rglob(f"{self.index_file(specification).name}*"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _lists(candidates: Artifact) -> Iterator[Ranking]:

@@ -300,6 +300,50 @@ def index(
 
 
 @app.command()
+def quantize(
+    folder: Annotated[Path | None, typer.Argument(help="The folder of a run.", metavar="[RUN]")] = None,
+    documents: Annotated[
+        Path | None, typer.Option(help="Vectors made elsewhere instead: .npy, or Parquet with doc_id and vector.")
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="... and of queries to learn from: .npy, or Parquet with query_id and vector.")
+    ] = None,
+    ids: Annotated[Path | None, typer.Option(help="Ids of a .npy of documents: text, one a line, or Parquet.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="A teacher's scores of them: a run (TREC or Parquet), for relevance: scores.")
+    ] = None,
+    spec: Annotated[str, typer.Option(help="A learned index specification: file or shipped name.")] = "distill_pq",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the specification.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn codebooks that keep the ranking, and write an index that plain FAISS opens."""
+    _begin(quiet or as_json)
+    from rankdistill.indexes.specification import QuantizerSpecification, any_specification
+
+    wanted = any_specification(spec, changes or [])
+    if not isinstance(wanted, QuantizerSpecification):
+        raise UsageError(f"{wanted.name} is built, not learned", where="--spec", fix="rankdistill index, or distill_pq")
+    if (folder is None) == (documents is None):
+        raise UsageError("what shall be quantised?", fix="give the folder of a run, or --documents FILE")
+    if folder is not None:
+        given = [name for name, value in (("queries", queries), ("ids", ids), ("scores", scores)) if value]
+        if given:
+            raise UsageError(f"--{given[0]} belongs to --documents", fix="a run has its own")
+        made = _workspace(folder).index(wanted, out)
+    else:
+        from rankdistill.quantization.quantize import quantize_files
+
+        assert documents is not None
+        file = out or Path(f"{wanted.name}.faiss")
+        made = quantize_files(documents, queries, wanted, file, ids=ids, scores=scores)
+    print(json.dumps(made.manifest, indent=2) if as_json else made)
+
+
+@app.command()
 def search(
     folder: Run,
     query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],

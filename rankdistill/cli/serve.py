@@ -29,7 +29,7 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
     from rankdistill.evaluation.search_page import Column, SearchPage
     from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.faiss_index import FaissIndex
-    from rankdistill.indexes.specification import load_specification
+    from rankdistill.indexes.specification import any_specification
     from rankdistill.stages import STUDENT
 
     collection, recipe = workspace.collection, workspace.recipe
@@ -42,10 +42,12 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
     ]
     if indexes is None:
         built = [one for one in recipe.indexes if workspace.index_file(one).is_file()]
-        indexes = [one for one in built if load_specification(one).factory != "Flat"]
+        known = {one: any_specification(one) for one in built}
+        indexes = [one for one in built if getattr(known[one], "factory", "") != "Flat"]
     for given in indexes:
         index = FaissIndex.open(given) if given.endswith(".faiss") else workspace.index(given, student=student)
-        engine = DenseEngine(student, index, collection=collection)
+        index.check(collection=collection)
+        engine = workspace.searched(index, student)
         note = index.specification.description
         columns.append(Column(f"student, {index.name}", engine, index.bytes, note, "index"))
     teacher, reason = None, "the recipe names none"

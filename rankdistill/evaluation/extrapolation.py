@@ -10,8 +10,9 @@ ways, from cheap to strict:
 - Similarity: for a fixed test set two runs, one trained on the queries that are near a test query and one on as many
   that are not; the first shows interpolation and the second extrapolation, on the same test queries.
 
-The parts hold different queries (but in the last way), so one may be harder: the gap of a system that was trained on
-none of them, such as BM25, says how much. `gap_beyond` is what is left of a system's gap after that one's.
+In one run the parts hold different queries, so one may be harder: the gap of a system that was trained on none of them,
+such as BM25, says how much. `gap_beyond` is what is left of a system's gap after that one's. Pooled over folds the same
+queries are in both parts, and gaps are of each query.
 
 In every part of extrapolation no query is nearer to a training query than the bound that is stated.
 """
@@ -394,8 +395,12 @@ def measure_splits(
     return Extrapolation(protocols, pa.concat_tables(tables) if tables else pa.table({}))
 
 
-def _figures(measured: Mapping[str, Values], counts: Mapping[str, int]) -> dict[str, Any]:
-    """`parts`, `neither`, `gap`, `gap_beyond` and `reference`."""
+def _figures(measured: Mapping[str, Values], counts: Mapping[str, int], paired: bool = False) -> dict[str, Any]:
+    """`parts`, `neither`, `gap`, `gap_beyond`, `reference` and `paired`.
+
+    Args:
+        paired: both parts hold the same queries, in one order: gaps are of each query, and need no reference.
+    """
     parts = {
         part: {
             "queries": counts[part],
@@ -405,8 +410,11 @@ def _figures(measured: Mapping[str, Values], counts: Mapping[str, int]) -> dict[
         for part, systems in measured.items()
     }
     inside, outside = measured[INTERPOLATION], measured[EXTRAPOLATION]
-    reference = next((name for name in REFERENCES if name in inside), None)
-    gap = {s: {m: _gap(v, outside[s][m]) for m, v in one.items()} for s, one in inside.items()}
+    reference = None if paired else next((name for name in REFERENCES if name in inside), None)
+    gap = {
+        s: {m: _paired_gap(v - outside[s][m]) if paired else _gap(v, outside[s][m]) for m, v in one.items()}
+        for s, one in inside.items()
+    }
     beyond: dict[str, Any] = {}
     if reference is not None:
         beyond = {
@@ -417,6 +425,7 @@ def _figures(measured: Mapping[str, Values], counts: Mapping[str, int]) -> dict[
     return {
         "parts": parts,
         "neither": counts[NEITHER],
+        "paired": paired,
         "gap": gap,
         "reference": reference,
         "gap_beyond": beyond,
@@ -431,6 +440,12 @@ def _interval(values: NDArray[np.float64]) -> list[float] | None:
         return None
     half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / np.sqrt(len(values)))
     return [float(values.mean()) - half, float(values.mean()) + half]
+
+
+def _paired_gap(differences: NDArray[np.float64]) -> list[float] | None:
+    """[mean, low, high] of each query's difference."""
+    ends = _interval(differences)
+    return None if ends is None else [float(differences.mean()), *ends]
 
 
 def _gap(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> list[float] | None:
@@ -535,7 +550,7 @@ def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
         "held_out": True,
         "folds": len(entries),
         "training_queries": [entry["training_queries"] for entry in entries],
-        **_figures(measured, counts),
+        **_figures(measured, counts, paired=parts[INTERPOLATION] == parts[EXTRAPOLATION]),
         "relevant_overlap": overlap,
     }
     rows = [(q, part) for part in PARTS for q in parts[part]]

@@ -158,8 +158,12 @@ def extrapolation_table(protocol: Mapping[str, Any], metric: str, name: str) -> 
     below = [
         f"{counts} queries; no query of extrapolation has a training query at a cosine above {protocol['bound']:.3f} "
         f"({protocol['encoder']})",
-        "gap: interpolation − extrapolation with its 95% interval; the parts hold different queries, so it is the gap "
-        "beyond that of a system without training that tells",
+        "gap: interpolation − extrapolation with its 95% interval; "
+        + (
+            "of the same queries, paired"
+            if protocol["paired"]
+            else "the parts hold different queries: what tells is the gap beyond that of a system without training"
+        ),
         "of what is relevant, "
         + ", ".join(f"{overlap[part]['pair_share'] or 0:.1%} in {part}" for part in parts)
         + " is relevant to a training query too",

@@ -153,17 +153,28 @@ def refuse_zeros(zeros: list[int], count: int, where: str) -> None:
         warn(f"{len(zeros)} vectors are zero (first: row {zeros[0]}): empty texts? They are kept and match nothing.")
 
 
-def train_index(vectors: NDArray[np.float32], specification: IndexSpecification) -> tuple[Any, dict[str, Any]]:
+def train_index(
+    vectors: NDArray[np.float32], specification: IndexSpecification, *, by_residual: bool = True
+) -> tuple[Any, dict[str, Any]]:
     """FAISS's trained, empty index of a specification, and what to note in a manifest.
+
+    Args:
+        by_residual: an `IVF,PQ` learns its codewords from what is left after the list's centroid (the factory string of
+            fast-scan says it itself: fsr, fs).
 
     Raises:
         RankdistillError: as `build_index` does.
     """
+    import faiss
+
     count, dimension = vectors.shape
     factory = specification.resolve(count, dimension)
     where, needed = f"{specification.name}: {factory}", vectors_needed(factory)
     _check_enough(count, needed, where)
     index = _untrained(specification, factory, dimension, where)
+    for part in parts(index):
+        if isinstance(part, faiss.IndexIVFPQ):
+            part.by_residual = by_residual
     sample = 0 if index.is_trained else _train(index, vectors, specification, needed, where)
     return index, {"factory": factory, "trained_on": sample}
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.recipe import Loss, Method, check_method, check_values, find_declaration, read_yaml, shipped
+from rankdistill.recipe import (
+    Loss,
+    Method,
+    check_method,
+    check_values,
+    find_declaration,
+    override_value,
+    read_yaml,
+    shipped,
+)
 
 
 class SearchSettings(BaseModel):
@@ -91,9 +101,13 @@ def load_specification(source: str | Path | dict[str, Any] | IndexSpecification)
 
 
 def any_specification(
-    source: str | Path | dict[str, Any] | IndexSpecification | QuantizerSpecification,
+    source: str | Path | dict[str, Any] | IndexSpecification | QuantizerSpecification, changes: Iterable[str] = ()
 ) -> IndexSpecification | QuantizerSpecification:
-    """As `load_specification`, of either kind: `type: faiss` (also without a type) or `type: distill_vq`."""
+    """As `load_specification`, of either kind: `type: faiss` (also without a type) or `type: distill_vq`.
+
+    Args:
+        changes: `key=value`, nested keys with dots, as for recipes.
+    """
     if isinstance(source, IndexSpecification | QuantizerSpecification):
         return source
     if isinstance(source, dict):
@@ -101,6 +115,8 @@ def any_specification(
     else:
         path = find_declaration("indexes", str(source))
         values, where = {"name": path.stem, **read_yaml(path)}, str(path)
+    for change in changes:
+        override_value(values, change)
     if values.get("type") != "distill_vq":
         return check_values(IndexSpecification, values, where)
     learned = check_values(QuantizerSpecification, values, where)
@@ -192,8 +208,8 @@ class QuantizerSpecification(BaseModel):
     rotation: Literal["none", "opq", "learned"] = Field(default="opq", description="learned: OPQ's, trained along")
     query: Literal["frozen", "linear", "encoder"] = Field(
         default="linear",
-        description="frozen: the query vectors as they are; linear: a matrix on them, kept inside the index; encoder: the"
-        " student's own query encoder is trained along, for a run's student",
+        description="frozen: the query vectors as they are; linear: a matrix on them, kept inside the index;"
+        " encoder: the student's own query encoder is trained along, for a run's student",
     )
     codes: Literal["nearest", "straight_through", "frozen", "uniform"] = Field(
         default="nearest",

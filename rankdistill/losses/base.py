@@ -18,6 +18,7 @@ class Loss(nn.Module, ABC):
 
     needs_labels = False
     needs_teacher = True
+    over_pairs = False  # memory grows with the square of a list
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ class MarginMSE(ListLoss):
         super().__init__(weight)
         self.pairs = pairs
         self.needs_labels = pairs == "positive_vs_rest"
+        self.over_pairs = pairs == "all_pairs"
 
     def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         if self.pairs == "positive_vs_rest":

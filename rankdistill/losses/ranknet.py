@@ -18,13 +18,14 @@ class RankNet(ListLoss):
 
     Args:
         weighting: `none`: each pair counts the same; `rank`: 1 / (r_i + r_j), r the teacher's rank from 1 (FIRST, Reddy
-            et al. 2024, arXiv:2406.15657); `ndcg`: what swapping the two changes in nDCG at the student's present ranks,
-            with gain 1 / r (LambdaRank, Burges et al. 2006; JPQ trains with it, arXiv:2108.00644).
+            et al. 2024, arXiv:2406.15657); `ndcg`: what swapping the two changes in nDCG at the student's present
+            ranks, with gain 1 / r (LambdaRank, Burges et al. 2006; JPQ trains with it, arXiv:2108.00644).
         temperature: the student's scores are divided by it.
         weight: share in a sum of losses.
     """
 
     type = "ranknet"
+    over_pairs = True
 
     def __init__(
         self, weighting: Literal["none", "rank", "ndcg"] = "none", temperature: float = 1.0, weight: float = 1.0

@@ -5,8 +5,10 @@ A batch is a function of (seed, step) alone, so a resumed training sees what an 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.assembly import Metric
 from rankdistill.indexes.base import Rows, Vectors, allocate_array
 from rankdistill.indexes.specification import QuantizerSpecification
+from rankdistill.indexes.vectors import check_vectors
 from rankdistill.progress import progress
 from rankdistill.quantization.quantizer import similarity
 from rankdistill.sampling.base import generator
@@ -26,6 +30,8 @@ from rankdistill.sampling.base import generator
 DOCUMENTS_AT_ONCE = 65_536
 QUERIES_AT_ONCE = 2_048
 SPREAD_QUERIES = 1_000
+BEST = "best.npy"
+LEAST = 1e-6  # spread, where all scores are the same
 
 
 @dataclass
@@ -49,6 +55,24 @@ class Queries:
     teacher: TeacherScores | None = None
     given_texts: list[str] | None = None  # for a query encoder that is trained along
     pseudo_texts: list[str] | None = None
+
+    def digest(self) -> str:
+        """Of all that training reads of them."""
+        arrays: list[NDArray[Any] | None] = [self.given, self.pseudo]
+        if self.teacher is not None:
+            teacher = self.teacher
+            arrays += [teacher.queries, teacher.offsets, teacher.rows, teacher.scores, teacher.relevance]
+        positives = None if self.positives is None else [np.asarray(rows).tolist() for rows in self.positives]
+        digests = [None if array is None else content_digest(array) for array in arrays]
+        return fingerprint([digests, positives, self.given_texts, self.pseudo_texts])
+
+
+def content_digest(array: NDArray[Any]) -> str:
+    """Of an array's shape and bytes, read block by block."""
+    digest = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=16)
+    for start in range(0, len(array), DOCUMENTS_AT_ONCE):
+        digest.update(np.ascontiguousarray(array[start : start + DOCUMENTS_AT_ONCE]).data)
+    return digest.hexdigest()
 
 
 class Batch(NamedTuple):
@@ -83,7 +107,7 @@ class Sampler:
         self.vectors = torch.from_numpy(vectors)
         trained = np.setdiff1d(np.arange(len(vectors)), self.held_out)
         self.lists: dict[int, int] = {}
-        wanted = specification.documents
+        wanted, wanted_given = specification.documents, specification.queries.given > 0
         if specification.relevance == "scores":
             if queries.teacher is None or not len(queries.teacher.queries):
                 raise UsageError("relevance: scores needs a teacher's scored lists", fix="relevance: vectors")
@@ -92,7 +116,15 @@ class Sampler:
         if wanted.labelled:
             if queries.positives is None:
                 raise UsageError("documents.labelled needs judgments, and there are none", fix="labelled: false")
-            known = {number for number, rows in enumerate(queries.positives) if len(rows)}
+            if len(queries.positives) != (0 if queries.given is None else len(queries.given)):
+                raise UsageError(
+                    f"labels of {len(queries.positives)} queries, vectors of"
+                    f" {0 if queries.given is None else len(queries.given)}",
+                    where="queries",
+                    fix="one entry, maybe empty, for each given query",
+                )
+            # Rows of the given queries, which are the pool's first ones where they take part at all.
+            known = {number for number, rows in enumerate(queries.positives) if len(rows) and wanted_given}
             trained = np.array([number for number in trained if int(number) in known], np.int64)
         # Kinds of queries that are left after that, each with its share.
         self.kinds = [
@@ -105,7 +137,7 @@ class Sampler:
             )
         self.top: NDArray[np.int32] | None = None
         if wanted.top and specification.relevance == "vectors":
-            self.top = best_documents(vectors, documents, min(wanted.top, len(documents)), self.metric, work)
+            self.top = best_documents(vectors, documents, min(wanted.top, len(documents)), self.metric, work / BEST)
 
     def _pool(self, queries: Queries) -> tuple[Vectors, list[tuple[int, int, float]]]:
         """All queries in one array, given ones first; and (first, last + 1, share) of each kind."""
@@ -131,6 +163,12 @@ class Sampler:
                 vectors = vectors[np.sort(chosen)]
                 texts = [texts[row] for row in np.sort(chosen)] if texts is not None else None
             part = np.array(vectors, np.float32)
+            name = ("given query", "pseudo-query", "document")[number]
+            check_vectors(part, self.documents.shape[1], partial("{}: row {}".format, name))
+            if self.specification.query == "encoder" and (texts is None or len(texts) != len(part)):
+                raise UsageError(
+                    f"query: encoder reads texts, and a {name} has none", where="queries", fix="query: linear"
+                )
             part = part[np.linalg.norm(part, axis=1) > 0] if number == 2 else part
             parts.append(part)
             self.texts += texts or []
@@ -143,24 +181,34 @@ class Sampler:
         return np.concatenate(parts), bounds
 
     def spread(self) -> float:
-        """Mean over queries of the standard deviation of the teacher's scores among its best documents."""
+        """Mean over queries of the standard deviation of the similarities of the documents that the teacher ranks."""
         numbers = generator(self.seed, 13).permutation(len(self.vectors))[:SPREAD_QUERIES]
         if self.specification.relevance == "scores":
             teacher = self.queries.teacher
             assert teacher is not None
-            deviations = [
-                float(teacher.scores[teacher.offsets[i] : teacher.offsets[i + 1]].std())
-                for i in range(min(len(teacher.queries), SPREAD_QUERIES))
-            ]
+            lists = [(int(teacher.queries[i]), teacher.rows[part]) for i, part in self._spread_lists(teacher)]
         elif self.top is not None:
-            deviations = [
-                float(self.similarities(self.vectors[[number]], np.asarray(self.top[number], np.int64)).std())
-                for number in numbers
-            ]
+            lists = [(int(number), self.top[number]) for number in numbers]
         else:
-            rows = generator(self.seed, 14).permutation(len(self.documents))[:1024]
-            deviations = self.similarities(self.vectors[numbers], np.sort(rows)).std(dim=1).tolist()
-        return max(float(np.mean(deviations)), 1e-6)
+            rows = np.sort(generator(self.seed, 14).permutation(len(self.documents))[:1024])
+            return max(float(self.similarities(self.vectors[numbers], rows).std(dim=1, correction=0).mean()), LEAST)
+        deviations = [
+            float(self.similarities(self.vectors[[number]], np.asarray(rows, np.int64)).std(correction=0))
+            for number, rows in lists
+        ]
+        return max(float(np.mean(deviations)), LEAST)
+
+    def teacher_spread(self) -> float:
+        """The same of the teacher's own scores: recorded ones have a scale of their own."""
+        teacher = self.queries.teacher
+        if self.specification.relevance == "vectors" or teacher is None:
+            return self.spread()
+        return max(float(np.mean([teacher.scores[part].std() for _, part in self._spread_lists(teacher)])), LEAST)
+
+    @staticmethod
+    def _spread_lists(teacher: TeacherScores) -> list[tuple[int, slice]]:
+        ends = teacher.offsets.tolist()
+        return [(i, slice(ends[i], ends[i + 1])) for i in range(min(len(teacher.queries), SPREAD_QUERIES))]
 
     def similarities(self, queries: Tensor, rows: Rows) -> Tensor:
         """[queries, rows] teacher's similarities, those of the vectors themselves."""
@@ -219,24 +267,25 @@ class Sampler:
             rows = np.unique(np.concatenate([needed, kept]))
         if len(rows) < 2:
             raise RankdistillError("a list of fewer than two documents", where="documents", fix="documents.top: 200")
-        index = self._index(rows, own, positives, wanted, random)
+        index = self._index(rows, own, positives, drawn, wanted, random)
         shape = (len(numbers), len(rows) if index is None else index.shape[1])
         labels = np.full(shape, -1, np.int64)
-        mask = np.ones(shape, bool)
+        mask = np.ones(shape, bool) if index is None else index >= 0
+        index = None if index is None else np.maximum(index, 0)
         if wanted.labelled:
             assert index is not None and self.queries.positives is not None
             for place, number in enumerate(numbers):
-                labels[place][np.isin(rows[index[place]], self.queries.positives[int(number)])] = 1
-        if index is not None and not wanted.in_batch:
-            mask = index >= 0
-            index = np.maximum(index, 0)
+                positive = np.isin(rows[index[place]], self.queries.positives[int(number)])
+                labels[place][positive & mask[place]] = 1
         tensor = None if index is None else torch.from_numpy(index)
         return Batch(
             self.vectors[numbers], numbers, rows, tensor, torch.from_numpy(labels), None, torch.from_numpy(mask)
         )
 
     @staticmethod
-    def _index(rows: Rows, own: Rows, positives: Rows, wanted: Any, random: np.random.Generator) -> Rows | None:
+    def _index(
+        rows: Rows, own: Rows, positives: Rows, drawn: Rows, wanted: Any, random: np.random.Generator
+    ) -> Rows | None:
         """Places in `rows` for each query, [B, D], -1 where a list is shorter; None: all of them."""
         everything = wanted.in_batch and wanted.list_size is None and not len(positives)
         if everything:
@@ -246,8 +295,9 @@ class Sampler:
             if wanted.in_batch:
                 places = random.permutation(len(rows)) if wanted.list_size else np.arange(len(rows))
             else:
-                places = np.searchsorted(rows, own[number])
-                found = rows[np.minimum(places, len(rows) - 1)] == own[number]
+                wide = np.union1d(own[number], drawn)
+                places = np.searchsorted(rows, wide)
+                found = rows[np.minimum(places, len(rows) - 1)] == wide
                 places = random.permutation(places[found])
             if len(positives):
                 first = np.searchsorted(rows, positives[number])
@@ -260,15 +310,18 @@ class Sampler:
         return index
 
 
-def best_documents(queries: Vectors, documents: Vectors, count: int, metric: Metric, work: Path) -> NDArray[np.int32]:
-    """The `count` best documents of each query by exact search: int32 [queries, count], a memory-mapped file in `work`.
+def best_documents(queries: Vectors, documents: Any, count: int, metric: Metric, file: Path) -> NDArray[np.int32]:
+    """The `count` best documents of each query by exact search: int32 [queries, count], a memory-mapped file.
 
     Memory: a block of documents and a block of queries.
+
+    Args:
+        documents: anything of a length whose slices are [n, dimension].
     """
     import faiss
 
-    path, kind = work / "best.npy", faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
-    best = allocate_array(path, (len(queries), count), np.int32)
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+    best = allocate_array(file, (len(queries), count), np.int32)
     with progress("teacher's best documents", len(queries), "queries") as bar:
         for first in range(0, len(queries), QUERIES_AT_ONCE):
             block = np.ascontiguousarray(queries[first : first + QUERIES_AT_ONCE])

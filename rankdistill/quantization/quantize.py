@@ -1,17 +1,18 @@
 """From vectors to a FAISS index whose codebooks were learned: start, train, encode, export.
 
 The artifact beside the index (kind "quantizer") holds `quantizer.safetensors` (rotation, query map, centroids,
-codebooks), `codes.npy` uint8 [n, M], `lists.npy` int64 [n] and `log.jsonl`; all are read memory-mapped. The index file is
-FAISS's own: a transform for queries, then IndexPQ, IndexIVFPQ or their fast-scan forms.
+codebooks), `codes.npy` uint8 [n, M], `lists.npy` int64 [n] and `log.jsonl`; codes and lists are read memory-mapped. The
+index file is FAISS's own: a transform for queries, then IndexPQ, IndexIVFPQ or their fast-scan forms.
 
 What grows: in memory the queries (at most `queries.most` of each kind but the given ones), one step's documents and one
-block; the index itself, M bytes and an id a document, while it is written. On disk M bytes a document, and 4 · top bytes a query.
+block; the index itself, M bytes and an id a document, while it is written; 8 bytes a document where there are lists. On
+disk M bytes a document, and 4 · top bytes a query while it trains.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,23 +21,34 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.artifacts import (
+    Artifact,
+    file_digest,
+    find_artifact,
+    fingerprint,
+    locked,
+    open_artifact,
+    write_artifact,
+)
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.assembly import IndexParts, add_codes, assemble_index, parts_of
 from rankdistill.indexes.base import Vectors, allocate_array
 from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
+from rankdistill.indexes.dense import DenseEngine, ExactIndex, iter_doc_ids
 from rankdistill.indexes.faiss_index import FaissIndex, apply_search, manifest_if_whole, publish_index
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
-from rankdistill.quantization.batches import Queries, Sampler
+from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
 from rankdistill.quantization.quantizer import VectorQuantizer, encode
-from rankdistill.quantization.training import LOG, WEIGHTS, QuantizerTraining
+from rankdistill.quantization.training import LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
 
 if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+    from rankdistill.scores.lists import ScoredLists
     from rankdistill.students.base import StudentModel
 
 KIND = "quantizer"
-CODES, LISTS = "codes.npy", "lists.npy"
+CODES = "codes.npy"
 ENCODER = "query_encoder"
 BLOCK = 65_536
 
@@ -54,6 +66,7 @@ def quantize(
     collection_fingerprint: str = "",
     similarity: Literal["dot", "cos"] | None = None,
     student: StudentModel | None = None,
+    open_student: Callable[[Path], StudentModel] | None = None,
 ) -> FaissIndex:
     """Learn a product-quantised index over document vectors [n, dimension] that ranks as the vectors do.
 
@@ -66,7 +79,7 @@ def quantize(
         queries: what to learn from; the documents themselves unless given.
         vectors_fingerprint: of the document vectors, queries_fingerprint of the queries: what decides the result.
         similarity: of the student; `cos` promises vectors of length one and is checked.
-        student: whose query encoder is trained along (`query: encoder`).
+        student: whose query encoder is trained along (`query: encoder`); `open_student` opens it where it was saved.
 
     Raises:
         UsageError: a specification that cannot be met: no queries, no labels where labels are asked for, a query map
@@ -82,8 +95,9 @@ def quantize(
         "specification": specification.model_dump(
             mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
         ),
-        "vectors": vectors_fingerprint or fingerprint([documents.shape, float(np.abs(documents[:1024]).sum())]),
-        "queries": queries_fingerprint,
+        "vectors": vectors_fingerprint or content_digest(documents),
+        "queries": queries_fingerprint or (queries.digest() if queries is not None else ""),
+        "student": student_fingerprint if specification.query == "encoder" else "",
     }
     with locked(out_file):
         trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student)
@@ -92,7 +106,9 @@ def quantize(
             return FaissIndex.open(out_file)
         started = time.time()
         index = _export(trained, documents, specification)
-        learned_queries = (trained.path / ENCODER).is_dir()
+        encoder = trained.path / ENCODER
+        if encoder.is_dir() and open_student is not None:
+            student_fingerprint = open_student(encoder).fingerprint  # queries of another student are refused
         return publish_index(
             index,
             doc_ids,
@@ -100,18 +116,145 @@ def quantize(
             specification=specification.started(documents.shape[1]),
             manifest={
                 "fingerprint": wanted,
-                "student_fingerprint": "" if learned_queries else student_fingerprint,
+                "student_fingerprint": student_fingerprint,
                 "collection_fingerprint": collection_fingerprint,
                 "vectors_fingerprint": vectors_fingerprint,
                 "similarity": similarity,
                 "quantizer": specification.model_dump(mode="json"),
-                "query_encoder": str(trained.path.name) + f"/{ENCODER}" if learned_queries else None,
+                "query_encoder": f"{trained.path.name}/{ENCODER}" if encoder.is_dir() else None,
                 **{key: trained.manifest[key] for key in ("factory", "trained_on", "agreement", "zero_vectors")},
                 "device": "cpu",
                 "training_seconds": trained.manifest["seconds"],
                 "seconds": round(time.time() - started, 3),
             },
         )
+
+
+def quantize_student(
+    student: StudentModel,
+    collection: Collection,
+    vectors: Artifact | str | Path,
+    specification: QuantizerSpecification,
+    out_file: str | Path,
+    *,
+    query_ids: Sequence[str] | None = None,
+    lists: ScoredLists | None = None,
+    open_student: Callable[[Path], StudentModel] | None = None,
+) -> FaissIndex:
+    """`quantize` for a student's vectors of a collection: the queries it learns from are the collection's.
+
+    Args:
+        vectors: see `encode_documents`.
+        query_ids, lists: see `collection_queries`.
+
+    Raises:
+        RankdistillError: the vectors are another student's or another collection's; whatever `quantize` raises.
+    """
+    from rankdistill.quantization.queries import collection_queries
+
+    exact = DenseEngine.over(student, vectors).index
+    exact.check(student, collection)
+    assert isinstance(exact, ExactIndex)
+    queries, made_from = collection_queries(student, collection, specification, query_ids=query_ids, lists=lists)
+    return quantize(
+        exact.vectors,
+        iter_doc_ids(collection),
+        queries,
+        specification,
+        out_file,
+        vectors_fingerprint=exact.fingerprint,
+        queries_fingerprint=made_from,
+        student_fingerprint=student.fingerprint,
+        collection_fingerprint=collection.fingerprint,
+        similarity=student.similarity,
+        student=student,
+        open_student=open_student,
+    )
+
+
+def quantize_files(
+    documents: str | Path,
+    queries: str | Path | None,
+    specification: QuantizerSpecification,
+    out_file: str | Path,
+    *,
+    ids: str | Path | None = None,
+    scores: str | Path | None = None,
+) -> FaissIndex:
+    """`quantize` for vectors made elsewhere, by any model: .npy or Parquet (see indexes/foreign_vectors.py).
+
+    Args:
+        queries: of the training queries; documents serve as queries without one.
+        ids: of a .npy's rows.
+        scores: a teacher's scores as a run, for `relevance: scores`; documents and queries by the ids of the vectors.
+
+    Raises:
+        UsageError, RankdistillError: as `open_foreign_vectors` and `quantize`; scores that name none of the vectors.
+    """
+    from rankdistill.indexes.foreign_vectors import open_foreign_vectors
+
+    out_file = Path(out_file)
+    folder = out_file.with_name(f"{out_file.name}.vectors")
+    held = open_foreign_vectors(documents, folder, side="documents", ids=ids)
+    asked = open_foreign_vectors(queries, folder, side="queries") if queries is not None else None
+    if asked is not None and asked.dimension != held.dimension:
+        raise RankdistillError(
+            f"queries of {asked.dimension} dimensions, documents of {held.dimension}", where=str(queries)
+        )
+    teacher = None
+    if specification.relevance == "scores":
+        if scores is None or asked is None:
+            raise UsageError("relevance: scores needs --scores and --queries", fix="or relevance: vectors")
+        teacher = recorded_scores(scores, list(asked.ids), list(held.ids))
+    # A cosine model's vectors have length one; what is not is compared by plain inner product.
+    return quantize(
+        held.vectors,
+        held.ids,
+        Queries(given=None if asked is None else np.array(asked.vectors), teacher=teacher),
+        specification,
+        out_file,
+        vectors_fingerprint=held.fingerprint,
+        queries_fingerprint=fingerprint(
+            [asked.fingerprint if asked is not None else None, file_digest(scores) if scores is not None else None]
+        ),
+        similarity="cos" if held.unit_length else "dot",
+    )
+
+
+def recorded_scores(file: str | Path, query_ids: Sequence[str], doc_ids: Sequence[str]) -> TeacherScores:
+    """A run's scores by the rows of queries and documents; what neither knows is left out and counted.
+
+    Raises:
+        RankdistillError: fewer than two known documents for every known query.
+    """
+    from rankdistill.runs import iter_run
+
+    query_row = {query_id: row for row, query_id in enumerate(query_ids)}
+    doc_row = {doc_id: row for row, doc_id in enumerate(doc_ids)}
+    queries, rows, values, dropped = [], [], [], 0
+    for query_id, names, scores in iter_run(Path(file)):
+        known = np.array([doc_row.get(name, -1) for name in names], np.int32)
+        if query_id not in query_row or (known >= 0).sum() < 2:
+            dropped += 1
+            continue
+        queries.append(query_row[query_id])
+        rows.append(known[known >= 0])
+        values.append(np.asarray(scores, np.float32)[known >= 0])
+    if not queries:
+        raise RankdistillError(
+            "no query of these scores has two documents among the vectors", where=str(file), fix="the same ids in both"
+        )
+    if dropped:
+        warn(f"{dropped} queries of {file} have no vector, or fewer than two scored documents with one: left out")
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in rows])]).astype(np.int64)
+    flat = np.concatenate(rows)
+    return TeacherScores(np.array(queries), offsets, flat, np.concatenate(values), np.full(len(flat), -1, np.int32))
+
+
+def query_encoder_folder(index: FaissIndex) -> Path | None:
+    """The query encoder that was trained along with an index, if there is one."""
+    named = index.manifest.get("query_encoder")
+    return index.path.with_name(str(named).split("/")[0]) / ENCODER if named else None
 
 
 def _checked(specification: QuantizerSpecification, student: StudentModel | None) -> QuantizerSpecification:
@@ -195,14 +338,15 @@ def _train(
                 quantizer, sampler, specification, documents, work, codes=frozen, query_encoder=encoder
             )
             training.run()
-            agreement = {"start": training.initial, "end": training.final, "queries": float(len(sampler.held_out))}
-            if training.final < training.initial:
+            if training.initial is not None and training.final is not None:
+                agreement = {"start": training.initial, "end": training.final, "queries": float(len(sampler.held_out))}
+            if agreement and agreement["end"] < agreement["start"]:
                 warn(
                     f"{specification.name}: training lowered the agreement with exact search from"
                     f" {training.initial:.3f} to {training.final:.3f} of the first ten"
                 )
-        if frozen is None:
-            _encode_all(documents, quantizer, work)
+        if frozen is None or (quantizer.centroids is not None and not quantizer.by_residual):
+            _encode_all(documents, quantizer, work, keep_codes=frozen is not None)
         save_file({name: value.contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
         if specification.query == "encoder" and student is not None and specification.steps:
             student.save(work / ENCODER)
@@ -212,7 +356,7 @@ def _train(
             "steps": specification.steps,
         }
         writer.notes = {**notes, "agreement": agreement, "zero_vectors": len(zeros), "log": LOG}
-        for leftover in ("best.npy", start_file.name):
+        for leftover in (BEST, LIVE, start_file.name):
             (work / leftover).unlink(missing_ok=True)
         _remove_checkpoints(work)
     return open_artifact(path, KIND)
@@ -230,7 +374,9 @@ def _start(documents: Vectors, specification: QuantizerSpecification, file: Path
     started = specification.started(documents.shape[1])
     if not file.is_file():
         say(f"{specification.name}: FAISS trains {started.resolve(*documents.shape)}, which learning starts from")
-        index, notes = train_index(documents, started.model_copy(update={"refine": None}))
+        index, notes = train_index(
+            documents, started.model_copy(update={"refine": None}), by_residual=specification.residual
+        )
         parts = parts_of(index)
         tensors = {"codebooks": torch.from_numpy(parts.codebooks)}
         if parts.rotation is not None:
@@ -260,11 +406,15 @@ def _start(documents: Vectors, specification: QuantizerSpecification, file: Path
 
 
 def _encode_all(
-    documents: Vectors, quantizer: VectorQuantizer, work: Path
+    documents: Vectors, quantizer: VectorQuantizer, work: Path, *, keep_codes: bool = False
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
     """Lists and codes of all documents with the codebooks as they are now, written memory-mapped."""
     rotation, centroids, codebooks = quantizer.parts()
-    codes = allocate_array(work / CODES, (len(documents), quantizer.subspaces), np.uint8)
+    codes: NDArray[np.uint8]
+    if keep_codes:
+        codes = np.load(work / CODES, mmap_mode="r", allow_pickle=False)
+    else:
+        codes = allocate_array(work / CODES, (len(documents), quantizer.subspaces), np.uint8)
     lists = None if centroids is None else allocate_array(work / LISTS, (len(documents),), np.int64)
     with progress("encode documents to codes", len(documents), "vectors") as bar:
         for start in range(0, len(documents), BLOCK):
@@ -272,13 +422,14 @@ def _encode_all(
             found, made = encode(
                 block, rotation, centroids, codebooks, metric=quantizer.metric, by_residual=quantizer.by_residual
             )
-            codes[start : start + len(block)] = made
+            if not keep_codes:
+                codes[start : start + len(block)] = made
             if lists is not None and found is not None:
                 lists[start : start + len(block)] = found
             bar.advance(len(block))
-    codes.flush()
-    if lists is not None:
-        lists.flush()
+    for array in (codes, lists):
+        if isinstance(array, np.memmap) and array.mode != "r":
+            array.flush()
     return lists, codes
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankdistill.indexes.assembly import IndexParts, Metric, unpack_codes
 
 DISTANCES_AT_ONCE = 1 << 25  # numbers in one block of distances to codewords
+CODES_AT_ONCE = 4096  # vectors: FAISS holds all their distances to all codewords where a codeword is 16 wide or more
 
 
 class VectorQuantizer(nn.Module):
@@ -154,8 +155,8 @@ def similarity(queries: Tensor, documents: Tensor, metric: Metric) -> Tensor:
 def uniform_codes(distances: Tensor, strength: float = 0.05, iterations: int = 50) -> Tensor:
     """Codes [n, M] under the constraint that a batch uses each codeword alike (RepCONC, Zhan et al. 2022).
 
-    Sinkhorn's iterations on exp(-distance / (strength · mean distance)) give the plan with uniform marginals; each vector
-    takes its greatest entry.
+    Sinkhorn's iterations on exp(-distance / (strength · mean distance)) give the plan with uniform marginals; each
+    vector takes its greatest entry.
 
     Args:
         distances: [M, n, codewords].
@@ -182,7 +183,8 @@ def encode(
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
     """Lists [n] and codes [n, M] of vectors [n, dimension], by FAISS's own kernels on all threads.
 
-    Rounded as FAISS rounds, so that its own trained parts give its own codes. A vector goes to the list the index probes first for it: by inner product where the index scores by it.
+    Rounded as FAISS rounds, so that its own trained parts give its own codes. A vector goes to the list that the index
+    probes first for it: by inner product where the index scores by it.
     """
     import faiss
 
@@ -200,4 +202,8 @@ def encode(
             rotated -= centroids[lists]
     quantiser = faiss.ProductQuantizer(subspaces * width, subspaces, codewords.bit_length() - 1)
     faiss.copy_array_to_vector(np.ascontiguousarray(codebooks, dtype=np.float32).ravel(), quantiser.centroids)
-    return lists, unpack_codes(quantiser.compute_codes(rotated), subspaces, quantiser.nbits)
+    codes = np.empty((len(rotated), subspaces), np.uint8)
+    for start in range(0, len(rotated), CODES_AT_ONCE):
+        packed = quantiser.compute_codes(rotated[start : start + CODES_AT_ONCE])
+        codes[start : start + CODES_AT_ONCE] = unpack_codes(packed, subspaces, quantiser.nbits)
+    return lists, codes

@@ -8,7 +8,6 @@ arXiv:2204.00185); a query encoder that is trained along also learns from the un
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,21 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankdistill.artifacts import write_atomically
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Vectors
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.losses.base import ListLoss
 from rankdistill.progress import progress, say
-from rankdistill.quantization.batches import Batch, Sampler
+from rankdistill.quantization.batches import Batch, Sampler, best_documents
 from rankdistill.quantization.quantizer import VectorQuantizer, encode, uniform_codes
 from rankdistill.recipe import build
 from rankdistill.training.checkpoints import load_state, save_state
 
 LOG, CHECKPOINT, STATE = "log.jsonl", "checkpoint", "state.json"
-WEIGHTS = "quantizer.safetensors"
+WEIGHTS, LISTS, LIVE = "quantizer.safetensors", "lists.npy", "live.npy"
 LOG_EVERY = 10
 AGREEMENT = 10  # documents compared with the exact ranking
 BLOCK = 65_536
+MOST_PAIRS = 1 << 28  # of documents in a step's lists: 1 GiB of float32
 TEMPERATURE_SHARE = 0.5  # of the standard deviation of the teacher's scores among its best
 
 EncodeQueries = Callable[[list[str]], Tensor]
@@ -65,6 +65,7 @@ class QuantizerTraining:
         self.quantizer, self.sampler, self.specification = quantizer, sampler, specification
         self.documents, self.work, self.codes, self.query_encoder = documents, work, codes, query_encoder
         self.losses: list[ListLoss] = [build("loss", loss.settings()) for loss in specification.losses]
+        self._check_pairs()
         if any(loss.needs_labels for loss in self.losses) and not specification.documents.labelled:
             raise RankdistillError(
                 f"the loss {next(one.type for one in self.losses if one.needs_labels)} needs a labelled positive",
@@ -73,6 +74,13 @@ class QuantizerTraining:
             )
         wanted = specification.temperature
         self.temperature = TEMPERATURE_SHARE * sampler.spread() if wanted == "auto" else float(wanted)
+        # Recorded scores have a scale of their own: brought to that of the similarities, which the student's are.
+        self.teacher_scale = sampler.spread() / sampler.teacher_spread() if specification.relevance == "scores" else 1.0
+        if specification.codes == "frozen" and quantizer.by_residual and quantizer.centroids is not None:
+            # Frozen codes describe what is left after these very centroids, of these very lists.
+            quantizer.centroids.weight.requires_grad_(False)
+        if query_encoder is not None:
+            query_encoder[0].eval()  # dropout would differ in a resumed training
         self.weights: dict[str, float] = {}  # fixed by the first batch: w of L_ivf, the unit of the reconstruction
         self.step = 0
         self.log: list[dict[str, Any]] = []
@@ -83,11 +91,11 @@ class QuantizerTraining:
         """Train to the last step; goes on from the last checkpoint."""
         spec = self.specification
         resumed = self._load()
-        self.initial = self.agreement() if not resumed else float(self.log[0][f"overlap@{AGREEMENT}"])
         if not resumed:
-            self.log.append({"step": 0, f"overlap@{AGREEMENT}": self.initial})
-        if self.quantizer.centroids is not None:
-            self._assign(keep=resumed)
+            self.log.append({"step": 0, f"overlap@{AGREEMENT}": self.agreement()})
+        self.initial: float | None = self.log[0][f"overlap@{AGREEMENT}"]
+        self._assign(keep=resumed)
+        self._look_again(keep=resumed)
         with progress(f"quantize {spec.name}", spec.steps, "steps") as bar:
             bar.done = self.step
             while self.step < spec.steps:
@@ -96,8 +104,9 @@ class QuantizerTraining:
                 if self.step % LOG_EVERY == 0 or self.step == spec.steps:
                     self.log.append({"step": self.step, **entry})
                 bar.advance(1, f"loss {entry['loss']:.4f}")
-                if self.lists is not None and self.step % spec.reassign_every == 0:
+                if self.step % spec.reassign_every == 0:
                     self._assign()
+                    self._look_again()
                 if self.step % spec.checkpoint_every == 0 and self.step < spec.steps:
                     self._save()
         self.final = self.agreement()
@@ -114,6 +123,8 @@ class QuantizerTraining:
         teacher = batch.teacher
         if teacher is None:
             teacher = self._listed(self.sampler.similarities(batch.queries, batch.rows), batch)
+        else:
+            teacher = teacher * self.teacher_scale
         queries = batch.queries
         if self.query_encoder is not None:
             queries = self.query_encoder[1]([self.sampler.texts[number] for number in batch.numbers])
@@ -175,6 +186,22 @@ class QuantizerTraining:
             total = total + loss.weight * loss(student, teacher / self.temperature, batch.labels, batch.mask)
         return total
 
+    def _check_pairs(self) -> None:
+        """Refuse losses over all pairs of lists too long for that, before the memory does."""
+        spec, wanted = self.specification, self.specification.documents
+        size = wanted.limit if wanted.in_batch else wanted.top + wanted.random + 1
+        size = wanted.list_size or min(size, len(self.documents))
+        pairs = min(spec.batch, len(self.sampler.vectors)) * size**2
+        if spec.relevance == "vectors" and pairs > MOST_PAIRS:
+            for loss in self.losses:
+                if loss.over_pairs:
+                    raise UsageError(
+                        f"the loss {loss.type} compares all pairs: {spec.batch} lists of {size} documents would take"
+                        f" {pairs * 4 / 2**30:.0f} GiB a tensor",
+                        where=f"{spec.name}: losses",
+                        fix="documents: {list_size: 64}",
+                    )
+
     def _optimisers(self) -> tuple[list[torch.optim.Optimizer], list[list[float]]]:
         spec, quantizer = self.specification, self.quantizer
         # Rates follow the scale of what they move, so that one default suits vectors of any length.
@@ -190,7 +217,7 @@ class QuantizerTraining:
         adam = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in dense], betas=(0.9, 0.98))
         optimisers: list[torch.optim.Optimizer] = [adam]
         rates = [[rate for _, rate in dense]]
-        if quantizer.centroids is not None:
+        if quantizer.centroids is not None and quantizer.centroids.weight.requires_grad:
             rate = spec.centroid_rate * float(quantizer.centroids.weight.detach().std())
             optimisers.append(torch.optim.SparseAdam([quantizer.centroids.weight], lr=rate))
             rates.append([rate])
@@ -200,7 +227,9 @@ class QuantizerTraining:
 
     def _assign(self, keep: bool = False) -> None:
         """Each document to the list that the index would probe first for it."""
-        path = self.work / "lists.npy"
+        if self.quantizer.centroids is None:
+            return
+        path = self.work / LISTS
         if keep and path.is_file():
             self.lists = torch.from_numpy(np.load(path, allow_pickle=False))
             return
@@ -213,15 +242,29 @@ class QuantizerTraining:
             lists[start : start + BLOCK] = found
         self.lists = torch.from_numpy(lists)
 
+    def _look_again(self, keep: bool = False) -> None:
+        """The best documents of each query by the codes of the moment, where the specification wants them live."""
+        if not self.specification.documents.live or self.sampler.top is None:
+            return
+        file = self.work / LIVE
+        if keep and file.is_file():
+            self.sampler.top = np.load(file, mmap_mode="r", allow_pickle=False)
+            return
+        with torch.no_grad():
+            asked = (self.sampler.vectors @ self.quantizer.query_transform().T).numpy()
+        decoded = _Decoded(self.quantizer, self.documents, self.codes)
+        count = self.sampler.top.shape[1]
+        self.sampler.top = best_documents(asked, decoded, count, self.quantizer.metric, file)
+
     @torch.no_grad()
-    def agreement(self) -> float:
+    def agreement(self) -> float | None:
         """Share of the exact first ten that the codes put into the first ten too, over held-out queries.
 
-        Exhaustive over at most 65,536 documents drawn by the seed; NaN where no query was held out.
+        Exhaustive over at most 65,536 documents drawn by the seed; none where no query was held out.
         """
         sampler, quantizer = self.sampler, self.quantizer
         if not len(sampler.held_out):
-            return math.nan
+            return None
         random = np.random.default_rng(sampler.seed)
         count = len(self.documents)
         rows = np.arange(count) if count <= BLOCK else np.sort(random.choice(count, BLOCK, replace=False))
@@ -229,20 +272,8 @@ class QuantizerTraining:
         exact = sampler.similarities(queries, rows).topk(min(AGREEMENT, len(rows)), dim=1).indices
         if self.query_encoder is not None:
             queries = self.query_encoder[1]([sampler.texts[number] for number in sampler.held_out])
-        rotation, centroids, codebooks = quantizer.parts()
-        lists, codes = encode(
-            np.asarray(self.documents[rows], np.float32),
-            rotation,
-            centroids,
-            codebooks,
-            metric=quantizer.metric,
-            by_residual=quantizer.by_residual,
-        )
-        if self.specification.codes == "frozen" and self.codes is not None:
-            codes = self.codes[rows]
-        decoded = quantizer.decode(torch.from_numpy(codes.astype(np.int64)))
-        if quantizer.by_residual and lists is not None and quantizer.centroids is not None:
-            decoded = decoded + quantizer.centroids(torch.from_numpy(lists))
+        chosen = None if self.codes is None else self.codes[rows]
+        decoded = torch.from_numpy(_Decoded(quantizer, self.documents[rows], chosen)[:])
         found = quantizer.score(queries @ quantizer.query_transform().T, decoded).topk(exact.shape[1], dim=1).indices
         return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
 
@@ -264,7 +295,9 @@ class QuantizerTraining:
         for number, optimiser in enumerate(self.optimisers):
             save_state(optimiser.state_dict(), new, f"optimiser_{number}")
         if self.lists is not None:
-            np.save(new / "lists.npy", self.lists.numpy())
+            np.save(new / LISTS, self.lists.numpy())
+        if (self.work / LIVE).is_file():
+            shutil.copy(self.work / LIVE, new / LIVE)
         values = {"step": self.step, "weights": self.weights, "log": self.log, "temperature": self.temperature}
         write_atomically(new / STATE, json.dumps(values))
         old = self.work / f"{CHECKPOINT}.old"
@@ -291,8 +324,9 @@ class QuantizerTraining:
                 self.query_encoder[0].load_state_dict(encoder)
             for optimiser, state in zip(self.optimisers, states, strict=True):
                 optimiser.load_state_dict(state)
-            if (folder / "lists.npy").is_file():
-                shutil.copy(folder / "lists.npy", self.work / "lists.npy")
+            for name in (LISTS, LIVE):
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, self.work / name)
             self.step, self.weights, self.log = values["step"], values["weights"], values["log"]
             self.temperature = values["temperature"]
             say(f"{self.specification.name}: going on from step {self.step}")
@@ -301,6 +335,27 @@ class QuantizerTraining:
 
     def _write_log(self) -> None:
         write_atomically(self.work / LOG, "".join(json.dumps(entry) + "\n" for entry in self.log))
+
+
+class _Decoded:
+    """All documents as the codes of the moment give them back, a slice at a time: [n, d]."""
+
+    def __init__(self, quantizer: VectorQuantizer, documents: Vectors, codes: NDArray[np.uint8] | None) -> None:
+        self.quantizer, self.documents, self.codes, self.parts = quantizer, documents, codes, quantizer.parts()
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @torch.no_grad()
+    def __getitem__(self, part: slice) -> NDArray[np.float32]:
+        block = np.asarray(self.documents[part], np.float32)
+        lists, codes = encode(block, *self.parts, metric=self.quantizer.metric, by_residual=self.quantizer.by_residual)
+        codes = codes if self.codes is None else self.codes[part]
+        decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)))
+        if self.quantizer.by_residual and self.quantizer.centroids is not None and lists is not None:
+            decoded = decoded + self.quantizer.centroids(torch.from_numpy(lists))
+        array: NDArray[np.float32] = decoded.numpy()
+        return array
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

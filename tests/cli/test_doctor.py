@@ -23,7 +23,7 @@ def index(tmp_path: Path) -> Path:
 
 
 def test_an_index_is_looked_at(index: Path, tmp_path: Path) -> None:
-    arguments = ("doctor", "--index", "x.faiss", "--vectors", "vectors.npy", "-k", "200")
+    arguments = ("doctor", "--index", str(index), "--vectors", str(tmp_path / "vectors.npy"), "-k", "200")
     ending = run(*arguments, folder=tmp_path)
     assert ending.code == 0 and "own list probed first" in ending.out
     assert "WARNING  hits missing (-1) of 200" in ending.out and "raise nprobe" in ending.out
@@ -35,16 +35,29 @@ def test_an_index_is_looked_at(index: Path, tmp_path: Path) -> None:
 def test_a_foreign_index_is_looked_at(index: Path, tmp_path: Path) -> None:
     faiss.write_index(faiss.read_index(str(index)), str(tmp_path / "foreign.faiss"))
     np.save(tmp_path / "queries.npy", np.ones((3, 16), np.float16))
-    ending = run("doctor", "--index", "foreign.faiss", "--queries", "queries.npy", "-k", "5", folder=tmp_path)
+    ending = run(
+        "doctor",
+        "--index",
+        str(tmp_path / "foreign.faiss"),
+        "--queries",
+        str(tmp_path / "queries.npy"),
+        "-k",
+        "5",
+        folder=tmp_path,
+    )
     assert ending.code == 0 and "hits missing (-1) of 5" in ending.out
 
 
 def test_what_it_refuses(index: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.ones((399, 16), np.float32))
     for arguments, code, message in (
-        (("--index", "none.faiss"), 1, "there is no index here"),
-        (("--index", "x.faiss", "--vectors", "other.npy"), 1, "vectors of shape [399, 16], an index of 400 × 16"),
-        (("--vectors", "vectors.npy"), 2, "--vectors and --queries go with --index"),
+        (["--index", str(tmp_path / "none.faiss")], 1, "there is no index here"),
+        (
+            ["--index", str(index), "--vectors", str(tmp_path / "other.npy")],
+            1,
+            "vectors of shape [399, 16], an index of 400 × 16",
+        ),
+        (["--vectors", "vectors.npy"], 2, "--vectors and --queries go with --index"),
     ):
         ending = run("doctor", *arguments, folder=tmp_path)
         assert ending.code == code and message in ending.err and "Traceback" not in ending.err

@@ -19,7 +19,20 @@ import yaml
 from forked import Ending, Forked, program, run
 from safetensors.numpy import load_file, save_file
 
-VERBS = ("run", "recipes", "collection", "mine", "score", "train", "index", "search", "serve", "evaluate", "compare", "doctor")
+VERBS = (
+    "run",
+    "recipes",
+    "collection",
+    "mine",
+    "score",
+    "train",
+    "index",
+    "search",
+    "serve",
+    "evaluate",
+    "compare",
+    "doctor",
+)
 MAIN = [sys.executable, "-m", "rankdistill.cli.main"]
 
 

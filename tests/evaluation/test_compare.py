@@ -80,6 +80,20 @@ def test_nothing_to_compare_or_to_judge_with() -> None:
         compare([Run.from_dict({"q": {"a": 1.0}})], {})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ["ndgc@10"]}, "did you mean ndcg@10"),
+        ({"correction": "bonferroni"}, "choose holm or tukey"),
+        ({"alpha": 5}, "between 0 and 1"),
+        ({"collection": "python-docs"}, "both judgments and a collection"),
+    ],
+)
+def test_wrong_settings_teach(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare([Run.from_dict({"q1": {"a": 1.0}})], QRELS, **settings)
+
+
 # -- judgments --------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +135,9 @@ def test_judgments_that_repeat_are_counted_and_those_that_contradict_are_refused
     with pytest.raises(RankdistillError, match="judged 1 and 2") as caught:
         read_judgments(path)
     assert caught.value.where == f"{path}:3"
+    path.write_text("\n")
+    with pytest.raises(RankdistillError, match="holds no judgments"):
+        read_judgments(path)
     path.write_text("q 0 a 1\nq 0 b high\n")
     with pytest.raises(RankdistillError, match="not a whole number"):
         read_judgments(path)

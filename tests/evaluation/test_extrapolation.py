@@ -240,6 +240,11 @@ def test_folds_are_pooled_per_query(tmp_path: Path) -> None:
     assert entry["parts"][EXTRAPOLATION]["systems"]["student"]["map"] == pytest.approx(np.mean(outside))
     assert entry["parts"][INTERPOLATION]["systems"]["student"]["map"] == pytest.approx(np.mean(inside))
     assert entry["bound"] == pytest.approx(0.6) and entry["folds"] == 3
+    # The same queries in both parts: the gap is of each query.
+    differences = np.array(inside) - np.array(outside)
+    expected = stats.t.interval(0.95, 9, differences.mean(), stats.sem(differences))
+    assert entry["paired"] and entry["reference"] is None and entry["gap_beyond"] == {}
+    assert entry["gap"]["student"]["map"] == pytest.approx([differences.mean(), *expected])
     overlap = entry["relevant_overlap"]
     assert (overlap[INTERPOLATION]["pairs"], overlap[EXTRAPOLATION]["pairs"]) == (40, 20)
     assert overlap[EXTRAPOLATION]["pair_share"] == 0.5
@@ -365,3 +370,12 @@ def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
     assert check_recipe(resolved).resolved() == resolved
     with pytest.raises(UsageError, match="measures no extrapolation"):
         run_folds(load_recipe(values, ["evaluation.extrapolation=null"]), Path("nowhere"))
+
+
+def test_the_verb_refuses_another_protocol() -> None:
+    from typer.testing import CliRunner
+
+    from rankdistill.cli.main import app
+
+    result = CliRunner().invoke(app, ["folds", "quickstart", "--protocol", "cluster"])
+    assert isinstance(result.exception, UsageError) and "clusters or similarity" in str(result.exception)

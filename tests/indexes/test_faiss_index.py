@@ -357,7 +357,7 @@ def test_memory_mapped_codes_stay_on_disk(tmp_path: Path) -> None:
     from rankdistill.indexes.assembly import add_codes, assemble_index
     from rankdistill.indexes.faiss_index import publish_index
 
-    rng, count = np.random.default_rng(0), 300_000
+    rng, count = np.random.default_rng(0), 200_000
     codebooks, centroids = rng.normal(size=(32, 256, 2)), rng.normal(size=(64, 64))
     codes, lists = rng.integers(0, 256, (count, 32)).astype(np.uint8), rng.integers(0, 64, count)
     code = (
