@@ -25,7 +25,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import disk_errors
-from rankdistill.collections.identifiers import text_ids, text_keys
+from rankdistill.collections.identifiers import IdCodes, text_ids, text_keys
 from rankdistill.errors import RankdistillError
 
 SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
@@ -202,17 +202,14 @@ class Run:
         repeated: tuple[str, str] | None = None
         for first, last in self.parts():
             start, end = int(self.offsets[first]), int(self.offsets[last])
-            encoded = self.doc_ids[start:end].dictionary_encode()
-            codes = encoded.indices.to_numpy(zero_copy_only=False)
+            codes = IdCodes(self.doc_ids[start:end])
             offsets = self.offsets[first : last + 1] - start
             queries = np.repeat(np.arange(last - first, dtype=np.int32), np.diff(offsets))
-            keys = np.sort(queries * np.int64(max(len(encoded.dictionary), 1)) + codes)
-            again = np.flatnonzero(keys[1:] == keys[:-1])
+            again = codes.repeated(queries)
             if len(again) and repeated is None:
-                query, code = divmod(int(keys[again[0]]), len(encoded.dictionary))
-                repeated = self.query_ids[first + query], encoded.dictionary[code].as_py()
+                repeated = self.query_ids[first + queries[again[0]]], self.doc_ids[start + int(again[0])].as_py()
             twice += len(again)
-            order = _block_order(self.scores[start:end], codes, encoded.dictionary, queries, offsets)
+            order = _block_order(self.scores[start:end], codes, queries, offsets)
             changed |= order is not None
             orders.append((start, end, order))
         if repeated is not None:
@@ -240,34 +237,26 @@ def _tied(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return tied
 
 
-def _block_order(
-    scores: np.ndarray, codes: np.ndarray, dictionary: pa.Array, queries: np.ndarray, offsets: np.ndarray
-) -> np.ndarray | None:
+def _block_order(scores: np.ndarray, codes: IdCodes, queries: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
     """The order that puts rows in trec_eval's: int64 [N], or None when they are in it.
 
     Args:
         scores: [N] by query.
-        codes: [N] places of the documents' ids in `dictionary`.
+        codes: of the N rows' documents.
         queries: [N] rising numbers of the rows' queries; `offsets` says where each begins.
     """
     order: np.ndarray | None = None
     if ((scores[1:] > scores[:-1]) & (queries[1:] == queries[:-1])).any():
         order = np.argsort(_rank_keys(queries, scores), kind="stable")
-        scores, codes = scores[order], codes[order]
+        scores = scores[order]
     tied = np.flatnonzero(_tied(scores, offsets))
     if not len(tied):
         return order
-    # Only ids decide ties, so only theirs are compared, and each distinct id once.
-    used = np.zeros(len(dictionary), bool)
-    used[codes[tied]] = True
-    distinct = np.flatnonzero(used)
-    falling = np.zeros(len(used), np.int64)
-    by_id = pc.array_sort_indices(dictionary.take(pa.array(distinct)), order="descending").to_numpy()
-    falling[distinct[by_id]] = np.arange(len(distinct))
+    # Only ids decide ties, so only theirs are compared.
+    falling = codes.falling(tied if order is None else order[tied])
     tied_scores, tied_queries = scores[tied], queries[tied]
     new_group = (tied_scores[1:] != tied_scores[:-1]) | (tied_queries[1:] != tied_queries[:-1])
-    group = np.concatenate([[0], np.cumsum(new_group)])
-    sequence = np.argsort(group * len(distinct) + falling[codes[tied]], kind="stable")
+    sequence = np.lexsort((falling, np.concatenate([[0], np.cumsum(new_group)])))
     if (sequence == np.arange(len(tied))).all():
         return order
     placed = np.arange(len(scores))

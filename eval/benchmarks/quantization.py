@@ -8,13 +8,13 @@ stopped goes on. `--table` writes all of it as Markdown; with `--collection` lef
 encoded once and kept in WORK, as are the indexes.
 
 Rules:
-- Learned from: the documents, pseudo-queries out of them and the train queries, where the collection has any; never from
-  test (or dev) queries. Measured on the test split, once an index.
+- Learned from: the documents, pseudo-queries out of them and the train queries, where the collection has any; never
+  from test (or dev) queries. Measured on the test split, once an index.
 - FAISS trains each rotation, its lists and codebooks once a seed. The index that comes out is the baseline, and the
   learned one of the same shape starts from these very parts; its training seconds include FAISS's.
-- Speeds: one thread, encoded queries, FAISS's own `search` for ten documents (binary codes: with our re-scoring), all
-  contestants taking turns in each round; ratios within a round, medians over rounds. A small collection is mostly set-up
-  time, so `--speed-documents` repeats the codes until there are so many.
+- Speeds: one thread and its processor time, encoded queries, FAISS's own `search` for ten documents (binary codes: with
+  our re-scoring), all contestants taking turns in each round; ratios within a round, medians over rounds. A small
+  collection is mostly set-up time, so `--speed-documents` repeats the codes until there are so many.
 - Significance: paired randomisation tests of nDCG@10 over queries, Holm-corrected within a reference and a size (seeds
   averaged per query first).
 """
@@ -43,7 +43,7 @@ import torch
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 
-from rankdistill.artifacts import fingerprint, write_atomically
+from rankdistill.artifacts import Artifact, fingerprint, write_atomically
 from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment
@@ -156,6 +156,7 @@ class Methods:
         def loss(name: str, **settings: Any) -> list[dict[str, Any]]:
             return [{"type": name, **settings}]
 
+        yield Method(FLOAT, None, self.faiss("Flat"))
         yield row("base", "as the table has it")
         yield Method("OPQ (no training)", size, start_of(self.learned(size, rotation="opq"), self.dimension), "base")
         yield row("loss", "KL", losses=loss("kl"))
@@ -175,7 +176,9 @@ class Methods:
             yield row("temperature", f"{temperature:g}", temperature=temperature)
         documents_of = {
             "own best only (in-batch off)": {"random": 0, "in_batch": False},
+            "own best + random (in-batch off)": {"random": 1024, "in_batch": False},
             "best + in-batch (Distill-VQ)": {"random": 0},
+            "best found again with the codes + in-batch": {"random": 0, "live": True},
             "random only": {"top": 0, "random": 2048},
             "best + in-batch + random": {"random": 1024},
             "best 50 + in-batch + random": {"top": 50, "random": 1024},
@@ -198,7 +201,7 @@ class Methods:
         yield row("labels", "label-free, train queries", queries=train)
         yield row("labels", "labelled, InfoNCE", losses=loss("infonce"), **labelled)
         yield row("labels", "labelled, InfoNCE + KL", losses=[*loss("infonce"), *loss("kl")], **labelled)
-        for query in ("frozen", "linear"):
+        for query in ("frozen", "linear", "encoder"):
             yield row("query", query, query=query)
         for codes in ("nearest", "straight_through", "uniform"):
             yield row("codes", codes, codes=codes)
@@ -211,15 +214,15 @@ class Methods:
         if steps := int(self.learned(size).steps):
             for share in (0.25, 3):
                 yield row("steps", f"{round(steps * share):,}", steps=max(1, round(steps * share)))
-        lists = {"lists": "auto", "search": {"nprobe": PROBES}}
-        fixed = {"centroid_rate": 1e-12}  # FAISS's lists stay where they are
-        for name, changes in {
+        inverted: dict[str, Any] = {"lists": "auto", "search": {"nprobe": PROBES}}
+        questions: dict[str, dict[str, Any]] = {
             "IVF and PQ jointly": {},
-            "PQ alone, FAISS's lists": fixed,
+            "PQ alone, FAISS's lists": {"centroid_rate": 1e-12},  # they stay where they are
             "neither (FAISS's IVF-OPQ-PQ)": {"steps": 0},
             "jointly, codes without residuals": {"residual": False},
-        }.items():
-            yield Method(name, size, self.learned(size, **lists, **changes), "IVF", (2, 8, PROBES))
+        }
+        for name, changes in questions.items():
+            yield Method(name, size, self.learned(size, **inverted, **changes), "IVF", (2, 8, PROBES))
 
 
 def start_of(specification: QuantizerSpecification, dimension: int) -> IndexSpecification:
@@ -241,7 +244,9 @@ class KeptEncoder:
         model = Path(where) / "model" if (Path(where) / "model").is_dir() else Path(where)
         kind = {"type": "dense"} if model.is_dir() else {"type": "dense", "model": where}
         maker = build("student", kind)
-        self.model = maker.open(model) if model.is_dir() else maker.create()
+        self.open: Callable[[Path], Any] = lambda folder: build("student", {"type": "dense"}).open(folder)
+        self.fresh: Callable[[], Any] = (lambda: maker.open(model)) if model.is_dir() else maker.create
+        self.model = self.fresh()
         self.fingerprint: str = self.model.fingerprint
         self.dimension: int = self.model.dimension
         self.similarity = self.model.similarity
@@ -268,7 +273,6 @@ class Data:
     collection: Collection
     encoder: KeptEncoder
     work: Path
-    spec: str = ""
     learned_from: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -276,10 +280,12 @@ class Data:
         return self.work / f"{self.collection.name}-{self.encoder.name}"
 
     @cached_property
+    def vectors(self) -> Artifact:
+        return encode_documents(self.encoder, self.collection, self.folder / "vectors")
+
+    @cached_property
     def documents(self) -> Any:
-        artifact = encode_documents(self.encoder, self.collection, self.folder / "vectors")  # type: ignore[arg-type]
-        self.vectors_fingerprint = artifact.fingerprint
-        return open_vectors(artifact)
+        return open_vectors(self.vectors)
 
     @cached_property
     def qrels(self) -> dict[str, dict[str, int]]:
@@ -318,46 +324,56 @@ def make(data: Data, specification: Specification) -> FaissIndex:
     if isinstance(specification, IndexSpecification):
         key = fingerprint(specification.model_dump(exclude={"name", "description"}))
         out = data.folder / "indexes" / f"faiss-{key}.index"
-        common = {"vectors_fingerprint": data.vectors_fingerprint, "similarity": data.encoder.similarity}
+        common = {"vectors_fingerprint": data.vectors.fingerprint, "similarity": data.encoder.similarity}
         return build_index(documents, iter_doc_ids(data.collection), specification, out, **common)
     start = make(data, start_of(specification, data.encoder.dimension))
     queries, decided = data.learning_queries(specification)
+    along = specification.query == "encoder"
     key = fingerprint([specification.model_dump(exclude={"name", "description"}), decided])
     out = data.folder / "indexes" / f"learned-{key}.index"
-    shared = lend_start(specification, start, out, data.vectors_fingerprint, decided)
+    values = {
+        "specification": specification.model_dump(
+            mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
+        ),
+        "vectors": data.vectors.fingerprint,
+        "queries": decided,
+        "student": data.encoder.fingerprint if along else "",
+    }
+    shared = lend_start(specification, start, quantizer_folder(out), fingerprint(values))
     index = quantize(
         documents,
         iter_doc_ids(data.collection),
         queries,
         specification,
         out,
-        vectors_fingerprint=data.vectors_fingerprint,
+        vectors_fingerprint=data.vectors.fingerprint,
         queries_fingerprint=decided,
+        student_fingerprint=data.encoder.fingerprint if along else "",
         similarity=data.encoder.similarity,
+        student=data.encoder.fresh() if along else None,  # it is trained in place
+        open_student=data.encoder.open,
     )
     note = out.with_suffix(".start.json")
     if not note.is_file():
-        write_atomically(note, json.dumps({"seconds": start.manifest["seconds"] if shared() else 0.0}))
+        write_atomically(note, json.dumps({"seconds": start.manifest["seconds"] if shared() else None}))
     return index
 
 
 def lend_start(
-    specification: QuantizerSpecification, start: FaissIndex, out: Path, vectors: str, queries: str
+    specification: QuantizerSpecification, start: FaissIndex, folder: Path, wanted: str
 ) -> Callable[[], bool]:
     """Lay FAISS's trained parts where a resumed training finds them; afterwards tells whether they were taken.
 
-    Without it FAISS would train the same rotation again for every variant, which takes longer than learning.
+    Without it FAISS would train the same rotation again for every variant, which takes longer than learning. Where
+    `quantize` looks elsewhere it does so all the same, and the row says that FAISS's share of the time is not known.
+
+    Args:
+        folder: of the finished quantiser, wanted: its fingerprint.
     """
-    values = {
-        "specification": specification.model_dump(
-            mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
-        ),
-        "vectors": vectors,
-        "queries": queries,
-    }
-    wanted, folder = fingerprint(values), quantizer_folder(out)
     partial = folder.with_name(f".{folder.name}.{wanted}.partial")
-    if not (folder / "manifest.json").is_file() and not (partial / "start.safetensors").is_file():
+    # FAISS's own index with lists always holds residuals: codes without them start from other codebooks.
+    alike = not specification.lists or specification.residual or specification.fast_scan
+    if alike and not (folder / "manifest.json").is_file() and not (partial / "start.safetensors").is_file():
         found = parts_of(start.index)
         arrays = {"rotation": found.rotation, "centroids": found.centroids, "codebooks": found.codebooks}
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items() if array is not None}
@@ -368,21 +384,21 @@ def lend_start(
 
     def taken() -> bool:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["fingerprint"] != wanted:
+        if not alike or manifest["fingerprint"] != wanted:
             print("  FAISS's start was not shared: this index trained it again", flush=True)
-        return bool(manifest["fingerprint"] == wanted)
+        return bool(alike and manifest["fingerprint"] == wanted)
 
     return taken
 
 
-def training_seconds(index: FaissIndex, specification: Specification) -> dict[str, float]:
-    """All of it, and FAISS's share of it."""
+def training_seconds(index: FaissIndex, specification: Specification) -> dict[str, float | None]:
+    """All of it, and FAISS's share of it where that is known."""
     seconds = float(index.manifest["seconds"])
     if isinstance(specification, IndexSpecification):
         return {"training_seconds": seconds, "faiss_seconds": seconds}
     start = json.loads(index.path.with_suffix(".start.json").read_text())["seconds"]
-    whole = seconds + float(index.manifest["training_seconds"]) + start
-    return {"training_seconds": round(whole, 2), "faiss_seconds": round(start, 2)}
+    whole = seconds + float(index.manifest["training_seconds"]) + (start or 0.0)
+    return {"training_seconds": round(whole, 2), "faiss_seconds": start}
 
 
 def code_bytes(index: FaissIndex) -> float:
@@ -394,7 +410,10 @@ def code_bytes(index: FaissIndex) -> float:
 
 
 def quality(data: Data, index: FaissIndex) -> dict[str, Any]:
-    found = index.search(data.queries, DEPTH)
+    own = index.manifest.get("query_encoder")
+    texts = data.collection.query_texts(data.query_ids)
+    queries = data.queries if own is None else data.encoder.open(index.path.parent / own).encode_queries(texts)
+    found = index.search(queries, DEPTH)
     ranking = {
         query_id: dict(zip(data.collection.doc_ids(hits.rows), hits.scores.tolist()))
         for query_id, hits in zip(data.query_ids, found)
@@ -469,7 +488,7 @@ def measure_speed(contestants: dict[str, FaissIndex], queries: Any, rounds: int)
                 shift = turn % len(names)
                 for name in names[shift:] + names[:shift]:
                     times: list[float] = []
-                    while sum(times) < SPEED_SECONDS:
+                    while sum(times) < SPEED_SECONDS or len(times) < 3:
                         times.append(seconds_of(searches[name], batch))
                     rates[name].append(len(batch) / min(times))
                     latencies[name].append(1000 * statistics.median(seconds_of(searches[name], one) for one in singles))
@@ -495,9 +514,9 @@ def measure_speed(contestants: dict[str, FaissIndex], queries: Any, rounds: int)
 
 
 def seconds_of(search: Callable[[Any], Any], queries: Any) -> float:
-    began = time.perf_counter()
+    began = time.process_time()  # on one thread as long as the wall says, but for what others do on the machine
     search(queries)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -558,11 +577,12 @@ class Benchmark:
                     if needs and not train:
                         print(f"  left out, there are no train queries: {method.name}", flush=True)
                         continue
-                    if re.search(options.only, f"{method.group}: {method.name}"):
+                    if method.name == FLOAT or re.search(options.only, f"{method.group}: {method.name}"):
                         self.method(method, seed)
                 continue
             for method in methods.without_size():
-                if number == 0:  # nothing in them is drawn but RaBitQ's rotation
+                # Nothing in them is drawn but RaBitQ's rotation; float is what all are set against.
+                if number == 0 and (method.name == FLOAT or re.search(options.only, method.name)):
                     self.method(method, seed)
             for size in options.bytes:
                 for method in methods.of_size(size):
@@ -598,17 +618,18 @@ class Benchmark:
             at = "" if row["nprobe"] is None else f" at nprobe {row['nprobe']}"
             print(
                 f"  nDCG@10 {row['ndcg@10']:.4f}, overlap@10 {row['overlap@10']:.3f},"
-                f" {row['training_seconds']:.0f} s (FAISS {row['faiss_seconds']:.0f} s){at}",
+                f" training {seconds_text(row)} s{at}",
                 flush=True,
             )
             self.rows.add({"key": key, **row})
 
     def speed(self, methods: Methods, size: int, documents: int) -> None:
         identity = self.identity("speed", methods.seed) | {"bytes": size, "enlarged_to": documents}
-        chosen = [
-            method for method in [*methods.without_size(), *methods.of_size(size)] if method.size or not documents
-        ]
+        every = [*methods.without_size(), *methods.of_size(size)]
+        chosen = [method for method in every if re.search(self.options.only, method.name)]
         chosen = [method for method in chosen if not documents or method.name in ENLARGED]
+        if not chosen:
+            return
         key = fingerprint({**identity, "of": [method.specification.model_dump(mode="json") for method in chosen]})
         if key in self.rows:
             return
@@ -650,8 +671,9 @@ class Benchmark:
 
 def averaged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The same index with several seeds as one row."""
-    numbers = ("ndcg@10", "recall@100", "overlap@10", "overlap@100", "file_bytes", "training_seconds", "faiss_seconds")
-    one = dict(rows[-1])
+    numbers = ("ndcg@10", "recall@100", "overlap@10", "overlap@100", "file_bytes", "training_seconds")
+    one, shares = dict(rows[-1]), [row["faiss_seconds"] for row in rows]
+    one["faiss_seconds"] = None if None in shares else statistics.fmean(shares)
     one |= {name: statistics.fmean(row[name] for row in rows) for name in numbers}
     one["per_query"] = np.mean([row["per_query"] for row in rows], axis=0)
     one["seeds"] = len({row["seed"] for row in rows})
@@ -679,6 +701,11 @@ def quality_text(row: dict[str, Any], exact: float) -> list[str]:
         f"{row['ndcg@10']:.4f}{spread}",
         f"{100 * row['ndcg@10'] / exact:.1f}",
     ]
+
+
+def seconds_text(row: dict[str, Any]) -> str:
+    whole, share = row["training_seconds"], row["faiss_seconds"]
+    return f"{whole:.1f}" if share == whole else f"{whole:.0f} ({'?' if share is None else f'{share:.0f}'})"
 
 
 def line(cells: Sequence[Any]) -> str:
@@ -722,9 +749,7 @@ def main_table(rows: list[dict[str, Any]], speeds: list[dict[str, Any]]) -> list
                         f"{row['file_bytes']:.0f}",
                         f"{rate:,.0f}" if rate else "",
                         f"{single:.3f}" if single else "",
-                        f"{row['training_seconds']:.0f} ({row['faiss_seconds']:.0f})"
-                        if name.startswith(LEARNED)
-                        else f"{row['training_seconds']:.1f}",
+                        seconds_text(row),
                     ]
                 )
             )
@@ -742,7 +767,7 @@ def speed_table(speeds: list[dict[str, Any]]) -> list[str]:
                     [
                         f"{speed['collection']}, {speed['encoder']}",
                         speed["bytes"],
-                        f"{speed['documents'][LEARNED]:,}",
+                        f"{speed['documents'][name.split(' / ')[0]]:,}",
                         name,
                         f"{statistics.median(batch):.2f} ({min(batch):.2f}–{max(batch):.2f})",
                         f"{statistics.median(ratio['single']):.2f}",
@@ -768,9 +793,12 @@ def ablation_table(rows: list[dict[str, Any]], exact: float | None) -> list[str]
             found = against(here, joint[1])
             compared |= {("IVF", name): p_text(found, name, joint[1]) for name in here}
     if base in means:
-        others = {": ".join(key): row for key, row in means.items() if key[0] != "IVF"}
-        found = against(others, ": ".join(base))
-        compared |= {key: p_text(found, ": ".join(key), ": ".join(base)) for key in means if key[0] != "IVF"}
+        for group in dict.fromkeys(group for group, _ in means if group != "IVF"):
+            # What is the base itself under another name is no comparison.
+            here = {name: row for (own, name), row in means.items() if own == group}
+            same = {name for name, row in here.items() if row["specification"] == means[base]["specification"]}
+            found = against({base[1]: means[base]} | {name: here[name] for name in here if name not in same}, base[1])
+            compared |= {(group, name): "base" if name in same else p_text(found, name, base[1]) for name in here}
     header = ["question", "variant", "nDCG@10", "% of float", "− base (IVF: − jointly)", "Recall@100", "overlap@10"]
     header += ["overlap@100", "training, s"]
     lines = [line(header), "|:---|:---|" + "---:|" * (len(header) - 2)]
@@ -785,7 +813,7 @@ def ablation_table(rows: list[dict[str, Any]], exact: float | None) -> list[str]
                     f"{row['recall@100']:.4f}",
                     f"{row['overlap@10']:.3f}",
                     f"{row['overlap@100']:.3f}",
-                    f"{row['training_seconds']:.0f} ({row['faiss_seconds']:.0f})",
+                    seconds_text(row),
                 ]
             )
         )
@@ -817,8 +845,8 @@ def write_table(rows: Rows, out: Path) -> None:
     lines += [
         "",
         f"on {span([one['machine'] for one in environments])}, {span([one['cores'] for one in environments])} cores, "
-        f"{platform.system()}, {versions}; {span([row['when'] for row in every])} UTC. Training on "
-        f"{span([one['threads'] for one in environments])} threads, speeds on one. Others' work on the machine: load "
+        f"{platform.system()}, {versions}; {span([row['when'] for row in every])} UTC. Threads in training: "
+        f"{span([one['threads'] for one in environments])}, in timed searches one. Others' work on the machine: load "
         f"average {span([one['load'] for one in environments])} while measuring, which slows training seconds.",
         "",
     ]
@@ -829,22 +857,22 @@ def write_table(rows: Rows, out: Path) -> None:
         table = [row for row in here if row["kind"] == "table"]
         ablation = [row for row in here if row["kind"] == "ablation"]
         one = here[-1]
-        from_queries = next((row["learned_from"] for row in reversed(here) if row.get("learned_from")), {})
         lines += [f"## {collection}, {encoder}", ""]
-        lines += [
-            f"{one['documents_count']:,} documents, {one['queries_count']:,} test queries. Learned from "
-            + ", ".join(
-                [
-                    f"{count:,} {'pseudo-' if name == 'pseudo' else name + ' '}queries"
-                    for name, count in from_queries.items()
-                ]
-                + ["the documents themselves"]
+        text = (
+            f"{one['documents_count']:,} documents, {one['queries_count']:,} test queries; recall counts judgments of "
+        )
+        text += f"{one['relevance_level']} and above."
+        taught = [row for row in here if row.get("learned_from")]
+        if taught:
+            most = max(taught, key=lambda row: len(row["learned_from"]))
+            names = {"train": "train queries", "pseudo": "pseudo-queries"}
+            kinds = [f"{count:,} {names[name]}" for name, count in most["learned_from"].items()]
+            kinds += ["the documents themselves"] if most["specification"]["queries"]["documents"] else []
+            text += (
+                f" Learned from {', '.join(kinds)}{'' if 'train' in most['learned_from'] else '; no train queries'}."
             )
-            + ("; no train queries exist" if "train" not in from_queries else "")
-            + f". Recall counts judgments of {one['relevance_level']} and above.",
-            "",
-        ]
-        if table:
+        lines += [text, ""]
+        if any(row["method"] != FLOAT for row in table):
             lines += main_table(table, [row for row in speeds if row in here])
         if ablation:
             exact = [row["ndcg@10"] for row in table if row["method"] == FLOAT]
@@ -856,23 +884,25 @@ def write_table(rows: Rows, out: Path) -> None:
     if speeds:
         lines += ["## Speed", "", "Above 1: the first is faster.", "", *speed_table(speeds)]
         lines += [
-            f"One thread, {speeds[-1]['k']} documents a query, batches of {span([row['batch'] for row in speeds])} queries, "
-            f"{span([row['rounds'] for row in speeds])} rounds in which all contestants take turns; ratios within a round, "
-            "medians. Where there are more documents than the collection has, its codes were repeated.",
+            f"One thread, its processor time; {speeds[-1]['k']} documents a query, batches of "
+            f"{span([row['batch'] for row in speeds])} queries, {span([row['rounds'] for row in speeds])} rounds in "
+            "which all contestants take turns; ratios within a round, medians. Where there are more documents than the "
+            "collection has, its codes were repeated.",
             "",
         ]
     lines += [
         "## Reading it",
         "",
-        "- bytes: of a document's code. The whole file also holds ids of lists (8 bytes a document), rotation and codebooks,"
-        " which small collections spread over few documents: `file B/doc`.",
+        "- bytes: of a document's code. The whole file also holds ids of lists (8 bytes a document), rotation and"
+        " codebooks, which small collections spread over few documents: `file B/doc`.",
         "- `− OPQ`, `− float`, `− base`: difference of nDCG@10 and p of a paired randomisation test over queries,"
-        f" {PERMUTATIONS:,} permutations, Holm-corrected within the column and, for OPQ, the size; bold below .05.",
-        "- training seconds: FAISS's start and learning together; in brackets FAISS's share. Wall clock.",
-        f"- indexes with lists visit {PROBES} of them unless said; RaBitQ without lists searches all documents; binary codes"
-        " are re-scored four deep with the float query.",
+        f" {PERMUTATIONS:,} permutations, Holm-corrected within the column and, for OPQ, the size (for the base,"
+        " the question); bold below .05.",
+        "- training seconds: wall clock, FAISS's start and learning together; in brackets FAISS's share.",
+        f"- indexes with lists visit {PROBES} of them unless said; RaBitQ without lists searches all documents; binary"
+        " codes are re-scored four deep with the float query.",
         "- fast-scan at the same bytes: twice the subspaces, 4 bits each.",
-        f"- seeds: {span([row['seed'] for row in every])}; ± is the standard deviation over seeds, where there are several.",
+        f"- seeds: {span([row['seed'] for row in every])}; ± is the standard deviation over several.",
         "",
     ]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rankdistill.errors import RankdistillError
 
@@ -59,3 +60,57 @@ def _as_text(value: Any, where: str) -> str:
     raise RankdistillError(
         f"the id {value!r} is a {type(value).__name__}, not text", where=where, fix="write ids as text"
     )
+
+
+class IdCodes:
+    """Ids as numbers: `codes` [N] are equal where the ids are; `falling` has those that fall as ids rise.
+
+    Ids of at most 8 bytes are packed into a number each, which costs a tenth of looking them up in a hash table.
+
+    Args:
+        ids: large_string without nulls.
+    """
+
+    def __init__(self, ids: pa.Array) -> None:
+        packed = _packed(ids)
+        self._dictionary: pa.Array | None = None
+        if packed is None:
+            encoded = ids.dictionary_encode()
+            packed, self._dictionary = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary
+        self.codes: np.ndarray = packed
+
+    def repeated(self, queries: np.ndarray) -> np.ndarray:
+        """Rows [n] whose id an earlier row of their query has, by query; `queries` [N] are rising numbers."""
+        # Within a query this makes no two ids the same; that two queries meet is next to impossible, and harmless.
+        keys = np.sort(self.codes.astype(np.uint64) ^ (queries.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
+        if not (keys[1:] == keys[:-1]).any():
+            return np.zeros(0, np.int64)
+        order = np.lexsort((self.codes, queries))
+        codes, queries = self.codes[order], queries[order]
+        return np.asarray(order[1:][(codes[1:] == codes[:-1]) & (queries[1:] == queries[:-1])])
+
+    def falling(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers [n] of the ids at rows [n] that fall as the ids' UTF-8 bytes rise."""
+        if self._dictionary is None:
+            return np.asarray(~self.codes[rows])
+        distinct, at = np.unique(self.codes[rows], return_inverse=True)  # each distinct id is compared once
+        falling = np.empty(len(distinct), np.int64)
+        by_id = pc.array_sort_indices(self._dictionary.take(pa.array(distinct)), order="descending")
+        falling[by_id.to_numpy()] = np.arange(len(distinct))
+        return falling[at]
+
+
+def _packed(ids: pa.Array) -> np.ndarray | None:
+    """Ids as uint64 [N] that are equal and ordered as their bytes; None where one is empty, longer or holds a NUL."""
+    offsets = np.frombuffer(ids.buffers()[1], np.int64, len(ids) + 1, ids.offset * 8) if len(ids) else np.zeros(1)
+    lengths = np.diff(offsets)
+    if not len(ids) or lengths.max() > 8 or not lengths.min():
+        return None
+    text = np.zeros(int(offsets[-1] - offsets[0]) + 8, np.uint8)
+    text[:-8] = np.frombuffer(ids.buffers()[2], np.uint8, len(text) - 8, int(offsets[0]))
+    if not text[:-8].all():
+        return None
+    # Eight bytes from each id's first on, the first one highest; then those beyond its end are taken off.
+    words = np.ndarray((len(text) - 7,), ">u8", text, 0, (1,))[offsets[:-1] - offsets[0]].astype(np.uint64)
+    beyond = (64 - 8 * lengths).astype(np.uint64)
+    return np.asarray(words >> beyond << beyond)

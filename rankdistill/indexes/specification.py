@@ -205,6 +205,13 @@ class QuantizerSpecification(BaseModel):
     lists: int | Literal["auto"] = Field(default=0, description="inverted lists; 0: none; auto: 4·√N, at most N/39")
     residual: bool = Field(default=True, description="codes describe what is left after the list's centroid")
     metric: Literal["inner_product", "l2"] = "inner_product"
+    overlap: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="subspaces so many times as wide, sharing dimensions with their neighbours: more of the ranking"
+        " kept at the same bytes a document, for a codebook and a query transform so many times as large",
+    )
     rotation: Literal["none", "opq", "learned"] = Field(default="opq", description="learned: OPQ's, trained along")
     query: Literal["frozen", "linear", "encoder"] = Field(
         default="linear",
@@ -229,9 +236,9 @@ class QuantizerSpecification(BaseModel):
     )
     steps: int = Field(default=600, ge=0, description="0: FAISS's own trained index")
     batch: int = Field(default=128, ge=1)
-    codebook_rate: float = Field(default=1e-2, gt=0, description="learning rate, in standard deviations of a codebook")
+    codebook_rate: float = Field(default=3e-2, gt=0, description="learning rate, in standard deviations of a codebook")
     centroid_rate: float = Field(default=1e-2, gt=0, description="... of the centroids")
-    query_rate: float = Field(default=1e-3, gt=0, description="... of the query map")
+    query_rate: float = Field(default=2e-3, gt=0, description="... of the query map")
     encoder_rate: float = Field(default=2e-5, gt=0, description="... of the query encoder")
     rotation_rate: float = Field(default=1e-4, gt=0)
     warmup: float = Field(default=0.1, ge=0, le=1)

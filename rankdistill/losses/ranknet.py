@@ -12,7 +12,7 @@ from rankdistill.losses.base import ListLoss
 
 
 class RankNet(ListLoss):
-    """log(1 + exp(s_j - s_i)) over the pairs with t_i > t_j (Burges et al. 2005).
+    """Weighted mean of log(1 + exp(s_j - s_i)) over the pairs with t_i > t_j (Burges et al. 2005).
 
     Memory: lists x documents^2.
 

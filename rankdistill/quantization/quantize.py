@@ -40,7 +40,7 @@ from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
 from rankdistill.quantization.quantizer import VectorQuantizer, encode
-from rankdistill.quantization.training import LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
+from rankdistill.quantization.training import CODES, LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from rankdistill.students.base import StudentModel
 
 KIND = "quantizer"
-CODES = "codes.npy"
 ENCODER = "query_encoder"
 BLOCK = 65_536
 
@@ -282,6 +281,18 @@ def _checked(specification: QuantizerSpecification, student: StudentModel | None
         )
     if specification.metric == "l2" and specification.query == "encoder":
         raise UsageError("query: encoder needs inner products", where=where, fix="metric: inner_product")
+    if specification.overlap > 1 and (
+        specification.lists
+        or specification.codes != "nearest"
+        or specification.rotation == "learned"
+        or specification.metric == "l2"
+    ):
+        raise UsageError(
+            "overlapping subspaces go with inner products, without lists, codes other than the nearest, and a learned"
+            " rotation",
+            where=where,
+            fix="overlap: 1, or lists: 0, codes: nearest, rotation: opq, metric: inner_product",
+        )
     if specification.codes == "frozen" and specification.rotation == "learned":
         raise UsageError("frozen codes do not follow a learned rotation", where=where, fix="rotation: opq")
     return specification
@@ -326,8 +337,13 @@ def _train(
         )
         agreement: dict[str, float] = {}
         frozen: NDArray[np.uint8] | None = None
-        if specification.codes == "frozen":
+        overlapping = specification.overlap > 1 and specification.steps > 0
+        if specification.codes == "frozen" or overlapping:
             frozen = _encode_all(documents, quantizer, work)[1]
+        if overlapping:
+            quantizer = VectorQuantizer(
+                parts, learn_query_map=specification.query == "linear", overlap=specification.overlap
+            )
         if specification.steps:
             sampler = Sampler(documents, queries, specification, work)
             encoder = None
@@ -442,9 +458,9 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
     lists = (
         np.load(trained.path / LISTS, mmap_mode="r", allow_pickle=False) if (trained.path / LISTS).is_file() else None
     )
-    transform = query_transform(tensors)
+    plain = specification.rotation == "none" and not {"query_map", "columns"} & tensors.keys()
     index = assemble_index(
-        rotation=None if specification.rotation == "none" and "query_map" not in tensors else transform,
+        rotation=None if plain else query_transform(tensors),
         centroids=tensors["centroids.weight"].numpy() if "centroids.weight" in tensors else None,
         codebooks=tensors["codebooks"].numpy(),
         metric=specification.metric,
@@ -472,7 +488,7 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
 
 
 def query_transform(tensors: dict[str, torch.Tensor]) -> NDArray[np.float32]:
-    """R W of a saved quantiser [d, dimension]."""
+    """R W of a saved quantiser [d, dimension], A W where its subspaces overlap."""
     rotation = tensors["rotation0"]
     if "skew" in tensors:
         half = (tensors["skew"] - tensors["skew"].T) / 2
@@ -480,7 +496,9 @@ def query_transform(tensors: dict[str, torch.Tensor]) -> NDArray[np.float32]:
         rotation = torch.linalg.solve(one + half, one - half) @ rotation
     if "query_map" in tensors:
         rotation = rotation @ tensors["query_map"]
-    array: NDArray[np.float32] = rotation.numpy()
+    if "columns" in tensors:
+        rotation = rotation[tensors["columns"].flatten()]
+    array: NDArray[np.float32] = rotation.contiguous().numpy()
     return array
 
 

@@ -4,6 +4,8 @@ With u = R v and o the centroid of the vector's list (none without lists, or whe
     codes    k_m = argmin_k ||(u - o)_m - C[m, k]||^2
     decoded  v^ = o + (C[1, k_1] | ... | C[M, k_M])
     score    <R W q, v^>, or -||R q - v^||^2
+With `overlap` k the subspaces are k times as wide and share dimensions with their neighbours: codewords add up where
+they meet, the space inside has k · d dimensions, A (R's rows, k times each) stands for R, and codes are chosen in turn.
 W, the query map, is the identity unless it is trained. Distill-VQ: Xiao et al. 2022, arXiv:2204.00185.
 """
 
@@ -31,9 +33,11 @@ class VectorQuantizer(nn.Module):
         learn_query_map: W, [d, d], from the identity; inner product only.
         softness: temperature of straight-through gradients to all codewords, in units of the mean squared distance to
             the nearest one; without it only the chosen codewords learn.
+        overlap: how many times wider than d/M the subspaces are.
     """
 
     rotation0: Tensor
+    columns: Tensor | None  # [M, width], the dimensions of each subspace, where they overlap
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class VectorQuantizer(nn.Module):
         learn_rotation: bool = False,
         learn_query_map: bool = False,
         softness: float | None = None,
+        overlap: int = 1,
     ) -> None:
         super().__init__()
         subspaces, self.codewords, self.width = parts.codebooks.shape
@@ -51,7 +56,16 @@ class VectorQuantizer(nn.Module):
         inside = subspaces * self.width
         rotation = parts.rotation if parts.rotation is not None else np.eye(inside, dtype=np.float32)
         self.register_buffer("rotation0", torch.from_numpy(np.array(rotation, np.float32)))
-        self.codebooks = nn.Parameter(torch.from_numpy(np.array(parts.codebooks, np.float32)))
+        codebooks = torch.from_numpy(np.array(parts.codebooks, np.float32))
+        columns = None
+        if overlap > 1:
+            own = torch.arange(subspaces)[:, None] * self.width
+            columns = (own + torch.arange(overlap * self.width)) % inside
+            # What is added starts at zero: the same decoded vectors as without it.
+            codebooks = nn.functional.pad(codebooks, (0, (overlap - 1) * self.width))
+            self.width *= overlap
+        self.register_buffer("columns", columns)
+        self.codebooks = nn.Parameter(codebooks)
         self.skew = nn.Parameter(torch.zeros(inside, inside)) if learn_rotation else None
         self.query_map = nn.Parameter(torch.eye(rotation.shape[1])) if learn_query_map else None
         self.centroids: nn.Embedding | None = None
@@ -73,8 +87,31 @@ class VectorQuantizer(nn.Module):
         return torch.linalg.solve(one + half, one - half) @ self.rotation0
 
     def query_transform(self) -> Tensor:
-        """R W [d, dimension]: what a query is multiplied by."""
-        return self.rotation() if self.query_map is None else self.rotation() @ self.query_map
+        """R W [d, dimension], or A W [overlap · d, dimension]: what a query is multiplied by."""
+        transform = self.rotation() if self.query_map is None else self.rotation() @ self.query_map
+        return transform if self.columns is None else transform[self.columns.flatten()]
+
+    def fold(self, decoded: Tensor) -> Tensor:
+        """Decoded vectors [n, overlap · d] in the space of rotated ones [n, d]: codewords that meet add up."""
+        if self.columns is None:
+            return decoded
+        return decoded.new_zeros(len(decoded), self.rotation0.shape[0]).index_add(1, self.columns.flatten(), decoded)
+
+    @torch.no_grad()
+    def improve(self, rotated: Tensor, codes: Tensor, sweeps: int = 1) -> Tensor:
+        """Codes [n, M] of overlapping subspaces made better, one subspace after the other, the others held (iterated
+        conditional modes, as additive quantisers are encoded: Babenko and Lempitsky 2014).
+        """
+        assert self.columns is not None
+        codes = codes.clone()
+        left = rotated - self.fold(self.decode(codes))
+        for _ in range(sweeps):
+            for number, columns in enumerate(self.columns):
+                book = self.codebooks[number]
+                wanted = left[:, columns] + book[codes[:, number]]
+                codes[:, number] = (book.square().sum(dim=1) - 2 * wanted @ book.T).argmin(dim=1)
+                left[:, columns] = wanted - book[codes[:, number]]
+        return codes
 
     def assign_lists(self, rotated: Tensor) -> Tensor:
         """The list that the index probes first for each vector [n, d]: int64 [n]."""
@@ -127,6 +164,9 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, rotated: Tensor, lists: Tensor | None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Decoded vectors [n, d] of rotated ones, and their codes [n, M] (found unless given)."""
+        if self.columns is not None:
+            assert codes is not None, "overlapping subspaces have no nearest codes"
+            return self.decode(codes), codes
         rest, base = self.residuals(rotated, lists)
         found = self.nearest(rest) if codes is None else codes
         decoded = self.decode(found) if codes is not None else self.decode_straight_through(rest, found)

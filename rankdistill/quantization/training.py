@@ -8,6 +8,7 @@ arXiv:2204.00185); a query encoder that is trained along also learns from the un
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,16 @@ from rankdistill.recipe import build
 from rankdistill.training.checkpoints import load_state, save_state
 
 LOG, CHECKPOINT, STATE = "log.jsonl", "checkpoint", "state.json"
-WEIGHTS, LISTS, LIVE = "quantizer.safetensors", "lists.npy", "live.npy"
+WEIGHTS, CODES, LISTS, LIVE = "quantizer.safetensors", "codes.npy", "lists.npy", "live.npy"
 LOG_EVERY = 10
+# Overlapping subspaces: the share of the steps that fit the vectors, at a higher rate; the share after which codes are
+# held and only codebooks learn; sweeps over all documents then.
+FITTING, FITTING_RATE, SETTLED, SWEEPS = 0.25, 2.5, 0.9, 2
+CODED_AT_ONCE = 8_192
 AGREEMENT = 10  # documents compared with the exact ranking
 BLOCK = 65_536
 MOST_PAIRS = 1 << 28  # of documents in a step's lists: 1 GiB of float32
-TEMPERATURE_SHARE = 0.5  # of the standard deviation of the teacher's scores among its best
+TEMPERATURE_SHARE = 1.0  # of the standard deviation of the teacher's scores among its best
 
 EncodeQueries = Callable[[list[str]], Tensor]
 
@@ -47,7 +52,7 @@ class QuantizerTraining:
     Args:
         quantizer: from FAISS's trained parts.
         sampler: of queries and documents.
-        codes: [n, M] FAISS's codes, read where codes stay frozen.
+        codes: [n, M] FAISS's codes: read where codes stay frozen, written where subspaces overlap.
         query_encoder: a module and a function texts → vectors, where a query encoder is trained along.
     """
 
@@ -104,6 +109,8 @@ class QuantizerTraining:
                 if self.step % LOG_EVERY == 0 or self.step == spec.steps:
                     self.log.append({"step": self.step, **entry})
                 bar.advance(1, f"loss {entry['loss']:.4f}")
+                if self.quantizer.columns is not None and self.step == math.ceil(SETTLED * spec.steps):
+                    self._settle()
                 if self.step % spec.reassign_every == 0:
                     self._assign()
                     self._look_again()
@@ -137,14 +144,16 @@ class QuantizerTraining:
             parts["ivf"] = self._loss(quantizer.score(asked, quantizer.centroids(lists)), teacher, batch)
         if self.query_encoder is not None:
             parts["dense"] = self._loss(quantizer.score(asked, rotated), teacher, batch)
-        error = (rotated - decoded).square().sum(dim=1).mean()
+        error = (rotated - quantizer.fold(decoded)).square().sum(dim=1).mean()
         if "error" not in self.weights:
             self.weights["error"] = max(float(error.detach()), 1e-12)
             for name in ("ivf", "dense"):
                 if name in parts:
                     self.weights[name] = float(parts["pq"].detach()) / max(float(parts[name].detach()), 1e-12)
         total = sum((self.weights.get(name, 1.0) * part for name, part in parts.items()), torch.zeros(()))
-        if spec.reconstruction:
+        if self.step < self._fitting_steps():
+            total = error / self.weights["error"]
+        elif spec.reconstruction:
             total = total + spec.reconstruction * error / self.weights["error"]
         if not torch.isfinite(total):
             raise RankdistillError(
@@ -155,7 +164,7 @@ class QuantizerTraining:
         share = _rate(self.step, spec.steps, spec.warmup)
         for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * share
+                group["lr"] = rate * share * (FITTING_RATE if self.step < self._fitting_steps() else 1.0)
             optimiser.zero_grad(set_to_none=True)
         if total.requires_grad:
             total.backward()
@@ -166,6 +175,13 @@ class QuantizerTraining:
 
     def _codes(self, rotated: Tensor, lists: Tensor | None, batch: Batch) -> Tensor | None:
         """Codes that are not the nearest ones: frozen, or under the uniform constraint."""
+        if self.quantizer.columns is not None:
+            assert self.codes is not None
+            codes = torch.from_numpy(self.codes[batch.rows].astype(np.int64))
+            if self.step < SETTLED * self.specification.steps:
+                codes = self.quantizer.improve(rotated, codes)
+                self.codes[batch.rows] = codes.numpy()
+            return codes
         if self.specification.codes == "frozen":
             assert self.codes is not None
             return torch.from_numpy(self.codes[batch.rows].astype(np.int64))
@@ -174,6 +190,24 @@ class QuantizerTraining:
                 rest, _ = self.quantizer.residuals(rotated, lists)
                 return uniform_codes(self.quantizer.distances(rest) + rest.square().sum(dim=2).T[:, :, None])
         return None
+
+    def _fitting_steps(self) -> float:
+        """First steps in which overlapping codebooks fit the vectors, so that ranking starts from less to repair."""
+        return FITTING * self.specification.steps if self.quantizer.columns is not None else 0.0
+
+    def _settle(self) -> None:
+        """The codes of all documents, also of those no step has drawn, before the codebooks' last steps."""
+        assert self.codes is not None
+        with torch.no_grad():
+            rotation = self.quantizer.rotation().T
+            for start in range(0, len(self.documents), BLOCK):
+                part = slice(start, start + BLOCK)
+                rotated = torch.from_numpy(np.array(self.documents[part], np.float32)) @ rotation
+                codes = torch.from_numpy(self.codes[part].astype(np.int64))
+                for first in range(0, len(codes), CODED_AT_ONCE):
+                    few = slice(first, first + CODED_AT_ONCE)
+                    codes[few] = self.quantizer.improve(rotated[few], codes[few], SWEEPS)
+                self.codes[part] = codes.numpy()
 
     @staticmethod
     def _listed(scores: Tensor, batch: Batch) -> Tensor:
@@ -298,6 +332,8 @@ class QuantizerTraining:
             np.save(new / LISTS, self.lists.numpy())
         if (self.work / LIVE).is_file():
             shutil.copy(self.work / LIVE, new / LIVE)
+        if self.quantizer.columns is not None:
+            np.save(new / CODES, np.asarray(self.codes))
         values = {"step": self.step, "weights": self.weights, "log": self.log, "temperature": self.temperature}
         write_atomically(new / STATE, json.dumps(values))
         old = self.work / f"{CHECKPOINT}.old"
@@ -327,6 +363,9 @@ class QuantizerTraining:
             for name in (LISTS, LIVE):
                 if (folder / name).is_file():
                     shutil.copy(folder / name, self.work / name)
+            if self.quantizer.columns is not None:
+                assert self.codes is not None
+                self.codes[:] = np.load(folder / CODES, allow_pickle=False)
             self.step, self.weights, self.log = values["step"], values["weights"], values["log"]
             self.temperature = values["temperature"]
             say(f"{self.specification.name}: going on from step {self.step}")
@@ -349,6 +388,9 @@ class _Decoded:
     @torch.no_grad()
     def __getitem__(self, part: slice) -> NDArray[np.float32]:
         block = np.asarray(self.documents[part], np.float32)
+        if self.codes is not None and not self.quantizer.by_residual:
+            given = torch.from_numpy(self.codes[part].astype(np.int64))
+            return self.quantizer.decode(given).numpy()
         lists, codes = encode(block, *self.parts, metric=self.quantizer.metric, by_residual=self.quantizer.by_residual)
         codes = codes if self.codes is None else self.codes[part]
         decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)))

@@ -112,7 +112,9 @@ def test_tukey_is_computed_on_the_residual_of_the_two_way_layout() -> None:
     assert tukey_hsd(shifted, pairs).tolist() == pytest.approx(expected, rel=1e-4)
     # Randomised, the real differences of other systems count as noise too; among like systems the two agree.
     alike = values(40, 4, seed=5, better=0.0)
-    assert randomised_tukey_hsd(alike, pairs, 4000).tolist() == pytest.approx(tukey_hsd(alike, pairs).tolist(), abs=0.04)
+    assert randomised_tukey_hsd(alike, pairs, 4000).tolist() == pytest.approx(
+        tukey_hsd(alike, pairs).tolist(), abs=0.04
+    )
 
 
 def test_randomised_tukey_is_the_share_of_all_permutations() -> None:

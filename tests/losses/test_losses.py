@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,15 +13,23 @@ from torch import Tensor
 
 from rankdistill.losses.base import ListLoss
 from rankdistill.losses.contrastive import InfoNCE
-from rankdistill.losses.divergence import KLDivergence
+from rankdistill.losses.divergence import KLDivergence, ListNet
 from rankdistill.losses.margin_mse import MarginMSE
+from rankdistill.losses.pointwise import PointwiseMSE
+from rankdistill.losses.ranknet import RankNet
 
 LOSSES: dict[str, ListLoss] = {
     "margin_mse": MarginMSE(),
     "margin_mse all_pairs": MarginMSE(pairs="all_pairs"),
     "infonce": InfoNCE(temperature=0.7),
     "kl": KLDivergence(temperature=2.0, teacher_temperature=1.5),
+    "listnet": ListNet(temperature=1.5),
+    "mse": PointwiseMSE(),
+    "ranknet": RankNet(),
+    "ranknet rank": RankNet("rank", temperature=0.8),
+    "ranknet ndcg": RankNet("ndcg"),
 }
+RANKNETS = ["ranknet", "ranknet rank", "ranknet ndcg"]
 
 
 def batch(
@@ -99,7 +108,7 @@ def test_a_perfect_student_has_loss_zero(name: str) -> None:
     assert loss(whole + 16.0, whole, labels, mask).item() == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["margin_mse", "margin_mse all_pairs", "kl"])
+@pytest.mark.parametrize("name", ["margin_mse", "margin_mse all_pairs", "kl", "listnet", *RANKNETS])
 def test_a_shift_of_a_querys_teacher_scores_changes_nothing(name: str) -> None:
     student, teacher, labels, mask = batch()
     shift = torch.tensor([[100.0], [-3.0], [0.5], [7.0], [-40.0]], dtype=torch.float64)
@@ -107,7 +116,7 @@ def test_a_shift_of_a_querys_teacher_scores_changes_nothing(name: str) -> None:
     assert after == pytest.approx(before, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["margin_mse", "margin_mse all_pairs", "kl"])
+@pytest.mark.parametrize("name", ["margin_mse", "margin_mse all_pairs", "kl", "listnet", "mse"])
 def test_the_teachers_scale_does_matter(name: str) -> None:
     student, teacher, labels, mask = batch()
     before, after = (LOSSES[name](student, scores, labels, mask).item() for scores in (teacher, teacher * 2))
@@ -148,9 +157,9 @@ def test_lists_without_a_positive_count_nothing(name: str) -> None:
 def test_a_batch_with_nothing_to_learn_has_loss_and_gradient_zero(name: str) -> None:
     student, teacher, labels, mask = batch()
     student.requires_grad_()
-    if name == "margin_mse all_pairs":
+    if name == "margin_mse all_pairs" or name in RANKNETS:
         teacher = torch.ones_like(teacher)  # nothing but ties
-    elif name == "kl":
+    elif name in ("kl", "listnet", "mse"):
         mask = torch.zeros_like(mask)
     else:
         labels = torch.zeros_like(labels)
@@ -158,6 +167,17 @@ def test_a_batch_with_nothing_to_learn_has_loss_and_gradient_zero(name: str) -> 
     loss.backward()
     assert loss.item() == 0.0
     assert student.grad is not None and not student.grad.any()  # NaN counts as something
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_list_that_is_all_padding_teaches_nothing(name: str) -> None:
+    student, teacher, labels, mask = batch()
+    mask[2] = False
+    student.requires_grad_()
+    loss = LOSSES[name](student, teacher, labels, mask)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert not gradient[2].any() and gradient[0].any()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -212,5 +232,104 @@ def test_huge_spreads_stay_finite_in_float32(name: str, spread: float) -> None:
     assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_listnet_is_cross_entropy_against_the_teachers_distribution(temperature: float) -> None:
+    student, teacher, labels, mask = batch()
+    expected = torch.nn.functional.cross_entropy(student / temperature, (teacher / temperature).softmax(1))
+    loss = ListNet(temperature)
+    assert loss(student, teacher, labels, mask).item() == pytest.approx(expected.item(), rel=1e-12)
+    # Its least value is the teacher's entropy, where the student is the teacher, up to a constant.
+    entropy = torch.distributions.Categorical(logits=teacher / temperature).entropy().mean().item()
+    assert loss(teacher + 4.0, teacher, labels, mask).item() == pytest.approx(entropy, rel=1e-12)
+    assert loss(teacher * 1.1, teacher, labels, mask).item() > entropy
+
+
+def test_listnet_has_the_gradient_of_the_kl_divergence() -> None:
+    student, teacher, labels, mask = batch()
+    mask[1, 3:] = False
+    student.requires_grad_()
+    gradients = [
+        torch.autograd.grad(loss(student, teacher, labels, mask), student)[0] for loss in (ListNet(), KLDivergence())
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_pointwise_mse_is_the_mean_over_what_is_not_padding() -> None:
+    student, teacher, labels, mask = batch()
+    mask[1, 2:] = False
+    mask[4] = False
+    rows = zip(student.tolist(), teacher.tolist(), mask.tolist(), strict=True)
+    errors = [(s - t) ** 2 for row in rows for s, t, kept in zip(*row, strict=True) if kept]
+    assert PointwiseMSE()(student, teacher, labels, mask).item() == pytest.approx(sum(errors) / len(errors), rel=1e-12)
+    assert PointwiseMSE()(teacher, teacher, labels, mask).item() == 0.0
+    # Unlike the others it wants the very scores: a constant is an error too.
+    assert PointwiseMSE()(teacher + 2.0, teacher, labels, mask).item() == pytest.approx(4.0, rel=1e-12)
+
+
+def slow_ranknet(
+    student: Tensor, teacher: Tensor, mask: Tensor, weighting: str, temperature: float
+) -> tuple[float, float]:
+    """(loss, sum of weights) by the definition, pair by pair, in Python's double precision."""
+    total = weights = 0.0
+    for s, t, m in zip(student.tolist(), teacher.tolist(), mask.tolist(), strict=True):
+        here = [place for place, kept in enumerate(m) if kept]
+
+        def ranks(scores: list[float], here: list[int] = here) -> dict[int, int]:
+            return {i: rank for rank, i in enumerate(sorted(here, key=lambda i: (-scores[i], i)), start=1)}
+
+        wanted, now = ranks(t), ranks([value / temperature for value in s])
+        ideal = sum(1 / wanted[i] / math.log2(1 + wanted[i]) for i in here)
+
+        def ndcg(places: dict[int, int], wanted: dict[int, int] = wanted, ideal: float = ideal) -> float:
+            return sum(1 / wanted[i] / math.log2(1 + place) for i, place in places.items()) / ideal
+
+        for i in here:
+            for j in here:
+                if t[i] <= t[j]:
+                    continue
+                weight = 1.0
+                if weighting == "rank":
+                    weight = 1 / (wanted[i] + wanted[j])
+                elif weighting == "ndcg":  # nDCG as it is, and with the two in each other's place
+                    weight = abs(ndcg({**now, i: now[j], j: now[i]}) - ndcg(now))
+                total += weight * math.log1p(math.exp((s[j] - s[i]) / temperature))
+                weights += weight
+    return total / weights, weights
+
+
+@pytest.mark.parametrize("weighting", ["none", "rank", "ndcg"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_ranknet_equals_the_definition(weighting: Any, temperature: float) -> None:
+    student, teacher, labels, mask = batch(lists=7)
+    teacher[2, 1] = teacher[2, 3]  # a tie of the teacher is no pair
+    student[5, 0] = student[5, 4]  # one of the student is
+    mask[1, 4:] = False
+    mask[3, :3] = False  # also where the padding comes first
+    mask[6] = False
+    expected, _ = slow_ranknet(student, teacher, mask, weighting, temperature)
+    loss = RankNet(weighting, temperature)(student, teacher, labels, mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RANKNETS)
+def test_ranknet_reads_the_teachers_order_alone(name: str) -> None:
+    student, teacher, labels, mask = batch()
+    loss = LOSSES[name](student, teacher, labels, mask).item()
+    assert loss == pytest.approx(LOSSES[name](student, teacher.exp() * 3, labels, mask).item(), rel=1e-12)
+    assert loss == pytest.approx(LOSSES[name](student + 5.0, teacher, labels, mask).item(), rel=1e-9)
+    shuffled = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    permuted = LOSSES[name](student[:, shuffled], teacher[:, shuffled], labels[:, shuffled], mask)
+    assert loss == pytest.approx(permuted.item(), rel=1e-12)
+    # The right order costs less than the wrong one, and less the clearer it is.
+    right, clear, wrong = (LOSSES[name](teacher * factor, teacher, labels, mask).item() for factor in (1, 9, -1))
+    assert clear < right < wrong
+
+
 def test_weights_are_settings_of_every_loss() -> None:
-    assert [loss.weight for loss in (MarginMSE(weight=2), InfoNCE(weight=0.5), KLDivergence(weight=3))] == [2, 0.5, 3]
+    made = [kind(weight=2.5) for kind in (MarginMSE, InfoNCE, KLDivergence, ListNet, PointwiseMSE, RankNet)]
+    assert [loss.weight for loss in made] == [2.5] * 6
+
+
+def test_losses_over_all_pairs_say_so() -> None:
+    over_pairs = {name for name, loss in LOSSES.items() if loss.over_pairs}
+    assert over_pairs == {"margin_mse all_pairs", *RANKNETS}

@@ -63,14 +63,14 @@ def make_specification(**changes: Any) -> QuantizerSpecification:
     return made
 
 
-def learn(folder: Path, data: Planted, queries: Any = None, similarity: Any = None, **changes: Any) -> FaissIndex:
+def learn(folder: Path, data: Planted, asked: Any = None, similarity: Any = None, **changes: Any) -> FaissIndex:
     """`quantize` over planted vectors, into folder/index.faiss."""
     from rankdistill.quantization.batches import Queries
     from rankdistill.quantization.quantize import quantize
 
     folder.mkdir(parents=True, exist_ok=True)
     names = map(str, range(len(data.documents)))
-    asked = queries if queries is not None else Queries(given=data.queries)
+    asked = asked if asked is not None else Queries(given=data.queries)
     specification = make_specification(**changes)
     return quantize(data.documents, names, asked, specification, folder / "index.faiss", similarity=similarity)
 
@@ -95,10 +95,11 @@ class Learned:
         held = folder / "index.faiss.quantizer"
         tensors = load_file(held / "quantizer.safetensors")
         none = np.empty(0, np.int64)
+        wide = specification.overlap if "columns" in tensors else 1
         parts = IndexParts(
             tensors["rotation0"].numpy(),
             tensors["centroids.weight"].numpy() if "centroids.weight" in tensors else None,
-            tensors["codebooks"].numpy(),
+            tensors["codebooks"][:, :, : tensors["codebooks"].shape[2] // wide].numpy(),
             specification.metric,
             specification.residual,
             specification.fast_scan,
@@ -106,7 +107,8 @@ class Learned:
             np.empty((0, 0), np.uint8),
             none,
         )
-        model = VectorQuantizer(parts, learn_rotation="skew" in tensors, learn_query_map="query_map" in tensors)
+        learned = {"learn_rotation": "skew" in tensors, "learn_query_map": "query_map" in tensors}
+        model = VectorQuantizer(parts, **learned, overlap=wide)
         model.load_state_dict(tensors)
         lists = torch.from_numpy(np.load(held / "lists.npy")) if (held / "lists.npy").is_file() else None
         codes = torch.from_numpy(np.load(held / "codes.npy").astype(np.int64))

@@ -1,0 +1,81 @@
+"""The verb `quantize`: over a run's student, and over vectors made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from forked import run
+
+SMALL = ("--set", "subspaces=4", "--set", "bits=4", "--set", "steps=5", "--set", "batch=8")
+
+
+@pytest.fixture(scope="module")
+def own_run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to write into."""
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("quantize") / "run"))
+
+
+def test_a_runs_student_becomes_an_index_that_search_reads(own_run: Path, tmp_path: Path) -> None:
+    done = run("quantize", own_run, "--spec", "distill_pq", *SMALL, "--json", folder=tmp_path)
+    assert done.code == 0, done.err
+    manifest = json.loads(done.out)
+    assert manifest["quantizer"]["overlap"] == 4 and manifest["documents"] == 32
+    file = own_run / "indexes" / "distill_pq.faiss"
+    index = faiss.read_index(str(file))
+    assert index.ntotal == 32
+    found = run("search", own_run, "metal that rusts", "--index", file, "--json", "-k", "3", folder=tmp_path)
+    assert found.code == 0, found.err
+    assert len(json.loads(found.out)) == 3
+    again = run("quantize", own_run, "--spec", "distill_pq", *SMALL, folder=tmp_path)
+    assert again.code == 0 and "FAISS trains" not in again.err
+
+
+def test_a_query_encoder_that_is_trained_along_is_used(own_run: Path, tmp_path: Path) -> None:
+    options = ("--set", "query=encoder", "--set", "encoder_rate=1e-3")
+    done = run("quantize", own_run, "--spec", "distill_pq_lean", *SMALL, *options, "--json", folder=tmp_path)
+    assert done.code == 0, done.err
+    manifest = json.loads(done.out)
+    file = own_run / "indexes" / "distill_pq_lean.faiss"
+    encoder = file.parent / manifest["query_encoder"]
+    assert (encoder / "model.safetensors").is_file() or list(encoder.rglob("*.safetensors"))
+    student = json.loads((own_run / "vectors" / "student-facts" / "manifest.json").read_text())["inputs"]["encoder"]
+    assert manifest["student_fingerprint"] not in ("", student)
+    found = run("search", own_run, "metal that rusts", "--index", file, "--json", folder=tmp_path)
+    assert found.code == 0, found.err
+
+
+def test_foreign_vectors(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    documents = random.normal(size=(300, 16)).astype(np.float32)
+    np.save(tmp_path / "documents.npy", documents)
+    (tmp_path / "ids.txt").write_text("".join(f"d{n}\n" for n in range(300)))
+    queries = pa.table({"query_id": [f"q{n}" for n in range(60)], "vector": list(random.normal(size=(60, 16)))})
+    pq.write_table(queries, tmp_path / "queries.parquet")
+    file = tmp_path / "x.faiss"
+    arguments = ("--documents", tmp_path / "documents.npy", "--ids", tmp_path / "ids.txt", "--out", file)
+    done = run("quantize", *arguments, "--queries", tmp_path / "queries.parquet", *SMALL, folder=tmp_path)
+    assert done.code == 0, done.err
+    assert faiss.read_index(str(file)).ntotal == 300
+    assert pq.read_table(f"{file}.ids.parquet")["doc_id"][7].as_py() == "d7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "what shall be quantised"),
+        (("--documents", "x.npy", "--spec", "flat"), "built, not learned"),
+        (("--documents", "missing.npy"), "no vectors here"),
+        (("--documents", "x.npy", "--set", "bitss=4"), "bits"),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = run("quantize", *arguments, "--out", tmp_path / "x.faiss", folder=tmp_path)
+    assert done.code in (1, 2)
+    assert message in done.err

@@ -1,0 +1,128 @@
+"""Overlapping subspaces: what the index scores, how codes get better, what is refused, and that a stop changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from planted import Planted, learn, make_specification, planted
+from safetensors.torch import load_file
+
+from rankdistill.errors import UsageError
+from rankdistill.indexes.assembly import IndexParts
+from rankdistill.quantization import training
+from rankdistill.quantization.quantize import quantizer_folder
+from rankdistill.quantization.quantizer import VectorQuantizer
+
+OVERLAP: dict[str, Any] = {"overlap": 2, "steps": 40, "checkpoint_every": 15}
+
+
+def model_and_codes(index_file: Path) -> tuple[VectorQuantizer, torch.Tensor]:
+    tensors = load_file(quantizer_folder(index_file) / "quantizer.safetensors")
+    books = tensors["codebooks"].numpy()
+    none = np.empty((0, 0), np.uint8)
+    start = IndexParts(
+        tensors["rotation0"].numpy(),
+        None,
+        books[:, :, :4],
+        "inner_product",
+        False,
+        False,
+        None,
+        none,
+        np.empty(0, np.int64),
+    )
+    model = VectorQuantizer(start, learn_query_map=True, overlap=2)
+    model.load_state_dict(tensors)
+    codes = np.load(quantizer_folder(index_file) / "codes.npy").astype(np.int64)
+    return model, torch.from_numpy(codes)
+
+
+@pytest.fixture(scope="module")
+def data() -> Planted:
+    return planted()
+
+
+def test_the_index_scores_as_the_model_and_holds_no_more_bytes(tmp_path: Path, data: Planted) -> None:
+    learn(tmp_path, data, **OVERLAP)
+    index: Any = faiss.read_index(str(tmp_path / "index.faiss"))
+    assert faiss.downcast_index(index.index).code_size == 2  # 4 subspaces of 4 bits
+    model, codes = model_and_codes(tmp_path / "index.faiss")
+    transform = model.query_transform().detach().numpy()
+    assert transform.shape == (32, 16)
+    decoded = model.decode(codes).detach()
+    scores, rows = index.search(data.queries, 30)
+    expected = data.queries @ transform.T @ decoded.numpy().T
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, rows, 1), atol=1e-4)
+    np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :30], atol=1e-4)
+    # Folded back, a decoded vector gives the same score in the space of rotated vectors.
+    asked = torch.from_numpy(data.queries) @ (model.rotation() @ model.query_map).T
+    folded = (asked @ model.fold(decoded).T).detach().numpy()
+    np.testing.assert_allclose(folded, expected, atol=1e-4)
+
+
+def test_turns_lower_the_error_and_each_turn_is_the_best_for_its_subspace(tmp_path: Path, data: Planted) -> None:
+    learn(tmp_path, data, **OVERLAP)
+    model, codes = model_and_codes(tmp_path / "index.faiss")
+    rotated = torch.from_numpy(data.documents[:100]) @ model.rotation().T
+    random = torch.randint(16, (100, 4), generator=torch.Generator().manual_seed(0))
+
+    def error(chosen: torch.Tensor) -> torch.Tensor:
+        return (rotated - model.fold(model.decode(chosen))).square().sum(dim=1).detach()
+
+    once, twice = model.improve(rotated, random), model.improve(rotated, random, 2)
+    assert (error(once) <= error(random) + 1e-5).all() and (error(twice) <= error(once) + 1e-5).all()
+    # The last subspace was chosen with all others as they are now: no other codeword is nearer.
+    for other in range(16):
+        changed = once.clone()
+        changed[:, -1] = other
+        assert (error(once) <= error(changed) + 1e-5).all()
+
+
+def test_it_keeps_more_of_the_ranking_than_disjoint_subspaces(tmp_path: Path, data: Planted) -> None:
+    ends = {}
+    for overlap in (1, 4):
+        made = learn(tmp_path / str(overlap), data, overlap=overlap, steps=200)
+        ends[overlap] = made.manifest["agreement"]["end"]
+    assert ends[4] > ends[1] + 0.03
+
+
+def test_stopped_and_resumed_it_ends_the_same(tmp_path: Path, data: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = learn(tmp_path / "whole", data, **OVERLAP)
+    real = training.QuantizerTraining._train_step
+    calls = 0
+
+    def stop(self: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 25:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.QuantizerTraining, "_train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tmp_path / "stopped", data, **OVERLAP)
+    resumed = learn(tmp_path / "stopped", data, **OVERLAP)
+    for name in ("quantizer.safetensors", "codes.npy"):
+        first, second = (quantizer_folder(one.path) / name for one in (whole, resumed))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_without_a_step_nothing_overlaps(tmp_path: Path, data: Planted) -> None:
+    """It is FAISS's own index then: overlapping codebooks that have learned nothing hold nothing more."""
+    index: Any = learn(tmp_path, data, overlap=4, steps=0).index
+    assert faiss.downcast_index(index.index).d == 16
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lists": 4}, {"codes": "frozen"}, {"rotation": "learned"}, {"metric": "l2", "query": "frozen"}]
+)
+def test_what_does_not_go_with_overlap_is_refused(tmp_path: Path, data: Planted, changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="overlap"):
+        learn(tmp_path, data, **{**OVERLAP, **changes})
+    assert make_specification(overlap=2).overlap == 2

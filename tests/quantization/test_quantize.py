@@ -1,0 +1,386 @@
+"""From vectors to a FAISS file: what plain FAISS finds in it is what the torch model says, and bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from planted import Learned, Planted, learn, make_specification, planted
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.assembly import parts_of
+from rankdistill.indexes.building import build_index
+from rankdistill.indexes.faiss_index import FaissIndex
+from rankdistill.quantization.batches import Queries, TeacherScores
+from rankdistill.quantization.quantize import quantize, quantizer_folder
+
+DEPTH = 30
+LISTS = 5
+IVF: dict[str, Any] = {"lists": LISTS, "search": {"nprobe": LISTS}}
+L2: dict[str, Any] = {"metric": "l2", "query": "frozen"}
+# Every mode there is, by what it is called here.
+MODES: dict[str, dict[str, Any]] = {
+    "4 bit": {},
+    "8 bit": {"bits": 8},
+    "4 bit, lists": IVF,
+    "8 bit, lists": {**IVF, "bits": 8},
+    "4 bit, lists, not residual": {**IVF, "residual": False},
+    "8 bit, lists, not residual": {**IVF, "bits": 8, "residual": False},
+    "4 bit, l2": L2,
+    "8 bit, l2": {**L2, "bits": 8},
+    "4 bit, l2, lists": {**L2, **IVF},
+    "8 bit, l2, lists": {**L2, **IVF, "bits": 8},
+    "4 bit, l2, lists, not residual": {**L2, **IVF, "residual": False},
+    "8 bit, l2, lists, not residual": {**L2, **IVF, "bits": 8, "residual": False},
+    "query frozen": {"query": "frozen"},
+    "no rotation": {"rotation": "none"},
+    "no rotation, query frozen": {"rotation": "none", "query": "frozen"},
+    "learned rotation": {"rotation": "learned", "rotation_rate": 1e-2},
+    "learned rotation, l2, lists": {**L2, **IVF, "rotation": "learned", "rotation_rate": 1e-2},
+    "straight-through, lists": {**IVF, "codes": "straight_through"},
+    "uniform": {"codes": "uniform"},
+    "overlap": {"overlap": 3},
+    "overlap, 8 bit, no rotation, query frozen": {"overlap": 2, "bits": 8, "rotation": "none", "query": "frozen"},
+    "overlap, fast-scan": {"overlap": 2, "fast_scan": True, "subspaces": 8},
+    "frozen codes": {"codes": "frozen"},
+    "frozen codes, lists": {**IVF, "codes": "frozen"},
+    "frozen codes, lists, not residual": {**IVF, "codes": "frozen", "residual": False},
+    "fast-scan": {"fast_scan": True, "subspaces": 8},
+    "fast-scan, lists": {**IVF, "fast_scan": True, "subspaces": 8},
+    "fast-scan, lists, not residual": {**IVF, "fast_scan": True, "subspaces": 8, "residual": False},
+    "fast-scan, l2": {**L2, "fast_scan": True, "subspaces": 8},
+}
+PLAIN = """
+import sys
+import faiss, numpy as np
+folder = sys.argv[1]
+queries = np.load(folder + "/queries.npy")
+for number in range(int(sys.argv[2])):
+    index = faiss.read_index(f"{folder}/{number}/index.faiss")
+    scores, rows = index.search(queries, int(sys.argv[3]))
+    np.savez(f"{folder}/{number}.npz", scores=scores, rows=rows)
+assert not [name for name in sys.modules if name.startswith(("rankdistill", "torch"))]
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, data: Planted) -> Path:
+    """All modes trained for a few steps, and searched by a fresh process that has FAISS alone."""
+    threads = faiss.omp_get_max_threads(), torch.get_num_threads()
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("modes")
+    np.save(folder / "queries.npy", data.queries[:50])
+    for number, changes in enumerate(MODES.values()):
+        learn(folder / str(number), data, **changes)
+    arguments = [sys.executable, "-c", PLAIN, str(folder), str(len(MODES)), str(DEPTH)]
+    subprocess.run(arguments, cwd=folder, check=True, capture_output=True, text=True)
+    faiss.omp_set_num_threads(threads[0])
+    torch.set_num_threads(threads[1])
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plain_faiss_finds_what_the_torch_model_scores(exported: Path, data: Planted, mode: str) -> None:
+    folder, specification = exported / str(list(MODES).index(mode)), make_specification(**MODES[mode])
+    model = Learned.open(folder, specification)
+    expected = model.scores(data.queries[:50])
+    with np.load(f"{folder}.npz") as found:
+        scores, rows = found["scores"], found["rows"]
+    if specification.metric == "l2":
+        scores = -scores
+    assert (rows >= 0).all()
+    difference = np.abs(scores - np.take_along_axis(expected, rows, axis=1)).max()
+    best = np.argsort(-expected, axis=1, kind="stable")[:, :DEPTH]
+    if specification.fast_scan:  # looks its scores up in tables of 8 bits
+        assert difference < 0.03 * np.ptp(expected)
+        assert np.mean([len(set(a) & set(b)) / DEPTH for a, b in zip(rows, best, strict=True)]) > 0.9
+    else:
+        assert difference < 1e-4
+        ideal = np.take_along_axis(expected, best, axis=1)
+        np.testing.assert_allclose(scores, ideal, atol=1e-4)
+        # The very ids, wherever neighbours in the ranking (and the first one left out) are apart.
+        more = -np.sort(-expected, axis=1)[:, : DEPTH + 1]
+        apart = np.abs(np.diff(more, axis=1)) > 2e-4
+        clear = apart & np.hstack([np.ones((len(apart), 1), bool), apart[:, :-1]])
+        assert clear.mean() > 0.5
+        np.testing.assert_array_equal(rows[clear], best[clear])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith(("frozen", "overlap"))])
+def test_codes_and_lists_are_those_of_the_final_parts(exported: Path, data: Planted, mode: str) -> None:
+    """After training everything is encoded anew: with the last centroids, by the rule that the index probes with."""
+    folder, specification = exported / str(list(MODES).index(mode)), make_specification(**MODES[mode])
+    model = Learned.open(folder, specification)
+    with torch.no_grad():
+        rotated = torch.from_numpy(data.documents) @ model.model.rotation().T
+        lists = None if model.model.centroids is None else model.model.assign_lists(rotated)
+        codes = model.model.nearest(model.model.residuals(rotated, lists)[0])
+    if lists is not None:
+        assert model.lists is not None
+        assert (lists == model.lists).float().mean() > 0.998  # but for ties in the last digit
+        codes = codes[lists == model.lists]
+        assert (codes == model.codes[lists == model.lists]).float().mean() > 0.998
+    else:
+        assert (codes == model.codes).float().mean() > 0.998
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if "lists" in mode])
+def test_the_list_probed_first_is_the_list_assigned(exported: Path, data: Planted, mode: str) -> None:
+    """A document as the query finds the list it lies in with nprobe 1; with a query map, as R sees it."""
+    folder, specification = exported / str(list(MODES).index(mode)), make_specification(**MODES[mode])
+    model = Learned.open(folder, specification)
+    outer: Any = faiss.read_index(str(folder / "index.faiss"))
+    index = faiss.extract_index_ivf(outer)
+    with torch.no_grad():
+        rotated = (torch.from_numpy(data.documents) @ model.model.rotation().T).numpy()
+    probed = index.quantizer.search(rotated, 1)[1][:, 0]
+    held = parts_of(outer)
+    assert held.assignments is not None
+    assert (held.assignments == probed).mean() > 0.998
+    index.nprobe = 1
+    rows = index.search(rotated[:100], len(rotated))[1]
+    own = [number in set(found.tolist()) for number, found in enumerate(rows)]
+    assert np.mean(own) > 0.99
+
+
+def test_training_moved_what_it_should(exported: Path, data: Planted) -> None:
+    """Codes that are frozen stay FAISS's, the rest moves: otherwise the modes above would all test the same."""
+    modes = list(MODES)
+
+    def weights(mode: str) -> Learned:
+        return Learned.open(exported / str(modes.index(mode)), make_specification(**MODES[mode]))
+
+    frozen, moved = weights("frozen codes"), weights("4 bit")
+    assert (frozen.codes != moved.codes).any()
+    assert not torch.equal(frozen.model.codebooks, moved.model.codebooks)
+    assert moved.model.query_map is not None and weights("query frozen").model.query_map is None
+    assert (moved.model.query_map.detach() - torch.eye(16)).abs().max() > 1e-4
+    turned = weights("learned rotation").model
+    rotation = turned.rotation().detach()
+    assert (rotation - turned.rotation0).abs().max() > 1e-3
+    assert (rotation @ rotation.T - torch.eye(16)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "4 bit",
+        "8 bit, lists",
+        "4 bit, l2, lists",
+        "4 bit, lists, not residual",
+        "no rotation, query frozen",
+        "fast-scan, lists",
+        "fast-scan",
+    ],
+)
+def test_without_a_step_it_is_faisss_own_trained_index(tmp_path: Path, data: Planted, mode: str) -> None:
+    changes = {**MODES[mode], "steps": 0}
+    ours = learn(tmp_path, data, **changes)
+    specification = make_specification(**changes)
+    started = specification.started(16)
+    if "not residual" in mode:  # the factory string cannot say it
+        theirs: Any = faiss.index_factory(16, f"OPQ4,IVF{LISTS},PQ4x4", faiss.METRIC_INNER_PRODUCT)
+        inner: Any = faiss.downcast_index(theirs.index)
+        inner.by_residual, inner.cp.seed, inner.pq.cp.seed = False, 42, 42
+        inner.cp.min_points_per_centroid = inner.pq.cp.min_points_per_centroid = 1
+        opq = faiss.downcast_VectorTransform(theirs.chain.at(0))
+        books = faiss.ProductQuantizer(16, 4, 4)
+        books.cp.seed, books.cp.min_points_per_centroid = 42, 1
+        opq.pq = books
+        theirs.train(data.documents)
+        theirs.add(data.documents)
+        inner.nprobe = LISTS
+    else:
+        theirs = build_index(data.documents, map(str, range(600)), started, tmp_path / "theirs.faiss").index
+    scores, rows = theirs.search(data.queries, DEPTH)
+    our_scores, our_rows = ours.index.search(data.queries, DEPTH)
+    np.testing.assert_array_equal(our_rows, rows)
+    np.testing.assert_allclose(our_scores, scores, atol=1e-5)
+    np.testing.assert_array_equal(parts_of(ours.index).codes, parts_of(theirs).codes)
+
+
+def test_a_refine_stage_scores_with_the_vectors_themselves(tmp_path: Path, data: Planted) -> None:
+    """Also behind a learned query map, which only the first stage is to see."""
+    index = learn(tmp_path, data, refine="Flat", search={"k_factor": 20}, query_rate=0.01)
+    reopened: Any = faiss.read_index(str(tmp_path / "index.faiss"))
+    scores, rows = reopened.search(data.queries[:20], 10)
+    exact = data.queries[:20] @ data.documents.T
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, axis=1), atol=1e-4)
+    best = np.argsort(-exact, axis=1)[:, :10]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, best, strict=True)]) > 0.9
+    assert index.document_count == 600
+
+
+def test_what_lies_beside_the_index_says_how_it_was_made(tmp_path: Path, data: Planted) -> None:
+    index = learn(tmp_path, data)
+    assert index.doc_ids([0, 599]) == ["0", "599"]
+    opened = FaissIndex.open(tmp_path / "index.faiss")
+    assert opened.manifest["quantizer"]["steps"] == 6 and opened.manifest["factory"] == "OPQ4,PQ4x4"
+    agreement = opened.manifest["agreement"]
+    assert set(agreement) == {"start", "end", "queries"} and agreement["queries"] == 40
+    held = quantizer_folder(tmp_path / "index.faiss")
+    assert {file.name for file in held.iterdir()} == {
+        "manifest.json",
+        "quantizer.safetensors",
+        "codes.npy",
+        "log.jsonl",
+    }
+    assert np.load(held / "codes.npy", mmap_mode="r").dtype == np.uint8
+    log = [json.loads(line) for line in (held / "log.jsonl").read_text().splitlines()]
+    assert log[0]["overlap@10"] == agreement["start"] and log[-1]["overlap@10"] == agreement["end"]
+
+
+def test_no_held_out_query_leaves_valid_json(tmp_path: Path, data: Planted) -> None:
+    index = learn(tmp_path, data, held_out=0)
+    assert index.manifest["agreement"] == {}
+    held = quantizer_folder(tmp_path / "index.faiss")
+    for text in [*(held / "log.jsonl").read_text().splitlines(), (held / "manifest.json").read_text()]:
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_the_same_is_kept_and_anything_else_is_made_anew(tmp_path: Path, data: Planted) -> None:
+    """Also without fingerprints from the caller: by the vectors and queries themselves."""
+    first = learn(tmp_path, data)
+    stamp = (tmp_path / "index.faiss").stat().st_mtime_ns
+    assert learn(tmp_path, data).fingerprint == first.fingerprint
+    assert (tmp_path / "index.faiss").stat().st_mtime_ns == stamp
+    last_row = data.documents.copy()
+    last_row[-1] += 1
+    others = [
+        (data, Queries(given=data.queries[::-1].copy()), {}),
+        (Planted(last_row, data.queries), None, {}),
+        (data, None, {"seed": 7}),
+        (data, None, {"steps": 7}),
+    ]
+    made = {first.fingerprint}
+    for vectors, queries, changes in others:
+        made.add(learn(tmp_path, vectors, queries, **changes).fingerprint)
+    assert len(made) == 1 + len(others)
+
+
+def test_search_settings_do_not_train_again(tmp_path: Path, data: Planted) -> None:
+    learn(tmp_path, data, **IVF)
+    weights = quantizer_folder(tmp_path / "index.faiss") / "quantizer.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    again = learn(tmp_path, data, **{**IVF, "search": {"nprobe": 2}}, refine="SQ8")
+    assert weights.stat().st_mtime_ns == stamp
+    assert faiss.extract_index_ivf(again.index.base_index).nprobe == 2
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def refused(
+    tmp_path: Path, data: Planted, match: str, error: type[Exception] = RankdistillError, **changes: Any
+) -> None:
+    with pytest.raises(error, match=match):
+        learn(tmp_path, data, **changes)
+    assert not (tmp_path / "index.faiss").exists()
+
+
+@pytest.mark.parametrize(
+    ("match", "error", "changes"),
+    [
+        ("not divisible", RankdistillError, {"subspaces": 5}),
+        ("600 vectors cannot train 700 lists", RankdistillError, {"lists": 700}),
+        ("4-bit codes, not 8-bit", UsageError, {"fast_scan": True, "bits": 8}),
+        ("query map needs inner products", UsageError, {"metric": "l2", "query": "linear"}),
+        ("trains a run's student along", UsageError, {"query": "encoder"}),
+        ("frozen codes do not follow", UsageError, {"codes": "frozen", "rotation": "learned"}),
+        ("needs a labelled positive", RankdistillError, {"losses": [{"type": "infonce"}]}),
+        ("needs judgments", UsageError, {"documents": {"labelled": True}}),
+        ("scored lists", UsageError, {"relevance": "scores"}),
+        ("no query to learn from", UsageError, {"queries": {"given": 0}}),
+        ("compares all pairs", UsageError, {"losses": [{"type": "ranknet"}], "batch": 2000}),
+        ("fewer than two documents", RankdistillError, {"documents": {"top": 1, "random": 0}, "batch": 1}),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    tmp_path: Path, data: Planted, match: str, error: type[Exception], changes: dict[str, Any]
+) -> None:
+    if "compares" in match:
+        data = planted(1500, 3000)
+        changes = {**changes, "documents": {"limit": 8192}}
+    refused(tmp_path, data, match, error, **changes)
+
+
+def test_fewer_vectors_than_codewords_are_refused(tmp_path: Path, data: Planted) -> None:
+    refused(tmp_path, Planted(data.documents[:200], data.queries), "200 vectors cannot train 256", bits=8)
+    refused(tmp_path, Planted(data.documents[:0], data.queries), "nothing to quantise")
+
+
+def test_duplicates_are_refused_where_too_few_differ_and_kept_otherwise(tmp_path: Path, data: Planted) -> None:
+    few = Planted(np.repeat(data.documents[:10], 60, axis=0), data.queries)
+    refused(tmp_path, few, "only 10 of 600 vectors are different")
+    some = Planted(np.repeat(data.documents[:200], 3, axis=0), data.queries)
+    index = learn(tmp_path, some)
+    scores, rows = index.index.search(data.queries[:10], 6)
+    assert (np.abs(scores[:, 0] - scores[:, 2]) < 1e-5).all()  # all three copies, one after the other
+    assert (rows[:, 0] // 3 == rows[:, 1] // 3).all() and (rows[:, 1] // 3 == rows[:, 2] // 3).all()
+
+
+def test_vectors_that_are_no_numbers_are_refused(tmp_path: Path, data: Planted) -> None:
+    for bad in (np.nan, np.inf):
+        documents, queries = data.documents.copy(), data.queries.copy()
+        documents[17, 3] = queries[11, 2] = bad
+        refused(tmp_path, Planted(documents, data.queries), "row 17")
+        refused(tmp_path, Planted(data.documents, queries), "NaN or infinity")
+    refused(tmp_path, Planted(data.documents, data.queries[:, :8].copy()), r"shape \[200, 8\] where \[n, 16\]")
+
+
+def test_zero_vectors_few_are_kept_and_counted_many_are_refused(
+    tmp_path: Path, data: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = data.documents.copy()
+    documents[[3, 500]] = 0
+    index = learn(tmp_path, Planted(documents, data.queries))
+    assert index.manifest["zero_vectors"] == 2 and "2 vectors are zero" in capsys.readouterr().err
+    documents[:100] = 0
+    refused(tmp_path / "many", Planted(documents, data.queries), "vectors are zero")
+
+
+def test_ids_must_be_as_many_as_vectors_and_cost_no_second_training(tmp_path: Path, data: Planted) -> None:
+    for count in (599, 601):
+        with pytest.raises(RankdistillError, match=f"600 vectors but {count} document ids"):
+            quantize(
+                data.documents,
+                map(str, range(count)),
+                Queries(given=data.queries),
+                make_specification(),
+                tmp_path / "index.faiss",
+            )
+    assert not (tmp_path / "index.faiss").exists()
+    weights = quantizer_folder(tmp_path / "index.faiss") / "quantizer.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    assert learn(tmp_path, data).document_count == 600 and weights.stat().st_mtime_ns == stamp
+
+
+def test_a_cosine_students_vectors_must_have_length_one(tmp_path: Path, data: Planted) -> None:
+    with pytest.raises(RankdistillError, match="student that scores by cosine"):
+        learn(tmp_path, data, similarity="cos")
+    unit = data.documents / np.linalg.norm(data.documents, axis=1, keepdims=True)
+    assert learn(tmp_path, Planted(unit, data.queries), similarity="cos").manifest["similarity"] == "cos"
+
+
+def test_labels_belong_to_given_queries_one_entry_each(tmp_path: Path, data: Planted) -> None:
+    queries = Queries(given=data.queries, positives=[np.array([1])] * 3)
+    with pytest.raises(UsageError, match="labels of 3 queries, vectors of 200"):
+        learn(tmp_path, data, queries, documents={"labelled": True})
+    unused = Queries(given=data.queries, pseudo=data.queries, positives=[np.array([1])] * 200)
+    with pytest.raises(UsageError, match="no query to learn from"):  # positives of queries that take no part
+        learn(tmp_path, data, unused, documents={"labelled": True}, queries={"given": 0, "pseudo": 1})
+
+
+def test_scored_lists_of_none_of_the_queries_are_refused(tmp_path: Path, data: Planted) -> None:
+    none = np.empty(0, np.int32)
+    teacher = TeacherScores(np.empty(0, np.int64), np.zeros(1, np.int64), none, np.empty(0, np.float32), none)
+    with pytest.raises(UsageError, match="scored lists"):
+        learn(tmp_path, data, Queries(given=data.queries, teacher=teacher), relevance="scores")
