@@ -235,6 +235,13 @@ def _untrained(specification: IndexSpecification, factory: str, dimension: int, 
 
 def _trained_like(trained_by: FaissIndex, specification: IndexSpecification, dimension: int) -> Any:
     """Another index's training, empty."""
+    learned = trained_by.manifest.get("quantizer") or {}
+    if learned and (learned["query"] != "frozen" or learned["overlap"] > 1 or learned["codes"] not in ("nearest",)):
+        raise RankdistillError(
+            f"FAISS cannot choose the codes of {trained_by.name}: they were learned together with a map of the queries",
+            where=str(trained_by.path),
+            fix="rankdistill quantize over all documents, or shards learned with query: frozen and overlap: 1",
+        )
     ours, theirs = (
         one.model_dump(exclude={"name", "description", "search", "seed", "training_sample"})
         for one in (specification, trained_by.specification)

@@ -5,8 +5,9 @@ codebooks), `codes.npy` uint8 [n, M], `lists.npy` int64 [n] and `log.jsonl`; cod
 index file is FAISS's own: a transform for queries, then IndexPQ, IndexIVFPQ or their fast-scan forms.
 
 What grows: in memory the queries (at most `queries.most` of each kind but the given ones), one step's documents and one
-block; the index itself, M bytes and an id a document, while it is written; 8 bytes a document where there are lists. On
-disk M bytes a document, and 4 · top bytes a query while it trains.
+block; the index itself, M bytes and an id a document, while it is written (up to three times that where there are
+lists, which double as they fill); 16 bytes a document where there are lists. On disk M bytes a document, and 4 · top
+bytes a query while it trains.
 """
 
 from __future__ import annotations

@@ -79,3 +79,32 @@ def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], message: str) -
     done = run("quantize", *arguments, "--out", tmp_path / "x.faiss", folder=tmp_path)
     assert done.code in (1, 2)
     assert message in done.err
+
+
+def test_a_learned_index_is_a_stage_of_a_recipe(own_run: Path, recipe_file: Path, tmp_path: Path) -> None:
+    specification = tmp_path / "tiny_pq.yaml"
+    specification.write_text("{type: distill_vq, subspaces: 4, bits: 4, steps: 5, batch: 8, overlap: 2}")
+    options = ("--out", own_run, "--store", own_run.parent / "store", "--set", f"indexes=[flat, {specification}]")
+    file = own_run / "indexes" / "tiny_pq.faiss"
+    done = run("run", recipe_file, *options, "--until", "quantize", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "quantize: tiny_pq" in done.err and file.is_file()
+    written = file.stat().st_mtime_ns
+    done = run("run", recipe_file, *options, "--json", folder=tmp_path)
+    assert done.code == 0, done.err
+    rows = [row["system"] for row in json.loads(done.out)["sets"][0]["rows"]]
+    assert "student, tiny_pq" in rows and "student, flat" in rows
+    assert file.stat().st_mtime_ns == written
+    done = run("run", recipe_file, *options, "--until", "quantize", "--force", "quantize", folder=tmp_path)
+    assert done.code == 0 and file.stat().st_mtime_ns != written, done.err
+
+
+def test_a_learned_query_map_cannot_train_a_shard(own_run: Path) -> None:
+    from rankdistill.errors import RankdistillError
+    from rankdistill.indexes.building import build_index
+    from rankdistill.indexes.faiss_index import FaissIndex
+
+    learned = FaissIndex.open(own_run / "indexes" / "distill_pq.faiss")
+    vectors = np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32)
+    with pytest.raises(RankdistillError, match="cannot choose the codes"):
+        build_index(vectors, map(str, range(40)), learned.specification, own_run / "shard.faiss", trained_by=learned)

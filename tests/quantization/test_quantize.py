@@ -189,8 +189,10 @@ def test_without_a_step_it_is_faisss_own_trained_index(tmp_path: Path, data: Pla
     if "not residual" in mode:  # the factory string cannot say it
         theirs: Any = faiss.index_factory(16, f"OPQ4,IVF{LISTS},PQ4x4", faiss.METRIC_INNER_PRODUCT)
         inner: Any = faiss.downcast_index(theirs.index)
-        inner.by_residual, inner.cp.seed, inner.pq.cp.seed = False, 42, 42
+        inner.by_residual, inner.do_polysemous_training = False, False  # the latter only reorders codewords
+        inner.cp.seed = inner.pq.cp.seed = 42
         inner.cp.min_points_per_centroid = inner.pq.cp.min_points_per_centroid = 1
+        opq: Any
         opq = faiss.downcast_VectorTransform(theirs.chain.at(0))
         books = faiss.ProductQuantizer(16, 4, 4)
         books.cp.seed, books.cp.min_points_per_centroid = 42, 1

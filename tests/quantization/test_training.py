@@ -135,7 +135,7 @@ def recorded(data: Planted) -> tuple[TeacherScores, list[np.ndarray]]:
     labels = [random.integers(-1, 2, len(part)).astype(np.int32) for part in rows]
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in rows])]).astype(np.int64)
     flat = np.concatenate(scores).astype(np.float32)
-    made = TeacherScores(numbers, offsets, np.concatenate(rows), flat, np.concatenate(labels))  # type: ignore[arg-type]
+    made = TeacherScores(numbers, offsets, np.concatenate(rows), flat, np.concatenate(labels))
     return made, rows
 
 
@@ -164,7 +164,9 @@ def test_recorded_lists_are_the_teachers_own_and_padding_is_masked(tmp_path: Pat
 def test_recorded_scores_teach_whatever_their_scale(tmp_path: Path, data: Planted) -> None:
     """The similarities times 40 teach what the similarities do: both are brought to one spread before the loss."""
     teacher, _ = recorded(data)
-    small = TeacherScores(teacher.queries, teacher.offsets, teacher.rows, teacher.scores / 40, teacher.relevance)
+    small = TeacherScores(
+        teacher.queries, teacher.offsets, teacher.rows, teacher.scores / np.float32(40), teacher.relevance
+    )
     changes: dict[str, Any] = {
         "relevance": "scores",
         "steps": 40,
@@ -433,9 +435,9 @@ def measure(folder: str, file: str) -> None:
 
 
 def test_memory_grows_by_codes_ids_and_lists_not_by_vectors(tmp_path: Path) -> None:
-    """Stated: the index while it is written (M bytes and an id a document) and 8 bytes for its list."""
+    """12 bytes a document in lists that double as they grow (36 at worst), and its list twice while assigned anew."""
     random = np.random.default_rng(0)
-    counts, kilobytes = (20_000, 100_000), []
+    counts, kilobytes = (80_000, 180_000), []  # more than a block of ids
     for count in counts:
         file = tmp_path / f"{count}.npy"
         np.save(file, random.normal(size=(count, 64)).astype(np.float32))
