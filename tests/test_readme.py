@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -65,7 +66,20 @@ def test_every_method_is_named(title: str, kinds: list[str]) -> None:
 
 
 def test_the_table_of_indexes_is_whole() -> None:
-    assert sorted(re.findall(r"^\| `(\w+)` \|", section("Indexes"), re.MULTILINE)) == sorted(shipped("indexes"))
+    table = section("Indexes").split("\n### ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(shipped("indexes"))
+
+
+def test_the_keys_of_learned_quantisation_exist() -> None:
+    from rankdistill.indexes.specification import QuantizerSpecification
+
+    rows = re.findall(r"^\| (`[^|]+`) \|", section("Indexes").split("### Learned quantisation\n")[1], re.MULTILINE)
+    keys = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    assert len(keys) > 10
+    assert keys <= QuantizerSpecification.model_fields.keys()
+    for key in ("rotation", "codes", "query"):
+        (row,) = re.findall(rf"^\| `{key}` \| (.*) \|$", section("Indexes"), re.MULTILINE)
+        assert set(get_args(QuantizerSpecification.model_fields[key].annotation)) <= set(re.findall(r"`(\w+)`", row))
 
 
 def test_python_blocks_name_what_exists() -> None:

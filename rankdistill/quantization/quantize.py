@@ -12,6 +12,7 @@ bytes a query while it trains.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -91,6 +92,13 @@ def quantize(
     if documents.ndim != 2 or not len(documents):
         raise RankdistillError(f"there is nothing to quantise: vectors of shape {list(documents.shape)}")
     specification = _checked(specification, student)
+    subspaces = specification.started(documents.shape[1]).subspaces
+    if specification.overlap > 1 and isinstance(subspaces, int) and specification.overlap > subspaces:
+        raise UsageError(
+            f"overlap: {specification.overlap} of {subspaces} subspaces would cover a dimension twice",
+            where=f"index specification {specification.name}",
+            fix=f"overlap: {subspaces}, or less",
+        )
     values = {
         "specification": specification.model_dump(
             mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
@@ -231,12 +239,13 @@ def recorded_scores(file: str | Path, query_ids: Sequence[str], doc_ids: Sequenc
 
     query_row = {query_id: row for row, query_id in enumerate(query_ids)}
     doc_row = {doc_id: row for row, doc_id in enumerate(doc_ids)}
-    queries, rows, values, dropped = [], [], [], 0
+    queries, rows, values, dropped, missing = [], [], [], 0, 0
     for query_id, names, scores in iter_run(Path(file)):
         known = np.array([doc_row.get(name, -1) for name in names], np.int32)
         if query_id not in query_row or (known >= 0).sum() < 2:
             dropped += 1
             continue
+        missing += int((known < 0).sum())
         queries.append(query_row[query_id])
         rows.append(known[known >= 0])
         values.append(np.asarray(scores, np.float32)[known >= 0])
@@ -246,6 +255,8 @@ def recorded_scores(file: str | Path, query_ids: Sequence[str], doc_ids: Sequenc
         )
     if dropped:
         warn(f"{dropped} queries of {file} have no vector, or fewer than two scored documents with one: left out")
+    if missing:
+        warn(f"{missing} scored documents of {file} have no vector: left out of their lists")
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in rows])]).astype(np.int64)
     flat = np.concatenate(rows)
     return TeacherScores(np.array(queries), offsets, flat, np.concatenate(values), np.full(len(flat), -1, np.int32))
@@ -349,6 +360,8 @@ def _train(
             sampler = Sampler(documents, queries, specification, work)
             encoder = None
             if specification.query == "encoder":
+                # A copy learns: the caller's student goes on to encode documents, and queries for other indexes.
+                student = copy.deepcopy(student)
                 assert student is not None
                 encoder = (student, _query_encoding(student))
             training = QuantizerTraining(
@@ -508,6 +521,6 @@ def _query_encoding(student: StudentModel) -> Any:
     from rankdistill.students.base import to_device
 
     def run(texts: list[str]) -> torch.Tensor:
-        return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float()
+        return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float().cpu()
 
     return run

@@ -86,10 +86,14 @@ class VectorQuantizer(nn.Module):
         one = torch.eye(len(half), dtype=half.dtype, device=half.device)
         return torch.linalg.solve(one + half, one - half) @ self.rotation0
 
-    def query_transform(self) -> Tensor:
-        """R W [d, dimension], or A W [overlap · d, dimension]: what a query is multiplied by."""
+    def query_transform(self, folded: bool = False) -> Tensor:
+        """R W [d, dimension], or A W [overlap · d, dimension]: what a query is multiplied by.
+
+        Args:
+            folded: R W in any case, which goes with folded decoded vectors.
+        """
         transform = self.rotation() if self.query_map is None else self.rotation() @ self.query_map
-        return transform if self.columns is None else transform[self.columns.flatten()]
+        return transform if self.columns is None or folded else transform[self.columns.flatten()]
 
     def fold(self, decoded: Tensor) -> Tensor:
         """Decoded vectors [n, overlap · d] in the space of rotated ones [n, d]: codewords that meet add up."""

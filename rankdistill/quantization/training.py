@@ -285,7 +285,7 @@ class QuantizerTraining:
             self.sampler.top = np.load(file, mmap_mode="r", allow_pickle=False)
             return
         with torch.no_grad():
-            asked = (self.sampler.vectors @ self.quantizer.query_transform().T).numpy()
+            asked = (self.sampler.vectors @ self.quantizer.query_transform(folded=True).T).numpy()
         decoded = _Decoded(self.quantizer, self.documents, self.codes)
         count = self.sampler.top.shape[1]
         self.sampler.top = best_documents(asked, decoded, count, self.quantizer.metric, file)
@@ -308,7 +308,8 @@ class QuantizerTraining:
             queries = self.query_encoder[1]([sampler.texts[number] for number in sampler.held_out])
         chosen = None if self.codes is None else self.codes[rows]
         decoded = torch.from_numpy(_Decoded(quantizer, self.documents[rows], chosen)[:])
-        found = quantizer.score(queries @ quantizer.query_transform().T, decoded).topk(exact.shape[1], dim=1).indices
+        asked = queries @ quantizer.query_transform(folded=True).T
+        found = quantizer.score(asked, decoded).topk(exact.shape[1], dim=1).indices
         return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ class _Decoded:
         block = np.asarray(self.documents[part], np.float32)
         if self.codes is not None and not self.quantizer.by_residual:
             given = torch.from_numpy(self.codes[part].astype(np.int64))
-            return self.quantizer.decode(given).numpy()
+            return self.quantizer.fold(self.quantizer.decode(given)).numpy()
         lists, codes = encode(block, *self.parts, metric=self.quantizer.metric, by_residual=self.quantizer.by_residual)
         codes = codes if self.codes is None else self.codes[part]
         decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)))

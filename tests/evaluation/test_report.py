@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.html import embedded_json, tag
 from rankdistill.evaluation.report import report
-from rankdistill.evaluation.report_data import read_run_data
-from rankdistill.evaluation.report_findings import ratio_interval
+from rankdistill.evaluation.report.data import read_run_data
+from rankdistill.evaluation.report.findings import ratio_interval
+from rankdistill.evaluation.report.html import embedded_json, tag
 from rankdistill.recipe import load_recipe
 from rankdistill.stages import Workspace
 
@@ -444,8 +444,8 @@ def test_markup_is_made_by_tags_alone() -> None:
 
 
 def test_the_page_has_bounds(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankdistill.evaluation.report_queries.OPENED", 1)
-    monkeypatch.setattr("rankdistill.evaluation.report_queries.MOST_QUERIES", 2)
+    monkeypatch.setattr("rankdistill.evaluation.report.queries.OPENED", 1)
+    monkeypatch.setattr("rankdistill.evaluation.report.queries.MOST_QUERIES", 2)
     text = report(run, tmp_path / "page.html").read_text()
     data = json.loads(re.findall(r'id="report-data">(.*?)</script>', text)[0])["sets"][0]
     assert len(data["queries"]) == 2 and 1 <= len(data["top"]) <= 2

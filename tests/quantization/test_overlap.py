@@ -1,4 +1,4 @@
-"""Overlapping subspaces: what the index scores, how codes get better, what is refused, and that a stop changes nothing."""
+"""Overlapping subspaces: what the index scores, how codes get better, what is refused, a stop that changes nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def data() -> Planted:
 def test_the_index_scores_as_the_model_and_holds_no_more_bytes(tmp_path: Path, data: Planted) -> None:
     learn(tmp_path, data, **OVERLAP)
     index: Any = faiss.read_index(str(tmp_path / "index.faiss"))
-    assert faiss.downcast_index(index.index).code_size == 2  # 4 subspaces of 4 bits
+    inner: Any = faiss.downcast_index(index.index)
+    assert inner.code_size == 2  # 4 subspaces of 4 bits
     model, codes = model_and_codes(tmp_path / "index.faiss")
     transform = model.query_transform().detach().numpy()
     assert transform.shape == (32, 16)
@@ -60,14 +61,14 @@ def test_the_index_scores_as_the_model_and_holds_no_more_bytes(tmp_path: Path, d
     np.testing.assert_allclose(scores, np.take_along_axis(expected, rows, 1), atol=1e-4)
     np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :30], atol=1e-4)
     # Folded back, a decoded vector gives the same score in the space of rotated vectors.
-    asked = torch.from_numpy(data.queries) @ (model.rotation() @ model.query_map).T
+    asked = torch.from_numpy(data.queries) @ model.query_transform(folded=True).T
     folded = (asked @ model.fold(decoded).T).detach().numpy()
     np.testing.assert_allclose(folded, expected, atol=1e-4)
 
 
 def test_turns_lower_the_error_and_each_turn_is_the_best_for_its_subspace(tmp_path: Path, data: Planted) -> None:
     learn(tmp_path, data, **OVERLAP)
-    model, codes = model_and_codes(tmp_path / "index.faiss")
+    model, _ = model_and_codes(tmp_path / "index.faiss")
     rotated = torch.from_numpy(data.documents[:100]) @ model.rotation().T
     random = torch.randint(16, (100, 4), generator=torch.Generator().manual_seed(0))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from planted import Learned, Planted, learn, make_specification, planted
@@ -19,7 +21,7 @@ from rankdistill.indexes.assembly import parts_of
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.quantization.batches import Queries, TeacherScores
-from rankdistill.quantization.quantize import quantize, quantizer_folder
+from rankdistill.quantization.quantize import quantize, quantize_files, quantizer_folder, recorded_scores
 
 DEPTH = 30
 LISTS = 5
@@ -277,6 +279,48 @@ def test_search_settings_do_not_train_again(tmp_path: Path, data: Planted) -> No
     assert faiss.extract_index_ivf(again.index.base_index).nprobe == 2
 
 
+def test_vectors_and_scores_made_elsewhere_go_by_their_ids(
+    tmp_path: Path, data: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's scores as the teacher; what has no vector is left out and counted."""
+    for name, vectors, letter in (("documents", data.documents, "d"), ("queries", data.queries, "q")):
+        np.save(tmp_path / f"{name}.npy", vectors)
+        column = {"documents": "doc_id", "queries": "query_id"}[name]
+        ids = [f"{letter}{row}" for row in range(len(vectors))]
+        pq.write_table(pa.table({column: ids}), tmp_path / f"{name}.npy.ids.parquet")
+    exact = data.queries @ data.documents.T
+    lines = []
+    for query in range(100):
+        best = np.argsort(-exact[query])[:20]
+        ranked = [(f"d{row}", float(exact[query, row])) for row in best]
+        ranked = [*ranked[:10], ("nowhere", float(exact[query, best[10]])), *ranked[11:]] if query < 7 else ranked
+        lines += [f"q{query} Q0 {name} {rank} {score:.6f} t" for rank, (name, score) in enumerate(ranked, start=1)]
+    lines += [f"nobody Q0 d{row} {row + 1} {-row} t" for row in range(3)]
+    (tmp_path / "scores.trec").write_text("\n".join(lines) + "\n")
+    specification = make_specification(relevance="scores", steps=5)
+    index = quantize_files(
+        tmp_path / "documents.npy",
+        tmp_path / "queries.npy",
+        specification,
+        tmp_path / "index.faiss",
+        scores=tmp_path / "scores.trec",
+    )
+    said = capsys.readouterr().err
+    assert "1 queries of" in said and "7 scored documents of" in said
+    assert index.doc_ids([0, 599]) == ["d0", "d599"]
+    teacher = recorded_scores(
+        tmp_path / "scores.trec", [f"q{row}" for row in range(200)], [f"d{row}" for row in range(600)]
+    )
+    assert len(teacher.queries) == 100 and np.diff(teacher.offsets).tolist() == [19] * 7 + [20] * 93
+    np.testing.assert_allclose(
+        teacher.scores, exact[np.repeat(teacher.queries, np.diff(teacher.offsets)), teacher.rows], atol=1e-5
+    )
+    with pytest.raises(UsageError, match="needs --scores"):
+        quantize_files(tmp_path / "documents.npy", None, specification, tmp_path / "other.faiss")
+    with pytest.raises(RankdistillError, match="no query of these scores"):
+        recorded_scores(tmp_path / "scores.trec", ["x"], ["y"])
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +342,7 @@ def refused(
         ("trains a run's student along", UsageError, {"query": "encoder"}),
         ("frozen codes do not follow", UsageError, {"codes": "frozen", "rotation": "learned"}),
         ("needs a labelled positive", RankdistillError, {"losses": [{"type": "infonce"}]}),
+        ("would cover a dimension twice", UsageError, {"overlap": 8}),
         ("needs judgments", UsageError, {"documents": {"labelled": True}}),
         ("scored lists", UsageError, {"relevance": "scores"}),
         ("no query to learn from", UsageError, {"queries": {"given": 0}}),

@@ -284,6 +284,88 @@ def test_the_weight_of_the_lists_loss_is_fixed_by_the_first_batch(tmp_path: Path
     np.testing.assert_allclose(weights, weights[0], rtol=1e-4)
 
 
+# -- a query encoder trained along ------------------------------------------------------------------------------------
+
+
+def learn_encoder(folder: Path, encoder: Path, beir: Path, **changes: Any) -> tuple[Any, Any, list[str]]:
+    """(index, the student, its questions): a student's own texts and vectors, its query encoder trained along."""
+    from rankdistill.quantization.quantize import quantize
+    from rankdistill.students.dense import DenseStudent
+
+    student = DenseStudent(str(encoder), similarity="dot").create("cpu")
+    held, asked = (
+        [json.loads(line)["text"] for line in (beir / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("corpus", "queries")
+    )
+    texts = [f"{text} Note {number}." for number in range(10) for text in held]
+    questions = [f"{text} {number}" for number in range(6) for text in asked]
+    folder.mkdir(exist_ok=True)
+    index = quantize(
+        student.encode_documents(texts),
+        map(str, range(len(texts))),
+        Queries(given=student.encode_queries(questions), given_texts=questions),
+        make_specification(query="encoder", encoder_rate=1e-2, held_out=10, **changes),
+        folder / "index.faiss",
+        student=student,
+        student_fingerprint=student.fingerprint,
+        open_student=lambda path: DenseStudent(str(path)).open(path, "cpu"),
+    )
+    return index, student, questions
+
+
+def test_a_query_encoder_is_trained_along_and_the_callers_stays_as_it_was(
+    tmp_path: Path, tiny_encoder: Path, tiny_beir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankdistill.quantization.quantize import query_encoder_folder
+    from rankdistill.students.dense import DenseStudent
+
+    changes: dict[str, Any] = {"steps": 30, "checkpoint_every": 8, "subspaces": 8}
+    index, student, questions = learn_encoder(tmp_path / "calm", tiny_encoder, tiny_beir, **changes)
+    folder = query_encoder_folder(index)
+    assert folder is not None
+    own = DenseStudent(str(folder)).open(folder, "cpu")
+    before, after = student.encode_queries(questions), own.encode_queries(questions)
+    fresh = DenseStudent(str(tiny_encoder), similarity="dot").create("cpu")
+    np.testing.assert_array_equal(before, fresh.encode_queries(questions))
+    assert np.abs(after - before).max() > 1e-3
+    assert index.manifest["student_fingerprint"] == own.fingerprint != student.fingerprint
+    log = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text().splitlines()]
+    losses = [entry for entry in log if "loss" in entry]
+    assert losses[-1]["pq"] < losses[0]["pq"] and "dense" in losses[0]
+
+    original = QuantizerTraining._train_step
+
+    def step(self: QuantizerTraining) -> dict[str, float]:
+        if self.step == 13:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(QuantizerTraining, "_train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        learn_encoder(tmp_path / "killed", tiny_encoder, tiny_beir, **changes)
+    monkeypatch.setattr(QuantizerTraining, "_train_step", original)
+    learn_encoder(tmp_path / "killed", tiny_encoder, tiny_beir, **changes)
+    for file in ("index.faiss", "index.faiss.quantizer/query_encoder/model.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "calm" / file).read_bytes()
+
+
+def test_a_query_encoder_without_texts_is_refused(tmp_path: Path, data: Planted, tiny_encoder: Path) -> None:
+    from rankdistill.errors import UsageError
+    from rankdistill.quantization.quantize import quantize
+    from rankdistill.students.dense import DenseStudent
+
+    student = DenseStudent(str(tiny_encoder)).create("cpu")
+    with pytest.raises(UsageError, match="reads texts"):
+        quantize(
+            data.documents,
+            map(str, range(600)),
+            Queries(given=data.queries),
+            make_specification(query="encoder"),
+            tmp_path / "index.faiss",
+            student=student,
+        )
+
+
 # -- killed and resumed -----------------------------------------------------------------------------------------------
 
 RESUMED: dict[str, dict[str, Any]] = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankdistill.evaluation import charts
-from rankdistill.evaluation.charts import Series
-from rankdistill.evaluation.html import Content, Markup, join, tag
-from rankdistill.evaluation.report_data import RunData, curve
-from rankdistill.evaluation.report_findings import describe_model, hacking, metric_name
-from rankdistill.evaluation.report_parts import (
+from rankdistill.evaluation.report import charts
+from rankdistill.evaluation.report.charts import Series
+from rankdistill.evaluation.report.data import RunData, curve
+from rankdistill.evaluation.report.findings import describe_model, hacking, metric_name
+from rankdistill.evaluation.report.html import Content, Markup, join, tag
+from rankdistill.evaluation.report.parts import (
     Cell,
     Header,
     absent,

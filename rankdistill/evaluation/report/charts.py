@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rankdistill.evaluation.cost import pareto_front
-from rankdistill.evaluation.html import Attribute, Markup, join, tag
+from rankdistill.evaluation.report.html import Attribute, Markup, join, tag
 
 WIDTH, HEIGHT = 460, 330
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46

@@ -14,12 +14,11 @@ from pathlib import Path
 from rankdistill import __version__
 from rankdistill.artifacts import disk_errors, write_atomically
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation import report_making as making
-from rankdistill.evaluation import report_sections as sections
-from rankdistill.evaluation.html import Content, Markup, join, page, tag
-from rankdistill.evaluation.report_data import RunData, read_run_data
-from rankdistill.evaluation.report_findings import metric_name
-from rankdistill.evaluation.report_queries import Queries, collect_queries
+from rankdistill.evaluation.report import making, sections
+from rankdistill.evaluation.report.data import RunData, read_run_data
+from rankdistill.evaluation.report.findings import metric_name
+from rankdistill.evaluation.report.html import Content, Markup, join, page, tag
+from rankdistill.evaluation.report.queries import Queries, collect_queries
 from rankdistill.evaluation.table import latex as latex_tables
 from rankdistill.evaluation.table import markdown as markdown_tables
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rankdistill.evaluation import charts
-from rankdistill.evaluation.charts import Point, number
-from rankdistill.evaluation.html import Content, Markup, join, tag
-from rankdistill.evaluation.report_data import RunData, SetData
-from rankdistill.evaluation.report_findings import (
+from rankdistill.evaluation.report import charts
+from rankdistill.evaluation.report.charts import Point, number
+from rankdistill.evaluation.report.data import RunData, SetData
+from rankdistill.evaluation.report.findings import (
     cautions,
     comparison,
     headline,
@@ -21,7 +20,8 @@ from rankdistill.evaluation.report_findings import (
     tiles,
     times,
 )
-from rankdistill.evaluation.report_parts import (
+from rankdistill.evaluation.report.html import Content, Markup, join, tag
+from rankdistill.evaluation.report.parts import (
     SHAPES,
     Cell,
     Header,
@@ -37,7 +37,7 @@ from rankdistill.evaluation.report_parts import (
     plain,
     section,
 )
-from rankdistill.evaluation.report_queries import Queries
+from rankdistill.evaluation.report.queries import Queries
 from rankdistill.evaluation.table import bytes_text, figure_text, latency_text, p_text, rate_text, tables
 
 

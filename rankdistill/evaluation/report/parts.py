@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
-from rankdistill.evaluation import charts
-from rankdistill.evaluation.html import Content, Markup, join, tag
-from rankdistill.evaluation.report_data import RunData, SetData
+from rankdistill.evaluation.report import charts
+from rankdistill.evaluation.report.data import RunData, SetData
+from rankdistill.evaluation.report.html import Content, Markup, join, tag
 
 Cell = tuple[Content, str | float | None]  # what is shown, what is sorted by
 Header = tuple[Content, bool]  # its name, and whether the column holds numbers

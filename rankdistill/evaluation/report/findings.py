@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rankdistill.evaluation.report_data import BM25, TEACHER, RunData, SetData
+from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, SetData
 from rankdistill.evaluation.table import bytes_text, rate_text
 
 RESAMPLES = 4000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.report_data import TEACHER, RunData, SetData
+from rankdistill.evaluation.report.data import TEACHER, RunData, SetData
 from rankdistill.runs import Run, iter_run, read_run
 
 if TYPE_CHECKING:

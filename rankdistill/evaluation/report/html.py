@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(__file__).with_name("page")
+ASSETS = Path(__file__).parents[1] / "page"  # shared with the search page
 VOID = frozenset({"br", "hr", "img", "input", "link", "meta", "circle", "line", "path", "polyline", "rect", "use"})
 NOTHING = "'none'"  # as a Content-Security-Policy writes it
 NAME = re.compile(r"[a-zA-Z][\w:.-]*")
