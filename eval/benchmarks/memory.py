@@ -148,8 +148,8 @@ def step_train(collection: Collection, folder: Path) -> None:
 
 def step_index(collection: Collection, folder: Path, name: str) -> None:
     """Without the student, and so without torch: the vectors are all that is needed."""
-    from rankdistill.indexes.dense import iter_doc_ids
     from rankdistill.indexes.building import build_index
+    from rankdistill.indexes.dense import iter_doc_ids
     from rankdistill.indexes.specification import load_specification
     from rankdistill.indexes.vectors import open_vectors
 
