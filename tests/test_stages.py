@@ -121,7 +121,9 @@ def test_until_stops_after_a_stage_and_the_rest_follows(values: dict[str, Any], 
     with pytest.raises(RankdistillError, match="student"):
         workspace.student()
     assert workspace.run() is not None
-    assert list(json.loads((workspace.path / "times.json").read_text())) == list(STAGES)
+    # No index of this recipe is learned, so it has no stage `quantize`.
+    expected = [stage for stage in STAGES if stage != "quantize"]
+    assert list(json.loads((workspace.path / "times.json").read_text())) == expected
 
 
 def test_force_makes_a_stage_again_and_keeps_the_scores(reopen: Open) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -372,10 +373,6 @@ def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
         run_folds(load_recipe(values, ["evaluation.extrapolation=null"]), Path("nowhere"))
 
 
-def test_the_verb_refuses_another_protocol() -> None:
-    from typer.testing import CliRunner
-
-    from rankdistill.cli.main import app
-
-    result = CliRunner().invoke(app, ["folds", "quickstart", "--protocol", "cluster"])
-    assert isinstance(result.exception, UsageError) and "clusters or similarity" in str(result.exception)
+def test_the_verb_refuses_another_protocol(tmp_path: Path) -> None:
+    ended = forked.run("folds", "quickstart", "--protocol", "cluster", folder=tmp_path)
+    assert ended.code == 2 and "clusters or similarity" in ended.err
