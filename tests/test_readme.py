@@ -73,7 +73,7 @@ def test_the_table_of_indexes_is_whole() -> None:
 def test_the_keys_of_learned_quantisation_exist() -> None:
     from rankdistill.indexes.specification import QuantizerSpecification
 
-    rows = re.findall(r"^\| (`[^|]+`) \|", section("Indexes").split("### Learned quantisation\n")[1], re.MULTILINE)
+    rows = re.findall(r"^\| (`[^|]+`) \|", section("Indexes").split("\n| key | |\n")[1], re.MULTILINE)
     keys = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
     assert len(keys) > 10
     assert keys <= QuantizerSpecification.model_fields.keys()
