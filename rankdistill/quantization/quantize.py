@@ -13,6 +13,7 @@ bytes a query while it trains.
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,8 +42,8 @@ from rankdistill.indexes.faiss_index import FaissIndex, apply_search, manifest_i
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
-from rankdistill.quantization.quantizer import VectorQuantizer, encode
-from rankdistill.quantization.training import CODES, LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
+from rankdistill.quantization.quantizer import VectorQuantizer, encode, query_transform
+from rankdistill.quantization.training import CHECKPOINT, CODES, LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -388,15 +389,9 @@ def _train(
         writer.notes = {**notes, "agreement": agreement, "zero_vectors": len(zeros), "log": LOG}
         for leftover in (BEST, LIVE, start_file.name):
             (work / leftover).unlink(missing_ok=True)
-        _remove_checkpoints(work)
+        for folder in work.glob(f"{CHECKPOINT}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     return open_artifact(path, KIND)
-
-
-def _remove_checkpoints(work: Path) -> None:
-    import shutil
-
-    for folder in work.glob("checkpoint*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(documents: Vectors, specification: QuantizerSpecification, file: Path) -> tuple[IndexParts, dict[str, Any]]:
@@ -473,8 +468,11 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
         np.load(trained.path / LISTS, mmap_mode="r", allow_pickle=False) if (trained.path / LISTS).is_file() else None
     )
     plain = specification.rotation == "none" and not {"query_map", "columns"} & tensors.keys()
+    transform = query_transform(
+        tensors["rotation0"], tensors.get("skew"), tensors.get("query_map"), tensors.get("columns")
+    )
     index = assemble_index(
-        rotation=None if plain else query_transform(tensors),
+        rotation=None if plain else transform.contiguous().numpy(),
         centroids=tensors["centroids.weight"].numpy() if "centroids.weight" in tensors else None,
         codebooks=tensors["codebooks"].numpy(),
         metric=specification.metric,
@@ -486,9 +484,8 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
         # The second stage compares the query itself with the documents themselves.
         kind = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[specification.metric]
         second: Any = faiss.index_factory(documents.shape[1], specification.refine, kind)
-        rows = np.arange(len(documents))
         if not second.is_trained:
-            second.train(np.ascontiguousarray(documents[rows[:BLOCK]], dtype=np.float32))
+            second.train(np.ascontiguousarray(documents[:BLOCK], dtype=np.float32))
         for start in range(0, len(documents), BLOCK):
             second.add(np.ascontiguousarray(documents[start : start + BLOCK], dtype=np.float32))
         outer: Any = faiss.IndexRefine(index, second)
@@ -499,21 +496,6 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
         index = outer
     apply_search(index, specification.search, specification.name)
     return index
-
-
-def query_transform(tensors: dict[str, torch.Tensor]) -> NDArray[np.float32]:
-    """R W of a saved quantiser [d, dimension], A W where its subspaces overlap."""
-    rotation = tensors["rotation0"]
-    if "skew" in tensors:
-        half = (tensors["skew"] - tensors["skew"].T) / 2
-        one = torch.eye(len(half))
-        rotation = torch.linalg.solve(one + half, one - half) @ rotation
-    if "query_map" in tensors:
-        rotation = rotation @ tensors["query_map"]
-    if "columns" in tensors:
-        rotation = rotation[tensors["columns"].flatten()]
-    array: NDArray[np.float32] = rotation.contiguous().numpy()
-    return array
 
 
 def _query_encoding(student: StudentModel) -> Any:

@@ -80,11 +80,7 @@ class VectorQuantizer(nn.Module):
 
     def rotation(self) -> Tensor:
         """R [d, dimension], orthogonal if it was at the start."""
-        if self.skew is None:
-            return self.rotation0
-        half = (self.skew - self.skew.T) / 2
-        one = torch.eye(len(half), dtype=half.dtype, device=half.device)
-        return torch.linalg.solve(one + half, one - half) @ self.rotation0
+        return query_transform(self.rotation0, self.skew)
 
     def query_transform(self, folded: bool = False) -> Tensor:
         """R W [d, dimension], or A W [overlap · d, dimension]: what a query is multiplied by.
@@ -92,8 +88,7 @@ class VectorQuantizer(nn.Module):
         Args:
             folded: R W in any case, which goes with folded decoded vectors.
         """
-        transform = self.rotation() if self.query_map is None else self.rotation() @ self.query_map
-        return transform if self.columns is None or folded else transform[self.columns.flatten()]
+        return query_transform(self.rotation0, self.skew, self.query_map, None if folded else self.columns)
 
     def fold(self, decoded: Tensor) -> Tensor:
         """Decoded vectors [n, overlap · d] in the space of rotated ones [n, d]: codewords that meet add up."""
@@ -185,6 +180,20 @@ class VectorQuantizer(nn.Module):
         """(R, O, C) as arrays."""
         centroids = None if self.centroids is None else self.centroids.weight.detach().cpu().numpy().copy()
         return self.rotation().cpu().numpy().copy(), centroids, self.codebooks.detach().cpu().numpy().copy()
+
+
+def query_transform(
+    rotation0: Tensor, skew: Tensor | None, query_map: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """R W of a quantiser's tensors, A W with columns; R alone without a query map."""
+    transform = rotation0
+    if skew is not None:
+        half = (skew - skew.T) / 2
+        one = torch.eye(len(half), dtype=half.dtype, device=half.device)
+        transform = torch.linalg.solve(one + half, one - half) @ transform
+    if query_map is not None:
+        transform = transform @ query_map
+    return transform if columns is None else transform[columns.flatten()]
 
 
 def similarity(queries: Tensor, documents: Tensor, metric: Metric) -> Tensor:
