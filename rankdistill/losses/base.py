@@ -2,7 +2,8 @@
 
 Losses are sorted by what they read, so that a trainer needs one call a kind:
     ListLoss    scores of each query's own list, [lists, documents]
-More kinds (scores across the batch, embeddings, regularisers) are further base classes beside it.
+    BatchLoss   scores of every query against every document of the batch, [lists, distinct documents]
+    QueryLoss   embeddings of the queries beside those of a teacher, [lists, dimension]
 """
 
 from __future__ import annotations
@@ -10,29 +11,48 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+
+from rankdistill.losses.schedules import Schedule, value_at
 
 
 class Loss(nn.Module, ABC):
-    """Constructor parameters are the keys of a recipe; `weight` is its share in a weighted sum of losses."""
+    """Constructor parameters are the keys of a recipe; `weight` is its share in a weighted sum of losses.
+
+    What a loss learns about the training's course it keeps in buffers, which are part of a checkpoint.
+    """
 
     needs_labels = False
     needs_teacher = True
+    needs_batch_teacher = False
     over_pairs = False  # memory grows with the square of a list
+    step = 0  # optimiser steps done ...
+    steps = 1  # ... of the whole training
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: Schedule = 1.0) -> None:
         super().__init__()
         self.weight = weight
 
+    def at_step(self, step: int, steps: int) -> None:
+        """The trainer tells how many of the training's optimiser steps are done, before each batch."""
+        self.step, self.steps = step, steps
+
+    def now(self, schedule: Schedule) -> float:
+        """What a number or a ramp is at this step."""
+        return value_at(schedule, self.step, self.steps)
+
 
 class ListLoss(Loss):
-    """A loss that reads each list alone."""
+    """A loss that reads each list alone: the weighted mean of its terms over all lists of a batch."""
 
     type: ClassVar[str]  # type: ignore[assignment]  # the recipe's word; hides nn.Module.type, which casts
 
     @abstractmethod
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """The loss of a batch of scored lists.
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums and counts.
 
         Args:
             student_scores: [lists, documents], float32.
@@ -41,11 +61,76 @@ class ListLoss(Loss):
             mask: [lists, documents], bool: False pads lists of unequal length.
 
         Returns:
+            Sum of each list's terms, and how many (or how much weight) they are: float32 [lists] both. A list without
+            what the loss needs has 0 of both, with a gradient of 0.
+        """
+
+    def forward(
+        self,
+        student_scores: Tensor,
+        teacher_scores: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch of scored lists (see `terms`), each list counting by its weight: [lists], 1 unless given.
+
+        Returns:
             A scalar; 0 (with a gradient of 0) when no list has what the loss needs.
+        """
+        sums, counts = self.terms(student_scores, teacher_scores, labels, mask)
+        if weights is not None:
+            sums, counts = sums * weights, counts * weights
+        total = counts.sum()
+        return sums.sum() / torch.where(total > 0, total, torch.ones_like(total))
+
+
+class BatchLoss(Loss):
+    """A loss over the scores of every query with every document of the batch (in-batch negatives)."""
+
+    type: ClassVar[str]  # type: ignore[assignment]
+
+    @abstractmethod
+    def forward(
+        self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            student_scores: [lists, distinct documents], float32; a document of several lists is one column.
+            teacher_scores: the same of the batch teacher where `needs_batch_teacher`, else None.
+            index: [lists, documents], int: columns of each query's own list.
+            labels: [lists, documents], int: relevance, -1 where unjudged.
+            mask: [lists, documents], bool: False pads lists of unequal length (their `index` names any column).
+
+        Returns:
+            A scalar; 0 (with a gradient of 0) when nothing in the batch has what the loss needs.
         """
 
 
-def mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values where the mask is set; 0, still connected to the graph, where nothing is."""
-    values = values.masked_fill(~where, 0.0)
-    return values.sum() / where.sum().clamp(min=1)
+class QueryLoss(Loss):
+    """A loss between the student's query embeddings and a teacher's, for students that search the teacher's index."""
+
+    type: ClassVar[str]  # type: ignore[assignment]
+    needs_batch_teacher = True
+
+    @abstractmethod
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of a batch: embeddings [lists, dimension] of the same queries, float32; a scalar."""
+
+
+def sums_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Each list's sum of the values where the mask is set, and how many they are: float32 [lists] both.
+
+    Args:
+        values, where: [lists, ...]
+    """
+    return values.masked_fill(~where, 0.0).flatten(1).sum(dim=1), where.flatten(1).sum(dim=1).to(values.dtype)
+
+
+def log_softmax_where(scores: Tensor, mask: Tensor) -> Tensor:
+    """log softmax over the documents of each list that the mask keeps; finite everywhere: [lists, documents].
+
+    A finite floor, not -inf: 0 * (-inf - -inf) would be NaN in the padded places.
+    """
+    return scores.masked_fill(~mask, -1e30).log_softmax(dim=1)

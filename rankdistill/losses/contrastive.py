@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankdistill.losses.base import ListLoss, mean_where
+from rankdistill.losses.base import ListLoss, sums_where
+from rankdistill.losses.schedules import Schedule
 
 
 class InfoNCE(ListLoss):
@@ -23,15 +24,17 @@ class InfoNCE(ListLoss):
     needs_labels = True
     needs_teacher = False
 
-    def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
+    def __init__(self, temperature: Schedule = 1.0, weight: Schedule = 1.0) -> None:
         super().__init__(weight)
         self.temperature = temperature
 
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         first = torch.zeros_like(mask)
         first[:, 0] = True
         competing = mask & (first | (labels <= 0))
-        logits = (student_scores / self.temperature).masked_fill(~competing, float("-inf"))
+        logits = (student_scores / self.now(self.temperature)).masked_fill(~competing, float("-inf"))
         counted = mask[:, 0] & (labels[:, 0] > 0)
         logits = logits.masked_fill(~counted[:, None], 0.0)  # a list that counts nothing must give no NaN
-        return mean_where(-logits.log_softmax(dim=1)[:, 0], counted)
+        return sums_where(-logits.log_softmax(dim=1)[:, :1], counted[:, None])

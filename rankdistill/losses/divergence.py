@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rankdistill.losses.base import ListLoss
+from rankdistill.losses.base import ListLoss, log_softmax_where
+from rankdistill.losses.schedules import Schedule
 
 
 class KLDivergence(ListLoss):
@@ -18,17 +20,21 @@ class KLDivergence(ListLoss):
 
     type = "kl"
 
-    def __init__(self, temperature: float = 1.0, teacher_temperature: float | None = None, weight: float = 1.0) -> None:
+    def __init__(
+        self, temperature: Schedule = 1.0, teacher_temperature: Schedule | None = None, weight: Schedule = 1.0
+    ) -> None:
         super().__init__(weight)
         self.temperature = temperature
         self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
 
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        # A finite floor, not -inf: 0 * (-inf - -inf) would be NaN in the padded places.
-        student = (student_scores / self.temperature).masked_fill(~mask, -1e30).log_softmax(dim=1)
-        teacher = (teacher_scores / self.teacher_temperature).masked_fill(~mask, -1e30).log_softmax(dim=1)
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        temperature = self.now(self.temperature)
+        student = log_softmax_where(student_scores / temperature, mask)
+        teacher = log_softmax_where(teacher_scores / self.now(self.teacher_temperature), mask)
         divergence = (teacher.exp() * (teacher - student)).masked_fill(~mask, 0.0).sum(dim=1)
-        return self.temperature**2 * divergence.mean()
+        return temperature**2 * divergence, torch.ones_like(divergence)
 
 
 class ListNet(ListLoss):
@@ -43,11 +49,15 @@ class ListNet(ListLoss):
 
     type = "listnet"
 
-    def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
+    def __init__(self, temperature: Schedule = 1.0, weight: Schedule = 1.0) -> None:
         super().__init__(weight)
         self.temperature = temperature
 
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        student = (student_scores / self.temperature).masked_fill(~mask, -1e30).log_softmax(dim=1)
-        teacher = (teacher_scores / self.temperature).masked_fill(~mask, -1e30).softmax(dim=1)
-        return -(teacher * student).masked_fill(~mask, 0.0).sum(dim=1).mean()
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        temperature = self.now(self.temperature)
+        student = log_softmax_where(student_scores / temperature, mask)
+        teacher = log_softmax_where(teacher_scores / temperature, mask).exp()
+        entropy = -(teacher * student).masked_fill(~mask, 0.0).sum(dim=1)
+        return entropy, torch.ones_like(entropy)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from rankdistill.losses.base import ListLoss, mean_where
+from rankdistill.losses.base import ListLoss, sums_where
+from rankdistill.losses.schedules import Schedule
 
 
 class MarginMSE(ListLoss):
@@ -24,21 +25,23 @@ class MarginMSE(ListLoss):
     type = "margin_mse"
 
     def __init__(
-        self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: float = 1.0
+        self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: Schedule = 1.0
     ) -> None:
         super().__init__(weight)
         self.pairs = pairs
         self.needs_labels = pairs == "positive_vs_rest"
         self.over_pairs = pairs == "all_pairs"
 
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.pairs == "positive_vs_rest":
             # Margins against the list's first document only: no n x n matrix.
             error = (student_scores[:, :1] - student_scores) - (teacher_scores[:, :1] - teacher_scores)
             counted = mask & mask[:, :1] & (labels[:, :1] > 0)
             counted[:, 0] = False  # the pair of the positive with itself is no pair
-            return mean_where(error.square(), counted)
+            return sums_where(error.square(), counted)
         student_margins = student_scores[:, :, None] - student_scores[:, None, :]
         teacher_margins = teacher_scores[:, :, None] - teacher_scores[:, None, :]
         counted = (teacher_margins > 0) & mask[:, :, None] & mask[:, None, :]
-        return mean_where((student_margins - teacher_margins).square(), counted)
+        return sums_where((student_margins - teacher_margins).square(), counted)

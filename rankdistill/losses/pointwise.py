@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rankdistill.losses.base import ListLoss, mean_where
+from rankdistill.losses.base import ListLoss, sums_where
 
 
 class PointwiseMSE(ListLoss):
@@ -16,5 +16,7 @@ class PointwiseMSE(ListLoss):
 
     type = "mse"
 
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return mean_where((student_scores - teacher_scores).square(), mask)
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return sums_where((student_scores - teacher_scores).square(), mask)

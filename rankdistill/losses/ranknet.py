@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankdistill.losses.base import ListLoss
+from rankdistill.losses.schedules import Schedule
 
 
 class RankNet(ListLoss):
@@ -28,14 +29,16 @@ class RankNet(ListLoss):
     over_pairs = True
 
     def __init__(
-        self, weighting: Literal["none", "rank", "ndcg"] = "none", temperature: float = 1.0, weight: float = 1.0
+        self, weighting: Literal["none", "rank", "ndcg"] = "none", temperature: Schedule = 1.0, weight: Schedule = 1.0
     ) -> None:
         super().__init__(weight)
         self.weighting = weighting
         self.temperature = temperature
 
-    def forward(self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        scores = student_scores / self.temperature
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scores = student_scores / self.now(self.temperature)
         better = (teacher_scores[:, :, None] > teacher_scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
         weights = better.to(scores.dtype)
         if self.weighting != "none":
@@ -49,7 +52,7 @@ class RankNet(ListLoss):
                 swap = (gain[:, :, None] - gain[:, None, :]) * (discount[:, :, None] - discount[:, None, :])
                 weights = weights * swap.abs() / ideal[:, None, None]
         losses = functional.softplus(scores[:, None, :] - scores[:, :, None])
-        return (losses * weights).sum() / weights.sum().clamp(min=1e-9)
+        return (losses * weights).sum(dim=(1, 2)), weights.sum(dim=(1, 2))
 
 
 def ranks_of(scores: Tensor, mask: Tensor) -> Tensor:

@@ -217,7 +217,8 @@ class QuantizerTraining:
         student = self._listed(scores, batch) / self.temperature
         total = torch.zeros(())
         for loss in self.losses:
-            total = total + loss.weight * loss(student, teacher / self.temperature, batch.labels, batch.mask)
+            loss.at_step(self.step, self.specification.steps)
+            total = total + loss.now(loss.weight) * loss(student, teacher / self.temperature, batch.labels, batch.mask)
         return total
 
     def _check_pairs(self) -> None:

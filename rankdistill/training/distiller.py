@@ -38,5 +38,5 @@ class Distiller(nn.Module):
             for name, loss in self.losses.items():
                 assert isinstance(loss, ListLoss)
                 parts[name] = loss(student_scores, teacher_scores, relevance, mask)
-                total = total + loss.weight * parts[name]
+                total = total + loss.now(loss.weight) * parts[name]
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}

@@ -1,0 +1,42 @@
+"""Numbers of a loss that change while a student learns: ramps over optimiser steps.
+
+A ramp is a pure function of the step, so it needs no place in a checkpoint and resumes exactly; it counts optimiser
+steps, whatever the number of batches or processes that make one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Ramp(BaseModel):
+    """From `start` to `end`, then constant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    start: float = Field(0.0, description="value at the first step")
+    end: float = Field(..., description="value from the end of the ramp on")
+    over: float = Field(1.0, gt=0, description="length: share of the training's steps up to 1, else steps")
+    delay: float = Field(0.0, ge=0, description="first stay at `start` so long: share of the steps below 1, else steps")
+    shape: Literal["linear", "quadratic", "cosine"] = "linear"
+
+
+Schedule = Annotated[float | Ramp, Field(description="a number, or a ramp: {start, end, over, delay, shape}")]
+
+
+def value_at(schedule: float | Ramp | Mapping[str, Any], step: int, steps: int) -> float:
+    """What a schedule is after `step` of `steps` optimiser steps."""
+    if isinstance(schedule, (int, float)):
+        return float(schedule)
+    ramp = schedule if isinstance(schedule, Ramp) else Ramp.model_validate(schedule)
+    over = ramp.over * steps if ramp.over <= 1 else ramp.over
+    delay = ramp.delay * steps if ramp.delay < 1 else ramp.delay
+    done = min(max((step - delay) / over, 0.0), 1.0)
+    if ramp.shape == "quadratic":
+        done = done**2
+    elif ramp.shape == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return ramp.start + (ramp.end - ramp.start) * done
