@@ -35,6 +35,8 @@ KINDS = {
     "student": "rankdistill.students",
     "teacher": "rankdistill.teachers",
     "source": "rankdistill.indexes",
+    "weighting": "rankdistill.losses.weighting",
+    "backend": "rankdistill.teachers.llm",
 }
 
 
@@ -57,6 +59,7 @@ Sampler = Annotated[Method, "sampler"]
 Student = Annotated[Method, "student"]
 Teacher = Annotated[Method, "teacher"]
 Source = Annotated[Method, "source"]
+Weighting = Annotated[Method, "weighting"]
 
 
 class HoldOut(Section):
@@ -100,6 +103,13 @@ class Training(Section):
     """How a student learns; see training/trainer.py."""
 
     losses: list[Loss] = Field(default_factory=lambda: [Method.model_validate({"type": "margin_mse"})], min_length=1)
+    weighting: Weighting | None = Field(None, description="what each list counts in the losses; null: all alike")
+    batch_teacher: Student | None = Field(
+        None, description="a frozen model that scores every query with every document of a batch, for the losses that ask"
+    )
+    batch_teacher_vectors: Literal["live", "precomputed"] = Field(
+        "precomputed", description="encode a batch's texts in each step, or all of the lists' texts once"
+    )
     batches: Sampler = Field(
         default_factory=lambda: Method.model_validate({"type": "random_batches"}), description="which queries meet"
     )
@@ -115,6 +125,9 @@ class Training(Section):
     max_gradient_norm: float = Field(1.0, gt=0)
     accumulation: int = Field(1, ge=1, description="batches a step")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradient_cache: bool = Field(
+        False, description="keep no activations but those of one part of a batch: large batches, one more forward pass"
+    )
     token_budget: int = Field(4096, ge=64, description="padded tokens in one forward pass over a batch's documents")
     checkpoints: int = Field(5, ge=1, description="how often, over the training, to evaluate on dev and save")
     metric: str = Field("ndcg@10", description="dev metric that picks the best checkpoint")

@@ -1,0 +1,50 @@
+"""What a weighting is: a batch of scored lists in, what each list counts out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankdistill.losses.schedules import Schedule, value_at
+
+
+class Weighting(nn.Module, ABC):
+    """Constructor parameters are the keys of a recipe; state goes into buffers, which are part of a checkpoint."""
+
+    type: ClassVar[str]  # type: ignore[assignment]
+    needs_disagreement = False  # between the members of an ensemble of teachers
+    step = 0
+    steps = 1
+
+    def at_step(self, step: int, steps: int) -> None:
+        """The trainer tells how many of the training's optimiser steps are done, before each batch."""
+        self.step, self.steps = step, steps
+
+    def now(self, schedule: Schedule) -> float:
+        """What a number or a ramp is at this step."""
+        return value_at(schedule, self.step, self.steps)
+
+    @abstractmethod
+    def forward(
+        self,
+        student_scores: Tensor,
+        teacher_scores: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        disagreement: Tensor | None,
+    ) -> Tensor:
+        """Weights [lists], at least 0 and of mean 1, without a gradient.
+
+        Args:
+            student_scores, teacher_scores, labels, mask: [lists, documents], as a ListLoss has them.
+            disagreement: [lists, documents], float32, where the lists have it.
+        """
+
+
+def mean_one(weights: Tensor) -> Tensor:
+    """Weights of mean 1; all alike where they are all 0."""
+    total = weights.sum()
+    return torch.where(total > 0, weights * (len(weights) / total.clamp(min=1e-12)), torch.ones_like(weights)).detach()
