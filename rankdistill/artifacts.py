@@ -187,6 +187,11 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def partial_folder(path: Path, fingerprint: str) -> Path:
+    """Where an artifact is written until it is whole."""
+    return path.with_name(f".{path.name}.{fingerprint}.partial")
+
+
 @contextmanager
 def write_artifact(
     path: str | Path,
@@ -210,7 +215,7 @@ def write_artifact(
     The caller holds `locked(path)` when several processes may write the same artifact.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{fingerprint}.partial")
+    partial = partial_folder(path, fingerprint)
     started = time.time()
     with disk_errors(path):
         if partial.exists() and not resume:

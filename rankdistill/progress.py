@@ -5,6 +5,7 @@ Everything here goes to standard error: standard output is for results.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,15 +21,26 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    return _quiet
+
+
+def launched() -> tuple[int, int]:
+    """(rank, processes) as torchrun or `accelerate launch` set them in the environment; (0, 1) without either."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def say(text: str) -> None:
-    """One line for the user (a stage begins, a file was written); silent with `--quiet`."""
-    if not _quiet:
+    """One line for the user (a stage begins, a file was written); silent with `--quiet`, and in all but the first of
+    several processes."""
+    if not _quiet and launched()[0] == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """One line that must be seen, also with `--quiet`."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if launched()[0] == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +71,7 @@ class Progress:
             self._print(end="" if self._live else "\n")
 
     def _print(self, end: str) -> None:
-        if _quiet:
+        if _quiet or launched()[0] > 0:
             return
         seconds = time.monotonic() - self.started
         rate = self.done / seconds if seconds else 0.0

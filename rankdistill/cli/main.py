@@ -196,6 +196,10 @@ def score(
     ] = None,
     form: Annotated[str, typer.Option("--format", help="Of the file: tsv, triples, trec, jsonl or auto.")] = "auto",
     kind: Annotated[str, typer.Option(help="Of the file's scores: logit, probability, similarity, rank.")] = "logit",
+    budget: Annotated[
+        str | None, typer.Option(help="Stop a language model at 500calls, 200000tokens or 3.50 (money, by its prices).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the scores to a Parquet file.")] = None,
     store: Store = None,
     quiet: Quiet = False,
@@ -204,6 +208,7 @@ def score(
     _begin(quiet)
     import yaml
 
+    from rankdistill.cli.spending import limited, print_estimate
     from rankdistill.collections import open_collection
     from rankdistill.recipe import build
     from rankdistill.runs import iter_run
@@ -218,7 +223,10 @@ def score(
         raise UsageError("nothing to score", fix="give --teacher and --candidates, or --import FILE")
     else:
         run_file = candidates / "candidates.parquet" if candidates.is_dir() else candidates
-        live = build("teacher", yaml.safe_load(teacher), "--teacher")
+        live = limited(build("teacher", yaml.safe_load(teacher), "--teacher"), budget)
+        if dry_run:
+            print_estimate(live, opened, iter_run(run_file), ScoreStore(store))
+            return
         scores = score_candidates(live, opened, iter_run(run_file), ScoreStore(store))
     if out is not None:
         scores.export(out)
@@ -231,15 +239,21 @@ def train(
     changes: Set = None,
     out: Out = None,
     student: Annotated[str, typer.Option(help="`student`, or the name of a baseline.")] = "student",
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Train in so many processes (training.processes).", min=1)
+    ] = None,
     store: Store = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe's student, with the stages before it where they are missing."""
     _begin(quiet)
+    from rankdistill.progress import launched
     from rankdistill.recipe import load_recipe
     from rankdistill.stages import Workspace
 
-    checked = load_recipe(recipe, changes or [])
+    processes = nproc or (launched()[1] if launched()[1] > 1 else None)  # `accelerate launch` says it in its own way
+    together = [f"training.processes={processes}"] if processes else []
+    checked = load_recipe(recipe, [*(changes or []), *together])
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
     artifact = workspace.train(student)
     print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")

@@ -27,18 +27,18 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
         RankdistillError: there is no trained student; an index belongs to another one.
     """
     from rankdistill.evaluation.search_page import Column, SearchPage
-    from rankdistill.indexes.dense import DenseEngine
+    from rankdistill.indexes.engines import exhaustive_engine
     from rankdistill.indexes.faiss_index import FaissIndex
     from rankdistill.indexes.specification import any_specification
     from rankdistill.stages import STUDENT
 
     collection, recipe = workspace.collection, workspace.recipe
     student = workspace.student()
-    exact: Any = DenseEngine.over(student, workspace.vectors(STUDENT, student, collection))
+    exact: Any = exhaustive_engine(student, workspace.vectors(STUDENT, student, collection))
     bm25 = workspace.bm25()
     columns = [
         Column("BM25", bm25, bm25.bytes, kind="bm25"),
-        Column("student", exact, exact.index.bytes, "Every vector in float32, searched exhaustively.", "student"),
+        Column("student", exact, exact.index.bytes, "Every vector as it is, searched exhaustively.", "student"),
     ]
     if indexes is None:
         built = [one for one in recipe.indexes if workspace.index_file(one).is_file()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +47,12 @@ class Collection:
         artifact: kind "collection", as `rankdistill.collections.writer.imported` leaves it.
         name: what tables and file names call it.
         spec: what `open_collection` was given.
+        unlabelled: query id → text of further queries (see `with_queries`); held in memory.
     """
 
-    def __init__(self, artifact: Artifact, name: str, spec: str) -> None:
+    def __init__(self, artifact: Artifact, name: str, spec: str, unlabelled: Mapping[str, str] | None = None) -> None:
         self.artifact, self.name, self.spec = artifact, name, spec
+        self.unlabelled = dict(unlabelled or {})
         self.path: Path = artifact.path
         self.fingerprint: str = artifact.fingerprint
         self.document_count = int(artifact.counts["documents"])
@@ -62,8 +65,9 @@ class Collection:
         self._query_index = IdIndex(self.path, "queries", self._queries, "query_id")
         self._tables: dict[str, Table] = {}
 
-    def __reduce__(self) -> tuple[type[Collection], tuple[Artifact, str, str]]:
-        return Collection, (self.artifact, self.name, self.spec)  # data loader workers open the files anew
+    def __reduce__(self) -> tuple[type[Collection], tuple[Artifact, str, str, dict[str, str]]]:
+        # Data loader workers open the files anew.
+        return Collection, (self.artifact, self.name, self.spec, self.unlabelled)
 
     def __len__(self) -> int:
         return self.document_count
@@ -147,12 +151,30 @@ class Collection:
         """
         rows = self._query_index.lookup(ids)
         if len(rows) and rows.min() < 0:
+            if self.unlabelled:
+                return self._mixed_texts(ids, rows)
             unknown = ids[int(np.argmin(rows))]
             raise RankdistillError(f"collection {self.name} has no query {unknown!r}", where=self.spec)
         return self._queries.take("text", rows)
 
+    def _mixed_texts(self, ids: Sequence[str], rows: Rows) -> list[str]:
+        own = iter(self._queries.take("text", rows[rows >= 0]))
+        try:
+            return [next(own) if row >= 0 else self.unlabelled[query_id] for query_id, row in zip(ids, rows)]
+        except KeyError as error:
+            raise RankdistillError(f"collection {self.name} has no query {error}", where=self.spec) from None
+
     def has_queries(self, ids: Sequence[str]) -> list[bool]:
-        return [bool(row >= 0) for row in self._query_index.lookup(ids)]
+        return [bool(row >= 0) or i in self.unlabelled for i, row in zip(ids, self._query_index.lookup(ids))]
+
+    def with_queries(self, texts: Sequence[str]) -> Collection:
+        """The same collection with further queries, which have no labels; `unlabelled` holds their ids and texts.
+
+        An id is a hash of its text, so that the same text is the same query everywhere and the collection's fingerprint
+        may stay: scores, candidates and indexes made with it still belong to it. Texts that repeat count once.
+        """
+        new = {f"text-{hashlib.sha256(text.encode()).hexdigest()[:20]}": text for text in texts}
+        return Collection(self.artifact, self.name, self.spec, {**self.unlabelled, **new})
 
     def iter_queries(self, split: str | None = None, batch_size: int = 512) -> Iterator[list[Query]]:
         """Queries with their judgements in `split`, in file order (None: all queries, no judgements)."""
@@ -214,9 +236,7 @@ class Collection:
             return train, self.query_ids("dev")
         if len(train) < 2:
             raise RankdistillError(f"collection {self.name} has too few train queries to hold out a dev split")
-        count = min(len(train) - 1, max(1, round(len(train) * dev_fraction)))
-        held_out = set(sorted(train, key=lambda query_id: id_hash(f"{seed}:{query_id}"))[:count])
-        return [i for i in train if i not in held_out], [i for i in train if i in held_out]
+        return held_out(train, dev_fraction, seed)
 
     # For people
 
@@ -249,3 +269,10 @@ class Collection:
             "splits": splits,
             "problems": self.problems,
         }
+
+
+def held_out(query_ids: Sequence[str], fraction: float = 0.1, seed: int = 42) -> tuple[list[str], list[str]]:
+    """(rest, held out) of at least two queries: the `fraction` with the smallest hash of seed and id, at least one."""
+    count = min(len(query_ids) - 1, max(1, round(len(query_ids) * fraction)))
+    chosen = set(sorted(query_ids, key=lambda query_id: id_hash(f"{seed}:{query_id}"))[:count])
+    return [i for i in query_ids if i not in chosen], [i for i in query_ids if i in chosen]

@@ -21,7 +21,8 @@ class StudentReranking:
 
     Args:
         first: the engine of the first stage.
-        student: a `DenseEngine` over the vectors of the same collection, one row a document.
+        student: an engine over the vectors of the same collection, all of them: `DenseEngine.over` or
+            `MultiVectorEngine.over`.
         depth: documents re-ranked for each query, whatever depth is asked for.
     """
 
@@ -62,11 +63,10 @@ class StudentReranking:
 
     def _rerank(self, texts: Sequence[str], found: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(rows, falling scores) of each query."""
-        vectors = self.student.index.vectors
         merged = []
         for vector, hits in zip(self.student.encoder.encode_queries(texts), found, strict=True):
             top, rest = hits.rows[: self.depth], hits.rows[self.depth :]
-            scores = np.asarray(vectors[top] @ vector, np.float32)
+            scores = self.student.index.scores(vector, top)
             order = np.argsort(-scores, kind="stable")
             below = scores_below(scores.min() if len(scores) else np.float32(0), len(rest))
             merged.append((np.concatenate([top[order], rest]), np.concatenate([scores[order], below])))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, fingerprint
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import Encoder, Hits, Vectors, no_hits, ranked
+from rankdistill.indexes.base import Encoder, Hits, Rows, Scores, Vectors, no_hits, ranked
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.specification import IndexSpecification
@@ -98,6 +98,10 @@ class ExactIndex:
                 best_scores = np.take_along_axis(best_scores, order, axis=1)
                 best_rows = np.take_along_axis(best_rows, order, axis=1)
         return [ranked(best_rows[i], best_scores[i], k) for i in range(len(vectors))]
+
+    def scores(self, vector: Vectors, rows: Rows) -> Scores:
+        """[rows] inner products of one query's vector [dimension] with these documents: re-ranking."""
+        return np.asarray(self.vectors[rows] @ vector, np.float32)
 
 
 class DenseEngine:

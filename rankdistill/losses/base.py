@@ -9,7 +9,7 @@ Losses are sorted by what they read, so that a trainer needs one call a kind:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Loss(nn.Module, ABC):
     needs_teacher = True
     needs_batch_teacher = False
     over_pairs = False  # memory grows with the square of a list
+    matches: Literal["", "margins", "softmax"] = ""  # what of the teacher's scores the student's become: one scale then
+    teacher_temperature: Schedule | None = None  # of the softmax over the teacher's scores, where there is one
     step = 0  # optimiser steps done ...
     steps = 1  # ... of the whole training
 
@@ -128,9 +130,24 @@ def sums_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     return values.masked_fill(~where, 0.0).flatten(1).sum(dim=1), where.flatten(1).sum(dim=1).to(values.dtype)
 
 
+def comparable(mask: Tensor) -> Tensor:
+    """Lists with something to compare, two documents or more: bool [lists]. A list of one teaches no order."""
+    return mask.sum(dim=1) > 1
+
+
 def log_softmax_where(scores: Tensor, mask: Tensor) -> Tensor:
     """log softmax over the documents of each list that the mask keeps; finite everywhere: [lists, documents].
 
     A finite floor, not -inf: 0 * (-inf - -inf) would be NaN in the padded places.
     """
     return scores.masked_fill(~mask, -1e30).log_softmax(dim=1)
+
+
+def evenness(scores: Tensor, mask: Tensor) -> Tensor:
+    """Entropy of each list's softmax by the greatest one possible, 0 (all on one document) to 1 (even): [lists].
+
+    Lists of one document: 0.
+    """
+    logs = log_softmax_where(scores, mask)
+    entropy = -(logs.exp() * logs).masked_fill(~mask, 0.0).sum(dim=1)
+    return entropy / mask.sum(dim=1).clamp(min=2).to(entropy.dtype).log()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankdistill.losses.base import ListLoss, sums_where
-from rankdistill.losses.schedules import Schedule
+from rankdistill.losses.base import BatchLoss, ListLoss, comparable, sums_where
+from rankdistill.losses.schedules import Schedule, Temperature
 
 
 class InfoNCE(ListLoss):
     """-log softmax of the positive among its list (van den Oord et al. 2018, arXiv:1807.03748); reads no teacher.
 
     The positive is the list's first document, which must be labelled relevant; other documents of the list that are
-    labelled relevant are no negatives and are left out.
+    labelled relevant are no negatives and are left out. A list without a negative counts nothing.
 
     Args:
         temperature: scores are divided by it.
@@ -24,7 +24,7 @@ class InfoNCE(ListLoss):
     needs_labels = True
     needs_teacher = False
 
-    def __init__(self, temperature: Schedule = 1.0, weight: Schedule = 1.0) -> None:
+    def __init__(self, temperature: Temperature = 1.0, weight: Schedule = 1.0) -> None:
         super().__init__(weight)
         self.temperature = temperature
 
@@ -35,6 +35,39 @@ class InfoNCE(ListLoss):
         first[:, 0] = True
         competing = mask & (first | (labels <= 0))
         logits = (student_scores / self.now(self.temperature)).masked_fill(~competing, float("-inf"))
-        counted = mask[:, 0] & (labels[:, 0] > 0)
+        counted = mask[:, 0] & (labels[:, 0] > 0) & comparable(competing)
         logits = logits.masked_fill(~counted[:, None], 0.0)  # a list that counts nothing must give no NaN
         return sums_where(-logits.log_softmax(dim=1)[:, :1], counted[:, None])
+
+
+class InBatchInfoNCE(BatchLoss):
+    """-log softmax of the positive among all documents of the batch: the other queries' documents are negatives too
+    (DPR, Karpukhin et al. 2020, arXiv:2004.04906); reads no teacher.
+
+    The positive is the list's first document, which must be labelled relevant. Other documents that the query's own
+    list labels relevant are no negatives, whichever lists they are in; a document of several lists counts once.
+
+    Args:
+        temperature: scores are divided by it.
+        weight: share in a sum of losses.
+    """
+
+    type = "in_batch_infonce"
+    needs_labels = True
+    needs_teacher = False
+
+    def __init__(self, temperature: Temperature = 1.0, weight: Schedule = 1.0) -> None:
+        super().__init__(weight)
+        self.temperature = temperature
+
+    def forward(
+        self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor
+    ) -> Tensor:
+        relevant = torch.zeros_like(student_scores).scatter_add_(1, index, (mask & (labels > 0)).to(student_scores))
+        positive = index[:, :1]
+        competing = (relevant == 0).scatter(1, positive, True)
+        counted = mask[:, 0] & (labels[:, 0] > 0) & comparable(competing)
+        logits = (student_scores / self.now(self.temperature)).masked_fill(~competing, float("-inf"))
+        logits = logits.masked_fill(~counted[:, None], 0.0)  # a query that counts nothing must give no NaN
+        sums, counts = sums_where(-logits.log_softmax(dim=1).gather(1, positive), counted[:, None])
+        return sums.sum() / counts.sum().clamp(min=1.0)

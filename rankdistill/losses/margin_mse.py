@@ -23,6 +23,7 @@ class MarginMSE(ListLoss):
     """
 
     type = "margin_mse"
+    matches = "margins"
 
     def __init__(
         self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: Schedule = 1.0

@@ -15,6 +15,7 @@ class PointwiseMSE(ListLoss):
     """
 
     type = "mse"
+    matches = "margins"
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankdistill.losses.base import ListLoss
-from rankdistill.losses.schedules import Schedule
+from rankdistill.losses.schedules import Schedule, Temperature
 
 
 class RankNet(ListLoss):
@@ -29,7 +29,10 @@ class RankNet(ListLoss):
     over_pairs = True
 
     def __init__(
-        self, weighting: Literal["none", "rank", "ndcg"] = "none", temperature: Schedule = 1.0, weight: Schedule = 1.0
+        self,
+        weighting: Literal["none", "rank", "ndcg"] = "none",
+        temperature: Temperature = 1.0,
+        weight: Schedule = 1.0,
     ) -> None:
         super().__init__(weight)
         self.weighting = weighting

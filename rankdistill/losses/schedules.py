@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Ramp(BaseModel):
@@ -25,6 +25,18 @@ class Ramp(BaseModel):
 
 
 Schedule = Annotated[float | Ramp, Field(description="a number, or a ramp: {start, end, over, delay, shape}")]
+
+
+def _positive(schedule: float | Ramp) -> float | Ramp:
+    if min((schedule.start, schedule.end) if isinstance(schedule, Ramp) else (schedule,)) <= 0:
+        raise ValueError("a temperature must be above 0, at both ends of a ramp")
+    return schedule
+
+
+# What scores are divided by.
+Temperature = Annotated[
+    float | Ramp, AfterValidator(_positive), Field(description="above 0: a number, or a ramp: {start, end, over, ...}")
+]
 
 
 def value_at(schedule: float | Ramp | Mapping[str, Any], step: int, steps: int) -> float:

@@ -5,7 +5,6 @@ Queries of dev and test are never used; judgments only where a specification ask
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.quantization.batches import Queries, TeacherScores
 from rankdistill.sampling.base import generator
+from rankdistill.sampling.queries import pseudo_queries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.scores.lists import ScoredLists
     from rankdistill.students.base import StudentModel
-
-PSEUDO_WORDS = 32
-SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s")
-
-
-def pseudo_query(title: str, text: str) -> str:
-    """The title of a document, or its first sentence where it has none: at most 32 words, none for an empty one."""
-    words = (title.strip() or SENTENCE_END.split(text.strip(), maxsplit=1)[0]).split()
-    return " ".join(words[:PSEUDO_WORDS])
 
 
 def collection_queries(
@@ -61,9 +52,7 @@ def collection_queries(
     if shares.pseudo and not recorded:
         count = min(shares.most, collection.document_count)
         rows = np.sort(generator(specification.seed, 22).choice(collection.document_count, count, replace=False))
-        for start in range(0, count, 4096):
-            pseudo += [pseudo_query(one.title, one.text) for one in collection.documents(rows[start : start + 4096])]
-        pseudo = [text for text in pseudo if text]
+        pseudo = [text for text in pseudo_queries(collection, rows) if text]
     positives = None
     if specification.documents.labelled:
         judged = collection.qrels("train") if "train" in collection.splits else {}

@@ -70,6 +70,13 @@ class QuantizerTraining:
         self.quantizer, self.sampler, self.specification = quantizer, sampler, specification
         self.documents, self.work, self.codes, self.query_encoder = documents, work, codes, query_encoder
         self.losses: list[ListLoss] = [build("loss", loss.settings()) for loss in specification.losses]
+        for loss in self.losses:
+            if not isinstance(loss, ListLoss) or next(loss.buffers(), None) is not None:
+                raise RankdistillError(
+                    f"the loss {loss.type} reads more than a list's scores, or keeps state: it cannot train codebooks",
+                    where="losses",
+                    fix="kl, listnet, margin_mse with all_pairs, or another loss over lists",
+                )
         self._check_pairs()
         if any(loss.needs_labels for loss in self.losses) and not specification.documents.labelled:
             raise RankdistillError(

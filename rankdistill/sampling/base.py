@@ -7,9 +7,15 @@ the number of data-loader workers or processes, and exact after resuming at any 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+    from rankdistill.scores.lists import ScoredLists
 
 
 def generator(*numbers: int) -> np.random.Generator:
@@ -20,11 +26,21 @@ def generator(*numbers: int) -> np.random.Generator:
 class BatchSampler(ABC):
     """Which queries share a batch."""
 
+    type: str
     size: int
+
+    def prepare(  # noqa: B027 (most need nothing)
+        self, lists: ScoredLists, members: NDArray[np.int64], collection: Collection, folder: Path
+    ) -> None:
+        """Called once before a training; what is worth keeping for the next one goes below `folder`.
+
+        Args:
+            members: [count] the list numbers that are trained on; `epoch` gives places in it.
+        """
 
     @abstractmethod
     def epoch(self, count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-        """[batches, size] list numbers (0 ≤ number < count) of one epoch; no list twice in an epoch.
+        """[batches, size] places of lists (0 ≤ place < count) in one epoch; no list twice in an epoch.
 
         An epoch whose last batch would be short ends with the full batch before it.
         """
@@ -33,7 +49,12 @@ class BatchSampler(ABC):
 class DocumentSampler(ABC):
     """Which documents of a query's list are used this time."""
 
+    type: str
     size: int
+
+    def usable(self, scores: NDArray[np.float32], relevance: NDArray[np.int32]) -> bool:
+        """Whether a list has what this sampler needs; others are dropped before a training, and counted."""
+        return True
 
     @abstractmethod
     def choose(

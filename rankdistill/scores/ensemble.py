@@ -6,16 +6,19 @@ teachers are aggregated a document at a time. NaN means "this teacher has no sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 from rankdistill.errors import RankdistillError, UsageError
 
-Normalisation = Literal["min_max", "z_score", "rank", "softmax", "none"]
+Normalisation = Literal["min_max", "z_score", "rank", "softmax", "calibrated", "none"]
 Aggregation = Literal["mean", "weighted", "median", "max"]
 Missing = Literal["average", "drop", "error"]
+Calibrators = Sequence[Callable[[np.ndarray], np.ndarray]]  # one a teacher: scores -> probabilities
+APART = 10.0  # teachers whose spreads differ by more than this do not mix unnormalised
+ABSENT = 0.1  # share of the documents that a teacher may lack without a word
 
 
 class ScoreSource(Protocol):
@@ -33,6 +36,8 @@ def normalise(scores: np.ndarray, method: Normalisation = "min_max", temperature
     - `softmax`: exp(t / temperature), summing to 1
     - `none`: as they are
 
+    Calibrated scores are made elsewhere (`calibrators` of `combine`) and are `none` here.
+
     Args:
         scores: [n], NaN where missing.
 
@@ -44,7 +49,10 @@ def normalise(scores: np.ndarray, method: Normalisation = "min_max", temperature
     present = ~np.isnan(scores)
     t = scores[present]
     if method not in ("min_max", "z_score", "rank", "softmax", "none"):
-        raise UsageError(f"unknown normalisation {method!r}", fix="min_max, z_score, rank, softmax or none")
+        if method == "calibrated":
+            raise UsageError("calibrated scores need a calibration of each teacher", fix="fit one on the train split")
+        names = "min_max, z_score, rank, softmax, calibrated or none"
+        raise UsageError(f"unknown normalisation {method!r}", fix=names)
     if len(t) == 0 or method == "none":
         return result
     if method == "min_max":
@@ -97,26 +105,21 @@ def aggregate(scores: np.ndarray, method: Aggregation = "mean", weights: Sequenc
     return result
 
 
-def combine(
+def normalise_members(
     scores: np.ndarray,
     normalisation: Normalisation = "min_max",
-    aggregation: Aggregation = "mean",
     *,
-    weights: Sequence[float] | None = None,
     temperature: float = 1.0,
     missing: Missing = "average",
+    calibrators: Calibrators | None = None,
 ) -> np.ndarray:
-    """Normalise each teacher over the list, then aggregate.
+    """Each teacher's scores of one list on a common scale, after the rule for missing scores (see `combine`).
 
     Args:
         scores: [teachers, n], NaN where missing.
-        missing: a document that some teachers have no score for is
-            `average`: aggregated over the teachers that have one, after each is normalised over what it has;
-            `drop`: given no score, and left out before normalising, so that all teachers see the same list;
-            `error`: refused.
 
     Returns:
-        float64 [n], NaN where there is no score.
+        float64 [teachers, n], NaN where missing.
     """
     scores = np.asarray(scores, dtype=np.float64)
     absent = np.isnan(scores)
@@ -129,11 +132,71 @@ def combine(
         )
     if missing == "drop":
         scores = np.where(absent.any(axis=0), np.nan, scores)
-    return aggregate(np.stack([normalise(row, normalisation, temperature) for row in scores]), aggregation, weights)
+    if normalisation == "calibrated" and calibrators is not None:
+        if len(calibrators) != len(scores):
+            raise UsageError(f"{len(calibrators)} calibrations of {len(scores)} teachers")
+        return np.stack([one(row) for one, row in zip(calibrators, scores, strict=True)])
+    return np.stack([normalise(row, normalisation, temperature) for row in scores])
+
+
+def combine(
+    scores: np.ndarray,
+    normalisation: Normalisation = "min_max",
+    aggregation: Aggregation = "mean",
+    *,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    missing: Missing = "average",
+    calibrators: Calibrators | None = None,
+) -> np.ndarray:
+    """Normalise each teacher over the list, then aggregate.
+
+    Args:
+        scores: [teachers, n], NaN where missing.
+        missing: a document that some teachers have no score for is
+            `average`: aggregated over the teachers that have one, after each is normalised over what it has;
+            `drop`: given no score, and left out before normalising, so that all teachers see the same list;
+            `error`: refused.
+        calibrators: for the normalisation `calibrated`, one a teacher (see scores/calibration.py).
+
+    Returns:
+        float64 [n], NaN where there is no score.
+    """
+    members = normalise_members(
+        scores, normalisation, temperature=temperature, missing=missing, calibrators=calibrators
+    )
+    return aggregate(members, aggregation, weights)
+
+
+def disagreement(members: np.ndarray) -> np.ndarray:
+    """How far teachers are apart on each document: the standard deviation over those that have a score.
+
+    Args:
+        members: [teachers, n] normalised scores, NaN where missing.
+
+    Returns:
+        float64 [n]; 0 where one teacher has a score, NaN where none has.
+    """
+    members = np.asarray(members, dtype=np.float64)
+    present = ~np.isnan(members)
+    count = present.sum(axis=0)
+    filled = np.where(present, members, 0.0)
+    mean = filled.sum(axis=0) / np.maximum(count, 1)
+    squares = (np.where(present, members - mean, 0.0) ** 2).sum(axis=0) / np.maximum(count, 1)
+    return np.where(count > 0, np.sqrt(squares), np.nan)
 
 
 class Ensemble:
-    """Several teachers' recorded scores as one source (`scores_of`, as `TeacherScores` has it)."""
+    """Several teachers' recorded scores as one source (`scores_of`, as `TeacherScores` has it).
+
+    What it is asked for it keeps count of: `problems` says what did not fit.
+
+    Args:
+        members: the teachers' scores.
+        normalisation, aggregation, weights, temperature, missing, calibrators: see `combine`.
+        scale: the combined score is multiplied by this.
+        names: of the teachers, for messages.
+    """
 
     def __init__(
         self,
@@ -144,21 +207,76 @@ class Ensemble:
         temperature: float = 1.0,
         missing: Missing = "average",
         scale: float = 1.0,
+        calibrators: Calibrators | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         if not members:
             raise UsageError("an ensemble needs at least one teacher")
         self.members = list(members)
         self.normalisation, self.aggregation, self.weights = normalisation, aggregation, weights
-        self.temperature, self.missing, self.scale = temperature, missing, scale
+        self.temperature, self.missing, self.scale, self.calibrators = temperature, missing, scale, calibrators
+        self.names = list(names) or [str(number) for number in range(len(self.members))]
+        self._asked = 0
+        self._absent, self._squares, self._scored = (np.zeros(len(self.members)) for _ in range(3))
 
     def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
         """float32 [len(doc_ids)], NaN where there is no score."""
-        combined = combine(
-            np.stack([member.scores_of(query_id, doc_ids) for member in self.members]),
+        scores = np.stack([member.scores_of(query_id, doc_ids) for member in self.members])
+        self._count(scores)
+        combined = aggregate(self._normalised(scores), self.aggregation, self.weights)
+        return (self.scale * combined).astype(np.float32)
+
+    def disagreement_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        """float32 [len(doc_ids)]: see `disagreement`; of the normalised scores, before `scale`."""
+        scores = np.stack([member.scores_of(query_id, doc_ids) for member in self.members])
+        return disagreement(self._normalised(scores)).astype(np.float32)
+
+    def _normalised(self, scores: np.ndarray) -> np.ndarray:
+        return normalise_members(
+            scores,
             self.normalisation,
-            self.aggregation,
-            weights=self.weights,
             temperature=self.temperature,
             missing=self.missing,
+            calibrators=self.calibrators,
         )
-        return (self.scale * combined).astype(np.float32)
+
+    def _count(self, scores: np.ndarray) -> None:
+        absent = np.isnan(scores)
+        self._asked += scores.shape[1]
+        self._absent += absent.sum(axis=1)
+        scored = (~absent).sum(axis=1)
+        filled = np.where(absent, 0.0, scores.astype(np.float64))
+        mean = filled.sum(axis=1) / np.maximum(scored, 1)
+        self._squares += (np.where(absent, 0.0, scores - mean[:, None]) ** 2).sum(axis=1)
+        self._scored += scored
+
+    def problems(self) -> list[str]:
+        """What was wrong with the scores that were asked for so far, and what to do about it."""
+        found = []
+        partial = [number for number, absent in enumerate(self._absent) if absent > ABSENT * max(1, self._asked)]
+        for number in partial:
+            rule = {"average": "scored by the others alone", "drop": "left out"}.get(self.missing, "refused")
+            found.append(
+                f"ensemble: teacher {self.names[number]} lacks {int(self._absent[number]):,} of {self._asked:,}"
+                f" documents; these are {rule} (missing: {self.missing})"
+            )
+        if self.normalisation != "none":
+            return found
+        if partial and self.missing == "average":
+            found.append(
+                "ensemble: without normalisation a document's score depends on which teachers have scored it;"
+                " use normalisation: z_score, or missing: drop"
+            )
+        weights = np.ones(len(self.members))
+        if self.aggregation == "weighted" and self.weights:
+            weights = np.asarray(self.weights, dtype=np.float64)
+        spread = np.sqrt(self._squares / np.maximum(self._scored, 1)) * weights
+        known = spread[spread > 0]
+        if len(known) > 1 and known.max() > APART * known.min():
+            large, small = int(np.argmax(spread)), int(np.argmin(np.where(spread > 0, spread, np.inf)))
+            found.append(
+                f"ensemble: teacher {self.names[large]}'s scores spread {known.max() / known.min():.0f} times as far"
+                f" within a list as teacher {self.names[small]}'s, which then counts for nothing;"
+                " use normalisation: z_score (or min_max), or weights that make up for it"
+            )
+        return found

@@ -1,7 +1,8 @@
 """Scored lists: candidates, teacher scores and labels joined into the one thing that training reads.
 
 An artifact of kind "lists", all columns memory-mapped: `queries.arrow` (query_id), `offsets.npy` int64 [Q+1],
-`doc_rows.npy` int32, `scores.npy` float32, `relevance.npy` int32 (−1 = not judged).
+`doc_rows.npy` int32, `scores.npy` float32, `relevance.npy` int32 (−1 = not judged), and, where several teachers gave
+the scores, `disagreement.npy` float32 (standard deviation over the teachers of their normalised scores).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import pyarrow as pa
 from rankdistill.artifacts import Artifact, fingerprint, open_artifact, write_artifact
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
+from rankdistill.scores.ensemble import Ensemble, ScoreSource
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
+DISAGREEMENT = "disagreement.npy"
 COLUMNS = {"doc_rows": np.int32, "scores": np.float32, "relevance": np.int32}
 
 
@@ -63,7 +66,7 @@ class _Column:
 
 def lists_fingerprint(
     collection: Collection,
-    split: str,
+    split: str | None,
     inputs: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> str:
@@ -73,9 +76,9 @@ def lists_fingerprint(
 
 def build_lists(
     candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
-    scores: Callable[[str, Sequence[str]], np.ndarray],
+    scores: ScoreSource | Callable[[str, Sequence[str]], np.ndarray] | None,
     collection: Collection,
-    split: str,
+    split: str | None,
     out: str | Path,
     *,
     inputs: Mapping[str, str] | None = None,
@@ -88,12 +91,16 @@ def build_lists(
 
     Args:
         candidates: (query_id, doc_ids, _) a query.
-        scores: (query_id, doc_ids) → float32 [n], NaN where missing (`TeacherScores.scores_of`).
-        split: whose qrels give the relevance; candidates of other queries are kept, unjudged.
+        scores: (query_id, doc_ids) → float32 [n], NaN where missing, or what has it as `scores_of`; all 0 without. Of
+            an `Ensemble` the column `disagreement` is written too, and what does not fit between its teachers (one that
+            lacks many documents, scales far apart) is said.
+        split: whose qrels give the relevance; candidates of other queries are kept, unjudged (all, without a split).
         out: the artifact's folder.
         inputs: fingerprints of candidates and teacher; with the collection's they decide the lists' own.
     """
-    qrels = collection.qrels(split)
+    qrels = collection.qrels(split) if split is not None else {}
+    ensemble = scores if isinstance(scores, Ensemble) else None
+    scores_of = scores if scores is None or callable(scores) else scores.scores_of
     counts = dict.fromkeys(
         ("lists", "documents", "positives", "without_score", "positives_without_score", "unknown_documents"), 0
     ) | {"repeated_documents": 0, "short_lists": 0, "lists_without_positive": 0}
@@ -110,6 +117,7 @@ def build_lists(
             _Column(writer.path / "scores.npy", np.float32) as scores_column,
             _Column(writer.path / "relevance.npy", np.int32) as relevance_column,
             _Column(writer.path / "offsets.npy", np.int64) as offsets_column,
+            _Column(writer.path / DISAGREEMENT, np.float32) as disagreement_column,
             pa.OSFile(str(writer.path / "queries.arrow"), "wb") as stream,
             pa.ipc.new_file(stream, schema) as queries,
         ):
@@ -119,7 +127,8 @@ def build_lists(
                 doc_ids = list(dict.fromkeys(given))
                 counts["repeated_documents"] += len(given) - len(doc_ids)
                 judged = qrels.get(query_id, {})
-                teacher = np.asarray(scores(query_id, doc_ids), dtype=np.float32)
+                given_scores = scores_of(query_id, doc_ids) if scores_of is not None else np.zeros(len(doc_ids))
+                teacher = np.asarray(given_scores, dtype=np.float32)
                 if np.isinf(teacher).any():
                     raise RankdistillError("a teacher score is infinite", where=f"query {query_id!r}")
                 rows = np.asarray(collection.doc_rows(doc_ids))
@@ -135,6 +144,8 @@ def build_lists(
                 rows_column.append(rows[keep])
                 scores_column.append(teacher[keep])
                 relevance_column.append(relevance[keep])
+                if ensemble is not None:
+                    disagreement_column.append(ensemble.disagreement_of(query_id, doc_ids)[keep])
                 offsets_column.append(np.array([rows_column.length]))
                 positives = int((relevance[keep] > 0).sum())
                 counts["positives"] += positives
@@ -146,6 +157,8 @@ def build_lists(
                 counts["lists"] += 1
             queries.write_batch(pa.record_batch([pa.array(written, pa.string())], schema=schema))
             counts["documents"] = rows_column.length
+        if ensemble is None:
+            (writer.path / DISAGREEMENT).unlink()
         if not counts["lists"]:
             raise RankdistillError(
                 "no list with two scored documents is left",
@@ -160,6 +173,8 @@ def build_lists(
     ):
         if counts[name]:
             warn(f"{counts[name]:,} {text}")
+    for problem in ensemble.problems() if ensemble is not None else ():
+        warn(problem)
     return ScoredLists.open(out)
 
 
@@ -175,25 +190,37 @@ class ScoredLists:
             self.doc_rows, self.scores, self.relevance = (
                 np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS
             )
-            dtypes = [column.dtype for column in (self.doc_rows, self.scores, self.relevance)]
+            columns = [self.doc_rows, self.scores, self.relevance]
+            dtypes = [column.dtype for column in columns]
             if dtypes != [np.dtype(dtype) for dtype in COLUMNS.values()]:
                 raise ValueError("a column has the wrong type")
+            self.disagreement: np.ndarray | None = None  # [documents] float32 between the teachers of an ensemble
+            if (path / DISAGREEMENT).is_file():
+                self.disagreement = np.load(path / DISAGREEMENT, mmap_mode="r", allow_pickle=False)
+                columns.append(self.disagreement)
+                if self.disagreement.dtype != np.float32:
+                    raise ValueError("a column has the wrong type")
             length = int(self.offsets[-1])
             if len(self.offsets) != len(self._queries) + 1 or (np.diff(self.offsets) < 1).any():
                 raise ValueError("offsets do not match the queries")
-            if any(len(column) != length for column in (self.doc_rows, self.scores, self.relevance)):
+            if any(len(column) != length for column in columns):
                 raise ValueError("the columns differ in length")
         except (OSError, ValueError, EOFError, IndexError, pa.ArrowException) as error:
             raise RankdistillError(
                 f"these scored lists are damaged: {error}", where=str(path), fix="delete the folder and run again"
             ) from None
-        for start in range(0, length, 1 << 22):
-            block = self.scores[start : start + (1 << 22)]
+        for name, column in (("teacher score", self.scores), ("disagreement", self.disagreement)):
+            if column is not None:
+                self._check_finite(name, column)
+
+    def _check_finite(self, name: str, column: np.ndarray) -> None:
+        for start in range(0, len(column), 1 << 22):
+            block = column[start : start + (1 << 22)]
             if not np.isfinite(block).all():
                 at = start + int(np.flatnonzero(~np.isfinite(block))[0])
                 query = self._queries[int(np.searchsorted(self.offsets, at, "right")) - 1]
                 raise RankdistillError(
-                    f"a teacher score is {self.scores[at]}", where=f"{path}, query {query.as_py()!r}"
+                    f"a {name} is {column[at]}", where=f"{self.artifact.path}, query {query.as_py()!r}"
                 )
 
     @classmethod
@@ -233,6 +260,18 @@ class ScoredLists:
     def list(self, index: int) -> ScoredList:
         """(query_id, doc_rows int32 [n], scores float32 [n], relevance int32 [n]), views into the files."""
         return self[index]
+
+    def disagreement_of(self, index: int) -> np.ndarray | None:
+        """float32 [n] of the i-th list: the standard deviation over the teachers of a document's normalised scores (0
+        where one alone has scored it), a view into the file; None where the scores come from one teacher.
+        """
+        if self.disagreement is None:
+            return None
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part: np.ndarray = self.disagreement[int(self.offsets[index]) : int(self.offsets[index + 1])]
+        return part
 
     def __repr__(self) -> str:
         return f"ScoredLists({len(self):,} lists, {int(self.offsets[-1]):,} documents at {self.artifact.path})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankdistill.students.token_batches import Precision, autocast, token_budget_batches
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 Side = Literal["query", "document"]
 Features = dict[str, Any]
@@ -43,6 +46,21 @@ class StudentModel(nn.Module, ABC):
     @abstractmethod
     def score_lists(self, queries: Tensor, documents: Tensor, index: Tensor) -> Tensor:
         """Scores [queries, n] of each query against the n rows of `documents` that `index` [queries, n] names."""
+
+    @abstractmethod
+    def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """Scores [queries, documents] of each query against each document, of the size that `score_lists` gives."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The embeddings of several parts of a batch as one tensor, [texts, ...]."""
+        return torch.cat(list(parts))
+
+    def prepare(self, collection: Collection, folder: Path) -> None:
+        """Called once before a training; what is worth keeping for the next one goes below `folder`."""
+
+    def preprocess_documents(self, collection: Collection, rows: NDArray[np.int64]) -> Features:
+        """Features of documents by their rows: their texts, tokenised."""
+        return self.preprocess(collection.document_texts(rows), "document")
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -98,8 +116,8 @@ def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.in
     """Cut padded features into parts of texts of like length, so that little padding is computed.
 
     Args:
-        features: tensors [texts, tokens] with an `attention_mask`; features without one (static embeddings) and
-            other entries are passed on as they are.
+        features: tensors [texts, tokens] with an `attention_mask`; features without one (static embeddings, vectors
+            made before) and other entries are passed on as they are.
         budget: padded tokens a part.
 
     Returns:
@@ -107,7 +125,7 @@ def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.in
     """
     mask = features.get("attention_mask")
     if mask is None:
-        count = len(features["offsets"]) if "offsets" in features else len(features["input_ids"])
+        count = len(next(features[name] for name in ("offsets", "input_ids", "vectors") if name in features))
         return [(np.arange(count), features)]
     lengths = mask.sum(dim=1).numpy()
     left_padded = bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
@@ -123,6 +141,22 @@ def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.in
         }
         parts.append((rows, part))
     return parts
+
+
+def split_rows(features: Features, budget: int) -> list[Features]:
+    """Cut features into parts of at most so many padded tokens, in order; features without a mask stay whole."""
+    mask = features.get("attention_mask")
+    if mask is None:
+        return [features]
+    rows = max(1, budget // mask.shape[1])
+    return [
+        {name: value[start : start + rows] if _is_row(value, len(mask)) else value for name, value in features.items()}
+        for start in range(0, len(mask), rows)
+    ]
+
+
+def _is_row(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
 
 
 def to_device(features: Features, device: torch.device) -> Features:

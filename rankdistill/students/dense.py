@@ -74,6 +74,9 @@ class DenseModel(StudentModel):
     def score_lists(self, queries: Tensor, documents: Tensor, index: Tensor) -> Tensor:
         return self.scale * torch.einsum("qd,qnd->qn", queries, documents[index])
 
+    def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        return self.scale * (queries @ documents.T)
+
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), create_model_card=False)
         (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": self.scale.item()}))
@@ -160,7 +163,7 @@ class DenseStudent(_SentenceStudent):
             if self.dropout is not None:
                 set_dropout(transformer.model, self.dropout)
             longest = transformer.max_seq_length or 10**9
-            limit = _position_limit(transformer, longest)
+            limit = position_limit(transformer, longest)
             transformer.query_length = min(self.query_length or longest, limit)
             transformer.document_length = min(self.document_length or longest, limit)
             transformer.max_seq_length = transformer.document_length
@@ -322,6 +325,6 @@ def set_dropout(model: Any, share: float) -> None:
             setattr(model.config, name, share)
 
 
-def _position_limit(transformer: Transformer, longest: int) -> int:
+def position_limit(transformer: Transformer, longest: int) -> int:
     positions = getattr(transformer.model.config, "max_position_embeddings", None)
     return int(positions) if positions and positions > 0 else longest

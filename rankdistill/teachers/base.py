@@ -31,6 +31,7 @@ class Teacher(ABC):
     type: ClassVar[str]
     score_kind: ScoreKind
     live: ClassVar[bool] = True  # scores are computed here and now; a recorded teacher's speed says nothing
+    reads_lists: ClassVar[bool] = False  # a document's score depends on its list: lists are scored whole, or not at all
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -41,8 +42,9 @@ class Teacher(ABC):
         """Score a chunk of lists.
 
         Yields:
-            (query_id, doc_ids, scores float32 [len(doc_ids)]) for each list, in order; higher is more relevant.
-            A teacher may leave out documents it has no score for (a recorded one), and may read lists jointly.
+            (query_id, doc_ids, scores float32 [len(doc_ids)]) for each list, in order (a teacher that `reads_lists`:
+            in any order); higher is more relevant. A teacher may leave out documents it has no score for (a recorded
+            one).
         """
 
     @property
@@ -68,6 +70,14 @@ class Teacher(ABC):
     def describe(self) -> dict[str, Any]:
         """The settings, for manifests: the constructor's own."""
         return {"type": self.type}
+
+    def take_report(self) -> dict[str, Any]:
+        """What was counted while scoring since this was last called (see teachers/reports.py); empty for nothing."""
+        return {}
+
+    def report_lines(self, report: dict[str, Any]) -> list[str]:
+        """A report for a person."""
+        return []
 
 
 class PairTeacher(Teacher):

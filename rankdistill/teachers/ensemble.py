@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
 from rankdistill.recipe import build
+from rankdistill.scores.calibration import Calibrator, Method
 from rankdistill.scores.ensemble import Aggregation, Ensemble, Missing, Normalisation, ScoreSource
 from rankdistill.teachers.base import Teacher
 
@@ -17,12 +19,15 @@ class EnsembleTeacher:
 
     Args:
         members: the teachers, each with its `type` and keys.
-        normalisation: of each member's scores within a query.
+        normalisation: of each member's scores within a query; `calibrated`: each member's scores as probabilities of
+            relevance, fitted on the labels of the training queries.
         aggregation: of the members' normalised scores of a document.
         weights: of the members, for the weighted mean.
         temperature: of the softmax normalisation.
         scale: the combined score is multiplied by this (a margin loss reads its size).
         missing: what happens to a document that a member has no score for.
+        calibration: how `calibrated` scores are fitted: `platt` keeps each member's order, `isotonic` takes any rising
+            shape and ties documents.
     """
 
     type = "ensemble"
@@ -36,6 +41,7 @@ class EnsembleTeacher:
         temperature: float = 1.0,
         scale: float = 1.0,
         missing: Missing = "average",
+        calibration: Method = "platt",
     ) -> None:
         if not members:
             raise UsageError("an ensemble needs at least one member", where="teacher.members")
@@ -46,13 +52,28 @@ class EnsembleTeacher:
             raise UsageError("an ensemble within an ensemble", where="teacher.members", fix="list all members in one")
         self.normalisation, self.aggregation, self.weights = normalisation, aggregation, weights
         self.temperature, self.scale, self.missing = temperature, scale, missing
+        self.calibration: Method = calibration
+        self.calibrators: list[Calibrator] | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the members' calibrations must be fitted first (see teachers/calibrating.py)."""
+        return self.normalisation == "calibrated" and self.calibrators is None
 
     def fingerprint(self) -> str:
+        """
+        Raises:
+            UsageError: the members have to be calibrated first, which decides the scores.
+        """
+        self._refuse_uncalibrated()
         rules = [self.normalisation, self.aggregation, self.weights, self.temperature, self.scale, self.missing]
-        return fingerprint([[member.fingerprint() for member in self.members], rules])
+        maps = [asdict(one) for one in self.calibrators or ()]
+        # Lists made of an ensemble hold its members' disagreement.
+        return fingerprint([[member.fingerprint() for member in self.members], rules, maps, "disagreement"])
 
     def combine(self, scores: Sequence[ScoreSource]) -> Ensemble:
         """The members' scores, in the order of `members`, as one source."""
+        self._refuse_uncalibrated()
         return Ensemble(
             scores,
             self.normalisation,
@@ -61,4 +82,14 @@ class EnsembleTeacher:
             self.temperature,
             self.missing,
             scale=self.scale,
+            calibrators=self.calibrators,
+            names=[f"{number} ({member.type})" for number, member in enumerate(self.members)],
         )
+
+    def _refuse_uncalibrated(self) -> None:
+        if self.needs_calibration:
+            raise UsageError(
+                "the members of this ensemble are not calibrated yet",
+                where="teacher.normalisation: calibrated",
+                fix="run it as a recipe's teacher, or call calibrate_ensemble first",
+            )

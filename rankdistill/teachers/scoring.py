@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from rankdistill.progress import progress, warn
+from rankdistill.artifacts import fingerprint
+from rankdistill.progress import progress, say, warn
 from rankdistill.scores.store import ScoreStore, TeacherScores
 from rankdistill.teachers.base import Teacher, TextList
 from rankdistill.teachers.ensemble import EnsembleTeacher
+from rankdistill.teachers.llm.asking import AskingTeacher
+from rankdistill.teachers.reports import keep_report
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -29,8 +33,12 @@ def score_candidates(
 
     After a kill the same call goes on where it stopped: only the chunk in flight is scored again.
 
+    Where a document's score depends on its list (`Teacher.reads_lists`), the store's key covers all the candidates
+    too, ids and order: scores made in other lists are never mixed in, and a list is scored whole or found whole. The
+    ids of all candidates are then held in memory. What the teacher counted is added to the folder's report.
+
     Args:
-        candidates: (query_id, doc_ids, _) a query; one query at a time is held.
+        candidates: (query_id, doc_ids, _) a query, each query once; one query at a time is held.
         store: by default the one in the user's cache folder.
         total: candidate pairs, for the time left.
         chunk_pairs: pairs handed to the teacher at once: sorted by length together, texts tokenised once.
@@ -38,14 +46,21 @@ def score_candidates(
     Returns:
         The scores; `.scored` pairs are new, `.reused` were in the store, `.unscored` got none from this teacher.
     """
-    scores = (store or ScoreStore()).folder(
-        teacher.fingerprint(),
+    store = store or ScoreStore()
+    if isinstance(teacher, AskingTeacher):
+        teacher.asking.use_store(store.root)
+    key = teacher.fingerprint()
+    if teacher.reads_lists:
+        candidates = [(query_id, list(dict.fromkeys(doc_ids)), given) for query_id, doc_ids, given in candidates]
+        key = lists_key(key, candidates)
+    scores = store.folder(
+        key,
         collection.fingerprint,
         teacher.score_kind,
         describe={"teacher": teacher.describe(), "collection": collection.name},
     )
     unknown = 0
-    with scores, progress("scoring", total, "pairs") as bar:
+    with scores, _reporting(teacher, scores), progress("scoring", total, "pairs") as bar:
         chunk: list[tuple[str, list[str]]] = []
         waiting = 0
 
@@ -77,6 +92,8 @@ def score_candidates(
                 [d for d, row in zip(absent, collection.doc_rows(absent), strict=True) if row >= 0] if absent else []
             )
             unknown += len(absent) - len(known)
+            if teacher.reads_lists and len(absent) < len(doc_ids):
+                known = []  # its list is scored: what has no score now got none
             if waiting and waiting + len(known) > chunk_pairs:
                 score_chunk()  # a list is never torn: a listwise teacher reads it whole
             if known:
@@ -88,7 +105,26 @@ def score_candidates(
         warn(f"{unknown:,} candidates are not in {collection.name} and were not scored")
     if scores.unscored:
         warn(f"the teacher has no score for {scores.unscored:,} of the candidates asked for")
+    if isinstance(teacher, AskingTeacher) and teacher.asking.estimate is None:
+        say(f"spent: {teacher.asking.budget.line()}")
     return scores
+
+
+def lists_key(teacher: str, candidates: Iterable[tuple[str, Sequence[str], np.ndarray]]) -> str:
+    """The store's key for a teacher (by fingerprint) whose scores depend on the lists: it covers all ids in order."""
+    return fingerprint([teacher, "lists", [[query_id, *doc_ids] for query_id, doc_ids, _ in candidates]])
+
+
+@contextmanager
+def _reporting(teacher: Teacher, scores: TeacherScores) -> Iterator[None]:
+    """Keep beside the scores what the teacher counted, and say it; also where the work ends early."""
+    try:
+        yield
+    finally:
+        report = teacher.take_report()
+        if report:
+            for line in teacher.report_lines(keep_report(scores.path, report)):
+                say(line)
 
 
 def score_list(teacher: Teacher | EnsembleTeacher, item: TextList) -> np.ndarray:

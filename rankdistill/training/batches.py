@@ -12,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from rankdistill.errors import RankdistillError
+from rankdistill.progress import warn
 from rankdistill.sampling.base import BatchSampler, DocumentSampler, generator
-from rankdistill.students.base import Features, StudentModel, split_by_length
+from rankdistill.students.base import StudentModel, split_by_length
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.scores.lists import ScoredLists
+    from rankdistill.training.batch_teacher import BatchTeacher
 
 
 class BatchStream(Dataset[dict[str, Any]]):
@@ -32,6 +35,8 @@ class BatchStream(Dataset[dict[str, Any]]):
         seed: of all choices.
         length: batches in the whole training, over all epochs.
         token_budget: padded tokens a part of the batch's documents.
+        members: numbers of the lists that are trained on; all unless given.
+        batch_teacher: a model that scores the whole batch, where a loss asks for one.
     """
 
     def __init__(
@@ -44,10 +49,14 @@ class BatchStream(Dataset[dict[str, Any]]):
         seed: int,
         length: int,
         token_budget: int,
+        members: NDArray[np.int64] | None = None,
+        batch_teacher: BatchTeacher | None = None,
     ) -> None:
         self.lists, self.collection, self.student = lists, collection, student
         self.batches, self.documents = batches, documents
         self.seed, self.length, self.token_budget = seed, length, token_budget
+        self.members = np.arange(len(lists)) if members is None else members
+        self.batch_teacher = batch_teacher
         self._epochs: dict[int, NDArray[np.int64]] = {}
         self._starts = [0]
 
@@ -59,55 +68,83 @@ class BatchStream(Dataset[dict[str, Any]]):
         while self._starts[-1] <= number:
             self._starts.append(self._starts[-1] + len(self._epoch(len(self._starts) - 1)))
         epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return epoch, self._epoch(epoch)[number - self._starts[epoch]]
+        return epoch, self.members[self._epoch(epoch)[number - self._starts[epoch]]]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._epochs:
-            self._epochs = {epoch: self.batches.epoch(len(self.lists), self.seed, epoch)}
+            self._epochs = {epoch: self.batches.epoch(len(self.members), self.seed, epoch)}
         return self._epochs[epoch]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         if not 0 <= number < self.length:
             raise IndexError(number)
         epoch, members = self.locate(number)
-        chosen = [self._documents(int(member), epoch) for member in members]
-        width = max(len(rows) for _, rows, _, _ in chosen)
-        shape = (len(chosen), width)
-        rows = np.zeros(shape, dtype=np.int64)
-        teacher = np.zeros(shape, dtype=np.float32)
-        relevance = np.full(shape, -1, dtype=np.int32)
-        mask = np.zeros(shape, dtype=bool)
-        for place, (_, list_rows, scores, labels) in enumerate(chosen):
-            count = len(list_rows)
-            rows[place, :count], teacher[place, :count] = list_rows, scores
-            relevance[place, :count], mask[place, :count] = labels, True
+        queries, columns = self._lists(members, epoch)
+        rows, mask = columns["rows"], columns["mask"]
         rows[~mask] = rows[0, 0]  # padding points at a document that is there anyway
         distinct, index = np.unique(rows, return_inverse=True)
-        parts, order = self._parts(distinct)
+        parts = split_by_length(self.student.preprocess_documents(self.collection, distinct), self.token_budget)
+        order = np.concatenate([places for places, _ in parts])
         place_of = np.empty(len(distinct), dtype=np.int64)
         place_of[order] = np.arange(len(distinct))
-        queries = self.collection.query_texts([query_id for query_id, _, _, _ in chosen])
-        return {
-            "queries": self.student.preprocess(queries, "query"),
-            "documents": parts,
-            "index": torch.from_numpy(place_of[index.reshape(shape)]),
-            "teacher_scores": torch.from_numpy(teacher),
-            "relevance": torch.from_numpy(relevance),
+        texts = self.collection.query_texts(queries)
+        batch = {
+            "queries": self.student.preprocess(texts, "query"),
+            "documents": [part for _, part in parts],
+            "rows": torch.from_numpy(distinct[order]),
+            "index": torch.from_numpy(place_of[index.reshape(rows.shape)]),
+            "teacher_scores": torch.from_numpy(columns["teacher"]),
+            "relevance": torch.from_numpy(columns["relevance"]),
             "mask": torch.from_numpy(mask),
         }
+        if "disagreement" in columns:
+            batch["disagreement"] = torch.from_numpy(columns["disagreement"])
+        if self.batch_teacher is not None:
+            batch["teacher_features"] = self.batch_teacher.features(queries, texts, distinct[order])
+        return batch
 
-    def _documents(
-        self, member: int, epoch: int
-    ) -> tuple[str, NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
-        query_id, rows, scores, relevance = self.lists.list(member)
-        chosen = self.documents.choose(scores, relevance, generator(self.seed, epoch, member))
-        return query_id, rows[chosen].astype(np.int64), scores[chosen], relevance[chosen]
+    def _lists(self, members: NDArray[np.int64], epoch: int) -> tuple[list[str], dict[str, NDArray[Any]]]:
+        """Query ids, and [lists, documents] arrays of the chosen documents, padded to the longest list."""
+        queries, chosen = [], []
+        for member in members.tolist():
+            query_id, rows, scores, relevance = self.lists.list(member)
+            places = self.documents.choose(scores, relevance, generator(self.seed, epoch, member))
+            disagreement = self.lists.disagreement_of(member)
+            extra = {} if disagreement is None else {"disagreement": disagreement[places]}
+            queries.append(query_id)
+            chosen.append({"rows": rows[places], "teacher": scores[places], "relevance": relevance[places], **extra})
+        kinds = {"rows": (0, np.int64), "teacher": (0, np.float32), "relevance": (-1, np.int32)}
+        if "disagreement" in chosen[0]:
+            kinds["disagreement"] = (0, np.float32)
+        shape = (len(chosen), max(len(one["rows"]) for one in chosen))
+        columns: dict[str, NDArray[Any]] = {name: np.full(shape, fill, kind) for name, (fill, kind) in kinds.items()}
+        columns["mask"] = np.zeros(shape, dtype=bool)
+        for place, one in enumerate(chosen):
+            count = len(one["rows"])
+            columns["mask"][place, :count] = True
+            for name, values in one.items():
+                columns[name][place, :count] = values
+        return queries, columns
 
-    def _parts(self, rows: NDArray[np.int64]) -> tuple[list[Features], NDArray[np.int64]]:
-        """Preprocessed documents in parts of like length, and the order of `rows` over the parts."""
-        features = self.student.preprocess(self.collection.document_texts(rows), "document")
-        parts = split_by_length(features, self.token_budget)
-        return [part for _, part in parts], np.concatenate([places for places, _ in parts])
+
+def usable_lists(lists: ScoredLists, documents: DocumentSampler) -> NDArray[np.int64]:
+    """Numbers of the lists that a document sampler can draw from; how many were dropped is said.
+
+    Raises:
+        RankdistillError: none is left.
+    """
+    if type(documents).usable is DocumentSampler.usable:
+        return np.arange(len(lists))
+    kept = [number for number in range(len(lists)) if documents.usable(*lists.list(number)[2:])]
+    if len(kept) < len(lists):
+        warn(f"{len(lists) - len(kept):,} of {len(lists):,} lists have not what {documents.type} needs and are dropped")
+    if not kept:
+        raise RankdistillError(
+            f"no list has what the sampler {documents.type} needs",
+            where="training.lists",
+            fix="set candidates.include_positives: true and a greater candidates.depth, or lists: random_documents",
+        )
+    return np.array(kept, dtype=np.int64)
 
 
 def whole(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,41 +2,132 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from rankdistill.losses.base import ListLoss, Loss
-from rankdistill.students.base import Features, StudentModel
+from rankdistill.losses.base import BatchLoss, ListLoss, Loss, QueryLoss
+from rankdistill.losses.weighting.base import Weighting
+from rankdistill.students.base import Features, Side, StudentModel, split_rows
+from rankdistill.training.processes import Batch, whole_batch
+
+if TYPE_CHECKING:
+    from rankdistill.training.batch_teacher import BatchTeacher
 
 
 class Distiller(nn.Module):
-    """The weighted sum of losses over a batch; `losses` maps a name (for the log) to a loss."""
+    """The weighted sum of losses over a batch.
 
-    def __init__(self, student: StudentModel, losses: dict[str, Loss]) -> None:
+    Under several processes each embeds its own share of the batch, and all compute the losses of the whole one, so that
+    N processes with batches of B do what one does with batches of N · B.
+
+    Args:
+        student: learns.
+        losses: name (for the log) → loss.
+        weighting: what each list counts in the losses over lists; all alike unless given.
+        batch_teacher: scores the whole batch for the losses that ask; it is no part of this module's state.
+        gradient_cache: keep the activations of one part at a time: each part is embedded again when its gradient is
+            due (after GradCache, Gao et al. 2021, arXiv:2101.06983). Same gradients, one more forward pass.
+        token_budget: padded tokens of a part of the queries, under the gradient cache.
+    """
+
+    def __init__(
+        self,
+        student: StudentModel,
+        losses: dict[str, Loss],
+        weighting: Weighting | None = None,
+        batch_teacher: BatchTeacher | None = None,
+        gradient_cache: bool = False,
+        token_budget: int = 4096,
+    ) -> None:
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
+        self.weighting = weighting
+        self.gradient_cache, self.token_budget = gradient_cache, token_budget
+        self._batch_teacher = [batch_teacher]  # in a list: its weights are not saved with the student's
+        self.last: Batch | None = None  # the last batch's scores, for a look at their scale
+
+    def _losses(self) -> dict[str, Loss]:
+        return cast("dict[str, Loss]", dict(self.losses.items()))
+
+    def at_step(self, step: int, steps: int) -> None:
+        """How many of the training's optimiser steps are done."""
+        for loss in self._losses().values():
+            loss.at_step(step, steps)
+        if self.weighting is not None:
+            self.weighting.at_step(step, steps)
 
     def forward(
         self,
         queries: Features,
         documents: list[Features],
+        rows: Tensor,
         index: Tensor,
         teacher_scores: Tensor,
         relevance: Tensor,
         mask: Tensor,
+        disagreement: Tensor | None = None,
+        teacher_features: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """See training/batches.py for the batch; returns `loss` and each part before its weight, under its name."""
-        query_embeddings = self.student.embed(queries, "query")
-        document_embeddings = torch.cat([self.student.embed(part, "document") for part in documents])
-        with torch.autocast(query_embeddings.device.type, enabled=False):  # scores and losses in float32
-            student_scores = self.student.score_lists(query_embeddings.float(), document_embeddings.float(), index)
-            parts: dict[str, Tensor] = {}
-            total = student_scores.new_zeros(())
-            for name, loss in self.losses.items():
-                assert isinstance(loss, ListLoss)
-                parts[name] = loss(student_scores, teacher_scores, relevance, mask)
-                total = total + loss.now(loss.weight) * parts[name]
+        query_parts = split_rows(queries, self.token_budget) if self.gradient_cache else [queries]
+        batch = Batch(
+            queries=self._embed(query_parts, "query"),
+            documents=self._embed(documents, "document"),
+            rows=rows,
+            index=index,
+            teacher_scores=teacher_scores,
+            relevance=relevance,
+            mask=mask,
+            disagreement=disagreement,
+        )
+        teacher = self._batch_teacher[0]
+        if teacher is not None:
+            assert teacher_features is not None
+            batch.teacher_queries, batch.teacher_documents = teacher.embed(teacher_features)
+        batch = whole_batch(batch)
+        with torch.autocast(batch.queries.device.type, enabled=False):  # scores and losses in float32
+            parts = self._parts(batch)
+        total = batch.queries.new_zeros((), dtype=torch.float32)
+        for name, loss in self._losses().items():
+            total = total + loss.now(loss.weight) * parts[name]
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
+
+    def _embed(self, parts: Sequence[Features], side: Side) -> Tensor:
+        if self.gradient_cache and torch.is_grad_enabled():
+            embedded = [checkpoint(self.student.embed, part, side, use_reentrant=False) for part in parts]
+        else:
+            embedded = [self.student.embed(part, side) for part in parts]
+        return self.student.join(embedded).float()
+
+    def _parts(self, batch: Batch) -> dict[str, Tensor]:
+        """Each loss of the batch, before its weight."""
+        every = teacher_every = None
+        if any(isinstance(loss, BatchLoss) for loss in self.losses.values()):
+            every = self.student.score_all(batch.queries, batch.documents)
+            scores = every.gather(1, batch.index)
+            teacher = self._batch_teacher[0]
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_every = teacher.score_all(batch.teacher_queries, batch.teacher_documents)
+        else:
+            scores = self.student.score_lists(batch.queries, batch.documents, batch.index)
+        lists = (batch.teacher_scores, batch.relevance, batch.mask)
+        weights = None
+        if self.weighting is not None:
+            weights = self.weighting(scores.detach(), *lists, batch.disagreement)
+        batch.scores, self.last = scores.detach(), batch
+        parts: dict[str, Tensor] = {}
+        for name, loss in self._losses().items():
+            if isinstance(loss, ListLoss):
+                parts[name] = loss(scores, *lists, weights)
+            elif isinstance(loss, BatchLoss):
+                parts[name] = loss(every, teacher_every, batch.index, batch.relevance, batch.mask)
+            else:
+                assert isinstance(loss, QueryLoss)
+                parts[name] = loss(batch.queries, batch.teacher_queries)
+        return parts

@@ -6,21 +6,23 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from rankdistill.artifacts import Artifact, fingerprint, write_artifact
-from rankdistill.errors import RankdistillError
+from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, partial_folder, write_artifact
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.losses.base import Loss
-from rankdistill.progress import Progress, say, warn
+from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
@@ -28,7 +30,8 @@ from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.base import Student, StudentModel
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import resolve_precision
-from rankdistill.training.batches import BatchStream, whole
+from rankdistill.training.batch_teacher import BatchTeacher
+from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm
@@ -57,19 +60,21 @@ class DevPool:
     documents: list[str]
     qrels: dict[str, dict[str, int]]
     metric: str
+    judge: str = "labels"
 
     @classmethod
     def build(
         cls,
         collection: Collection,
-        split: str,
+        split: str | ScoredLists,
         query_ids: Sequence[str],
         candidates: Sequence[Sequence[str]],
         size: int,
         seed: int,
         metric: str,
     ) -> DevPool:
-        judged = collection.qrels(split)
+        """A pool judged by a split's labels, or, where there are none, by the teacher's lists of dev queries."""
+        judged = collection.qrels(split) if isinstance(split, str) else teacher_judgments(split, collection)
         qrels = {query_id: judged[query_id] for query_id in query_ids if query_id in judged}
         relevant = [[doc_id for doc_id, grade in judgments.items() if grade > 0] for judgments in qrels.values()]
         # The first of every query, then the second, so that a pool cut to size is as fair to each.
@@ -82,7 +87,13 @@ class DevPool:
         rows = np.sort(rows)
         kept = list(qrels)
         return cls(
-            kept, collection.query_texts(kept), collection.doc_ids(rows), collection.document_texts(rows), qrels, metric
+            kept,
+            collection.query_texts(kept),
+            collection.doc_ids(rows),
+            collection.document_texts(rows),
+            qrels,
+            metric,
+            "labels" if isinstance(split, str) else "the teacher's order",
         )
 
     def evaluate(self, student: StudentModel) -> float:
@@ -128,6 +139,8 @@ class StudentTrainer(SafeCheckpoints, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        distiller: Distiller = self.accelerator.unwrap_model(model)
+        distiller.at_step(self.state.global_step, self.state.max_steps)
         outputs = model(**inputs)
         loss = outputs.pop("loss")
         if not torch.isfinite(loss) and self.accelerator.scaler is None:
@@ -229,6 +242,7 @@ def train_student(
     name: str = "student",
     inputs: dict[str, str] | None = None,
     agreement: Agreement | None = None,
+    prepared: Path | None = None,
 ) -> Artifact:
     """Train the recipe's student on scored lists and save the best checkpoint by the dev metric.
 
@@ -236,45 +250,71 @@ def train_student(
     sentence-transformers, with a model card), `log.jsonl`, and the manifest: the dev curve, that of `agreement` (the
     teacher's lists of dev queries) where it is given, and `teacher_hacking` where the alarm rang.
 
+    Args:
+        prepared: folder for what is made once and serves several trainings (clusters of queries, a batch teacher's
+            embeddings); beside `out` unless given.
+
     Raises:
         RankdistillError: no list has what the losses need, or the loss stops being a number.
     """
     settings = recipe.training
-    student_settings: Student = build("student", recipe.student.settings(), "student")
-    losses: dict[str, Loss] = {}
-    for number, method in enumerate(settings.losses):
-        key = method.type if method.type not in losses else f"{method.type}_{number}"
-        losses[key] = build("loss", method.settings())
-    check_lists(lists, losses)
-    batches = build("sampler", settings.batches.settings())
-    per_epoch = max(1, len(lists) // batches.size)
-    steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch / settings.accumulation))
+    losses = build_losses(settings)
+    batch_teacher_settings = settings.batch_teacher.settings() if settings.batch_teacher else None
+    check_lists(lists, losses, batch_teacher_settings is not None)
+    weighting = build("weighting", settings.weighting.settings()) if settings.weighting else None
+    if weighting is not None and weighting.needs_disagreement and lists.disagreement_of(0) is None:
+        raise RankdistillError(
+            f"the weighting {weighting.type} needs several teachers and these lists come from one",
+            where="training.weighting",
+            fix="a teacher of type ensemble, or another weighting",
+        )
     values = training_fingerprint_values(recipe, {"lists": lists.fingerprint, **(inputs or {})})
-    with write_artifact(
-        out, kind="student", fingerprint=fingerprint(values), settings=values, inputs=inputs, resume=True
-    ) as artifact:
+    prepared = prepared or out.parent / "prepared"
+    processes = launched()[1]
+    if processes > 1:
+        training_arguments(settings, 1, out, recipe.seed)  # this makes the group of processes
+    with trained_together(out, fingerprint(values), values, inputs) as artifact:
         work = artifact.path
         set_seed(recipe.seed)
+        student_settings: Student = build("student", recipe.student.settings(), "student")
         student = student_settings.create(settings.device)
+        student.prepare(collection, prepared)
+        batch_teacher = None
+        if batch_teacher_settings is not None:
+            model = build("student", batch_teacher_settings, "training.batch_teacher").create(settings.device)
+            batch_teacher = BatchTeacher(model, collection, settings.batch_teacher_vectors)
+            batch_teacher.prepare(lists, prepared)
+        documents = build("sampler", settings.lists.settings())
+        members = usable_lists(lists, documents)
+        batches = build("sampler", settings.batches.settings())
+        batches.prepare(lists, members, collection, prepared)
+        share = settings.accumulation * processes
+        per_epoch = max(1, len(batches.epoch(len(members), recipe.seed, 0)))
+        steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch / share))
         arguments = training_arguments(settings, steps, work, recipe.seed)
-        world = arguments.world_size
         stream = BatchStream(
             lists,
             collection,
             student,
             batches,
-            build("sampler", settings.lists.settings()),
+            documents,
             recipe.seed,
-            steps * settings.accumulation * world,
+            steps * share,
             settings.token_budget,
+            members,
+            batch_teacher,
         )
-        trainer = StudentTrainer(Distiller(student, losses), stream, dev, arguments, agreement)
+        distiller = Distiller(student, losses, weighting, batch_teacher, settings.gradient_cache, settings.token_budget)
+        trainer = StudentTrainer(distiller, stream, dev, arguments, agreement)
         trainer.remove_callback(_printer())
-        trainer.add_callback(LogFile(work / LOG, steps))
+        if arguments.should_save:
+            trainer.add_callback(LogFile(work / LOG, steps))
         resume = last_checkpoint(work)
         if resume is not None:
             say(f"{name}: going on from {resume.name}")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if not arguments.should_save:
+            return Artifact(out, {})  # the first process writes
         best = work / BEST
         final = work / MODEL
         shutil.rmtree(final, ignore_errors=True)
@@ -284,7 +324,7 @@ def train_student(
             final.mkdir()
             student.save(final)
         history = trainer.state.log_history
-        artifact.counts = {"lists": len(lists), "steps": steps, "documents_a_list": stream.documents.size}
+        artifact.counts = {"lists": len(members), "steps": steps, "documents_a_list": stream.documents.size}
         artifact.notes = {
             # The last one logged: the Trainer's own mean forgets the steps before a resumption.
             "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
@@ -305,6 +345,36 @@ def train_student(
         for leftover in [best, *work.glob("checkpoint-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
     return Artifact(out, json.loads((out / "manifest.json").read_text()))
+
+
+@contextmanager
+def trained_together(
+    out: Path, print_: str, values: dict[str, Any], inputs: dict[str, str] | None
+) -> Iterator[ArtifactWriter]:
+    """The unfinished artifact that the first of the training's processes writes and publishes."""
+    rank, processes = launched()
+    if rank > 0:
+        distributed.barrier()  # the first one has made the folder
+        yield ArtifactWriter(partial_folder(out, print_))
+        distributed.barrier()
+        return
+    with write_artifact(
+        out, kind="student", fingerprint=print_, settings=values, inputs=inputs, resume=True
+    ) as artifact:
+        if processes > 1:
+            distributed.barrier()
+        yield artifact
+    if processes > 1:
+        distributed.barrier()
+
+
+def build_losses(settings: Training) -> dict[str, Loss]:
+    """name in the log → loss: its type, numbered where it is there twice."""
+    losses: dict[str, Loss] = {}
+    for number, method in enumerate(settings.losses):
+        key = method.type if method.type not in losses else f"{method.type}_{number}"
+        losses[key] = build("loss", method.settings())
+    return losses
 
 
 def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
@@ -348,7 +418,9 @@ def training_arguments(settings: Training, steps: int, folder: Path, seed: int) 
         dataloader_num_workers=settings.loader_processes,
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
-        report_to=_reporters(),
+        report_to=_reporters() if launched()[0] == 0 else [],
+        ddp_backend="gloo" if device.type == "cpu" and launched()[1] > 1 else None,
+        ddp_find_unused_parameters=True,  # encoders carry heads that no loss reads
         disable_tqdm=True,
         seed=seed,
     )
@@ -368,12 +440,26 @@ def _printer() -> type[TrainerCallback]:
     return PrinterCallback
 
 
-def check_lists(lists: ScoredLists, losses: dict[str, Loss]) -> None:
+def check_lists(lists: ScoredLists, losses: dict[str, Loss], batch_teacher: bool = False) -> None:
     """One look at the lists before anything is paid for.
 
     Raises:
         RankdistillError: there are none, or a loss needs labels and no list has a labelled positive first.
+        UsageError: a loss needs a batch teacher and the recipe names none, or names one that no loss reads.
     """
+    asking = [name for name, loss in losses.items() if loss.needs_batch_teacher]
+    if asking and not batch_teacher:
+        raise UsageError(
+            f"the loss {asking[0]} compares with a teacher that scores the whole batch, and the recipe names none",
+            where="training.losses",
+            fix="training.batch_teacher: {type: dense, model: NAME} (or type: multi_vector)",
+        )
+    if batch_teacher and not asking:
+        raise UsageError(
+            "no loss reads the batch teacher",
+            where="training.batch_teacher",
+            fix="leave it out, or add a loss over the whole batch to training.losses",
+        )
     if len(lists) == 0:
         raise RankdistillError(
             "there is no scored list to train on", fix="mine and score candidates for queries of the training split"

@@ -130,7 +130,7 @@ def test_lists_of_unequal_length_are_padded_and_masked(
         candidates, lambda q, d: np.arange(len(d)) + 0.5, tiny_collection, "train", tmp_path / "lists"
     )
     stream = make_stream(size=2, documents=8)
-    stream.lists = unequal
+    stream.lists, stream.members = unequal, np.arange(len(unequal))
     item = stream[0]
     assert sorted(item["mask"].sum(1).tolist()) == [3, 8]
     assert len(token_rows(item)) == 8

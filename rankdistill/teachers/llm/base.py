@@ -55,6 +55,7 @@ class Usage:
     answer: int = 0
     cached: int = 0  # of the prompt, read from the engine's cache
     estimated: bool = False
+    calls: int = 1  # where one answer takes several
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,10 @@ class Backend(ABC):
                 fix=f"one of {', '.join(sorted(self.decodings))}",
             )
 
+    def longest(self, request: Request) -> Usage:
+        """The most tokens that answering may take; a call is made only if the budget holds them."""
+        return Usage(self.count_tokens(request), 1 if request.decoding == "first" else request.max_tokens)
+
     def count_text(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of plain texts, to cut passages to a budget; four characters a token unless the engine knows better."""
+        """Tokens of plain texts, to cut passages to a budget; four characters a token unless the engine says more."""
         return [len(text) // 4 + 1 for text in texts]

@@ -1,0 +1,325 @@
+"""Which teacher's signal teaches best? Dense students learn from real runs and real listwise LLM orders of TREC DL 2019.
+
+    python eval/benchmarks/signals.py --data PATH/msmarco-dl19 --work WORK --out eval/results/signals.md
+
+The folder holds `collection.tsv`, `queries.tsv` and `qrels.txt` (NIST's judgments), `runs/` of retrievers with their
+scores and `listwise-runs/` re-ranked by language models. Each student starts from the same encoder, learns from one
+signal on the queries of four folds and is measured on the fifth, so that each query is measured once, by a student that
+never saw it. What was measured is in WORK, a line a training: a run that was stopped goes on. `--out` writes all of it.
+
+What is the same for all: encoder, seed, steps, learning rate, batches, and (`--lists pool`) the very documents of each
+batch. Only the teacher's scores differ:
+
+- lists: `pool`, the union of every run's first 20 documents; a document that a signal's run does not hold gets its
+  lowest score, which bounds what it would have been given. `own`: the first 100 of the signal's own run, nothing else.
+- losses: `order`, RankNet weighted by the teacher's ranks: reads the order alone, so it serves all signals; `scores`, KL
+  to z-scored scores, where the signal has scores that mean something.
+- labels: InfoNCE with a judgment of 2 or 3 as positive (the judgments of the training folds), and NIST's grades as order.
+
+Measured: nDCG@10 of all documents that any run found for the query (some 275), ordered by the student. With `--full` the
+student searches the whole collection. Judgments of documents that are not in the collection count in the ideal order,
+as they do for the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankdistill.artifacts import fingerprint, write_atomically
+from rankdistill.collections import Collection, open_collection
+from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.evaluation.significance import compare_values
+from rankdistill.progress import set_quiet
+from rankdistill.recipe import build, check_recipe
+from rankdistill.runs import Run, read_run
+from rankdistill.scores.ensemble import combine, normalise
+from rankdistill.scores.lists import build_lists
+from rankdistill.teachers.llm.signals import mean_rank_scores, plackett_luce
+from rankdistill.training.trainer import train_student
+
+Scores = Mapping[str, Mapping[str, float]]  # query → document → score
+
+METRIC = "ndcg@10"
+FOLDS = 5
+POOL = 20  # first documents of each run in a training list
+DEPTH = 100  # documents a run holds
+RETRIEVERS = {"BM25": "bm25", "TAS-B": "tas-b", "SPLADE++": "splade-pp-ed", "RepLLaMA": "repllama"}
+REPEATS = [f"gpt-3.5-turbo.bm25.repeat{number}" for number in range(1, 6)]
+ENSEMBLE = ("TAS-B", "SPLADE++", "RepLLaMA")
+UNTRAINED, INFONCE, GRADES = "untrained", "labels, InfoNCE", "labels, grades as order"
+SEARCHED = (UNTRAINED, "RankVicuna over TAS-B")  # these also search the whole collection
+STUDENT = {"type": "dense", "layers": [0, 2, 5], "query_length": 32, "document_length": 96, "dropout": 0.0}
+TRAINING = {
+    "batches": {"type": "random_batches", "size": 2},
+    "lists": {"type": "random_documents", "size": 8},
+    "epochs": 4,
+    "learning_rate": 3.0e-4,
+    "checkpoints": 1,
+    "agreement_queries": 0,
+}
+LOSSES = {
+    "order": {"type": "ranknet", "weighting": "rank"},
+    "scores": {"type": "kl", "temperature": 1.0, "teacher_temperature": 0.5},
+    "labels": {"type": "infonce"},
+}
+
+
+class Signals:
+    """The folder's runs as teachers' scores."""
+
+    def __init__(self, data: Path) -> None:
+        paths = [path for folder in ("runs", "listwise-runs") for path in sorted((data / folder).glob("*.trec"))]
+        self.runs: dict[str, Scores] = {path.stem: read_run(path).first(DEPTH).to_dict() for path in paths}
+        self.pool: dict[str, list[str]] = {}
+        self.everything: dict[str, list[str]] = {}
+        for query_id in self.runs["bm25"]:
+            found = [list(run.get(query_id, {})) for run in self.runs.values()]
+            self.pool[query_id] = sorted({doc_id for ids in found for doc_id in ids[:POOL]})
+            self.everything[query_id] = sorted({doc_id for ids in found for doc_id in ids})
+
+    @cached_property
+    def by_name(self) -> dict[str, tuple[bool, Scores]]:
+        """name → (whether its scores mean more than their order, its scores, best first)."""
+        scored = {name: (True, self.runs[stem]) for name, stem in RETRIEVERS.items()}
+        return {
+            "BM25": scored["BM25"],
+            "GPT-3.5 over BM25, once": (False, fused([self.runs[REPEATS[0]]])),
+            "GPT-3.5 over BM25, five repeats fused": (False, fused([self.runs[one] for one in REPEATS])),
+            "RankVicuna over TAS-B": (False, fused([self.runs["rank-vicuna-7b.tas-b"]])),
+            **{name: scored[name] for name in ENSEMBLE},
+            f"ensemble of {', '.join(ENSEMBLE)}": (True, ensemble([scored[name][1] for name in ENSEMBLE])),
+        }
+
+
+def fused(runs: list[Scores]) -> Scores:
+    """Orders as scores: 1 / rank of one, Plackett-Luce strengths of several."""
+    scores = {}
+    for query_id in runs[0]:
+        doc_ids = sorted({doc_id for run in runs for doc_id in run[query_id]})
+        number = {doc_id: place for place, doc_id in enumerate(doc_ids)}
+        orders = [[number[doc_id] for doc_id in run[query_id]] for run in runs]
+        values = plackett_luce(orders, len(doc_ids)) if len(runs) > 1 else mean_rank_scores(orders, len(doc_ids))
+        scores[query_id] = falling(doc_ids, values)
+    return scores
+
+
+def falling(doc_ids: list[str], scores: np.ndarray) -> dict[str, float]:
+    return {doc_ids[place]: float(scores[place]) for place in np.argsort(-scores, kind="stable")}
+
+
+def ensemble(runs: list[Scores]) -> Scores:
+    """Mean of min-max normalised scores over the documents that any of them has; a run's absent ones get its lowest."""
+    scores = {}
+    for query_id in runs[0]:
+        doc_ids = sorted({doc_id for run in runs for doc_id in run[query_id]})
+        rows = np.array([lowest_where_absent(run[query_id], doc_ids) for run in runs])
+        scores[query_id] = falling(doc_ids, combine(rows, "min_max", "mean"))
+    return scores
+
+
+def lowest_where_absent(scores: Mapping[str, float], doc_ids: list[str]) -> list[float]:
+    lowest = min(scores.values())
+    return [scores.get(doc_id, lowest) for doc_id in doc_ids]
+
+
+def with_splits(data: Path, work: Path) -> Collection:
+    """The collection with two more splits: `positive` (judgments of 2 and 3) and `unlabelled` (which says nothing).
+
+    Lists of the second have no label, so that no sampler or loss can read one.
+    """
+    folder = work / "collection"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("collection.tsv", "queries.tsv", "qrels.txt"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to((data / name).resolve())
+    positive, unlabelled = [], {}
+    for line in (data / "qrels.txt").read_text().splitlines():
+        query_id, _, doc_id, grade = line.split()
+        unlabelled[query_id] = f"{query_id} 0 {doc_id} 0"
+        if int(grade) >= 2:
+            positive.append(f"{query_id} 0 {doc_id} 1")
+    write_atomically(folder / "qrels.positive.txt", "\n".join(positive) + "\n")
+    write_atomically(folder / "qrels.unlabelled.txt", "\n".join(unlabelled.values()) + "\n")
+    return open_collection(f"msmarco:{folder}")
+
+
+class Benchmark:
+    """The trainings, one after the other; each leaves a line in `rows.jsonl`."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.work = work
+        self.signals = Signals(data)
+        self.collection = with_splits(data, work)
+        self.qrels = self.collection.qrels("test", missing=True)
+        self.grades = self.collection.qrels("test")
+        self.path = work / "rows.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        self.student = build("student", STUDENT, "student")
+
+    def folds(self) -> list[list[str]]:
+        """The queries of each fold, the same for every signal and seed."""
+        ids = sorted(self.qrels)
+        order = np.random.default_rng(2019).permutation(len(ids))
+        return [sorted(ids[place] for place in part) for part in np.array_split(order, FOLDS)]
+
+    def measure(self, signal: str, loss: str, lists: str, fold: int, seed: int) -> None:
+        """One training and its measurement, unless it is there already."""
+        what = {"signal": signal, "loss": loss, "lists": lists, "fold": fold, "seed": seed}
+        key = fingerprint([what, STUDENT, None if signal == UNTRAINED else TRAINING, POOL])
+        if key in self.rows:
+            return
+        held_out = self.folds()[fold]
+        began = time.perf_counter()
+        folder = self.work / "trainings" / key
+        if signal == UNTRAINED:
+            model = self.student.create()
+        else:
+            self._train(what, held_out, folder)
+            model = self.student.open(folder / "student" / "model")
+        row = {"key": key, **what, "training_seconds": time.perf_counter() - began}
+        runs = {"pool": self._order(model, held_out)}
+        if signal in SEARCHED and (loss, lists, seed) == ("order", "pool", 0):
+            runs["full"] = self._search(model, held_out)
+        for name, run in runs.items():
+            found = evaluate_run(run, {query_id: self.qrels[query_id] for query_id in held_out}, [METRIC])
+            row[name] = dict(zip(found.query_ids, found.per_query[METRIC].tolist(), strict=True))
+            row[f"{name}_judged"] = found.notes["judged@10"]
+        row["seconds"] = time.perf_counter() - began
+        shutil.rmtree(folder, ignore_errors=True)
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        self.rows[key] = row
+        mean = statistics.mean(row["pool"].values())
+        print(f"{signal} ({loss}, {lists}), fold {fold}, seed {seed}: {mean:.4f}, {row['seconds']:.0f} s", flush=True)
+
+    def _train(self, what: dict[str, Any], held_out: list[str], folder: Path) -> None:
+        recipe = check_recipe(
+            {
+                "name": what["signal"],
+                "seed": 100 * what["seed"] + what["fold"],
+                "collection": self.collection.spec,
+                "student": STUDENT,
+                "training": {**TRAINING, "losses": [LOSSES[what["loss"]]]},
+            }
+        )
+        training = [query_id for query_id in sorted(self.qrels) if query_id not in held_out]
+        split = "positive" if what["loss"] == "labels" else "unlabelled"
+        inputs = {"signal": fingerprint([what, POOL, DEPTH])}
+        lists = build_lists(
+            self._candidates(what, training),
+            lambda query_id, doc_ids: self._teach(what, query_id, list(doc_ids)),
+            self.collection,
+            split,
+            folder / "lists",
+            inputs=inputs,
+        )
+        train_student(recipe, lists, self.collection, None, folder / "student", inputs=inputs)
+
+    def _candidates(self, what: dict[str, Any], query_ids: list[str]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        for query_id in query_ids:
+            own = what["lists"] == "own"
+            ids = list(self.signals.by_name[what["signal"]][1][query_id])[:DEPTH] if own else self.signals.pool[query_id]
+            yield query_id, ids, np.zeros(len(ids), np.float32)
+
+    def _teach(self, what: dict[str, Any], query_id: str, doc_ids: list[str]) -> np.ndarray:
+        """What the student is told: float32 [documents]."""
+        if what["signal"] == INFONCE:
+            return np.zeros(len(doc_ids), np.float32)  # reads labels alone
+        if what["signal"] == GRADES:
+            judged = self.grades[query_id]
+            return np.array([judged.get(doc_id, 0) for doc_id in doc_ids], np.float32)
+        scores = np.array(lowest_where_absent(self.signals.by_name[what["signal"]][1][query_id], doc_ids))
+        return normalise(scores, "z_score").astype(np.float32) if what["loss"] == "scores" else scores.astype(np.float32)
+
+    def _order(self, model: Any, query_ids: list[str]) -> Run:
+        """All that any run found for each query, ordered by the student."""
+        found = {}
+        for query_id, vector in zip(query_ids, model.encode_queries(self.collection.query_texts(query_ids)), strict=True):
+            doc_ids = self.signals.everything[query_id]
+            vectors = model.encode_documents(self.collection.document_texts(self.collection.doc_rows(doc_ids)))
+            found[query_id] = dict(zip(doc_ids, (vectors @ vector).tolist(), strict=True))
+        return Run.from_dict(found)
+
+    def _search(self, model: Any, query_ids: list[str]) -> Run:
+        """The student's first 100 of the whole collection."""
+        parts = [model.encode_documents(texts) for _, texts in self.collection.iter_documents(2048)]
+        scores = model.encode_queries(self.collection.query_texts(query_ids)) @ np.concatenate(parts).T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
+        ids = self.collection.doc_ids(np.arange(len(self.collection)))
+        return Run.from_dict(
+            {
+                query_id: {ids[row]: float(scores[place, row]) for row in best[place]}
+                for place, query_id in enumerate(query_ids)
+            }
+        )
+
+
+    def jobs(self, seeds: int) -> list[tuple[str, str, str, int, int]]:
+        """(signal, loss, lists, fold, seed), the first table's first."""
+        names = list(self.signals.by_name)
+        parts = [[(name, "order", "pool") for name in (UNTRAINED, *names, GRADES)] + [(INFONCE, "labels", "pool")]]
+        parts.append([(name, "scores", "pool") for name in names if self.signals.by_name[name][0]])
+        parts.append([(name, "order", "own") for name in names])
+        first = [(*one, fold, 0) for part in parts for one in part for fold in range(FOLDS)]
+        return first + [
+            (*one, fold, seed)
+            for seed in range(1, seeds)
+            for one in parts[0]
+            if one[0] != UNTRAINED
+            for fold in range(FOLDS)
+        ]
+
+    def values(self, signal: str, loss: str, lists: str, measured: str = "pool") -> np.ndarray | None:
+        """nDCG@10 of each query, the mean over seeds; None where a fold is missing."""
+        of_query: dict[str, list[float]] = {}
+        for row in self.rows.values():
+            if (row["signal"], row["loss"], row["lists"]) == (signal, loss, lists):
+                for query_id, value in row.get(measured, {}).items():
+                    of_query.setdefault(query_id, []).append(value)
+        if set(of_query) != set(self.qrels):
+            return None
+        return np.array([statistics.mean(of_query[query_id]) for query_id in sorted(self.qrels)])
+
+    def own(self, scores: Scores) -> np.ndarray:
+        """nDCG@10 of the teacher itself."""
+        found = evaluate_run(Run.from_dict(scores), self.qrels, [METRIC])
+        values = dict(zip(found.query_ids, found.per_query[METRIC].tolist(), strict=True))
+        return np.array([values[query_id] for query_id in sorted(self.qrels)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder msmarco-dl19")
+    parser.add_argument("--work", type=Path, required=True, help="where what was measured is kept")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th training from the i-th, for n processes at once")
+    parser.add_argument("--most", type=int, help="stop after so many trainings")
+    parser.add_argument("--out", type=Path, help="write the tables; without --train nothing is trained")
+    parser.add_argument("--train", action="store_true")
+    options = parser.parse_args()
+    set_quiet(True)
+    bench = Benchmark(options.data, options.work)
+    if options.train or not options.out:
+        part, parts = map(int, options.part.split("/"))
+        for job in bench.jobs(options.seeds)[part - 1 :: parts][: options.most]:
+            bench.measure(*job)
+    if options.out:
+        write_atomically(options.out, tables(bench))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Plackett-Luce distillation: the student is to draw the documents in the teacher's order, one after another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rankdistill.losses.base import ListLoss, comparable, log_softmax_where
+from rankdistill.losses.schedules import Schedule, Temperature
+
+
+class PLD(ListLoss):
+    """sum_k alpha_k * (logsumexp_{l >= k} s_l - s_k), documents in the order to be learnt (Bassam et al. 2025,
+    arXiv:2506.12542), mean over the lists of two documents or more.
+
+    First the list's first document where it is labelled relevant, then the others by falling teacher score; a list
+    without that label goes by the teacher's scores alone. alpha = softmax(t / tau): what the teacher is sure of counts
+    most. With all weight on the first it is cross-entropy. Convex in s and invariant to a shift of s or t.
+
+    Args:
+        temperature: the student's scores are divided by it.
+        teacher_temperature: tau.
+        weight: share in a sum of losses.
+    """
+
+    type = "pld"
+    teacher_temperature: Schedule
+
+    def __init__(
+        self, temperature: Temperature = 1.0, teacher_temperature: Temperature = 1.0, weight: Schedule = 1.0
+    ) -> None:
+        super().__init__(weight)
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        key = teacher_scores.masked_fill(~mask, float("-inf"))
+        first = mask[:, 0] & (labels[:, 0] > 0)
+        key[:, 0] = key[:, 0].masked_fill(first, float("inf"))
+        order = key.argsort(dim=1, descending=True, stable=True)  # padding last
+        weights = log_softmax_where(teacher_scores / self.now(self.teacher_temperature), mask).exp().gather(1, order)
+        scores = (student_scores / self.now(self.temperature)).masked_fill(~mask, -1e30).gather(1, order)
+        remaining = scores.flip(1).logcumsumexp(dim=1).flip(1)
+        counted = comparable(mask)
+        choices = (weights * (remaining - scores)).masked_fill(~(mask.gather(1, order) & counted[:, None]), 0.0)
+        return choices.sum(dim=1), counted.to(choices.dtype)

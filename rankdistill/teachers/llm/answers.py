@@ -1,0 +1,202 @@
+"""Reading answers: an order out of what a language model wrote, by stated rules, each repair counted by its kind.
+
+The rules, in turn:
+
+1. What stands before the last `</think>` is not read; nor what follows a `<think>` that never ends.
+2. Identifiers are read where they stand as the template's items, "[3]" (full-width and other brackets, white space
+   within and small letters too). Only an answer without any of these is read as a bare list ("3 > 1 > 2", "C, A"), and
+   only where it holds nothing else: numbers and letters are never read out of prose ("Sorry", "20 passages ...").
+3. An identifier that comes again is dropped, and so is one that names no passage.
+4. Passages that were not named follow in their old order.
+
+So whatever the answer, the result is a permutation of the passages.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from rankdistill.errors import RankdistillError
+from rankdistill.teachers.llm.base import Answer, Request
+from rankdistill.teachers.llm.prompts import Prompt
+
+# What each repair means; reports name them.
+REPAIRS = {
+    "reasoning": "answers with reasoning before them, which was not read",
+    "endless_reasoning": "answers whose reasoning never ended",
+    "cut": "answers that were cut at their longest",
+    "empty": "empty answers",
+    "no_identifier": "answers without a readable identifier",
+    "bare": "answers that were bare lists",
+    "other_text": "answers with other text between or around identifiers",
+    "form": "answers with other separators",
+    "repeated": "identifiers named again",
+    "out_of_range": "identifiers of no passage",
+    "missing": "passages not named",
+    "absent": "passages whose identifier had no reported logit",
+}
+_BRACKETS = str.maketrans("【〔⟦「", "[[[[") | str.maketrans("】〕⟧」", "]]]]")
+_MARKS = " \t\r\n\f\v.,;:>|*`'\"()[]{}→-–—=#"  # may stand around and between the entries of a bare list
+_SPLIT = re.compile(r"[\s,;>|→]+")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An answer as an order.
+
+    Args:
+        order: places of the passages as they were shown, best first: a permutation.
+        repairs: kind → how many (see REPAIRS); empty for an answer that obeys the template's rule.
+        logits: float64 [n] by the place shown, NaN where absent; None where the answer has none.
+    """
+
+    order: tuple[int, ...]
+    repairs: Mapping[str, int]
+    logits: np.ndarray | None = None
+
+
+def read_answer(answer: Answer, request: Request, prompt: Prompt) -> Reading:
+    """The order that an answer gives, read as its request was decoded.
+
+    Raises:
+        RankdistillError: `first` was asked for and the engine gave no logits.
+    """
+    if request.decoding == "first":
+        if answer.logits is None:
+            raise RankdistillError(
+                "the backend gave no logits of the identifiers", fix="decoding: generate, or a server with logprobs"
+            )
+        return read_logits(answer.logits, request.identifiers)
+    return read_text(answer.text, request.identifiers, prompt, before=request.before, finished=answer.finished)
+
+
+def read_text(
+    text: str, identifiers: Sequence[str], prompt: Prompt, *, before: str = "", finished: bool = True
+) -> Reading:
+    """The order in a text, by the rules above.
+
+    Args:
+        identifiers: of the passages, in the order they were shown.
+        before: what the answer was made to begin with; put in front where the engine did not repeat it.
+        finished: False where the answer was cut.
+    """
+    repairs: Counter[str] = Counter()
+    if not finished:
+        repairs["cut"] += 1
+    thought, end, rest = text.rpartition("</think>")
+    if end:
+        repairs["reasoning"] += 1
+        text = rest
+    text, endless, _ = text.partition("<think>")
+    if endless:
+        repairs["endless_reasoning"] += 1
+    if before and text.strip() and not thought and not text.lstrip().startswith(before):
+        text = before + text
+    if prompt.is_whole(text, identifiers):
+        names = [item.strip() for item in text.strip().split(prompt.separator.strip())]
+        place = {prompt.item.replace("{identifier}", name).strip(): at for at, name in enumerate(identifiers)}
+        return Reading(tuple(place[name] for name in names), dict(repairs))
+    named = _named(text, prompt, repairs)
+    known = {name: at for at, name in enumerate(identifiers)}
+    order: dict[int, None] = {}
+    for name in named:
+        at = known.get(name)
+        if at is None:
+            repairs["out_of_range"] += 1
+        elif at in order:
+            repairs["repeated"] += 1
+        else:
+            order[at] = None
+    missing = [at for at in range(len(identifiers)) if at not in order]
+    repairs["missing"] += len(missing)
+    return Reading((*order, *missing), {kind: count for kind, count in repairs.items() if count})
+
+
+def _named(text: str, prompt: Prompt, repairs: Counter[str]) -> list[str]:
+    """Identifiers in the order in which a text names them, however often, of passages or not."""
+    text = unicodedata.normalize("NFKC", text.translate(_BRACKETS))
+    if not text.strip():
+        repairs["empty"] += 1
+        return []
+    marked, one = _patterns(prompt)
+    if marked is not None:
+        found = marked.findall(text)
+        if found:
+            between = marked.sub(" ", text).replace(prompt.separator.strip(), " ")
+            repairs["other_text" if any(c.isalnum() for c in between) else "form"] += 1
+            return [_name(token) for token in found]
+    tokens = [token for piece in _SPLIT.split(text) if (token := piece.strip(_MARKS))]
+    if tokens and all(one.fullmatch(token) for token in tokens):
+        repairs["bare"] += 1
+        return [_name(token) for token in tokens]
+    repairs["no_identifier"] += 1
+    return []
+
+
+@lru_cache(maxsize=64)
+def _identifier_pattern(words: tuple[str, ...] | str) -> str:
+    if words == "numeric":
+        return r"\d+"
+    if words == "letters":
+        return r"[A-Za-z]"
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+def _patterns(prompt: Prompt) -> tuple[re.Pattern[str] | None, re.Pattern[str]]:
+    """(an identifier as the template's item, or None where nothing stands around it; an identifier alone)."""
+    words = prompt.identifiers if isinstance(prompt.identifiers, str) else tuple(prompt.identifiers)
+    one = _identifier_pattern(words)
+    opening, closing = (part.strip() for part in prompt.item.split("{identifier}"))
+    # In a bare list a small letter is as likely a word: "a".
+    alone = re.compile("[A-Z]" if words == "letters" else one)
+    if not opening or not closing:
+        return None, alone
+    return re.compile(rf"{re.escape(opening)}\s*({one})\s*{re.escape(closing)}"), alone
+
+
+def _name(token: str) -> str:
+    """The identifier as templates write it: a letter is a capital, a number has no leading zeros."""
+    if token[0].isdigit():
+        # Digits of any script; more of them than any window has passages are no number (and slow to convert).
+        return str(int(token)) if len(token) <= 6 else token
+    return token.upper() if len(token) == 1 else token
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step's logits (FIRST, Gangi Reddy et al. 2024, arXiv:2406.15657)
+
+
+def read_logits(logits: Mapping[str, float], identifiers: Sequence[str]) -> Reading:
+    """The order of the identifiers' logits, falling; equal ones, and then absent ones, in the order shown.
+
+    Args:
+        logits: identifier → logit or log-probability; NaN counts as absent.
+    """
+    values = np.array([logits.get(name, np.nan) for name in identifiers], dtype=np.float64)
+    absent = np.isnan(values)
+    order = np.argsort(np.where(absent, np.inf, -values), kind="stable")
+    # A reported logit of minus infinity sorts before what was not reported.
+    order = np.concatenate([order[~absent[order]], order[absent[order]]])
+    return Reading(tuple(int(at) for at in order), {"absent": int(absent.sum())} if absent.any() else {}, logits=values)
+
+
+def identifier_logits(tokens: Iterable[tuple[str, float]], identifiers: Sequence[str]) -> dict[str, float]:
+    """identifier → logit, from the texts of tokens and their logits.
+
+    White space around a token's text (and the marks that some tokenizers write for it) does not count; of two tokens
+    that decode to one identifier the larger logit is taken. Other tokens are passed over.
+    """
+    wanted = set(identifiers)
+    found: dict[str, float] = {}
+    for text, logit in tokens:
+        name = text.strip(" \t\r\n▁Ġ")
+        if name in wanted and logit == logit and logit > found.get(name, -np.inf):
+            found[name] = float(logit)
+    return found

@@ -1,0 +1,252 @@
+"""The one way in which teachers ask language models: cached answers first, each new one kept before it is used.
+
+A teacher keeps an `Asking` (engine, cache and budget as the recipe gives them) and calls `ask` with the requests of
+a chunk, or of one round of windows; see `AskingTeacher`. In a dry run the same calls are counted instead of made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rankdistill.errors import RankdistillError
+from rankdistill.recipe import build
+from rankdistill.teachers.base import Teacher
+from rankdistill.teachers.llm.base import Answer, Backend, Request
+from rankdistill.teachers.llm.budget import Budget, Spending
+from rankdistill.teachers.llm.cache import AnswerCache, answers_root
+
+
+def ask(
+    backend: Backend, requests: Iterable[tuple[int, Request]], cache: AnswerCache, budget: Budget
+) -> Iterator[tuple[int, Answer]]:
+    """Answer numbered requests, in any order, each once: first those in the cache, then the others, paid.
+
+    A new answer is in the cache before it is handed on. The requests of one call are held in memory, so ask by chunks.
+    The same prompt twice is paid for once.
+
+    Args:
+        requests: (number, request); the numbers are the caller's and distinct.
+        budget: counts what is spent, and its limit is kept.
+
+    Raises:
+        BudgetReached: the limit does not hold the next call; the calls under way have been answered, kept and
+            handed on before.
+        UsageError: the engine does not honour a request's decoding; nothing was paid for.
+        RankdistillError: the engine failed, or the disk is full; answers that came before are kept.
+    """
+    engine = backend.fingerprint()
+    cache.refresh()
+    numbers: dict[str, list[int]] = {}  # key → who asked
+    missing: list[tuple[str, Request]] = []
+    for number, request in requests:
+        key = request.key(engine)
+        known = cache.find(key)
+        if known is not None:
+            budget.reused += 1
+            yield number, known
+        elif key in numbers:
+            numbers[key].append(number)
+        else:
+            numbers[key] = [number]
+            missing.append((key, request))
+    for decoding in sorted({request.decoding for _, request in missing}):
+        backend.check(decoding)
+    position = 0
+    reached = False
+    under_way: set[int] = set()
+    met: list[tuple[str, Answer]] = []  # another process has paid meanwhile
+
+    def affordable() -> Iterator[tuple[int, Request]]:
+        nonlocal position, reached
+        reached = False
+        while position < len(missing):
+            at = position
+            key, request = missing[at]
+            known = cache.find(key)
+            if known is not None:
+                budget.reused += 1
+                met.append((key, known))
+                position += 1
+            else:
+                if budget.limit is not None and not budget.reserve(at, backend.longest(request)):
+                    reached = True
+                    return
+                under_way.add(at)
+                position += 1
+                yield at, request
+
+    try:
+        while position < len(missing):
+            begun = position
+            # At the limit the calls under way still come in; they may free what was set aside for longer answers, so
+            # the rest is tried once more.
+            with closing(_closable(backend.answer(affordable()))) as answers:
+                for at, answer in answers:
+                    if at not in under_way:
+                        raise RankdistillError(f"the backend {backend.type} answered what it was not asked, or twice")
+                    under_way.discard(at)
+                    key = missing[at][0]
+                    cache.add(key, answer)
+                    budget.pay(at, answer.usage)
+                    for number in numbers[key]:
+                        yield number, answer
+            for key, answer in met:
+                for number in numbers[key]:
+                    yield number, answer
+            met.clear()
+            budget.release()
+            if under_way:
+                raise RankdistillError(f"the backend {backend.type} left {len(under_way)} requests without an answer")
+            if reached and position == begun:
+                raise budget.reached()
+    finally:
+        budget.release()
+        cache.close()
+
+
+def _closable(answers: Iterator[tuple[int, Answer]]) -> Any:
+    """A generator as it is; anything else made one, so that it can be closed when the asker leaves early."""
+    return answers if hasattr(answers, "close") else (item for item in answers)
+
+
+class Estimate:
+    """What a job would cost: filled by a dry run.
+
+    The answers of a dry run keep the order in which the passages stand. Where later prompts depend on earlier answers
+    (sliding windows), the estimate therefore counts as many windows with passages in their first order: the number of
+    calls is exact, the tokens are those of these passages.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.expected = Spending()  # answers as long as an order without faults
+        self.most = Spending()  # answers as long as they may be
+        self.reused = 0
+        self.pairs = 0  # that the store lacks
+        self._seen: set[str] = set()
+
+    def ask(
+        self, backend: Backend, requests: Iterable[tuple[int, Request]], cache: AnswerCache
+    ) -> Iterator[tuple[int, Answer]]:
+        """Count requests instead of making them; those in the cache are answered from it and cost nothing."""
+        engine = backend.fingerprint()
+        checked: set[str] = set()
+        for number, request in requests:
+            key = request.key(engine)
+            known = cache.find(key)
+            if known is not None:
+                self.reused += 1
+                yield number, known
+                continue
+            if request.decoding not in checked:
+                backend.check(request.decoding)
+                checked.add(request.decoding)
+            answer = _unchanged(request)
+            if key not in self._seen:
+                self._seen.add(key)
+                longest = backend.longest(request)
+                expected = min(longest.answer, backend.count_text([answer.text])[0])
+                self.expected.add(replace(longest, answer=expected), self.budget.prices)
+                self.most.add(longest, self.budget.prices)
+            yield number, answer
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        priced = self.budget.prices is not None
+        lines = [f"{self.pairs:,} pairs to score", f"expected: {self.expected.line(priced)}"]
+        if self.most.answer != self.expected.answer:
+            lines.append(f"at most:  {self.most.line(priced)}")
+        if self.reused:
+            lines.append(f"{self.reused:,} answers are in the cache and cost nothing")
+        limit = self.budget.limit
+        if limit is not None:
+            fits = self.most.of(limit.unit) <= limit.amount
+            lines.append(f"the budget of {limit} {'holds that' if fits else 'may not hold that'}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        limit = self.budget.limit
+        return {
+            "pairs": self.pairs,
+            "expected": vars(self.expected),
+            "most": vars(self.most),
+            "cached_answers": self.reused,
+            "budget": None if limit is None else {"amount": limit.amount, "unit": limit.unit},
+        }
+
+
+def _unchanged(request: Request) -> Answer:
+    """The answer that leaves the passages in their order."""
+    names = request.identifiers
+    if request.decoding == "first":
+        return Answer(names[0] if names else "", {name: -float(place) for place, name in enumerate(names)})
+    if names and all(name.isdigit() or (len(name) <= 2 and name.isupper()) for name in names):
+        text = " > ".join(f"[{name}]" for name in names)
+        return Answer(text.removeprefix(request.before))
+    return Answer(names[0] if names else "")
+
+
+class Asking:
+    """A teacher's language model as its recipe gives it: engine, cache of answers, budget.
+
+    Args:
+        backend: the engine's `type` and keys.
+        budget: `500calls`, `200000tokens`, `3.50`; None for no limit.
+        prices: money for a million tokens: prompt, answer, cached.
+    """
+
+    def __init__(
+        self,
+        backend: Mapping[str, Any],
+        budget: str | float | None = None,
+        prices: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend: Backend = build("backend", backend, "teacher.backend")
+        self.budget = Budget(budget, prices)
+        self.estimate: Estimate | None = None
+        self._root = answers_root()
+
+    def use_store(self, root: str | Path) -> None:
+        """Keep answers below this score store's root from now on."""
+        if self._root != answers_root(root):
+            self._root = answers_root(root)
+            self.__dict__.pop("cache", None)
+
+    @cached_property
+    def cache(self) -> AnswerCache:
+        return AnswerCache(self._root / self.backend.fingerprint())
+
+    def dry_run(self) -> Estimate:
+        """From now on count and ask nothing."""
+        self.estimate = Estimate(self.budget)
+        return self.estimate
+
+    def ask(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+        """Answer numbered requests, in any order, each once; see `ask`."""
+        if self.estimate is not None:
+            return self.estimate.ask(self.backend, requests, self.cache)
+        return ask(self.backend, requests, self.cache, self.budget)
+
+
+class AskingTeacher(Teacher):
+    """A teacher that asks a language model through `self.asking.ask(requests)`.
+
+    A subclass has a `type`, and a constructor that names `backend`, `budget` and `prices` among its own keys and hands
+    them to this one. Its fingerprint holds `self.asking.backend.fingerprint()` and its own settings, not the budget
+    and not the prices. `self.asking.backend` counts tokens (`count_text`) and refuses decodings (`check`).
+    """
+
+    live: ClassVar[bool] = False  # answers come from the cache where they can: a clock would measure that
+
+    def __init__(
+        self,
+        backend: dict[str, Any],
+        budget: str | float | None = None,
+        prices: dict[str, float] | None = None,
+    ) -> None:
+        self.asking = Asking(backend, budget, prices)

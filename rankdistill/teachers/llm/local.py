@@ -1,0 +1,530 @@
+"""A language model in this process, through transformers.
+
+Three decodings share one forward pass over a batch of prompts: one step that scores the identifiers (`first`), text
+made of identifiers alone (`constrained`), free text (`generate`). Constrained decoding asks the model only where there
+is a choice: the separators between identifiers, and digits that only one unused identifier goes on with, are fed in
+the same pass as the choice before them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import quiet_transformers, warn
+from rankdistill.students.models import ModelSource, resolve_model
+from rankdistill.students.token_batches import Precision, resolve_precision
+from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
+from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SHARED_TOKENS = 32  # a shorter common prefix is not worth a pass of its own
+
+
+class TransformersBackend(Backend):
+    """Any causal language model that transformers loads, from a folder or a hub.
+
+    Prompts go through the model's chat template; a model without one gets plain text (`System: ...`, `User: ...`,
+    `Assistant:`), which is said once. The logits of identifiers are computed in float32 whatever the precision: near
+    16, bf16 has only steps of 0.125, and ties would decide.
+
+    Args:
+        model: a folder or hub name; safetensors only.
+        precision: auto, fp32, bf16 or fp16, of weights and activations; auto is bf16 where the device's hardware has
+            it.
+        device: cpu, cuda, cuda:1 ...; a GPU if there is one by default.
+        device_map: accelerate's (`auto`): spreads a model over several devices; instead of `device`.
+        batch_size: prompts in one pass.
+        chat_template: auto: the model's own, or plain text where it has none; plain: plain text.
+        template_options: handed to the model's chat template (`enable_thinking: false`).
+        max_context: tokens of prompt and answer; the model's own limit by default.
+        share_prefix: compute what all prompts of a batch begin with once.
+    """
+
+    type: ClassVar[str] = "transformers"
+    decodings: ClassVar[frozenset[str]] = frozenset({"generate", "first", "constrained"})
+
+    def __init__(
+        self,
+        model: str,
+        precision: Precision = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        batch_size: int = 8,
+        chat_template: Literal["auto", "plain"] = "auto",
+        template_options: dict[str, Any] | None = None,
+        max_context: int | None = None,
+        share_prefix: bool = True,
+    ) -> None:
+        if batch_size < 1 or (max_context is not None and max_context < 1):
+            raise UsageError("batch_size and max_context should be at least 1", where="teacher.backend")
+        if device and device_map:
+            raise UsageError("device and device_map exclude each other", where="teacher.backend", fix="give one")
+        self.model_name, self.batch_size, self.share_prefix = model, batch_size, share_prefix
+        self.precision: Precision = precision
+        self.device_name, self.device_map = device, device_map
+        self.chat_template: Literal["auto", "plain"] = chat_template
+        self.template_options = dict(template_options or {})
+        self.max_context = max_context
+        self._model: Any = None
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _source(self) -> ModelSource:
+        return resolve_model(self.model_name)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The model's tokenizer and template."""
+        found = Chat(load_tokenizer(self._source.path), self.chat_template, self.template_options)
+        if self.chat_template == "auto" and not found.template:
+            warn(f"{self.model_name} has no chat template: prompts are plain text (System: ..., User: ..., Assistant:)")
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def fingerprint(self) -> str:
+        return fingerprint(
+            {
+                "type": self.type,
+                "revision": self._source.revision,
+                "precision": resolve_precision(self.device, self.precision),
+                "template": self.chat.fingerprint(),
+            }
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "model": self.model_name,
+            "revision": self._source.revision,
+            "precision": resolve_precision(self.device, self.precision),
+            "chat_template": "the model's" if self.chat.template else "plain",
+            "template_options": self.template_options,
+            "max_context": self.max_context,
+            "batch_size": self.batch_size,
+        }
+
+    def count_tokens(self, request: Request) -> int:
+        return len(self.chat.tokens(self.chat.render(request.messages, request.before)))
+
+    def count_text(self, texts: Sequence[str]) -> list[int]:
+        return [len(self.chat.text_tokens(text)) for text in texts]
+
+    def load(self) -> Any:
+        """The model, loaded once.
+
+        Raises:
+            RankdistillError: it is no causal language model.
+        """
+        if self._model is None:
+            precision = resolve_precision(self.device, self.precision)
+            place = {"device_map": self.device_map} if self.device_map else {}
+            self._model = load_causal_lm(self._source.path, precision, **place)
+            if not self.device_map:
+                self._model.to(self.device)
+            self._model.eval()
+        return self._model
+
+    @cached_property
+    def context(self) -> int:
+        """Tokens of prompt and answer together.
+
+        Raises:
+            UsageError: `max_context` is more than the model was made for.
+        """
+        config = self.load().config.get_text_config()
+        own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if self.max_context and own and self.max_context > own:
+            raise UsageError(
+                f"max_context is {self.max_context:,}, but this model has {own:,} positions",
+                where="teacher.backend.max_context",
+            )
+        return int(self.max_context or own or 1 << 30)
+
+    @cached_property
+    def _layers(self) -> set[str]:
+        """Kinds of layers of the model's cache: what may be padded and shared depends on them."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.load().config.get_text_config())
+        return {type(layer).__name__ for layer in cache.layers} or {"DynamicLayer"}
+
+    # -- answering ----------------------------------------------------------------------------------------------------
+
+    def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+        """See Backend; a batch is drawn when the one before it is answered.
+
+        Raises:
+            UsageError: a prompt and its answer are longer than the context, an identifier cannot be scored in one
+                step, or an option that the decoding cannot honour.
+        """
+        waiting = iter(requests)
+        while batch := list(islice(waiting, self.batch_size)):
+            numbers = [number for number, _ in batch]
+            rows = [self._prepared(request) for _, request in batch]
+            yield from zip(numbers, self._answer_rows(rows), strict=True)
+
+    def _prepared(self, request: Request) -> _Row:
+        self.check(request.decoding)
+        names = request.identifiers
+        if request.decoding != "generate" and (not names or len(set(names)) < len(names) or not all(names)):
+            raise UsageError(f"decoding: {request.decoding} needs identifiers, each another", where=", ".join(names))
+        if request.decoding == "first" and request.temperature > 0:
+            raise UsageError(
+                "decoding: first reads logits and draws nothing: it has no temperature",
+                where="teacher.temperature",
+                fix="temperature: 0",
+            )
+        prompt = self.chat.render(request.messages, request.before)
+        row: _Row
+        if request.decoding == "first":
+            row = _Scores(self.chat, prompt, request)
+        elif request.decoding == "constrained":
+            row = _Permutation(self.chat, prompt, request)
+        else:
+            row = _Text(self.chat, prompt, request, self._ends)
+        if len(row.prompt) + row.longest > self.context:
+            answer = f" and an answer of up to {row.longest:,}" if row.longest else ""
+            raise UsageError(
+                f"a prompt of {len(row.prompt):,} tokens{answer}: more than the {self.context:,} tokens that "
+                f"{self.model_name} holds",
+                where=f"a window of {len(names)} passages",
+                fix="a smaller window or a smaller passage_tokens",
+            )
+        return row
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        given = getattr(self.load().generation_config, "eos_token_id", None)
+        given = given if isinstance(given, list) else [given]
+        return frozenset(token for token in [*given, self.chat.tokenizer.eos_token_id] if token is not None)
+
+    def _answer_rows(self, rows: list[_Row]) -> list[Answer]:
+        """Answers in the order of the rows; a batch that does not fit the memory is halved."""
+        import torch
+
+        alone = not self._layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}  # a state that padding would change
+        uneven = self._layers != {"DynamicLayer"} and any(isinstance(row, _Permutation) for row in rows)
+        if len(rows) > 1 and (alone or uneven):
+            return [answer for row in rows for answer in self._answer_rows([row])]
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode(), self._exact(sorted({token for row in rows for token in row.scored})):
+                self._decode(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise RankdistillError(
+                    f"a prompt of {len(rows[0].prompt):,} tokens does not fit the device's memory",
+                    where=str(self.device_map or self.device),
+                    fix="a smaller window, precision: bf16, or device_map: auto",
+                ) from None
+            torch.cuda.empty_cache()
+            half = len(rows) // 2
+            return self._answer_rows([r.again() for r in rows[:half]]) + self._answer_rows(
+                [r.again() for r in rows[half:]]
+            )
+        seconds = (time.perf_counter() - began) / len(rows)
+        return [row.answer(seconds) for row in rows]
+
+    def _decode(self, rows: list[_Row]) -> None:
+        """Feed the prompts, then what each row answers with, until all are done."""
+        import torch
+
+        rows = [row for row in rows if not row.done]
+        if not rows:
+            return
+        state = _State(self.load(), int(self.chat.tokenizer.pad_token_id or 0))
+        shared = self._shared([row.prompt for row in rows])
+        if shared:
+            state.feed([rows[0].prompt[:shared]])
+            state.repeat(len(rows))
+            for row in rows[1:]:
+                row.cached = shared
+        logits = state.feed([row.prompt[shared:] for row in rows])
+        while True:
+            fed = [[] if row.done else row.step(logits[at]) for at, row in enumerate(rows)]
+            going = [at for at, row in enumerate(rows) if not row.done]
+            if not going:
+                return
+            if len(going) < len(rows) and self._layers == {"DynamicLayer"}:
+                state.select(torch.tensor(going))
+                rows, fed = [rows[at] for at in going], [fed[at] for at in going]
+            logits = state.feed(fed)
+
+    def _shared(self, prompts: list[list[int]]) -> int:
+        """Tokens that all prompts begin with, where computing them once pays; each keeps a token of its own."""
+        if not self.share_prefix or len(prompts) < 2 or self._layers != {"DynamicLayer"}:
+            return 0
+        first, last = min(prompts), max(prompts)
+        common = next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+        common = min(common, min(map(len, prompts)) - 1)
+        return common if common >= SHARED_TOKENS else 0
+
+    @contextmanager
+    def _exact(self, tokens: list[int]) -> Iterator[None]:
+        """While it is open, the last layer gives these tokens' logits in float32."""
+        import torch
+        from torch.nn import functional
+
+        head = self.load().get_output_embeddings()
+        if not tokens or type(head) is not torch.nn.Linear or head.weight.dtype == torch.float32 or head.weight.is_meta:
+            yield
+            return
+        ids = torch.tensor(tokens, device=head.weight.device)
+        weight = head.weight[ids].float()
+        bias = None if head.bias is None else head.bias[ids].float()
+
+        def refine(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            refined = output.float()
+            refined[..., ids] = functional.linear(inputs[0].float(), weight, bias)
+            return refined
+
+        handle = head.register_forward_hook(refine)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
+    """A causal language model from a folder, its weights in this precision.
+
+    Raises:
+        RankdistillError: the folder's model is of another kind, or cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        names = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError) as error:
+        raise RankdistillError(f"the model's configuration cannot be read: {error}", where=str(folder)) from None
+    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise RankdistillError(
+            f"this is no causal language model ({', '.join(map(str, names)) or 'it does not say what it is'})",
+            where=str(folder),
+            fix="give a model that generates text (its config.json names a ...ForCausalLM)",
+        )
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    try:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=formats[precision], local_files_only=True, use_safetensors=True, **settings
+            )
+    except (OSError, ValueError) as error:
+        raise RankdistillError(f"the model cannot be loaded: {error}", where=str(folder)) from None
+
+
+class _State:
+    """A batch under way: the model's cache, and which of its places hold a token of each row."""
+
+    def __init__(self, model: Any, padding: int) -> None:
+        import torch
+
+        self.model, self.padding = model, padding
+        self.device = model.get_input_embeddings().weight.device
+        self.cache: Any = None
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+        known = inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self.positions = "position_ids" in known
+
+    def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Tokens that each row goes on with, padded on the left; float32 [rows, vocabulary] of what follows them.
+
+        A row of no tokens stays where it is, and its logits mean nothing.
+        """
+        import torch
+
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.padding] * (width - len(row)) + list(row) for row in rows], device=self.device)
+        fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        self.mask = torch.cat([self.mask, fresh], dim=1) if self.mask.numel() else fresh
+        options = dict(self.options)
+        if self.positions:
+            options["position_ids"] = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
+        result = self.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
+        )
+        self.cache = result.past_key_values
+        return result.logits[:, -1].float()
+
+    def repeat(self, times: int) -> None:
+        """One row becomes many that begin alike."""
+        self.cache.batch_repeat_interleave(times)
+        self.mask = self.mask.repeat(times, 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        rows = rows.to(self.device)
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+
+class _Row:
+    """One request under way."""
+
+    longest: int  # tokens that the answer may add to the prompt
+    scored: Sequence[int] = ()  # tokens whose logits are compared with each other
+
+    def __init__(self, chat: Chat, prompt: str, request: Request) -> None:
+        self.chat, self.text, self.request = chat, prompt, request
+        self.prompt = chat.tokens(prompt)
+        self.cached = 0
+        self.done = False
+        self._random: Any = None
+
+    def again(self) -> _Row:
+        """From the beginning."""
+        return type(self)(self.chat, self.text, self.request)
+
+    def step(self, logits: Tensor) -> list[int]:
+        """Read the logits [vocabulary] of what comes next, and say which tokens are fed; none once it is done."""
+        raise NotImplementedError
+
+    def answer(self, seconds: float) -> Answer:
+        raise NotImplementedError
+
+    def usage(self, tokens: int) -> Usage:
+        return Usage(prompt=len(self.prompt), answer=tokens, cached=self.cached)
+
+    def chosen(self, logits: Tensor) -> int:
+        """The place of the largest, or one drawn at the request's temperature by its own seed."""
+        import torch
+
+        if self.request.temperature <= 0:
+            return int(logits.argmax())
+        if self._random is None:
+            self._random = torch.Generator().manual_seed(self.request.seed)
+        shares = (logits.double().cpu() / self.request.temperature).softmax(dim=0)
+        return int(torch.multinomial(shares, 1, generator=self._random))
+
+
+class _Scores(_Row):
+    """One step: the logits of the identifiers (FIRST, Reddy et al. 2024, arXiv:2406.15657)."""
+
+    def __init__(self, chat: Chat, prompt: str, request: Request) -> None:
+        super().__init__(chat, prompt, request)
+        self.longest = 0
+        self.tokens = chat.identifier_tokens(prompt, request.identifiers)
+        self.scored = [token for tokens in self.tokens.values() for token in tokens]
+        self.logits: dict[str, float] = {}
+
+    def step(self, logits: Tensor) -> list[int]:
+        values = iter(logits[list(self.scored)].tolist())  # one wait for the device
+        self.logits = {name: max(next(values) for _ in tokens) for name, tokens in self.tokens.items()}
+        self.done = True
+        return []
+
+    def answer(self, seconds: float) -> Answer:
+        best = max(self.logits, key=lambda name: self.logits[name])
+        return Answer(best, self.logits, self.usage(1), seconds)
+
+
+class _Permutation(_Row):
+    """Identifiers alone, each once, with separators between them.
+
+    An identifier of several tokens is chosen token by token among those that unused identifiers go on with.
+    """
+
+    def __init__(self, chat: Chat, prompt: str, request: Request) -> None:
+        super().__init__(chat, prompt, request)
+        self.separator, self.end = separators(request.before)
+        self.left = chat.answer_tokens(prompt, request.identifiers, self.separator)
+        self.longest = sum(map(len, self.left.values()))
+        if self.longest > request.max_tokens:
+            raise UsageError(
+                f"an order of {len(self.left)} passages is {self.longest} tokens, max_tokens is {request.max_tokens}",
+                where="teacher.max_tokens",
+                fix="a larger max_tokens or a smaller window",
+            )
+        # A first token may be spelled in several ways (with a space before it): the likeliest counts, as in `first`.
+        self.spelled: dict[int, list[int]] = {}
+        for name, tokens in self.left.items():
+            if chat.tokenizer.decode(tokens[:1]).strip() == name:
+                self.spelled[tokens[0]] = chat.spelled(name, tokens[0])
+        self.scored = sorted(
+            {token for tokens in self.left.values() for token in tokens}
+            | {token for tokens in self.spelled.values() for token in tokens}
+        )
+        self.order: list[str] = []
+        self.alive, self.depth = list(self.left), 0
+        self._forced()
+
+    def _forced(self) -> list[int]:
+        """Go on as long as there is no choice; the tokens passed."""
+        passed: list[int] = []
+        while self.alive:
+            if len(self.alive) == 1:
+                name = self.alive[0]
+                passed += self.left.pop(name)[self.depth :]
+                self.order.append(name)
+                self.alive, self.depth = list(self.left), 0
+            elif len({self.left[name][self.depth] for name in self.alive}) == 1:
+                passed.append(self.left[self.alive[0]][self.depth])
+                self.depth += 1
+            else:
+                return passed
+        self.done = True
+        return passed
+
+    def step(self, logits: Tensor) -> list[int]:
+        options = list(dict.fromkeys(self.left[name][self.depth] for name in self.alive))
+        ways = [self.spelled.get(token, [token]) if self.depth == 0 else [token] for token in options]
+        if all(len(way) == 1 for way in ways):
+            values = logits[options]
+        else:
+            import torch
+
+            values = torch.stack([logits[way].max() for way in ways])
+        token = options[self.chosen(values)]
+        self.alive = [name for name in self.alive if self.left[name][self.depth] == token]
+        self.depth += 1
+        return [token, *self._forced()]
+
+    def answer(self, seconds: float) -> Answer:
+        text = self.separator.join(self.order) + self.end
+        return Answer(text, None, self.usage(len(self.chat.text_tokens(text))), seconds)
+
+
+class _Text(_Row):
+    """Free text, to the model's own end or `max_tokens`."""
+
+    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
+        super().__init__(chat, prompt, request)
+        self.ends, self.longest = ends, request.max_tokens
+        self.tokens: list[int] = []
+        self.finished = False
+
+    def again(self) -> _Row:
+        return _Text(self.chat, self.text, self.request, self.ends)
+
+    def step(self, logits: Tensor) -> list[int]:
+        token = self.chosen(logits)
+        self.finished = token in self.ends
+        if not self.finished:
+            self.tokens.append(token)
+        self.done = self.finished or len(self.tokens) >= self.request.max_tokens
+        return [] if self.done else [token]
+
+    def answer(self, seconds: float) -> Answer:
+        text = self.chat.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(text, None, self.usage(len(self.tokens)), seconds, self.finished)

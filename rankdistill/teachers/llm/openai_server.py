@@ -1,0 +1,465 @@
+"""Any server that speaks OpenAI's chat protocol: hosted, vLLM, SGLang, llama.cpp, `transformers serve`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
+from queue import SimpleQueue
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError, UsageError, require
+from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
+from rankdistill.teachers.llm.chat import separators
+
+HOSTED = "https://api.openai.com/v1"
+HOSTED_KEY = "OPENAI_API_KEY"
+LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait; longer is an error, not a sleep
+LONGEST_PAUSE = 60.0  # seconds between two tries
+AGAIN = (408, 409, 425, 429)  # and 500 and above: worth another try
+STEP_TOKENS = 8  # of one identifier
+
+
+class OpenAIBackend(Backend):
+    """A server that speaks OpenAI's chat protocol.
+
+    A prompt's beginning of the answer ("[") is put into the server's mouth with `prefill`. Without it `first` reads
+    the probabilities behind that text in the answer's first tokens, and of a model that begins otherwise there are
+    none. `constrained` asks for one identifier after the other out of those that are left, one call each.
+
+    Args:
+        model: the name by which the server knows the model.
+        base_url: the server's address, up to and with `/v1`.
+        key: the *name* of the environment variable that holds the key; OPENAI_API_KEY for api.openai.com, and none
+            for another server. A key itself stands in no recipe, manifest, message or log.
+        revision: anything that tells two models of one name apart (a date, a commit): part of what answers are kept by.
+        concurrency: calls at the same time.
+        timeout: seconds without a byte from the server until a try is given up.
+        retries: tries after the first, where the server fails, stalls, answers in pieces or is busy (429).
+        backoff: seconds before the first retry; doubled each time, with jitter, unless the server names a time.
+        logprobs: how many probabilities of a step to ask for (servers limit it, most to 20).
+        prefill: how the server is made to go on from a given beginning: `vllm` (also SGLang: continue_final_message),
+            `last_message` (llama.cpp: a last message by the assistant is gone on from), `none`.
+        constraint: how the server is held to given words: `vllm` (structured_outputs), `llama_cpp` (a grammar), `none`.
+        tokenizer: folder or hub name of the model's tokenizer, to count tokens; estimated without it.
+        extra: more keys for the body of each call, e.g. {chat_template_kwargs: {enable_thinking: false}}.
+        length_key: what the server calls the limit of an answer's tokens.
+    """
+
+    type: ClassVar[str] = "openai"
+    decodings = frozenset({"generate", "first", "constrained"})
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str = HOSTED,
+        key: str | None = None,
+        revision: str = "",
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 6,
+        backoff: float = 0.5,
+        logprobs: int = 20,
+        prefill: Literal["none", "vllm", "last_message"] = "none",
+        constraint: Literal["none", "vllm", "llama_cpp"] = "none",
+        tokenizer: str | None = None,
+        extra: dict[str, Any] | None = None,
+        length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+    ) -> None:
+        address = urlsplit(base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise UsageError("the address of a server begins with http:// or https://", where="backend.base_url")
+        if address.username or address.password or address.query:
+            raise UsageError(
+                "the server's address holds a user, a password or a query, which would be written to manifests",
+                where="backend.base_url",
+                fix="put the key into an environment variable and its name into `key`",
+            )
+        if key is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", key):
+            # Not shown: it may be the key itself.
+            raise UsageError(
+                "`key` is the name of an environment variable, not the key",
+                where="backend.key",
+                fix=f"key: {HOSTED_KEY}",
+            )
+        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0), ("logprobs", logprobs, 1)):
+            if value < least:
+                raise UsageError(f"{name} is at least {least}", where=f"backend.{name}")
+        if timeout <= 0 or backoff < 0:
+            raise UsageError("timeout is above 0, backoff not below", where="backend.timeout, backend.backoff")
+        self.model, self.base_url, self.key, self.revision = model, base_url, key, revision
+        self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
+        self.logprobs, self.prefill, self.constraint = logprobs, prefill, constraint
+        self.tokenizer, self.extra, self.length_key = tokenizer, dict(extra or {}), length_key
+        self._not_before = 0.0  # a rate limit holds for all calls, not for the one that met it
+        self._jitter = random.Random()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """Of the model's name and revision and of what changes answers; the server's address does not."""
+        return fingerprint([self.type, self.model, self.revision, self.prefill, self.constraint, self.extra])
+
+    def describe(self) -> dict[str, Any]:
+        """The settings; of the key the variable's name alone."""
+        return {
+            "type": self.type,
+            "model": self.model,
+            "revision": self.revision,
+            "base_url": self.base_url,
+            "key": self._variable,
+            "prefill": self.prefill,
+            "constraint": self.constraint,
+            "logprobs": self.logprobs,
+            "extra": self.extra,
+        }
+
+    def check(self, decoding: str) -> None:
+        """Refuse a decoding, and `constrained` where the recipe does not say how this server does it.
+
+        Raises:
+            UsageError: naming what works.
+        """
+        super().check(decoding)
+        if decoding == "constrained" and self.constraint == "none":
+            raise UsageError(
+                "nothing says how this server is held to given words, so decoding: constrained cannot be done",
+                where="backend.constraint",
+                fix="constraint: vllm (structured outputs) or llama_cpp (grammar); or decoding: generate or first",
+            )
+        if decoding == "constrained" and self.prefill == "none":
+            raise UsageError(
+                "decoding: constrained goes on from the identifiers given so far, so this server needs `prefill`",
+                where="backend.prefill",
+                fix="prefill: vllm, or last_message for llama.cpp",
+            )
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise RankdistillError(
+                f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+                where=f"backend.tokenizer: {self.tokenizer}",
+            ) from None
+
+    def count_text(self, texts: Sequence[str]) -> list[int]:
+        if self._tokenizer is None:
+            return super().count_text(texts)
+        return (
+            [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+        )
+
+    def count_tokens(self, request: Request) -> int:
+        """Tokens of the prompt: by the tokenizer and its chat template, else four characters a token."""
+        if self._tokenizer is not None and getattr(self._tokenizer, "chat_template", None):
+            messages = [dict(message) for message in request.messages]
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.count_text([text + request.before])[0]
+        contents = [message["content"] for message in request.messages] + [request.before]
+        return sum(self.count_text(contents)) + 4 * len(request.messages)
+
+    def longest(self, request: Request) -> Usage:
+        prompt, steps = self.count_tokens(request), len(request.identifiers)
+        if request.decoding == "constrained":
+            calls = max(steps - 1, 0)
+            given = 4 * steps * calls // 2  # what was answered is part of the next prompt
+            return Usage(prompt * calls + given, STEP_TOKENS * calls, calls=calls)
+        return Usage(prompt, self._step_tokens(request) if request.decoding == "first" else request.max_tokens)
+
+    def _step_tokens(self, request: Request) -> int:
+        """Of a `first`: one, and those of the given beginning where the model has to say it itself."""
+        return 1 if self.prefill != "none" or not request.before else 1 + len(request.before.strip()) + 1
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _variable(self) -> str | None:
+        hosted = urlsplit(self.base_url).hostname == urlsplit(HOSTED).hostname
+        return self.key or (HOSTED_KEY if hosted else None)
+
+    def _secret(self) -> str:
+        if self._variable is None:
+            return "none"  # the client wants some text; no key of another service is sent
+        secret = os.environ.get(self._variable, "").strip()
+        if not secret:
+            raise UsageError(
+                f"the environment variable {self._variable} is not set",
+                where="backend.key",
+                fix=f"export {self._variable}=..., or name the variable that holds the key: key: NAME",
+            )
+        return secret
+
+    @cached_property
+    def _client(self) -> Any:
+        openai = require("openai", extra="llm", why="a teacher behind an OpenAI-compatible server")
+        return openai.OpenAI(api_key=self._secret(), base_url=self.base_url, timeout=self.timeout, max_retries=0)
+
+    def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+        """Answer with `concurrency` calls at a time; what is under way when one fails is still handed on."""
+        client = self._client
+        results: SimpleQueue[tuple[int, Answer | BaseException]] = SimpleQueue()
+        stop = threading.Event()
+        source = iter(requests)
+        failure: BaseException | None = None
+        under_way, drawn_out = 0, False
+
+        def work(number: int, request: Request) -> None:
+            try:
+                results.put((number, self._answer(client, request, stop)))
+            except BaseException as error:
+                results.put((number, error))
+
+        try:
+            while True:
+                while failure is None and not drawn_out and under_way < self.concurrency:
+                    item = next(source, None)
+                    if item is None:
+                        drawn_out = True
+                    else:
+                        self._check_request(item[1])
+                        # Daemons: Ctrl-C does not wait for a server that stalls.
+                        threading.Thread(target=work, args=item, daemon=True).start()
+                        under_way += 1
+                if not under_way:
+                    break
+                number, result = results.get()
+                under_way -= 1
+                if isinstance(result, BaseException):
+                    failure = failure or result
+                    stop.set()  # no more tries
+                else:
+                    yield number, result
+            if failure is not None:
+                raise failure
+        finally:
+            stop.set()
+
+    def _check_request(self, request: Request) -> None:
+        self.check(request.decoding)
+        if request.decoding == "generate":
+            return
+        names = sorted(request.identifiers)
+        for one, other in pairwise(names):
+            if other.startswith(one):
+                raise UsageError(
+                    f"one step cannot tell {one!r} from {other!r} on a server whose tokens are not known",
+                    where=f"teacher.decoding: {request.decoding}",
+                    fix="a prompt with letters as identifiers, or decoding: generate",
+                )
+
+    def _answer(self, client: Any, request: Request, stop: threading.Event) -> Answer:
+        started = time.monotonic()
+        if request.decoding == "constrained":
+            answer = self._one_by_one(client, request, stop)
+        else:
+            response = self._call(client, self._body(request), stop)
+            answer = self._first(request, response) if request.decoding == "first" else self._text(request, response)
+        return replace(answer, seconds=time.monotonic() - started)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """The keys of one call."""
+        messages = [dict(message) for message in request.messages]
+        more = dict(self.extra)
+        if request.before and self.prefill != "none":
+            messages.append({"role": "assistant", "content": request.before})
+            if self.prefill == "vllm":
+                more |= {"continue_final_message": True, "add_generation_prompt": False}
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": request.temperature}
+        body[self.length_key] = self._step_tokens(request) if request.decoding == "first" else request.max_tokens
+        if request.temperature > 0:
+            body["seed"] = request.seed
+        if request.decoding == "first":
+            body |= {"logprobs": True, "top_logprobs": self.logprobs}
+        if more:
+            body["extra_body"] = more
+        return body
+
+    def _text(self, request: Request, response: Any) -> Answer:
+        choice = response.choices[0]
+        text = choice.message.content or ""
+        # The answer is what follows the given beginning, whether the server repeats it, was given it or neither.
+        if request.before and text.lstrip().startswith(request.before.strip()):
+            text = text.lstrip()[len(request.before.strip()) :]
+        return Answer(text, usage=self._usage(request, response), finished=choice.finish_reason != "length")
+
+    def _first(self, request: Request, response: Any) -> Answer:
+        """Log-probabilities of the identifiers at the step behind the given beginning."""
+        choice = response.choices[0]
+        steps = getattr(choice.logprobs, "content", None) if choice.logprobs is not None else None
+        if not steps:
+            raise UsageError(
+                "the server reports no log-probabilities, which decoding: first reads",
+                where=f"backend: {self.model} at {self.base_url}",
+                fix="decoding: generate works with any server; constrained with `constraint: vllm` or `llama_cpp`",
+            )
+        wanted = request.before.strip() if self.prefill == "none" else ""
+        said, found = "", None
+        for step in steps:
+            if said.strip() == wanted:
+                found = step
+            said += step.token
+            if said.strip() != wanted and found is not None:
+                break
+        logits: dict[str, float] = {}
+        for token in [*found.top_logprobs, found] if found is not None else []:
+            name, value = token.token.strip(), float(token.logprob)
+            # Several tokens may read as one identifier ("A", " A"): the larger counts. -9999 stands for minus infinity.
+            if name in request.identifiers and math.isfinite(value) and value > -9000:
+                logits[name] = max(value, logits.get(name, -math.inf))
+        best = max(logits, key=lambda name: logits[name], default="")
+        return Answer(best, logits, self._usage(request, response))
+
+    def _one_by_one(self, client: Any, request: Request, stop: threading.Event) -> Answer:
+        """One identifier after the other, of those that are left; the last one needs no call."""
+        left = list(request.identifiers)
+        separator, end = separators(request.before)
+        given: list[str] = []
+        usage = Usage(calls=0)
+        while len(left) > 1:
+            said = request.before + "".join(f"{name}{separator}" for name in given)
+            step = replace(request, before=said, max_tokens=STEP_TOKENS)
+            body = self._body(step)
+            if self.constraint == "vllm":
+                held: dict[str, Any] = {"structured_outputs": {"choice": left}}
+            else:
+                held = {"grammar": "root ::= " + " | ".join(json.dumps(name) for name in left)}
+            body["extra_body"] = {**body.get("extra_body", {}), **held}
+            response = self._call(client, body, stop)
+            name = self._text(step, response).text.strip()
+            if name not in left:
+                raise RankdistillError(
+                    f"the server answered {name[:40]!r} where it was held to {', '.join(left)}",
+                    where=f"backend.constraint: {self.constraint}",
+                    fix="this server does not honour that constraint: another `constraint`, or decoding: generate",
+                )
+            left.remove(name)
+            given.append(name)
+            paid = self._usage(step, response)
+            usage = Usage(
+                usage.prompt + paid.prompt,
+                usage.answer + paid.answer,
+                usage.cached + paid.cached,
+                usage.estimated or paid.estimated,
+                usage.calls + 1,
+            )
+        return Answer(separator.join([*given, *left]) + end, usage=usage)
+
+    def _usage(self, request: Request, response: Any) -> Usage:
+        usage = response.usage
+        if usage is None or usage.prompt_tokens is None:
+            text = response.choices[0].message.content or ""
+            return Usage(self.count_tokens(request), self.count_text([text])[0], estimated=True)
+        details = getattr(usage, "prompt_tokens_details", None)
+        cached = getattr(details, "cached_tokens", None) or 0
+        return Usage(usage.prompt_tokens, usage.completion_tokens or 0, min(cached, usage.prompt_tokens))
+
+    # -- one call -----------------------------------------------------------------------------------------------------
+
+    def _call(self, client: Any, body: dict[str, Any], stop: threading.Event) -> Any:
+        """One call, tried again within bounds.
+
+        Raises:
+            RankdistillError: the last failure, without the key; `UsageError` where a setting is wrong.
+        """
+        import openai
+
+        failure = ""
+        for attempt in range(self.retries + 1):
+            wait = self._not_before - time.monotonic()
+            if wait > 0 and stop.wait(wait):
+                break
+            asked: float | None = None
+            try:
+                response = client.chat.completions.create(**body)
+                # Anything may be sent with status 200; a whole answer has a choice with a message.
+                if getattr(response, "choices", None) and response.choices[0].message is not None:
+                    return response
+                failure = "the server's answer is no chat completion"
+            except openai.APIStatusError as error:
+                failure = f"the server answered {error.status_code}: {self._said(error)}"
+                self._refuse(error, failure)
+                asked = _retry_after(error.response.headers)
+            except openai.APITimeoutError:
+                failure = f"the server did not answer within {self.timeout:g} seconds"
+            except openai.APIConnectionError as error:
+                failure = self._clean(f"the server cannot be reached: {error.__cause__ or error}")
+            except (openai.APIResponseValidationError, ValueError) as error:
+                failure = self._clean(f"the server's answer cannot be read: {str(error).splitlines()[0]}")
+            if asked is not None and asked > LONGEST_WAIT:
+                failure += f" (try again in {asked:.0f} seconds)"
+                break
+            if attempt < self.retries:
+                pause = min(LONGEST_PAUSE, self.backoff * 2.0**attempt) * self._jitter.uniform(0.5, 1.0)
+                if asked is not None:
+                    self._not_before = max(self._not_before, time.monotonic() + asked)
+                    pause *= 0.1  # not all at the same moment
+                if stop.wait(pause):
+                    break
+        tries = attempt + 1
+        raise RankdistillError(
+            f"{failure or 'another call failed'} ({tries} {'try' if tries == 1 else 'tries'})",
+            where=f"backend: {self.model} at {self.base_url}",
+            fix="answers so far are kept: run the same command again; `timeout`, `retries`, `backoff` and "
+            "`concurrency` of the backend may help",
+        )
+
+    def _refuse(self, error: Any, failure: str) -> None:
+        """Raise what another try would not mend."""
+        where = f"backend: {self.model} at {self.base_url}"
+        if error.status_code in (401, 403):
+            name = self._variable
+            fix = f"look at the environment variable {name}" if name else "name the variable with the key: key: NAME"
+            raise RankdistillError(failure, where=where, fix=fix) from None
+        quota = error.status_code == 429 and "insufficient_quota" in str(error.body)
+        if quota or (error.status_code < 500 and error.status_code not in AGAIN):
+            fix = "look at the account" if quota else "look at the backend's model, base_url, prefill and extra"
+            raise RankdistillError(failure, where=where, fix=fix) from None
+
+    def _said(self, error: Any) -> str:
+        body = error.body
+        if isinstance(body, dict):
+            body = body.get("message") or body.get("detail") or body
+        return self._clean(str(body or error.message or "nothing"))
+
+    def _clean(self, text: str) -> str:
+        """A server's words in one short line, without the key."""
+        secret = os.environ.get(self._variable or "", "").strip()
+        if len(secret) > 3:
+            text = text.replace(secret, "***")
+        text = " ".join(re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text).split())
+        return text if len(text) <= 300 else text[:300] + " ..."
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds that the server asks us to wait, from `Retry-After` (seconds or a date) or `retry-after-ms`."""
+    from email.utils import parsedate_to_datetime
+
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / unit
+        except ValueError:
+            continue
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    try:
+        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,161 @@
+"""A frozen model that scores every query with every document of a batch: the teacher of in-batch losses.
+
+Any student model can be it (a multi-vector model, a dense bi-encoder). It runs live in each step, or its embeddings of
+all texts of the training lists are made once and read from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
+from rankdistill.progress import progress
+from rankdistill.students.base import ENCODE_BUDGET, Side, StudentModel, split_by_length, to_device
+from rankdistill.students.token_batches import autocast
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+    from rankdistill.scores.lists import ScoredLists
+
+CHUNK = 2048  # texts embedded and written together
+
+
+class BatchTeacher:
+    """Scores a whole batch.
+
+    Args:
+        model: the frozen model.
+        vectors: `live`: texts are embedded in each step; `precomputed`: once, by `prepare`. Token vectors
+            (multi-vector models) are kept in float16, others in float32.
+    """
+
+    def __init__(
+        self, model: StudentModel, collection: Collection, vectors: Literal["live", "precomputed"] = "precomputed"
+    ) -> None:
+        self.model, self.collection, self.vectors = model.eval().requires_grad_(False), collection, vectors
+        self._queries: _Embeddings | None = None
+        self._documents: _Embeddings | None = None
+        self._query_rows: dict[str, int] = {}
+        self._document_rows = np.zeros(0, dtype=np.int64)
+
+    def prepare(self, lists: ScoredLists, folder: Path) -> None:
+        """Embed the queries and documents of the lists, unless it is done already or the teacher runs live."""
+        self.model.prepare(self.collection, folder)
+        if self.vectors == "live":
+            return
+        path = folder / "batch-teacher"
+        settings = {"model": self.model.fingerprint, "precision": self.model.precision}
+        inputs = {"lists": lists.fingerprint}
+        print_ = fingerprint(["batch-teacher", settings, inputs])
+        query_ids = lists.query_ids
+        self._document_rows = np.unique(lists.doc_rows).astype(np.int64)
+        with locked(path):
+            if find_artifact(path, "batch-teacher", print_) is None:
+                with write_artifact(
+                    path, kind="batch-teacher", fingerprint=print_, settings=settings, inputs=inputs
+                ) as artifact:
+                    self._write(artifact.path / "queries", "query", self.collection.query_texts(query_ids))
+                    self._write(artifact.path / "documents", "document", self._document_rows)
+                    artifact.counts = {"queries": len(query_ids), "documents": len(self._document_rows)}
+        self._query_rows = {query_id: row for row, query_id in enumerate(query_ids)}
+        self._queries, self._documents = _Embeddings(path / "queries"), _Embeddings(path / "documents")
+
+    def features(self, query_ids: Sequence[str], queries: Sequence[str], rows: NDArray[np.int64]) -> dict[str, Any]:
+        """What `embed` needs of a batch: called where batches are made, which may be another process."""
+        if self._queries is not None and self._documents is not None:
+            return {
+                "queries": self._queries.read(np.array([self._query_rows[query_id] for query_id in query_ids])),
+                "documents": self._documents.read(np.searchsorted(self._document_rows, rows)),
+            }
+        parts = split_by_length(self.model.preprocess_documents(self.collection, rows), ENCODE_BUDGET)
+        return {
+            "queries": self.model.preprocess(queries, "query"),
+            "documents": [part for _, part in parts],
+            "order": torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts]))),
+        }
+
+    def embed(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Embeddings of a batch's queries and of its documents, in the order of `rows`; no gradient."""
+        if "order" not in features:
+            return features["queries"].float(), features["documents"].float()
+        device = self.model.device
+        # The precision the student's own encoder has in inference, not that of the training around it.
+        with torch.no_grad(), autocast(device, self.model.precision):
+            queries = self.model.embed(to_device(features["queries"], device), "query")
+            parts = [self.model.embed(to_device(part, device), "document") for part in features["documents"]]
+            return queries.float(), self.model.join(parts)[features["order"]].float()
+
+    def score_all(self, queries: Tensor | None, documents: Tensor | None) -> Tensor:
+        """[queries, documents] scores."""
+        assert queries is not None and documents is not None
+        return self.model.score_all(queries, documents)
+
+    def _write(self, stem: Path, side: Side, texts: Sequence[str] | NDArray[np.int64]) -> None:
+        with progress(f"batch teacher: {side}s", len(texts), "texts") as bar:
+            _Embeddings.write(
+                stem, (self._chunk(texts[at : at + CHUNK], side, bar) for at in range(0, len(texts), CHUNK))
+            )
+
+    def _chunk(self, texts: Any, side: Side, bar: Any) -> list[NDArray[np.float32]]:
+        """One array a text: [dimension], or [tokens, dimension] without the rows that pad."""
+        features = (
+            self.model.preprocess(texts, "query")
+            if side == "query"
+            else self.model.preprocess_documents(self.collection, texts)
+        )
+        found: list[Any] = [None] * len(texts)
+        with torch.no_grad(), autocast(self.model.device, self.model.precision):
+            for rows, part in split_by_length(features, ENCODE_BUDGET):
+                embedded = self.model.embed(to_device(part, self.model.device), side).float().cpu().numpy()
+                for row, one in zip(rows.tolist(), embedded, strict=True):
+                    found[row] = one if one.ndim == 1 else one[np.abs(one).sum(axis=1) > 0]
+        bar.advance(len(texts))
+        return found
+
+
+class _Embeddings:
+    """Embeddings of texts on disk: `STEM.npy` [rows, dimension] and, for token vectors, `STEM.offsets.npy`."""
+
+    def __init__(self, stem: Path) -> None:
+        self.values = np.load(f"{stem}.npy", mmap_mode="r", allow_pickle=False)
+        offsets = Path(f"{stem}.offsets.npy")
+        self.offsets = np.load(offsets, allow_pickle=False) if offsets.is_file() else None
+
+    @staticmethod
+    def write(stem: Path, chunks: Iterator[list[NDArray[np.float32]]]) -> None:
+        lengths: list[int] = []
+        rows, dimension, ragged = 0, 0, False
+        with open(f"{stem}.raw", "wb") as stream:
+            for chunk in chunks:
+                for one in chunk:
+                    ragged = one.ndim == 2
+                    dimension = one.shape[-1]
+                    lengths.append(len(one) if ragged else 1)
+                    rows += lengths[-1]
+                    stream.write(one.astype(np.float16 if ragged else np.float32).tobytes())
+        kind = np.dtype(np.float16 if ragged else np.float32)
+        with open(f"{stem}.npy", "wb") as target, open(f"{stem}.raw", "rb") as source:
+            header = {"descr": kind.str, "fortran_order": False, "shape": (rows, dimension)}
+            np.lib.format.write_array_header_1_0(target, header)
+            while block := source.read(1 << 24):
+                target.write(block)
+        Path(f"{stem}.raw").unlink()
+        if ragged:
+            np.save(f"{stem}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+
+    def read(self, rows: NDArray[np.int64]) -> Tensor:
+        """[texts, dimension], or [texts, tokens, dimension] padded with zero rows."""
+        if self.offsets is None:
+            return torch.from_numpy(np.array(self.values[rows]))
+        parts = [np.array(self.values[self.offsets[row] : self.offsets[row + 1]]) for row in rows.tolist()]
+        padded = np.zeros((len(parts), max(len(part) for part in parts), self.values.shape[1]), dtype=np.float16)
+        for place, part in enumerate(parts):
+            padded[place, : len(part)] = part
+        return torch.from_numpy(padded)
