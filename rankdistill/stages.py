@@ -345,11 +345,13 @@ class Workspace:
         _, dev_ids, dev_split = self.queries
         found = {query_id: doc_ids for query_id, doc_ids, _ in _lists(candidates)}
         training = recipe.training
-        if dev_split is None and (judged := self.dev_lists()) is None:
+        judged = dev_split or self.dev_lists()
+        if judged is None:
+            warn("dev queries have neither labels nor teacher scores: the last checkpoint is kept, not the best")
             return None
         return DevPool.build(
             self.collection,
-            dev_split or judged,
+            judged,
             dev_ids,
             [found.get(query_id, []) for query_id in dev_ids],
             training.dev_documents,

@@ -1,6 +1,6 @@
-"""Which teacher's signal teaches best? Dense students learn from real runs and real listwise LLM orders of TREC DL 2019.
+"""Which teacher's signal teaches best? Dense students learn from real runs and listwise LLM orders of TREC DL 2019.
 
-    python eval/benchmarks/signals.py --data PATH/msmarco-dl19 --work WORK --out eval/results/signals.md
+    python eval/benchmarks/signals.py --data PATH/msmarco-dl19 --work WORK --train --out eval/results/signals.md
 
 The folder holds `collection.tsv`, `queries.tsv` and `qrels.txt` (NIST's judgments), `runs/` of retrievers with their
 scores and `listwise-runs/` re-ranked by language models. Each student starts from the same encoder, learns from one
@@ -12,12 +12,12 @@ batch. Only the teacher's scores differ:
 
 - lists: `pool`, the union of every run's first 20 documents; a document that a signal's run does not hold gets its
   lowest score, which bounds what it would have been given. `own`: the first 100 of the signal's own run, nothing else.
-- losses: `order`, RankNet weighted by the teacher's ranks: reads the order alone, so it serves all signals; `scores`, KL
-  to z-scored scores, where the signal has scores that mean something.
-- labels: InfoNCE with a judgment of 2 or 3 as positive (the judgments of the training folds), and NIST's grades as order.
+- losses: `order`, RankNet weighted by the teacher's ranks: reads the order alone, so it serves all signals; `scores`,
+  KL to z-scored scores, where the signal has scores that mean something.
+- labels: InfoNCE with a judgment of 2 or 3 as positive (judgments of the training folds), and NIST's grades as order.
 
-Measured: nDCG@10 of all documents that any run found for the query (some 275), ordered by the student. With `--full` the
-student searches the whole collection. Judgments of documents that are not in the collection count in the ideal order,
+Measured: nDCG@10 of all documents that any run found for the query (some 275), ordered by the student; two of them also
+search the whole collection. Judgments of documents that are not in the collection count in the ideal order,
 as they do for the runs.
 """
 
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -36,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rankdistill.artifacts import fingerprint, write_atomically
 from rankdistill.collections import Collection, open_collection
+from rankdistill.evaluation.cost import measuring_environment
 from rankdistill.evaluation.metrics import evaluate_run
-from rankdistill.evaluation.significance import compare_values
+from rankdistill.evaluation.significance import Comparison, compare_values
 from rankdistill.progress import set_quiet
 from rankdistill.recipe import build, check_recipe
 from rankdistill.runs import Run, read_run
@@ -232,7 +231,9 @@ class Benchmark:
     def _candidates(self, what: dict[str, Any], query_ids: list[str]) -> Iterator[tuple[str, list[str], np.ndarray]]:
         for query_id in query_ids:
             own = what["lists"] == "own"
-            ids = list(self.signals.by_name[what["signal"]][1][query_id])[:DEPTH] if own else self.signals.pool[query_id]
+            ids = (
+                list(self.signals.by_name[what["signal"]][1][query_id])[:DEPTH] if own else self.signals.pool[query_id]
+            )
             yield query_id, ids, np.zeros(len(ids), np.float32)
 
     def _teach(self, what: dict[str, Any], query_id: str, doc_ids: list[str]) -> np.ndarray:
@@ -243,12 +244,16 @@ class Benchmark:
             judged = self.grades[query_id]
             return np.array([judged.get(doc_id, 0) for doc_id in doc_ids], np.float32)
         scores = np.array(lowest_where_absent(self.signals.by_name[what["signal"]][1][query_id], doc_ids))
-        return normalise(scores, "z_score").astype(np.float32) if what["loss"] == "scores" else scores.astype(np.float32)
+        return (
+            normalise(scores, "z_score").astype(np.float32) if what["loss"] == "scores" else scores.astype(np.float32)
+        )
 
     def _order(self, model: Any, query_ids: list[str]) -> Run:
         """All that any run found for each query, ordered by the student."""
         found = {}
-        for query_id, vector in zip(query_ids, model.encode_queries(self.collection.query_texts(query_ids)), strict=True):
+        for query_id, vector in zip(
+            query_ids, model.encode_queries(self.collection.query_texts(query_ids)), strict=True
+        ):
             doc_ids = self.signals.everything[query_id]
             vectors = model.encode_documents(self.collection.document_texts(self.collection.doc_rows(doc_ids)))
             found[query_id] = dict(zip(doc_ids, (vectors @ vector).tolist(), strict=True))
@@ -266,7 +271,6 @@ class Benchmark:
                 for place, query_id in enumerate(query_ids)
             }
         )
-
 
     def jobs(self, seeds: int) -> list[tuple[str, str, str, int, int]]:
         """(signal, loss, lists, fold, seed), the first table's first."""
@@ -301,6 +305,134 @@ class Benchmark:
         return np.array([values[query_id] for query_id in sorted(self.qrels)])
 
 
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(bench: Benchmark) -> str:
+    """All that was measured, as Markdown."""
+    names = list(bench.signals.by_name)
+    own = {name: bench.own(scores) for name, (_, scores) in bench.signals.by_name.items()}
+    reference = bench.values(UNTRAINED, "order", "pool")
+    if reference is None:
+        return "# Signals\n\nNothing was measured yet.\n"
+    main_rows = [(name, "order") for name in (*names, GRADES)] + [(INFONCE, "labels")]
+    sections = [introduction(bench, reference)]
+    title = "Same documents for all, loss that reads the order alone (RankNet weighted by rank)"
+    sections += [f"## {title}", table(bench, main_rows, "pool", own, reference), differences(bench, main_rows)]
+    scored = [(name, "scores") for name in names if bench.signals.by_name[name][0]]
+    sections += [
+        "## Same documents, loss that reads the scores (KL to z-scored scores)",
+        table(bench, scored, "pool", own, reference, beside="order"),
+        "## Each signal's own first 100 documents, loss that reads the order",
+        table(bench, [(name, "order") for name in names], "own", own, reference, beside="pool"),
+        searched(bench),
+    ]
+    return "\n\n".join(part for part in sections if part) + "\n"
+
+
+def introduction(bench: Benchmark, reference: np.ndarray) -> str:
+    environment = measuring_environment()
+    trained = [row["training_seconds"] for row in bench.rows.values() if row["signal"] != UNTRAINED]
+    libraries = ", ".join(f"{name} {environment['libraries'][name]}" for name in ("torch", "sentence-transformers"))
+    judged = [row["pool_judged"] for row in bench.rows.values()]
+    lists = statistics.mean(map(len, bench.signals.pool.values()))
+    found = statistics.mean(map(len, bench.signals.everything.values()))
+    middle = f"{statistics.median(trained):.0f}" if trained else "-"
+    training = len(bench.qrels) * (FOLDS - 1) // FOLDS
+    made = [
+        "`python eval/benchmarks/signals.py --data PATH/msmarco-dl19 --work WORK --train --out eval/results/signals.md`",
+        f"on {environment['machine']}, {environment['cores']} cores shared with other work, Python",
+        f"{platform.python_version()}, {libraries}. {len(trained)} trainings, {middle} s each (median).",
+    ]
+    text = [
+        "Student: all-MiniLM-L6-v2 cut to layers 0, 2 and 5, so that there is something to learn.",
+        f"{FOLDS} folds over {len(bench.qrels)} queries, the same for all signals; each query is measured by a student",
+        f"that was trained on the other folds (about {training} queries): {TRAINING['epochs']} epochs of",
+        f"{TRAINING['lists']['size']} documents a list (of {lists:.0f} on average), learning rate",
+        f"{TRAINING['learning_rate']:g}, the last step's weights, no dev set. These settings were chosen on one of the",
+        "five folds with TAS-B as the teacher, in six tries.",
+        f"nDCG@10 by NIST's judgments over all that any of the folder's {len(bench.signals.runs)} runs found for a query",
+        f"({found:.0f} documents). Intervals: 95 %, BCa over queries; they hold for the draw of queries, not for that",
+        f"of the training's random numbers. Judged among the first ten: {min(judged):.0%} to {max(judged):.0%} a fold;",
+        "what is not judged counts as not relevant. TAS-B, SPLADE++ and RepLLaMA were themselves trained on MS MARCO.",
+    ]
+    head = "# Which signal teaches best: TREC DL 2019's runs and listwise orders"
+    return f"{head}\n\n{' '.join(made)}\n\n{' '.join(text)}\n\n**Untrained student: {reference.mean():.4f}.**"
+
+
+def table(
+    bench: Benchmark,
+    rows: list[tuple[str, str]],
+    lists: str,
+    own: dict[str, np.ndarray],
+    reference: np.ndarray,
+    beside: str | None = None,
+) -> str:
+    """A line a signal: the teacher, the student, and the student less the untrained one; `beside`: less its like."""
+    measured = {name: bench.values(name, loss, lists) for name, loss in rows}
+    done = {name: values for name, values in measured.items() if values is not None}
+    if not done:
+        return "Not measured."
+    values = {UNTRAINED: {METRIC: reference}} | {name: {METRIC: found} for name, found in done.items()}
+    found = compare_values(values, baseline=UNTRAINED, family="baseline")
+    other = {"order": "its student of the order", "pool": "its student of the pool"}.get(beside or "", "")
+    lines = [
+        "| signal | teacher | student | less untrained | p (Holm) | better, worse |"
+        + (f" less {other} |" if other else ""),
+        f"|:---|---:|---:|---:|---:|---:|{'---:|' if other else ''}",
+    ]
+    for name in sorted(done, key=lambda name: -float(done[name].mean())):
+        low, high = found.intervals[name][METRIC]
+        one = found.of(name, UNTRAINED, METRIC)
+        teacher = f"{own[name].mean():.4f}" if name in own else ""
+        p = one.p_randomisation_corrected
+        cells = [name, teacher, f"{done[name].mean():.4f} [{low:.3f}, {high:.3f}]", interval(one)]
+        cells += [f"{p:.3f}" if p >= 0.0005 else "< .001", f"{one.wins}, {one.losses}"]
+        if other:
+            like = bench.values(name, "order", "pool")
+            pair = {"a": {METRIC: done[name]}, "b": {METRIC: like}} if like is not None else {}
+            cells.append(interval(compare_values(pair).of("a", "b", METRIC)) if pair else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [name for name in measured if name not in done]
+    left = f"\n\nNot finished when this was written: {'; '.join(missing)}." if missing else ""
+    return "\n".join(lines) + left
+
+
+def interval(one: Comparison) -> str:
+    return f"{one.difference:+.4f} [{one.low:+.3f}, {one.high:+.3f}]"
+
+
+def differences(bench: Benchmark, rows: list[tuple[str, str]]) -> str:
+    """What can be told apart among the trained students, all pairs corrected for."""
+    values = {}
+    for name, loss in rows:
+        found = bench.values(name, loss, "pool")
+        if found is not None:
+            values[name] = {METRIC: found}
+    if len(values) < 2:
+        return ""
+    compared = compare_values(values).comparisons
+    told = sorted((one for one in compared if one.significant), key=lambda one: -abs(one.difference))
+    lines = [
+        f"Among the {len(values)} trained students {len(told)} of {len(compared)} pairs differ significantly "
+        "(randomisation test, p < .05 after Holm's correction over all pairs)" + (":" if told else ".")
+    ]
+    for one in told:
+        better, worse = (one.a, one.b) if one.difference > 0 else (one.b, one.a)
+        lines.append(f"- {better} over {worse}: {abs(one.difference):.4f}, p {one.p_randomisation_corrected:.3f}")
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def searched(bench: Benchmark) -> str:
+    lines = []
+    for name in SEARCHED:
+        pool, full = bench.values(name, "order", "pool"), bench.values(name, "order", "pool", "full")
+        if pool is not None and full is not None:
+            lines.append(f"- {name}: {full.mean():.4f} (first seed; its table's figure {pool.mean():.4f})")
+    head = "## The whole collection\n\nThe same students searching all 11,843 passages instead of the query's own:\n\n"
+    return head + "\n".join(lines) if lines else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder msmarco-dl19")
@@ -308,12 +440,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--part", default="1/1", help="i/n: every n-th training from the i-th, for n processes at once")
     parser.add_argument("--most", type=int, help="stop after so many trainings")
-    parser.add_argument("--out", type=Path, help="write the tables; without --train nothing is trained")
-    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--train", action="store_true", help="measure what is missing")
+    parser.add_argument("--out", type=Path, help="write the tables")
     options = parser.parse_args()
     set_quiet(True)
     bench = Benchmark(options.data, options.work)
-    if options.train or not options.out:
+    if options.train:
         part, parts = map(int, options.part.split("/"))
         for job in bench.jobs(options.seeds)[part - 1 :: parts][: options.most]:
             bench.measure(*job)

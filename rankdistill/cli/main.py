@@ -256,7 +256,8 @@ def train(
     checked = load_recipe(recipe, [*(changes or []), *together])
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
     artifact = workspace.train(student)
-    print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
+    if launched()[0] == 0:
+        print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
 
 
 @app.command()

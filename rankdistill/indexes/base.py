@@ -60,6 +60,14 @@ class Encoder(Protocol):
         """[len(texts), dimension]"""
 
 
+def document_fingerprint(encoder: Encoder) -> str:
+    """Of what makes an encoder's document vectors: its own, or that of the model whose documents a query tower searches.
+
+    An index belongs to whoever made its vectors; every query encoder trained for that maker may search it.
+    """
+    return str(getattr(encoder, "document_fingerprint", encoder.fingerprint))
+
+
 def ranked(rows: NDArray[Any], scores: NDArray[Any], k: int) -> Hits:
     """The `k` best of unordered (row, score) pairs as hits: padding (negative rows) dropped, ties by row."""
     real = rows >= 0

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rankdistill.artifacts import file_digest, fingerprint
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import progress, warn
 from rankdistill.runs import iter_run
 from rankdistill.scores.foreign import ForeignScore, Format, iter_foreign
 from rankdistill.scores.store import PairTable, ScoreKind, ScoreStore, TeacherScores, hash_ids, pair_keys
 from rankdistill.teachers.base import Teacher, TextList
+from rankdistill.teachers.llm.signals import RankFunction, mean_rank_scores, plackett_luce
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -33,9 +34,7 @@ class _FileTeacher(Teacher):
         self._table: PairTable | None = None
 
     def _digest(self) -> str:
-        if not Path(self.file).is_file():
-            raise RankdistillError("there is no score file here", where=str(self.file))
-        return file_digest(self.file)
+        return _digest(self.file)
 
     @abstractmethod
     def _pairs(self) -> Iterator[ForeignScore]: ...
@@ -104,7 +103,10 @@ class RunTeacher(_FileTeacher):
         file: the run.
         score_kind: similarity takes the run's scores; rank takes its order alone (scores re-dealt by a re-ranker mean
             nothing as margins).
-        function: score of rank r, with score_kind rank: reciprocal 1/r, or none −r.
+        function: score of rank r, with score_kind rank: reciprocal 1/r, log ln(n/r), ndcg_gain 1/log2(1+r), none −r;
+            plackett_luce: strengths fitted to the orders of `file` and `repeats`.
+        repeats: further runs of the same teacher, with score_kind rank. The scores of a document are averaged over
+            the runs that have it.
     """
 
     type = "run"
@@ -113,27 +115,65 @@ class RunTeacher(_FileTeacher):
         self,
         file: str,
         score_kind: Literal["rank", "similarity"] = "rank",
-        function: Literal["reciprocal", "none"] = "reciprocal",
+        function: Literal[RankFunction, "plackett_luce"] = "reciprocal",
+        repeats: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.file = file
         self.score_kind = score_kind
         self.function = function
+        self.repeats = list(repeats or [])
+        if self.repeats and score_kind == "similarity":
+            raise UsageError(
+                "runs are fused by their orders", where="teacher.repeats", fix="score_kind: rank, or an ensemble"
+            )
+        if function == "plackett_luce" and score_kind == "rank" and not self.repeats:
+            raise UsageError("plackett_luce is fitted to several runs", where="teacher.repeats", fix="name the others")
 
     def fingerprint(self) -> str:
         function = self.function if self.score_kind == "rank" else None
-        return fingerprint({"type": self.type, "file": self._digest(), "kind": self.score_kind, "function": function})
+        values: dict[str, Any] = {
+            "type": self.type,
+            "file": self._digest(),
+            "kind": self.score_kind,
+            "function": function,
+        }
+        if self.repeats:
+            values["repeats"] = [_digest(file) for file in self.repeats]
+        return fingerprint(values)
 
     def describe(self) -> dict[str, Any]:
-        return {"type": self.type, "file": self.file, "score_kind": self.score_kind, "function": self.function}
+        values = {"type": self.type, "file": self.file, "score_kind": self.score_kind, "function": self.function}
+        return {**values, "repeats": self.repeats}
 
     def _pairs(self) -> Iterator[ForeignScore]:
+        further = [{query_id: ids for query_id, ids, _ in iter_run(file)} for file in self.repeats]
+        seen = set()
         for query_id, doc_ids, scores in iter_run(self.file):
+            seen.add(query_id)
             if self.score_kind == "rank":
-                ranks = np.arange(1, len(doc_ids) + 1)
-                scores = 1.0 / ranks if self.function == "reciprocal" else -ranks.astype(np.float64)
+                orders = [doc_ids, *(run[query_id] for run in further if query_id in run)]
+                doc_ids, scores = self._fused(orders)
             for doc_id, score in zip(doc_ids, scores.tolist(), strict=True):
                 yield ForeignScore(query_id, doc_id, score)
+        for query_id in dict.fromkeys(query_id for run in further for query_id in run if query_id not in seen):
+            doc_ids, scores = self._fused([run[query_id] for run in further if query_id in run])
+            for doc_id, score in zip(doc_ids, scores.tolist(), strict=True):
+                yield ForeignScore(query_id, doc_id, score)
+
+    def _fused(self, orders: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+        """The documents of one query's orders, and their scores."""
+        items: dict[str, int] = {}
+        numbered = [[items.setdefault(doc_id, len(items)) for doc_id in order] for order in orders]
+        if self.function == "plackett_luce":
+            return list(items), plackett_luce(numbered, len(items))
+        return list(items), mean_rank_scores(numbered, len(items), self.function)
+
+
+def _digest(file: str) -> str:
+    if not Path(file).is_file():
+        raise RankdistillError("there is no score file here", where=str(file))
+    return file_digest(file)
 
 
 def _blocks(pairs: Iterator[ForeignScore]) -> Iterator[list[ForeignScore]]:

@@ -51,7 +51,7 @@ def score_candidates(
         teacher.asking.use_store(store.root)
     key = teacher.fingerprint()
     if teacher.reads_lists:
-        candidates = [(query_id, list(dict.fromkeys(doc_ids)), given) for query_id, doc_ids, given in candidates]
+        candidates = [(query_id, list(dict.fromkeys(doc_ids)), np.empty(0)) for query_id, doc_ids, _ in candidates]
         key = lists_key(key, candidates)
     scores = store.folder(
         key,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 AGREEMENT = "dev_agreement"
+JUDGED = 10  # of a teacher's documents count as relevant where there are no labels
 LEAST_POINTS = 4  # with three, even two perfect trends are chance one time in six
 ALPHA = 0.05
 LEAST_FALL = 0.005  # of the dev metric over the window
@@ -54,6 +55,20 @@ class Agreement:
         tau = kendall_tau_b(self.teacher, own.astype(np.float64), self.offsets)
         untied = np.array([len(np.unique(self.teacher[a:b])) > 1 for a, b in zip(self.offsets, self.offsets[1:])])
         return float(np.nan_to_num(tau[untied]).mean()) if untied.any() else float("nan")
+
+
+def teacher_judgments(lists: ScoredLists, collection: Collection) -> dict[str, dict[str, int]]:
+    """query id → document id → grade by the teacher's order, for dev queries without labels: 10 for its first, 1 for
+    its tenth, 0 for the rest. Of a list that the teacher ties throughout nothing is judged.
+    """
+    judged = {}
+    for number in range(len(lists)):
+        query_id, rows, scores, _ = lists[number]
+        if len(np.unique(scores)) > 1:
+            order = np.argsort(-scores, kind="stable")
+            doc_ids = collection.doc_ids(rows[order])
+            judged[query_id] = {doc_id: max(0, JUDGED - rank) for rank, doc_id in enumerate(doc_ids)}
+    return judged
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def run_together(processes: int, arguments: Sequence[str]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "rankdistill.cli.main", *arguments, *(["--quiet"] if is_quiet() else [])]
-    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads})
+    # Results are for the caller to print.
+    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL)
     try:
         code = child.wait()
     except KeyboardInterrupt:

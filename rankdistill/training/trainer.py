@@ -34,7 +34,7 @@ from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm
+from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm, teacher_judgments
 from rankdistill.training.distiller import Distiller
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class DevPool:
             metric,
             "labels" if isinstance(split, str) else "the teacher's order",
         )
+
+    def __str__(self) -> str:
+        judged = "" if self.judge == "labels" else f", judged by {self.judge}"
+        return f"{self.metric} over a pool of {len(self.doc_ids)} documents, {len(self.query_ids)} queries{judged}"
 
     def evaluate(self, student: StudentModel) -> float:
         scores = student.similarities(self.queries, self.documents)
@@ -329,9 +333,7 @@ def train_student(
             # The last one logged: the Trainer's own mean forgets the steps before a resumption.
             "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
             "dev": curve(history, f"dev_{dev.metric}") if dev else {},
-            "dev_metric": f"{dev.metric} over a pool of {len(dev.doc_ids)} documents, {len(dev.query_ids)} queries"
-            if dev
-            else None,
+            "dev_metric": str(dev) if dev else None,
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
             "precision": resolve_precision(student.device, settings.precision),
         }

