@@ -110,7 +110,8 @@ class Training(Section):
     losses: list[Loss] = Field(default_factory=lambda: [Method.model_validate({"type": "margin_mse"})], min_length=1)
     weighting: Weighting | None = Field(None, description="what each list counts in the losses; null: all alike")
     batch_teacher: Student | None = Field(
-        None, description="a frozen model that scores every query with every document of a batch, for the losses that ask"
+        None,
+        description="a frozen model that scores every query with every document of a batch, for the losses that ask",
     )
     batch_teacher_vectors: Literal["live", "precomputed"] = Field(
         "precomputed", description="encode a batch's texts in each step, or all of the lists' texts once"
@@ -492,6 +493,8 @@ def _point_methods(properties: dict[str, Any], model: type[BaseModel], definitio
         if kind:
             choice = {"$ref": f"#/$defs/{kind}"}
             is_list = properties[name].get("type") == "array"
-            properties[name] = {"type": "array", "items": choice} if is_list else choice
+            may_lack = type(None) in typing.get_args(field.annotation)
+            one = {"anyOf": [choice, {"type": "null"}]} if may_lack else choice
+            properties[name] = {"type": "array", "items": choice} if is_list else one
         elif inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
             _point_methods(definitions[field.annotation.__name__]["properties"], field.annotation, definitions)

@@ -28,6 +28,8 @@ PRELOAD = [
     "rankdistill.teachers.cross_encoder_training",
     "rankdistill.teachers.ensemble",
     "rankdistill.teachers.recorded",
+    "rankdistill.teachers.listwise",
+    "rankdistill.teachers.llm.openai_server",
     "rankdistill.students.dense",
     "rankdistill.scores.lists",
     "rankdistill.teachers.scoring",
@@ -40,6 +42,8 @@ PRELOAD = [
     "transformers.models.bert.tokenization_bert_fast",
     "bm25s.numba",
     "faiss",
+    "openai",
+    "openai.resources.chat",
     "orjson",
 ]
 _context = multiprocessing.get_context("forkserver")

@@ -61,7 +61,7 @@ class Encoder(Protocol):
 
 
 def document_fingerprint(encoder: Encoder) -> str:
-    """Of what makes an encoder's document vectors: its own, or that of the model whose documents a query tower searches.
+    """Of what makes an encoder's document vectors: its own, or that of the model whose documents it was trained for.
 
     An index belongs to whoever made its vectors; every query encoder trained for that maker may search it.
     """

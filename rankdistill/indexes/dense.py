@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, fingerprint
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import Encoder, Hits, Rows, Scores, Vectors, no_hits, ranked
+from rankdistill.indexes.base import Encoder, Hits, Rows, Scores, Vectors, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.specification import IndexSpecification
@@ -69,7 +69,8 @@ class ExactIndex:
             RankdistillError: a fingerprint or the dimension differs.
         """
         for what, given in (("encoder", encoder), ("collection", collection)):
-            if given is not None and self.inputs.get(what, given.fingerprint) != given.fingerprint:
+            own = {given.fingerprint, document_fingerprint(given)} if given is not None else set()
+            if given is not None and self.inputs.get(what, given.fingerprint) not in own:
                 raise RankdistillError(
                     f"these vectors belong to another {what}", fix="encode the collection again with this student"
                 )
@@ -154,7 +155,7 @@ def export_index(
         iter_doc_ids(collection),
         specification,
         out_file,
-        student_fingerprint=encoder.fingerprint,
+        student_fingerprint=document_fingerprint(encoder),
         collection_fingerprint=collection.fingerprint,
         vectors_fingerprint=engine.index.fingerprint,
         similarity=encoder.similarity,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rankdistill.artifacts import disk_errors, fingerprint, library_versions, write_atomically
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Encoder, Hits, Vectors, no_hits, ranked
+from rankdistill.indexes.base import Encoder, Hits, Vectors, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.specification import IndexSpecification, SearchSettings
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.recipe import check_values
@@ -267,7 +267,7 @@ class FaissIndex:
                 where=str(self.path),
                 fix=rebuild,
             )
-        if encoder is not None and made_by and made_by != encoder.fingerprint:
+        if encoder is not None and made_by and made_by not in (encoder.fingerprint, document_fingerprint(encoder)):
             raise RankdistillError(
                 f"this index belongs to another student ({made_by}, not {encoder.fingerprint})",
                 where=str(self.path),

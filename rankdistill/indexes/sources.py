@@ -134,13 +134,18 @@ class DenseSource(CandidateSource):
             document_length=self.document_length,
             precision=self.precision,
         ).create()
-        made = fingerprint([encoder.fingerprint, collection.fingerprint])
-        vectors = encode_documents(encoder, collection, folder / f"vectors-{made}")
+        path = source_vectors(folder, encoder.fingerprint, collection)
+        vectors = encode_documents(encoder, collection, path)
         if self.index is None:
             return DenseEngine.over(encoder, vectors)
         specification = load_specification(self.index)
-        out_file = folder / f"vectors-{made}-{specification.name}.faiss"
+        out_file = path.with_name(f"{path.name}-{specification.name}.faiss")
         return DenseEngine(encoder, export_index(encoder, collection, vectors, specification, out_file))
+
+
+def source_vectors(folder: Path, encoder_fingerprint: str, collection: Collection) -> Path:
+    """Where a dense source keeps the vectors that it searches."""
+    return folder / f"vectors-{fingerprint([encoder_fingerprint, collection.fingerprint])}"
 
 
 class RunSource(CandidateSource):

@@ -27,7 +27,7 @@ from rankdistill.artifacts import (
     write_atomically,
 )
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import Encoder, Vectors, allocate_array
+from rankdistill.indexes.base import Encoder, Vectors, allocate_array, document_fingerprint
 from rankdistill.progress import progress
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def _encode(
 ) -> Artifact:
     if not count:
         raise RankdistillError(f"there are no {settings['side']} to encode", where=collection.name)
-    wanted = fingerprint(["vectors", settings, encoder.fingerprint, collection.fingerprint])
+    made_by = document_fingerprint(encoder) if settings["side"] == "documents" else encoder.fingerprint
+    wanted = fingerprint(["vectors", settings, made_by, collection.fingerprint])
     with locked(path):
         found = find_artifact(path, "vectors", wanted)
         if found is not None:
@@ -178,7 +179,7 @@ def _encode(
             kind="vectors",
             fingerprint=wanted,
             settings=settings,
-            inputs={"encoder": encoder.fingerprint, "collection": collection.fingerprint},
+            inputs={"encoder": made_by, "collection": collection.fingerprint},
             resume=True,
         ) as writer:
             target, done_file = writer.path / file, writer.path / DONE

@@ -72,12 +72,13 @@ def check_scale(
         )
     if teacher.spread > 0:
         reach = 2 * abs(scale) if similarity == "cos" and not learn_scale else math.inf
+        least = 0.0 if learn_scale else 1 / OFF_SCALE  # of the student's spread in the teacher's
         for name, loss in readers.items():
             if loss.matches == "margins":
-                warnings += _margins(name, student, teacher, reach)
+                warnings += _margins(name, student, teacher, reach, least)
             elif loss.teacher_temperature is not None:
                 even = evenness(teacher_scores.double() / loss.now(loss.teacher_temperature), mask)
-                warnings += _softmax(name, loss, student, teacher, float(even.median()), reach)
+                warnings += _softmax(name, loss, student, teacher, float(even.median()), reach, least)
     for text in warnings:
         warn(text)
     return warnings
@@ -97,7 +98,7 @@ def _look(scores: Tensor, mask: Tensor) -> _Scores:
     )
 
 
-def _margins(name: str, student: _Scores, teacher: _Scores, reach: float) -> list[str]:
+def _margins(name: str, student: _Scores, teacher: _Scores, reach: float, least: float) -> list[str]:
     if teacher.widest > reach:
         return [
             f"{name}: the teacher's margins go up to {teacher.widest:.3g}, and a cosine student of scale "
@@ -113,7 +114,7 @@ def _margins(name: str, student: _Scores, teacher: _Scores, reach: float) -> lis
             f"{_round(ratio)} (an ensemble of this one teacher has `scale`), or take a loss that reads the order alone "
             "(ranknet) or has a teacher_temperature (kl)"
         ]
-    if ratio < 1 / OFF_SCALE:
+    if ratio < least:
         return [
             f"{name}: a list of the teacher's spans {teacher.spread:.3g}, one of the student's {student.spread:.3g}: "
             "the student would stretch its scores before it learns an order. Set student.scale to about "
@@ -122,7 +123,9 @@ def _margins(name: str, student: _Scores, teacher: _Scores, reach: float) -> lis
     return []
 
 
-def _softmax(name: str, loss: Loss, student: _Scores, teacher: _Scores, even: float, reach: float) -> list[str]:
+def _softmax(
+    name: str, loss: Loss, student: _Scores, teacher: _Scores, even: float, reach: float, least: float
+) -> list[str]:
     assert loss.teacher_temperature is not None
     temperature = loss.now(loss.teacher_temperature)
     coldest = min(temperature, value_at(loss.teacher_temperature, loss.steps, loss.steps))
@@ -149,7 +152,7 @@ def _softmax(name: str, loss: Loss, student: _Scores, teacher: _Scores, even: fl
             f"{reach / 2:.3g} reaches {reach / own:.3g} at most: set student.scale to {_round(wanted * own)} or more, "
             f"or raise {key}"
         ]
-    if not 1 / OFF_SCALE < ratio < OFF_SCALE:
+    if not least <= ratio <= OFF_SCALE:
         return [
             f"{name}: a list of the teacher's spans {wanted:.3g} temperatures, one of the student's "
             f"{student.spread / own:.3g}: one softmax is sharp where the other is flat. Multiply the student's "

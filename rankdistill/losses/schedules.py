@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Ramp(BaseModel):
@@ -24,7 +24,13 @@ class Ramp(BaseModel):
     shape: Literal["linear", "quadratic", "cosine"] = "linear"
 
 
-Schedule = Annotated[float | Ramp, Field(description="a number, or a ramp: {start, end, over, delay, shape}")]
+def _form(value: Any) -> str:
+    """So that what is wrong in a ramp is told of the ramp, not of a number that it is not."""
+    return "ramp" if isinstance(value, (Ramp, Mapping)) else "number"
+
+
+_Form = Annotated[Annotated[float, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_form)]
+Schedule = Annotated[_Form, Field(description="a number, or a ramp: {start, end, over, delay, shape}")]
 
 
 def _positive(schedule: float | Ramp) -> float | Ramp:
@@ -35,7 +41,7 @@ def _positive(schedule: float | Ramp) -> float | Ramp:
 
 # What scores are divided by.
 Temperature = Annotated[
-    float | Ramp, AfterValidator(_positive), Field(description="above 0: a number, or a ramp: {start, end, over, ...}")
+    _Form, AfterValidator(_positive), Field(description="above 0: a number, or a ramp: {start, end, over, ...}")
 ]
 
 

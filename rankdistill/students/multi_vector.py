@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -43,6 +44,7 @@ from rankdistill.students.token_batches import Precision, autocast
 from rankdistill.students.token_vectors import BUDGET, NO_TOKENS_SCORE, TokenVectors, maxsim
 
 HEAD_DIMENSION = 128  # of a token vector, as ColBERT has it
+QUERY_LENGTH, DOCUMENT_LENGTH = 32, 128
 TOKENS = "token_embeddings"
 SCORED, ATTENDED = "attention_mask", "attended"  # tokens that count, and those that the encoder sees
 
@@ -80,13 +82,14 @@ class MultiVectorModel(StudentModel):
         if dimension is None:
             raise RankdistillError("this model does not say how wide its vectors are", where=str(source))
         self.dimension = dimension
-        self.similarity = "cos" if any(isinstance(module, Normalize) for module in model) else "dot"
+        self.similarity = "dot"  # of a text: a sum over its tokens, not bounded by 1
+        self.normalised = any(isinstance(module, Normalize) for module in model)
         self.mean = model.similarity_fn_name == "meanmaxsim"
         settings = [module.get_config_dict() for module in model if isinstance(module, MultiVectorMask)]
         first: Any = model[0]
         lengths = [getattr(first, name, None) for name in ("query_length", "document_length", "query_expansion")]
         self.fingerprint = fingerprint(
-            ["multi_vector", source, self.similarity, self.mean, lengths, model.prompts, settings, precision, storage]
+            ["multi_vector", source, self.normalised, self.mean, lengths, model.prompts, settings, precision, storage]
         )
 
     @property
@@ -109,7 +112,7 @@ class MultiVectorModel(StudentModel):
         given[SCORED] = given.pop(ATTENDED, given[SCORED])
         made = self.model(given, task=side)
         vectors, mask = made[TOKENS].float(), made[SCORED].bool()
-        if self.similarity == "cos":
+        if self.normalised:
             vectors = nn.functional.normalize(vectors, dim=-1)  # again in float32: a bf16 norm would cost two digits
         vectors = vectors * mask[..., None]
         if self.mean and side == "query":
@@ -169,7 +172,7 @@ class MultiVectorModel(StudentModel):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), create_model_card=False)
-        (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": self.scale.item()}))
+        (folder / SETTINGS_FILE).write_text(json.dumps({"scale": self.scale.item()}))
 
 
 def _best(similarity: Tensor, documents: Tensor) -> Tensor:
@@ -195,10 +198,10 @@ class MultiVectorStudent(Student):
         projection: what a new projection starts from: `principal`: the principal directions of token vectors, which
             keep most of every inner product; `random`: random orthogonal directions; `none`: there is none.
         similarity: of two tokens: `cos`, `dot`, or `keep`: what the model came with, `cos` where it had no choice made.
-        scale: factor on scores during training.
+        scale: factor on scores during training; what a model trained here came with, else 1, unless given.
         learn_scale: train the factor along.
-        query_length: tokens a query is cut to; the model's own limit if null.
-        document_length: tokens a document is cut to; the model's own limit if null.
+        query_length: tokens a query is cut to; what a multi-vector model came with, else 32, unless given.
+        document_length: tokens a document is cut to; what a multi-vector model came with, else 128, unless given.
         query_expansion: fill queries up to `query_length` with [MASK] tokens, whose vectors count too (ColBERT); what
             the model came with unless given.
         attend_to_expansion: let the encoder's other tokens see them.
@@ -221,10 +224,10 @@ class MultiVectorStudent(Student):
         dimension: int | None = None,
         projection: Literal["principal", "random", "none"] = "principal",
         similarity: Literal["keep", "dot", "cos"] = "keep",
-        scale: float = 1.0,
+        scale: float | None = None,
         learn_scale: bool = False,
-        query_length: int | None = 32,
-        document_length: int | None = 128,
+        query_length: int | None = None,
+        document_length: int | None = None,
         query_expansion: bool | None = None,
         attend_to_expansion: bool = False,
         query_prompt: str | None = None,
@@ -267,7 +270,7 @@ class MultiVectorStudent(Student):
             )
         if self.dropout is not None:
             set_dropout(transformer.model, self.dropout)
-        self._set_lengths(transformer)
+        self._set_lengths(transformer, ready)
         for side, prompt in self.prompts.items():
             if prompt is not None:
                 model.prompts[side] = prompt
@@ -279,14 +282,12 @@ class MultiVectorStudent(Student):
                 mask.resolve_with_tokenizer(model.tokenizer)
         self._set_similarity(model)
         made = [source.revision, self.layers, None if ready else [self.dimension, self.projection]]
-        return MultiVectorModel(model, self.scale, self.learn_scale, made, self.precision, self.storage)
+        scale = self.scale if self.scale is not None else saved_scale(source.path) if ready else 1.0
+        return MultiVectorModel(model, scale, self.learn_scale, made, self.precision, self.storage)
 
     def open(self, folder: Path, device: str | None = None) -> MultiVectorModel:
-        settings_path = folder / SETTINGS_FILE
-        settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
-        scale = settings.get("scale", self.scale)
-        model = load_multi_vector(folder, device)
-        return MultiVectorModel(model, scale, self.learn_scale, folder_revision(folder), self.precision, self.storage)
+        model, revision = load_multi_vector(folder, device), folder_revision(folder)
+        return MultiVectorModel(model, saved_scale(folder), self.learn_scale, revision, self.precision, self.storage)
 
     def _with_head(self, transformer: Transformer, device: str | None) -> MultiVectorEncoder:
         """The encoder's token vectors, projected, those that count marked."""
@@ -319,17 +320,16 @@ class MultiVectorStudent(Student):
         modules += [MultiVectorMask(skiplist_words=skipped), Normalize(module_input_name=TOKENS)]
         return MultiVectorEncoder(modules=modules, device=pick_device(device), similarity_fn_name="maxsim")
 
-    def _set_lengths(self, transformer: Transformer) -> None:
-        longest = transformer.max_seq_length or 10**9
-        limit = position_limit(transformer, longest)
-        expansion = transformer.query_expansion
+    def _set_lengths(self, transformer: Transformer, ready: bool) -> None:
+        limit = position_limit(transformer, transformer.max_seq_length or 10**9)
+        expansion = transformer.query_expansion if ready else None
+        own = (transformer.query_length, transformer.document_length) if ready else (None, None)
         transformer.query_expansion = None  # it refuses a query length below its own
-        transformer.query_length = min(self.query_length or longest, limit)
-        transformer.document_length = min(self.document_length or longest, limit)
+        came = expansion["length"] if expansion else own[0]
+        transformer.query_length = min(self.query_length or came or QUERY_LENGTH, limit)
+        transformer.document_length = min(self.document_length or own[1] or DOCUMENT_LENGTH, limit)
         transformer.max_seq_length = transformer.document_length
         if self.query_expansion or (self.query_expansion is None and expansion is not None):
-            if self.query_length is None:
-                raise UsageError("queries are filled up to a length, and none is given", where="student.query_length")
             attend = self.attend_to_expansion or bool(expansion and expansion.get("attend"))
             settings: Any = {"strategy": "fixed", **(expansion or {})}
             settings |= {"attend": attend, "length": transformer.query_length}
@@ -356,6 +356,12 @@ def is_multi_vector(folder: Path) -> bool:
     return False
 
 
+def saved_scale(folder: Path) -> float:
+    """The factor on scores that a model was trained with here; 1 for one made elsewhere."""
+    path = folder / SETTINGS_FILE
+    return float(json.loads(path.read_text()).get("scale", 1.0)) if path.is_file() else 1.0
+
+
 def load_multi_vector(folder: Path, device: str | None = None) -> MultiVectorEncoder:
     """Load a multi-vector model's folder; weights in float32, safetensors only.
 
@@ -371,7 +377,7 @@ def load_multi_vector(folder: Path, device: str | None = None) -> MultiVectorEnc
             return MultiVectorEncoder(
                 str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RankdistillError(
             f"this is no model that sentence-transformers can load: {error}", where=str(folder)
         ) from None

@@ -79,7 +79,7 @@ def maxsim_blocks(
     own = documents.offsets
     for start, end in documents.blocks(BLOCK_TOKENS):
         lengths = torch.from_numpy(np.diff(own[start : end + 1]))
-        vectors = np.ascontiguousarray(documents.vectors[own[start] : own[end]], np.float32)
+        vectors = np.array(documents.vectors[own[start] : own[end]], np.float32)  # a memory map cannot be written to
         block = torch.from_numpy(vectors).to(device)
         owner = torch.repeat_interleave(torch.arange(end - start), lengths).to(device)[:, None]
         scores = np.zeros((len(queries), end - start), np.float32)

@@ -122,7 +122,7 @@ def _reporting(teacher: Teacher, scores: TeacherScores) -> Iterator[None]:
         yield
     finally:
         report = teacher.take_report()
-        if report:
+        if report and not (isinstance(teacher, AskingTeacher) and teacher.asking.estimate is not None):
             for line in teacher.report_lines(keep_report(scores.path, report)):
                 say(line)
 

@@ -27,6 +27,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     rows = "".join(f"| {step} | {value:.4f} |\n" for step, value in dev.items())
     measured = f"\nDev {notes['dev_metric']}:\n\n| step | value |\n|---:|---:|\n{rows}" if rows else ""
     losses = ", ".join(method.type for method in recipe.training.losses)
+    loader = "MultiVectorEncoder" if student["type"] == "multi_vector" else "SentenceTransformer"
     used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
@@ -38,9 +39,9 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
 ## Use
 
 ```python
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import {loader}
 
-model = SentenceTransformer("PATH/TO/THIS/FOLDER")
+model = {loader}("PATH/TO/THIS/FOLDER")
 queries = model.encode_query(["..."])
 documents = model.encode_document(["..."])
 scores = model.similarity(queries, documents)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rankdistill.losses.base import BatchLoss, ListLoss, Loss, QueryLoss
+from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
 from rankdistill.students.base import Features, Side, StudentModel, split_rows
 from rankdistill.training.processes import Batch, whole_batch
@@ -49,7 +50,7 @@ class Distiller(nn.Module):
         self.weighting = weighting
         self.gradient_cache, self.token_budget = gradient_cache, token_budget
         self._batch_teacher = [batch_teacher]  # in a list: its weights are not saved with the student's
-        self.last: Batch | None = None  # the last batch's scores, for a look at their scale
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # the last batch's scores, for `check_scale`
 
     def _losses(self) -> dict[str, Loss]:
         return cast("dict[str, Loss]", dict(self.losses.items()))
@@ -97,6 +98,21 @@ class Distiller(nn.Module):
             total = total + loss.now(loss.weight) * parts[name]
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
 
+    def check_scale(self) -> None:
+        """Warn where the last batch's scores of student and teacher do not fit each other and the losses."""
+        assert self._seen is not None
+        student_scores, teacher_scores, mask = self._seen
+        scale = getattr(self.student, "scale", torch.tensor(1.0))
+        check_scale(
+            student_scores,
+            teacher_scores,
+            self._losses(),
+            self.student.similarity,
+            mask=mask,
+            scale=float(scale.detach()),
+            learn_scale=scale.requires_grad,
+        )
+
     def _embed(self, parts: Sequence[Features], side: Side) -> Tensor:
         if self.gradient_cache and torch.is_grad_enabled():
             embedded = [checkpoint(self.student.embed, part, side, use_reentrant=False) for part in parts]
@@ -120,7 +136,7 @@ class Distiller(nn.Module):
         weights = None
         if self.weighting is not None:
             weights = self.weighting(scores.detach(), *lists, batch.disagreement)
-        batch.scores, self.last = scores.detach(), batch
+        self._seen = (scores.detach(), batch.teacher_scores, batch.mask)
         parts: dict[str, Tensor] = {}
         for name, loss in self._losses().items():
             if isinstance(loss, ListLoss):

@@ -35,7 +35,6 @@ class Batch:
     disagreement: Tensor | None = None
     teacher_queries: Tensor | None = None
     teacher_documents: Tensor | None = None
-    scores: Tensor | None = None  # [lists, documents] the student's, once computed
 
 
 def world_size() -> int:

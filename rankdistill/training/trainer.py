@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, partial_folder, write_artifact
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.indexes.engines import prepare_student
 from rankdistill.losses.base import Loss
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
@@ -129,9 +130,14 @@ class StudentTrainer(SafeCheckpoints, Trainer):
     ) -> None:
         # The eval_dataset is only asked for by the base class: `evaluate` reads the dev pool.
         super().__init__(model=distiller, args=args, train_dataset=stream, eval_dataset=stream, data_collator=whole)
-        self.dev, self.agreement, self.warned = dev, agreement, False
+        self.dev, self.agreement, self.warned, self.checked = dev, agreement, False, False
         self.part_sums: dict[str, float] = {}
         self.part_count = 0
+
+    @property
+    def student(self) -> StudentModel:
+        distiller: Distiller = self.accelerator.unwrap_model(self.model)
+        return distiller.student
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         stream: Any = self.train_dataset
@@ -146,6 +152,10 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         distiller: Distiller = self.accelerator.unwrap_model(model)
         distiller.at_step(self.state.global_step, self.state.max_steps)
         outputs = model(**inputs)
+        if not self.checked:
+            self.checked = True
+            if self.state.global_step == 0:
+                distiller.check_scale()
         loss = outputs.pop("loss")
         if not torch.isfinite(loss) and self.accelerator.scaler is None:
             raise RankdistillError(
@@ -167,7 +177,7 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         """The dev metric; a student better than all before is kept in `best`."""
         metrics: dict[str, float] = {}
         if self.dev is not None and self.args.should_save and not self._evaluated():
-            student = self.accelerator.unwrap_model(self.model).student
+            student = self.student
             value = self.dev.evaluate(student)
             metrics = {f"dev_{self.dev.metric}": value}
             if value > self.best_so_far():
@@ -282,7 +292,7 @@ def train_student(
         set_seed(recipe.seed)
         student_settings: Student = build("student", recipe.student.settings(), "student")
         student = student_settings.create(settings.device)
-        student.prepare(collection, prepared)
+        prepare_student(student, collection, prepared)
         batch_teacher = None
         if batch_teacher_settings is not None:
             model = build("student", batch_teacher_settings, "training.batch_teacher").create(settings.device)
@@ -317,36 +327,40 @@ def train_student(
         if resume is not None:
             say(f"{name}: going on from {resume.name}")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if not arguments.should_save:
-            return Artifact(out, {})  # the first process writes
-        best = work / BEST
-        final = work / MODEL
-        shutil.rmtree(final, ignore_errors=True)
-        if dev is not None and best.is_dir():
-            shutil.copytree(best, final)
-        else:
-            final.mkdir()
-            student.save(final)
-        history = trainer.state.log_history
-        artifact.counts = {"lists": len(members), "steps": steps, "documents_a_list": stream.documents.size}
-        artifact.notes = {
-            # The last one logged: the Trainer's own mean forgets the steps before a resumption.
-            "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
-            "dev": curve(history, f"dev_{dev.metric}") if dev else {},
-            "dev_metric": str(dev) if dev else None,
-            "parameters": sum(parameter.numel() for parameter in student.parameters()),
-            "precision": resolve_precision(student.device, settings.precision),
-        }
-        if agreement is not None and dev is not None:
-            artifact.notes[AGREEMENT] = curve(history, AGREEMENT)
-            alarm = last_alarm(history, f"dev_{dev.metric}")
-            if alarm is not None:
-                artifact.notes["teacher_hacking"] = alarm.to_json()
-        artifact.device = str(student.device)
-        (final / "README.md").write_text(model_card(recipe, collection, artifact.counts, artifact.notes))
-        for leftover in [best, *work.glob("checkpoint-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        if arguments.should_save:  # the first process writes
+            _finish(trainer, recipe, artifact)
+            artifact.counts = {"lists": len(members), "steps": steps, "documents_a_list": stream.documents.size}
+            card = model_card(recipe, collection, artifact.counts, artifact.notes)
+            (work / MODEL / "README.md").write_text(card)
     return Artifact(out, json.loads((out / "manifest.json").read_text()))
+
+
+def _finish(trainer: StudentTrainer, recipe: Recipe, artifact: ArtifactWriter) -> None:
+    """The best student as `model/`, the notes of the manifest; leftovers of the training go."""
+    student, dev, history = trainer.student, trainer.dev, trainer.state.log_history
+    best, final = artifact.path / BEST, artifact.path / MODEL
+    shutil.rmtree(final, ignore_errors=True)
+    if dev is not None and best.is_dir():
+        shutil.copytree(best, final)
+    else:
+        final.mkdir()
+        student.save(final)
+    artifact.notes = {
+        # The last one logged: the Trainer's own mean forgets the steps before a resumption.
+        "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        "dev": curve(history, f"dev_{dev.metric}") if dev else {},
+        "dev_metric": str(dev) if dev else None,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "precision": resolve_precision(student.device, recipe.training.precision),
+    }
+    if trainer.agreement is not None and dev is not None:
+        artifact.notes[AGREEMENT] = curve(history, AGREEMENT)
+        alarm = last_alarm(history, f"dev_{dev.metric}")
+        if alarm is not None:
+            artifact.notes["teacher_hacking"] = alarm.to_json()
+    artifact.device = str(student.device)
+    for leftover in [best, *artifact.path.glob("checkpoint-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -387,8 +401,10 @@ def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
 def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides a trained student: the weights it starts from (not where they lie), its lists and its dev set."""
     student = recipe.student.settings()
-    if student.get("model"):
-        student["model"] = resolve_model(student["model"]).revision
+    for key in ("model", "document_model"):
+        if student.get(key):
+            student[key] = resolve_model(student[key]).revision
+    student.pop("document_vectors", None)  # where they lie; the document model decides what they are
     training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
     return {"seed": recipe.seed, "student": student, "training": training, **inputs}
 

@@ -28,37 +28,38 @@ def points(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> tuple[np
     )
 
 
-def pot(left: np.ndarray, right: np.ndarray, blur: float) -> float:
-    """The cost of the entropic plan, to convergence."""
+def pot(left: np.ndarray, right: np.ndarray, blur: float, iterations: int) -> float:
+    """The cost of the entropic plan after so many iterations."""
     masses = np.full(len(left), 1 / len(left))
     cost = cdist(left, right, metric="cityblock")
-    plan = ot.sinkhorn(masses, masses, cost, blur, method="sinkhorn_log", numItermax=10_000, stopThr=1e-14)
+    plan = ot.sinkhorn(masses, masses, cost, blur, numItermax=iterations, stopThr=0, warn=False)
     return float((plan * cost).sum())
 
 
+@pytest.mark.parametrize("iterations", [5, 200])
 @pytest.mark.parametrize("blur", [0.05, 0.1, 0.5])
-def test_sinkhorn_equals_pot(blur: float) -> None:
+def test_sinkhorn_equals_pot(blur: float, iterations: int) -> None:
     student, teacher, labels, mask = batch()
     left, right = points(student, teacher, 2.0)
-    loss: Any = Sinkhorn(2.0, blur=blur, iterations=1000, debias=False)
-    expected = pot(left, right, blur)
-    assert loss(student, teacher, labels, mask).item() == pytest.approx(expected, rel=1e-6)
-    loss = Sinkhorn(2.0, blur=blur, iterations=1000)
-    expected -= pot(left, left, blur) / 2 + pot(right, right, blur) / 2
-    assert loss(student, teacher, labels, mask).item() == pytest.approx(expected, rel=1e-5)
+    loss: Any = Sinkhorn(2.0, blur=blur, iterations=iterations, debias=False)
+    expected = pot(left, right, blur, iterations)
+    assert loss(student, teacher, labels, mask).item() == pytest.approx(expected, rel=1e-9)
+    loss = Sinkhorn(2.0, blur=blur, iterations=iterations)
+    expected -= pot(left, left, blur, iterations) / 2 + pot(right, right, blur, iterations) / 2
+    assert loss(student, teacher, labels, mask).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_with_little_blur_it_is_exact_transport() -> None:
     student, teacher, labels, mask = batch()
     left, right = points(student, teacher, 1.0)
     exact = ot.emd2([], [], cdist(left, right, metric="cityblock"))
-    loss = Sinkhorn(blur=2e-3, iterations=2000, debias=False)(student, teacher, labels, mask)
+    loss = Sinkhorn(blur=2e-3, iterations=500, debias=False)(student, teacher, labels, mask)
     assert loss.item() == pytest.approx(exact, rel=1e-2)
 
 
 def test_the_plan_is_a_plan_where_its_kernel_underflows() -> None:
     """exp(-cost / blur) is 0 in float32 for every pair here; the log domain does not mind."""
-    cost = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) + 1
+    cost = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) + 1.5
     assert not torch.exp(-cost / 1e-2).any()
     plan = transport_plan(cost, 1e-2, 500)
     torch.testing.assert_close(plan.sum(1), torch.full((6,), 1 / 6))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 
+KNOWN = 10_000  # tokens of what follows a prompt's end are looked up, not computed again
 TAIL = 64  # characters of the prompt's end that decide how what follows is cut into tokens
 CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">"}
 
@@ -51,6 +52,7 @@ class Chat:
     ) -> None:
         self.tokenizer = tokenizer
         self.options = dict(options or {})
+        self._known: dict[tuple[str, str], list[int] | None] = {}
         self.template = ""  # as the model has it; empty for plain text
         if template == "auto" and getattr(tokenizer, "chat_template", None):
             self.template = str(tokenizer.get_chat_template())
@@ -109,14 +111,19 @@ class Chat:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a rendered prompt: the template has written its special tokens, plain text gets the usual."""
-        ids = list(self.tokenizer(text, add_special_tokens=not self.template)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=not self.template, verbose=False)["input_ids"])
         if not self.template and ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # the answer is still to come
         return ids
 
     def text_tokens(self, text: str) -> list[int]:
         """Token ids of a text alone."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text alone."""
+        ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [len(tokens) for tokens in ids]
 
     # -- identifiers --------------------------------------------------------------------------------------------------
 
@@ -136,9 +143,13 @@ class Chat:
 
     def _after(self, prompt: str, following: str) -> list[int] | None:
         """The tokens of what follows a prompt; None where the two run into one token."""
-        tail = prompt[-TAIL:]
-        start, whole = self.text_tokens(tail), self.text_tokens(tail + following)
-        return whole[len(start) :] if whole[: len(start)] == start else None
+        key = prompt[-TAIL:], following
+        if key not in self._known:
+            if len(self._known) > KNOWN:
+                self._known.clear()
+            start, whole = self.text_tokens(key[0]), self.text_tokens("".join(key))
+            self._known[key] = whole[len(start) :] if whole[: len(start)] == start else None
+        return self._known[key]
 
     def identifier_tokens(self, prompt: str, identifiers: Sequence[str]) -> dict[str, list[int]]:
         """Identifier → the tokens that say it right after the prompt, the one the tokenizer would choose first.

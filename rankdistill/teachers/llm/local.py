@@ -126,7 +126,7 @@ class TransformersBackend(Backend):
         return len(self.chat.tokens(self.chat.render(request.messages, request.before)))
 
     def count_text(self, texts: Sequence[str]) -> list[int]:
-        return [len(self.chat.text_tokens(text)) for text in texts]
+        return self.chat.count(texts)
 
     def load(self) -> Any:
         """The model, loaded once.

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError, require
+from rankdistill.teachers.llm.answers import identifier_logits
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.chat import separators
 
@@ -318,12 +319,10 @@ class OpenAIBackend(Backend):
             said += step.token
             if said.strip() != wanted and found is not None:
                 break
-        logits: dict[str, float] = {}
-        for token in [*found.top_logprobs, found] if found is not None else []:
-            name, value = token.token.strip(), float(token.logprob)
-            # Several tokens may read as one identifier ("A", " A"): the larger counts. -9999 stands for minus infinity.
-            if name in request.identifiers and math.isfinite(value) and value > -9000:
-                logits[name] = max(value, logits.get(name, -math.inf))
+        tokens = [*found.top_logprobs, found] if found is not None else []
+        # -9999 is how some servers write minus infinity.
+        values = [(token.token, float(token.logprob)) for token in tokens if -9000 < float(token.logprob) < math.inf]
+        logits = identifier_logits(values, request.identifiers)
         best = max(logits, key=lambda name: logits[name], default="")
         return Answer(best, logits, self._usage(request, response))
 

@@ -115,11 +115,15 @@ def joined_logits(windows: Sequence[tuple[Sequence[int], np.ndarray]], count: in
     if not columns:
         return np.zeros(count)
     documents_at, logit = np.concatenate(columns), np.concatenate(values)
+    if len(columns) == 1:  # nothing to fit, and equal logits stay equal to the last digit
+        scores = np.full(count, logit.min())
+        scores[documents_at] = logit
+        return np.asarray(scores - scores.mean())
     matrix = np.zeros((len(logit), count + len(columns)))
     rows = np.arange(len(logit))
     matrix[rows, documents_at] = 1
     matrix[rows, count + np.repeat(np.arange(len(columns)), [len(part) for part in columns])] = 1
-    scores = np.linalg.lstsq(matrix, logit, rcond=None)[0][:count]
+    scores = np.asarray(np.linalg.lstsq(matrix, logit, rcond=None)[0][:count])
     seen = np.zeros(count, dtype=bool)
     seen[documents_at] = True
     scores = np.where(seen, scores, scores[seen].min())

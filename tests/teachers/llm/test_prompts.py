@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rankdistill.errors import UsageError
 from rankdistill.recipe import shipped
 from rankdistill.teachers.llm.base import Request
-from rankdistill.teachers.llm.prompts import FOLDER, Prompt, answer_tokens, escaped, fit_passages, load_prompt
+from rankdistill.teachers.llm.prompts import FOLDER, answer_tokens, escaped, fit_passages, load_prompt
 
 HOSTILE = [
     "[1] > [2] > [3]",
@@ -57,7 +57,15 @@ def test_identifiers_and_the_rule_for_answers() -> None:
     with pytest.raises(UsageError, match="26 letters"):
         letters.render("q", ["x"] * 27)
     assert numbers.is_whole(" [2] > [1]>[3]\n", ("1", "2", "3"))
-    for wrong in ("", "[1] > [2]", "[1] > [2] > [2]", "[1] > [2] > [4]", "[1], [2], [3]", "I say [1] > [2] > [3]", "1 > 2 > 3"):
+    for wrong in (
+        "",
+        "[1] > [2]",
+        "[1] > [2] > [2]",
+        "[1] > [2] > [4]",
+        "[1], [2], [3]",
+        "I say [1] > [2] > [3]",
+        "1 > 2 > 3",
+    ):
         assert not numbers.is_whole(wrong, ("1", "2", "3"))
 
 
@@ -80,7 +88,9 @@ def test_hostile_passages_and_queries_stay_text(name: str, text: str) -> None:
     user(hostile).encode("utf-8")  # no half of a surrogate pair is left
 
 
-@pytest.mark.parametrize("special", ["<|im_start|>", "<|im_end|>", "</s>", "<s>", "[INST]", "[CLS]", "<end_of_turn>", "<|eot_id|>"])
+@pytest.mark.parametrize(
+    "special", ["<|im_start|>", "<|im_end|>", "</s>", "<s>", "[INST]", "[CLS]", "<end_of_turn>", "<|eot_id|>"]
+)
 def test_a_real_tokenizer_finds_no_special_token_in_a_passage(special: str) -> None:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -103,7 +113,11 @@ def test_escaping_holds_for_any_text(text: str) -> None:
 
 
 def test_ordinary_text_stays_as_it_is() -> None:
-    for text in ("Fleas live 2–3 months (70°F); x < 5, a > b, «çà», 90 % — ok.", "A list: 1. one 2. two", "日本語の文章。"):
+    for text in (
+        "Fleas live 2–3 months (70°F); x < 5, a > b, «çà», 90 % — ok.",
+        "A list: 1. one 2. two",
+        "日本語の文章。",
+    ):
         assert escaped(text) == text
 
 

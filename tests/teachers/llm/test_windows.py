@@ -32,7 +32,9 @@ def test_short_and_odd_lists(count: int, expected: list[tuple[int, int]]) -> Non
     assert windows(count, 20, 10, passes=3) == expected * 3
 
 
-@pytest.mark.parametrize(("count", "size", "step"), [(n, s, t) for n in (2, 7, 30) for s in (2, 5, 9) for t in (1, 2, 5)])
+@pytest.mark.parametrize(
+    ("count", "size", "step"), [(n, s, t) for n in (2, 7, 30) for s in (2, 5, 9) for t in (1, 2, 5)]
+)
 def test_every_document_is_seen_and_windows_go_to_the_front(count: int, size: int, step: int) -> None:
     if step > size:
         return

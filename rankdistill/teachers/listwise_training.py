@@ -1,0 +1,518 @@
+"""Training a listwise ranker: a causal language model learns a teacher's orders (FIRST, Gangi Reddy et al. 2024,
+arXiv:2406.15657).
+
+Each step shows windows of passages, shuffled, as the teacher of type `listwise` will show them. The loss is that of
+the whole answer as text, plus RankNet on the identifiers' logits where the answer's first identifier is due: those
+logits are then an order of all passages after a single step (decoding: first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from rankdistill.artifacts import (
+    Artifact,
+    file_digest,
+    find_artifact,
+    fingerprint,
+    locked,
+    open_artifact,
+    write_artifact,
+)
+from rankdistill.errors import RankdistillError, UsageError, require
+from rankdistill.progress import progress, quiet_transformers, say, warn
+from rankdistill.runs import iter_run
+from rankdistill.scores.lists import ScoredLists
+from rankdistill.students.models import resolve_model
+from rankdistill.students.token_batches import Precision, resolve_precision
+from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
+from rankdistill.teachers.llm.local import load_causal_lm
+from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rankdistill.collections import Collection
+    from rankdistill.losses.ranknet import RankNet
+
+CHECKPOINTS = 4  # over a training
+LONG = "word " * 4096  # a text longer than any budget
+
+
+class Lora(BaseModel):
+    """Low-rank adapters instead of all weights (Hu et al. 2021); merged into the weights that are saved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    layers: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the layers that get one")
+
+
+class ListwiseTraining(BaseModel):
+    """How a listwise ranker is trained; the defaults are FIRST's, but for the batch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    orders: str = Field(description="the teacher's orders: a run file, or a folder of scored lists")
+    ranking_weight: float = Field(10.0, ge=0, description="of RankNet on the first identifiers' logits; 0: text alone")
+    text_weight: float = Field(1.0, ge=0, description="of the answer's language model loss")
+    depth: int | None = Field(None, ge=2, description="documents of each order that are used, from its beginning")
+    queries: int | None = Field(None, ge=1, description="orders at most, drawn by the seed")
+    epochs: float = Field(3.0, gt=0, description="passes over the orders; each draws and shuffles its windows anew")
+    steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
+    learning_rate: float = Field(5e-6, gt=0)
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(4, ge=1, description="windows in one pass")
+    accumulation: int = Field(8, ge=1, description="passes a step")
+    noise: float = Field(5.0, ge=0, description="NEFTune: uniform noise on the input embeddings; 0: none")
+    lora: Lora | None = Field(None, description="train adapters; null: all weights")
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    precision: Precision = "auto"
+
+
+class Window(NamedTuple):
+    """Passages as they are shown, and the teacher's score of each."""
+
+    query: str
+    passages: list[str]
+    scores: np.ndarray  # float32 [passages]
+
+
+def first_loss(
+    logits: Tensor,
+    answers: Tensor,
+    lengths: Tensor,
+    identifiers: Tensor,
+    teacher_scores: Tensor,
+    mask: Tensor,
+    ranking: RankNet,
+) -> tuple[Tensor, Tensor]:
+    """The two parts of FIRST's loss.
+
+    Args:
+        logits: [windows, n + 1, vocabulary], of the last n + 1 places; what is said at a place follows the one before.
+        answers: [windows, n], int: each answer's tokens, padded on the left.
+        lengths: [windows], int: tokens of each answer.
+        identifiers: [windows, passages], int: the token of each passage's identifier, in the order shown.
+        teacher_scores: [windows, passages], float32; only their order counts.
+        mask: [windows, passages], bool: False pads windows of unequal length.
+        ranking: RankNet with weighting `rank`: a weighted mean over pairs, so that its weight means the same for any
+            window.
+
+    Returns:
+        Cross-entropy of the answers' tokens (mean over all of them), and RankNet on the identifiers' logits where the
+        first one is due; scalars.
+    """
+    import torch
+    from torch.nn import functional
+
+    logits = logits.float()
+    width = answers.shape[1]
+    places = torch.arange(width, device=answers.device)
+    said = places[None, :] >= width - lengths[:, None]
+    text = functional.cross_entropy(logits[:, :-1][said], answers[said])
+    due = logits[torch.arange(len(logits), device=logits.device), width - lengths]
+    scores = due.gather(1, identifiers)
+    labels = torch.full_like(identifiers, -1)
+    return text, ranking(scores, teacher_scores.detach(), labels, mask)
+
+
+class Windows:
+    """Training examples: item i is a window of an order, drawn and shuffled by the seed and i alone.
+
+    Args:
+        orders: (query, texts, scores) a query, the scores falling.
+        count: how many items.
+        size: passages a window; a longer order gives a sample of its documents.
+    """
+
+    def __init__(self, orders: Sequence[Callable[[], Window]], count: int, size: int, seed: int) -> None:
+        self.orders, self.count, self.size, self.seed = orders, count, size, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, item: int) -> Window:
+        lap, place = divmod(item, len(self.orders))
+        at = int(np.random.default_rng([self.seed, lap]).permutation(len(self.orders))[place])
+        query, passages, scores = self.orders[at]()
+        shown = np.random.default_rng([self.seed, lap, at, 1]).permutation(len(passages))[: self.size]
+        return Window(query, [passages[row] for row in shown], scores[shown])
+
+
+class Collator:
+    """Windows to one padded batch; what a prompt looks like is what the teacher will show.
+
+    Args:
+        context: tokens that the model holds.
+    """
+
+    def __init__(self, chat: Chat, prompt: Prompt, passage_tokens: int, context: int) -> None:
+        self.chat, self.prompt, self.passage_tokens, self.context = chat, prompt, passage_tokens, context
+
+    def example(self, window: Window) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of the prompt, of the answer with its end, and of each identifier in the order shown.
+
+        Raises:
+            UsageError: an identifier is no single token, or both are longer than the context.
+        """
+        passages, _ = fit_passages(window.passages, self.passage_tokens, self.chat.count, self.prompt.delimiters)
+        request = self.prompt.render(window.query, passages, decoding="first")
+        text = self.chat.render(request.messages, request.before)
+        names = request.identifiers
+        separator, end = separators(request.before)
+        order = [names[at] for at in np.argsort(-window.scores, kind="stable")]
+        singles = self.chat.identifier_tokens(text, names)
+        between = self.chat.answer_tokens(text, names, separator)
+        answer = [token for name in order[:-1] for token in between[name]]
+        answer += self.chat.answer_tokens(text, order[-1:], end)[order[-1]]
+        if self.chat.tokenizer.eos_token_id is not None:
+            answer.append(int(self.chat.tokenizer.eos_token_id))
+        ids = self.chat.tokens(text)
+        if len(ids) + len(answer) > self.context:
+            raise UsageError(
+                f"a prompt of {len(ids):,} tokens and its answer of {len(answer):,} are more than the "
+                f"{self.context:,} tokens that the model holds",
+                where=f"a window of {len(names)} passages",
+                fix="a smaller window or a smaller passage_tokens",
+            )
+        return ids, answer, [singles[name][0] for name in names]
+
+    def __call__(self, windows: Sequence[Window]) -> dict[str, Tensor]:
+        import torch
+
+        rows = [self.example(window) for window in windows]
+        width = max(len(ids) + len(answer) for ids, answer, _ in rows)
+        longest, passages = max(len(answer) for _, answer, _ in rows), max(len(names) for _, _, names in rows)
+        padding = int(self.chat.tokenizer.pad_token_id or 0)
+        batch = {
+            "input_ids": torch.full((len(rows), width), padding),
+            "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+            "answers": torch.full((len(rows), longest), padding),
+            "lengths": torch.tensor([len(answer) for _, answer, _ in rows]),
+            "identifiers": torch.zeros(len(rows), passages, dtype=torch.long),
+            "teacher_scores": torch.zeros(len(rows), passages),
+            "mask": torch.zeros(len(rows), passages, dtype=torch.bool),
+        }
+        for row, ((ids, answer, names), window) in enumerate(zip(rows, windows, strict=True)):
+            batch["input_ids"][row, width - len(ids) - len(answer) :] = torch.tensor(ids + answer)
+            batch["attention_mask"][row, width - len(ids) - len(answer) :] = 1
+            batch["answers"][row, longest - len(answer) :] = torch.tensor(answer)
+            batch["identifiers"][row, : len(names)] = torch.tensor(names)
+            batch["teacher_scores"][row, : len(names)] = torch.from_numpy(window.scores.astype(np.float32))
+            batch["mask"][row, : len(names)] = True
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orders
+
+
+def orders_fingerprint(orders: str | Path) -> str:
+    """Of a run file's bytes, or of scored lists."""
+    path = Path(orders).expanduser()
+    if path.is_dir():
+        return open_artifact(path, "lists").fingerprint
+    if not path.is_file():
+        raise UsageError("there are no orders here", where=str(orders), fix="a run file or a folder of scored lists")
+    return file_digest(path)
+
+
+def read_orders(orders: str | Path, collection: Collection) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """(query_id, doc_ids, scores float32 [n]) of a run or of scored lists, scores falling.
+
+    Of a run, only the order is the teacher's: its scores are replaced by 0, -1, -2 ... (re-rankers deal out the first
+    stage's scores anew). Of scored lists, documents of one score stay tied.
+    """
+    path = Path(orders).expanduser()
+    if not path.is_dir():
+        for query_id, doc_ids, scores in iter_run(path):
+            yield query_id, list(doc_ids), -np.arange(len(scores), dtype=np.float32)
+        return
+    lists = ScoredLists.open(path, collection)
+    for number in range(len(lists)):
+        item = lists[number]
+        best = np.argsort(-item.scores, kind="stable")
+        yield item.query_id, collection.doc_ids(item.doc_rows[best]), np.asarray(item.scores[best], dtype=np.float32)
+
+
+def _choose(
+    collection: Collection, settings: ListwiseTraining, seed: int
+) -> tuple[list[Callable[[], Window]], dict[str, int]]:
+    """How to make each order's texts, in an order that depends on the seed and the queries alone."""
+    found: list[tuple[bytes, str, list[int], np.ndarray]] = []
+    counts = {"orders": 0, "unknown_documents": 0, "short_orders": 0, "unknown_queries": 0}
+    for query_id, doc_ids, scores in read_orders(settings.orders, collection):
+        doc_ids, scores = doc_ids[: settings.depth], scores[: settings.depth]
+        rows = np.asarray(collection.doc_rows(doc_ids))
+        known = rows >= 0
+        counts["unknown_documents"] += int((~known).sum())
+        if not collection.has_queries([query_id])[0]:
+            counts["unknown_queries"] += 1
+        elif known.sum() < 2:
+            counts["short_orders"] += 1
+        else:
+            own = hashlib.sha256(f"{seed}\0{query_id}".encode()).digest()
+            found.append((own, query_id, rows[known].tolist(), scores[known]))
+    found = sorted(found, key=lambda item: item[:2])[: settings.queries]
+    counts |= {"orders": len(found), "longest": max((len(item[2]) for item in found), default=0)}
+    for name, text in (
+        ("unknown_documents", "documents are not in the collection and were left out"),
+        ("unknown_queries", "queries are not in the collection and were left out"),
+        ("short_orders", "orders of fewer than two documents were left out"),
+    ):
+        if counts[name]:
+            warn(f"{counts[name]:,} {text}")
+    if not found:
+        raise RankdistillError("no order of two documents is left", where=settings.orders)
+
+    def maker(query_id: str, rows: list[int], scores: np.ndarray) -> Callable[[], Window]:
+        return lambda: Window(collection.query_texts([query_id])[0], collection.document_texts(rows), scores)
+
+    return [maker(*item[1:]) for item in found], counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_listwise(
+    model: str,
+    collection: Collection,
+    out: str | Path,
+    settings: ListwiseTraining | Mapping[str, Any],
+    *,
+    prompt: str = "listwise_letters",
+    window: int = 20,
+    passage_tokens: int = 200,
+    chat_template: Literal["auto", "plain"] = "auto",
+    template_options: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    seed: int = 42,
+) -> Artifact:
+    """Train a causal language model to put passages in a teacher's order; an artifact of kind "teacher".
+
+    `out`/model is an ordinary causal language model (safetensors, tokenizer, chat template): give it to a backend, or
+    serve it. What is there already with the same settings is not made again; a killed training goes on from its last
+    checkpoint.
+
+    Args:
+        model: the folder or hub name to start from.
+        settings: see ListwiseTraining; `orders` names the teacher's.
+        prompt: template, window, passage_tokens: as the teacher will ask.
+
+    Raises:
+        UsageError: the identifiers are no single tokens, or a window is longer than the model's context.
+        RankdistillError: no order is left, the training diverged, or `peft` is missing where `lora` is asked for.
+    """
+    chosen = settings if isinstance(settings, ListwiseTraining) else ListwiseTraining.model_validate(settings)
+    out = Path(out)
+    template = load_prompt(prompt, "listwise")
+    inputs = {"collection": collection.fingerprint, "orders": orders_fingerprint(chosen.orders)}
+    values = {
+        "model": resolve_model(model).revision,
+        "train": chosen.model_dump(exclude={"orders"}),
+        "prompt": template.fingerprint(),
+        "window": window,
+        "passage_tokens": passage_tokens,
+        "chat_template": chat_template,
+        "template_options": dict(template_options or {}),
+        "seed": seed,
+    }
+    made = fingerprint([values, inputs])
+    with locked(out):
+        if (known := find_artifact(out, "teacher", made)) is not None:
+            return known
+        with write_artifact(
+            out, kind="teacher", fingerprint=made, settings=values, inputs=inputs, resume=True
+        ) as writer:
+            writer.counts = fine_tune(
+                resolve_model(model).path,
+                chosen,
+                collection,
+                writer.path / "model",
+                prompt=template,
+                window=window,
+                passage_tokens=passage_tokens,
+                chat_template=chat_template,
+                template_options=template_options,
+                device=device,
+                seed=seed,
+            )
+    return open_artifact(out, "teacher")
+
+
+def fine_tune(
+    start: Path,
+    settings: ListwiseTraining,
+    collection: Collection,
+    out: Path,
+    *,
+    prompt: Prompt,
+    window: int,
+    passage_tokens: int,
+    chat_template: Literal["auto", "plain"] = "auto",
+    template_options: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """Train and save `out`; see `train_listwise`. Checkpoints lie beside `out` while it is made."""
+    import torch
+
+    if not settings.ranking_weight and not settings.text_weight:
+        raise UsageError("both losses have a weight of 0", where="train", fix="ranking_weight or text_weight above 0")
+    started = time.monotonic()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = resolve_precision(place, settings.precision)
+    chat = Chat(load_tokenizer(start), chat_template, template_options)
+    torch.manual_seed(seed)  # adapters start at random
+    # Adapters leave the weights as they are, so those may be in half precision; all weights are trained in float32.
+    model = load_causal_lm(start, precision if settings.lora else "fp32").to(place)
+    config = model.config.get_text_config()
+    collate = Collator(chat, prompt, passage_tokens, int(getattr(config, "max_position_embeddings", None) or 1 << 30))
+    orders, counts = _choose(collection, settings, seed)
+    widest = min(window, counts["longest"])
+    collate.example(Window(LONG[:200], [LONG] * widest, np.arange(widest, dtype=np.float32)))  # now, not at step 9,000
+    a_step = settings.batch_size * settings.accumulation
+    steps = settings.steps or max(1, math.ceil(settings.epochs * len(orders) / a_step))
+    examples = Windows(orders, steps * a_step, window, seed)
+    say(f"training a listwise ranker: {len(orders):,} orders, {steps:,} steps of {a_step} windows, {precision}")
+    if settings.lora:
+        model = _adapted(model, settings.lora)
+    model.config.use_cache = False
+    work = out.with_name(f".{out.name}.training")
+    report = _run_trainer(model, examples, collate, settings, steps, precision, place, work, seed)
+    if settings.lora:
+        model = model.merge_and_unload()
+    _save(model, chat, start, out)
+    shutil.rmtree(work, ignore_errors=True)
+    return {**counts, "steps": steps, **report, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _adapted(model: Any, lora: Lora) -> Any:
+    peft = require("peft", extra="llm", why="training adapters (train.lora)")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.layers
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _run_trainer(
+    model: Any,
+    examples: Windows,
+    collate: Collator,
+    settings: ListwiseTraining,
+    steps: int,
+    precision: str,
+    device: torch.device,
+    work: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Losses of the last steps."""
+    import inspect
+
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from rankdistill.losses.ranknet import RankNet
+    from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+
+    ranking = RankNet(weighting="rank")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    recent: list[tuple[float, float]] = []
+
+    class FirstTrainer(SafeCheckpoints, Trainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+            inputs = dict(inputs)
+            ids, attention = inputs.pop("input_ids"), inputs.pop("attention_mask")
+            kept = inputs["answers"].shape[1] + 1
+            positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+            options = {"logits_to_keep": kept} if keeps else {}
+            result = model(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
+            text, ranks = first_loss(result.logits[:, -kept:], **inputs, ranking=ranking)
+            recent.append((float(text.detach()), float(ranks.detach())))
+            del recent[: -20 * settings.accumulation]
+            return settings.text_weight * text + settings.ranking_weight * ranks
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(examples)  # the windows are in a random order
+
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=round(settings.warmup * steps),
+        lr_scheduler_type="linear",
+        neftune_noise_alpha=settings.noise or None,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        save_strategy="steps",
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=1,
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type != "cpu",
+    )
+    with progress("training the listwise ranker", steps, "steps") as bar:
+
+        class Advance(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                bar.done = state.global_step
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                text, ranks = np.mean(recent[-settings.accumulation :], axis=0)
+                bar.advance(note=f"text {text:.3f}, ranking {ranks:.3f}")
+
+        with quiet_transformers():
+            trainer = FirstTrainer(
+                model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Advance()]
+            )
+            trainer.model_accepts_loss_kwargs = False  # our loss is a mean: the trainer divides by the accumulation
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            checkpoint = last_checkpoint(work)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if any(not bool(torch.isfinite(weight).all()) for weight in model.parameters()):
+        raise RankdistillError(
+            "training the listwise ranker diverged",
+            fix="lower teacher.train.learning_rate, or train with precision: fp32",
+        )
+    text, ranks = np.mean(recent, axis=0) if recent else (float("nan"), float("nan"))
+    return {"precision": precision, "text_loss": round(float(text), 4), "ranking_loss": round(float(ranks), 4)}
+
+
+def _save(model: Any, chat: Chat, start: Path, out: Path) -> None:
+    """An ordinary causal language model, its weights in the format that they came in."""
+    import torch
+
+    given = json.loads((start / "config.json").read_text())
+    name = str(given.get("dtype") or given.get("torch_dtype") or "float32")
+    model.config.use_cache = True
+    with quiet_transformers():
+        model.to(getattr(torch, name, torch.float32)).save_pretrained(str(out))
+        chat.tokenizer.save_pretrained(str(out))

@@ -1,0 +1,258 @@
+"""Late-interaction search: what is on disk is what was encoded, and exact search is brute force."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pytest
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.engines import check_index, encode_collection, exhaustive_engine, index_files
+from rankdistill.indexes.multi_vector import (
+    MultiVectorEngine,
+    TokenIndex,
+    encode_document_tokens,
+    open_token_vectors,
+)
+from rankdistill.students import token_vectors
+from rankdistill.students.token_vectors import TokenVectors
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+TEXTS = [" ".join(f"w{(row * 7 + place * place) % 23}" for place in range(1 + row % 9)) for row in range(100)]
+QUERIES = ["w1 w2 w3", "w7", "w20 w5 w5 w11 w0"]
+
+# Encodes slowly and writes down every text it encodes, so that a killed process leaves a record.
+SLOW_ENCODER = """
+import sys, time
+import numpy as np
+from rankdistill.collections import open_collection
+from rankdistill.indexes.multi_vector import encode_document_tokens
+from rankdistill.students.token_vectors import TokenVectors
+
+class Slow:
+    dimension, storage, fingerprint = 2, "fp16", "slow"
+    def encode_documents(self, texts):
+        with open(sys.argv[3], "a") as log:
+            for text in texts:
+                time.sleep(0.002)
+                log.write(text + "\\n")
+        return TokenVectors.of([np.array([[len(word), ord(word[-1])] for word in text.split()]) for text in texts], 2)
+
+encode_document_tokens(Slow(), open_collection(sys.argv[1]), sys.argv[2], shard_size=10)
+"""
+
+
+class WordTokens:
+    """A real, tiny encoder: a fixed random vector of length one for each word."""
+
+    dimension = 8
+
+    def __init__(self, storage: Literal["fp16", "fp32"] = "fp32", seed: int = 0) -> None:
+        self.storage, self.fingerprint, self.encoded = storage, f"words-{seed}", 0
+        self.table = np.random.default_rng(seed).normal(size=(23, self.dimension)).astype(np.float32)
+        self.table /= np.linalg.norm(self.table, axis=1, keepdims=True)
+
+    def encode_queries(self, texts: Any) -> TokenVectors:
+        return self.encode_documents(texts)
+
+    def encode_documents(self, texts: Any) -> TokenVectors:
+        self.encoded += len(texts)
+        words = [[int(word[1:]) for word in text.split()] for text in texts]
+        return TokenVectors.of([self.table[np.array(one, np.int64)] for one in words], self.dimension)
+
+    def score(self, query: str, text: str) -> float:
+        mine, theirs = self.encode_documents([query])[0], self.encode_documents([text])[0]
+        return float((mine.astype(np.float64) @ theirs.T.astype(np.float64)).max(axis=1).sum())
+
+
+def test_the_files_hold_the_encoders_vectors(make_collection: Any, tmp_path: Path) -> None:
+    collection, encoder = make_collection(TEXTS), WordTokens()
+    artifact = encode_document_tokens(encoder, collection, tmp_path / "v", shard_size=7)
+    stored = open_token_vectors(artifact)
+    made = encoder.encode_documents(TEXTS)
+    assert isinstance(stored.vectors, np.memmap) and stored.vectors.dtype == np.float32
+    np.testing.assert_array_equal(stored.vectors, made.vectors)
+    np.testing.assert_array_equal(stored.offsets, made.offsets)
+    assert artifact.counts == {"documents": 100, "tokens": len(made.vectors), "dimension": 8}
+    assert not (artifact.path / "lengths.bin").exists()
+    encoded = encoder.encoded
+    assert encode_document_tokens(encoder, collection, tmp_path / "v").fingerprint == artifact.fingerprint
+    assert encoder.encoded == encoded  # it was there
+    half = encode_document_tokens(WordTokens("fp16"), collection, tmp_path / "half")
+    assert half.fingerprint != artifact.fingerprint
+    vectors = open_token_vectors(half).vectors
+    assert vectors.dtype == np.float16 and vectors.nbytes == stored.vectors.nbytes // 2
+    np.testing.assert_allclose(vectors, made.vectors, atol=5e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6], ids=["one at a time", "small blocks", "all at once"])
+def test_search_is_brute_force(
+    make_collection: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    monkeypatch.setattr(token_vectors, "BLOCK_TOKENS", budget)
+    monkeypatch.setattr(token_vectors, "BUDGET", budget)
+    encoder = WordTokens()
+    collection = make_collection(TEXTS)
+    engine = MultiVectorEngine.over(encoder, encode_document_tokens(encoder, collection, tmp_path / "v"))
+    scores = np.array([[encoder.score(query, text) for text in TEXTS] for query in QUERIES])
+    for hits, row in zip(engine.search(QUERIES, 30), scores, strict=True):
+        assert len(hits.rows) == 30
+        # Texts with the same words tie: by row.
+        expected = np.lexsort((np.arange(100), -row.round(5)))[:30]
+        np.testing.assert_allclose(hits.scores, row[expected], atol=1e-5)
+        np.testing.assert_allclose(row[hits.rows], hits.scores, atol=1e-5)
+        assert len(set(hits.rows.tolist())) == 30 and (hits.rows >= 0).all()
+        np.testing.assert_allclose(engine.index.scores(encoder.encode_queries([QUERIES[0]])[0], np.array([3, 99, 3])),
+                                   scores[0][[3, 99, 3]], atol=1e-5)  # fmt: skip
+    assert len(engine.search(QUERIES[:1], 1000)[0].rows) == 100
+    assert engine.search([], 5) == []
+
+
+def test_equal_documents_are_ranked_by_row(make_collection: Any, tmp_path: Path) -> None:
+    encoder = WordTokens()
+    collection = make_collection(["w1 w2"] * 5 + ["w3"] * 5)
+    engine = MultiVectorEngine.over(encoder, encode_document_tokens(encoder, collection, tmp_path / "v"))
+    assert engine.search(["w1"], 3)[0].rows.tolist() == [0, 1, 2]
+
+
+def test_a_document_without_tokens_is_last(make_collection: Any, tmp_path: Path) -> None:
+    encoder = WordTokens()
+    collection = make_collection(["w1", "", "w2 w3", ""])
+    engine = MultiVectorEngine.over(encoder, encode_document_tokens(encoder, collection, tmp_path / "v"))
+    hits = engine.search(["w2"], 4)[0]
+    assert hits.rows[0] == 2 and set(hits.rows[2:].tolist()) == {1, 3}
+    assert np.isfinite(hits.scores).all() and (hits.scores[2:] < -1e8).all()
+
+
+def test_bytes_are_those_on_disk(make_collection: Any, tmp_path: Path) -> None:
+    encoder = WordTokens("fp16")
+    artifact = encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v")
+    engine = MultiVectorEngine.over(encoder, artifact)
+    on_disk = sum((artifact.path / name).stat().st_size for name in ("tokens.npy", "offsets.npy"))
+    assert 0 <= on_disk - engine.index.bytes <= 256  # the two headers
+
+
+def test_another_students_or_collections_vectors_are_refused(make_collection: Any, tmp_path: Path) -> None:
+    encoder, collection = WordTokens(), make_collection(TEXTS)
+    artifact = encode_document_tokens(encoder, collection, tmp_path / "v")
+    with pytest.raises(RankdistillError, match="another encoder"):
+        MultiVectorEngine.over(WordTokens(seed=1), artifact)
+    index = TokenIndex(open_token_vectors(artifact), artifact.fingerprint, dict(artifact.manifest["inputs"]))
+    with pytest.raises(RankdistillError, match="another collection"):
+        index.check(encoder, make_collection(TEXTS[:5]))
+    with pytest.raises(RankdistillError, match=r"\[n, 8\] was expected"):
+        index.search(TokenVectors.of([np.ones((2, 5), np.float32)], 5), 3)
+    np.save(artifact.path / "offsets.npy", np.arange(101))
+    with pytest.raises(RankdistillError, match="do not belong together"):
+        open_token_vectors(artifact)
+
+
+@pytest.mark.parametrize(("storage", "value"), [("fp32", np.nan), ("fp32", np.inf), ("fp16", 1e6)])
+def test_bad_vectors_are_refused_by_name(
+    make_collection: Any, tmp_path: Path, storage: Literal["fp16", "fp32"], value: float
+) -> None:
+    encoder = WordTokens(storage)
+    encode = encoder.encode_documents
+
+    def broken(texts: Any) -> TokenVectors:
+        made = encode(texts)
+        made.vectors[made.offsets[3] + 1, 5] = value
+        return made
+
+    encoder.encode_documents = broken  # type: ignore[method-assign]
+    with pytest.raises(RankdistillError, match="NaN or infinity") as caught:
+        encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v", shard_size=10)
+    assert "'d3'" in str(caught.value)
+    encoder.encode_documents = lambda texts: encode(texts[:-1])  # type: ignore[method-assign]
+    with pytest.raises(RankdistillError, match="came back for"):
+        encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v")
+
+
+def test_after_kill_9_no_finished_shard_is_encoded_again(make_collection: Any, tmp_path: Path) -> None:
+    collection: Collection = make_collection(TEXTS)
+    log, kills = tmp_path / "log", 0
+    command = [sys.executable, "-c", SLOW_ENCODER, collection.spec, str(tmp_path / "v"), str(log)]
+    while True:
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        # Killed 25 texts later: two shards are finished, the third is in flight.
+        while process.poll() is None and kills < 2:
+            if log.exists() and len(log.read_text().splitlines()) >= before + 25:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    encoded = log.read_text().splitlines()
+    assert kills == 2 and set(encoded) == set(TEXTS)
+    assert 100 <= len(encoded) <= 100 + kills * 10  # at most the shard in flight, each time
+    stored = open_token_vectors(tmp_path / "v")
+    for text, vectors in zip(TEXTS, stored, strict=True):
+        np.testing.assert_array_equal(vectors, [[len(word), ord(word[-1])] for word in text.split()])
+
+
+def test_what_was_written_beyond_the_last_shard_is_cut_off(make_collection: Any, tmp_path: Path) -> None:
+    """As a kill between two writes leaves it: tokens without their lengths, and half a vector."""
+    encoder, collection = WordTokens(), make_collection(TEXTS)
+    encode = encoder.encode_documents
+
+    def fails(texts: Any) -> TokenVectors:
+        if encoder.encoded >= 40:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    encoder.encode_documents = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        encode_document_tokens(encoder, collection, tmp_path / "v", shard_size=20)
+    (partial,) = tmp_path.rglob("tokens.npy")
+    with open(partial, "ab") as stream:
+        stream.write(b"\x01" * 77)
+    encoder.encode_documents = encode  # type: ignore[method-assign]
+    stored = open_token_vectors(encode_document_tokens(encoder, collection, tmp_path / "v", shard_size=20))
+    np.testing.assert_array_equal(stored.vectors, encode(TEXTS).vectors)
+
+
+def test_a_student_and_its_engine(make_collection: Any, tiny_encoder: Path, tmp_path: Path) -> None:
+    """The real model: exact search gives what the plain library's similarity gives, to the accuracy of the format."""
+    from sentence_transformers import MultiVectorEncoder
+
+    from rankdistill.students.dense import DenseStudent
+    from rankdistill.students.multi_vector import MultiVectorStudent
+
+    texts = ["iron rusts in water", "gold is used for coins", "the moon goes round the earth", "bees make honey"]
+    collection = make_collection(texts)
+    for storage, tolerance in (("fp32", 1e-5), ("fp16", 2e-3)):
+        student = MultiVectorStudent(str(tiny_encoder), precision="fp32", storage=storage).create("cpu")  # type: ignore[arg-type]
+        engine = exhaustive_engine(student, encode_collection(student, collection, tmp_path / storage))
+        assert isinstance(engine, MultiVectorEngine)
+        student.save(tmp_path / f"{storage}-model")
+        plain = MultiVectorEncoder(str(tmp_path / f"{storage}-model"), device="cpu", local_files_only=True)
+        expected = np.asarray(plain.similarity(plain.encode_query(["which metal rusts"]), plain.encode_document(texts)))
+        hits = engine.search(["which metal rusts"], 4)[0]
+        np.testing.assert_allclose(hits.scores, expected[0][hits.rows], atol=tolerance)
+        assert (np.diff(hits.scores) <= 0).all()
+    dense = DenseStudent(str(tiny_encoder), precision="fp32").create("cpu")
+    vectors = encode_collection(dense, collection, tmp_path / "dense")
+    assert vectors.kind == "vectors" and exhaustive_engine(dense, vectors).name == "dense"
+
+
+def test_index_files_of_a_multi_vector_student_are_refused() -> None:
+    assert index_files("dense", ["flat", "ivf_pq"]) == ["flat", "ivf_pq"]
+    assert index_files("multi_vector", ["flat"]) == [] == index_files("multi_vector", [])
+    for name in ("ivf_pq", "distill_pq", "binary"):
+        with pytest.raises(UsageError, match=r"one a token(?s:.*)\[flat\]"):
+            index_files("multi_vector", ["flat", name])
+    with pytest.raises(UsageError, match="searched as they are"):
+        check_index("multi_vector", "flat")
+    check_index("dense", "flat")

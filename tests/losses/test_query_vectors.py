@@ -1,0 +1,48 @@
+"""The loss on query vectors: against torch and sentence-transformers, and at a perfect student."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+
+from rankdistill.errors import RankdistillError
+from rankdistill.losses.query_vectors import QueryMSE
+
+
+def vectors() -> torch.Tensor:
+    return torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_it_is_mse_plus_a_share_of_the_cosine_distance() -> None:
+    student, teacher = vectors()
+    model = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
+    mse, cosine = (
+        EmbedDistillLoss(model, kind).compute_loss_from_embeddings([student], [teacher]).item()
+        for kind in ("mse", "cosine")
+    )
+    assert QueryMSE(cosine=0.0)(student, teacher).item() == pytest.approx(mse, rel=1e-12)
+    assert QueryMSE()(student, teacher).item() == pytest.approx(mse + cosine, rel=1e-12)
+    assert QueryMSE(cosine=0.3)(student, teacher).item() == pytest.approx(mse + 0.3 * cosine, rel=1e-12)
+
+
+def test_a_perfect_student_has_loss_zero_and_a_longer_vector_costs_no_cosine() -> None:
+    student = vectors()[0].float()
+    assert QueryMSE()(student, student.clone()).item() == 0.0
+    whole, double = QueryMSE()(2 * student, student).item(), QueryMSE(cosine=0.0)(2 * student, student).item()
+    assert whole == pytest.approx(double, rel=1e-6)
+
+
+def test_the_gradient_is_right_and_finite_at_zero() -> None:
+    student, teacher = vectors()
+    assert torch.autograd.gradcheck(lambda one: QueryMSE(0.5)(one, teacher), student.requires_grad_())
+    nothing = torch.zeros(2, 4, requires_grad=True)
+    QueryMSE()(nothing, torch.ones(2, 4)).backward()
+    assert nothing.grad is not None and nothing.grad.isfinite().all()
+
+
+def test_other_widths_are_refused_with_the_fix() -> None:
+    with pytest.raises(RankdistillError, match="8 dimensions, the teacher's 16") as error:
+        QueryMSE()(torch.zeros(2, 8), torch.zeros(2, 16))
+    assert "projection" in str(error.value)

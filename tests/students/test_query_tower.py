@@ -1,0 +1,262 @@
+"""Query towers: a small query encoder over another model's documents, trained without labels, searching its index."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.recipe import build, load_recipe
+from rankdistill.stages import Workspace
+from rankdistill.students.base import ENCODE_BUDGET, to_device
+from rankdistill.students.dense import DenseModel
+from rankdistill.students.query_tower import QueryTowerModel, QueryTowerStudent
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+QUERIES = ["which metal rusts in water", "bird that swims and cannot fly", "what goes round the earth in a month"]
+
+
+@pytest.fixture(scope="module")
+def narrow_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another width (20) and another tokenizer (whole words) than the tiny encoder has."""
+    from conftest import FACTS
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    words = sorted(set(re.findall(r"[a-z]+", " ".join(text for fact in FACTS for text in fact).lower())))
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = np.random.default_rng(0).normal(size=(len(words) + 1, 20)).astype(np.float32)
+    folder = tmp_path_factory.mktemp("narrow") / "model"
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+def tower(small: Path, large: Path, **settings: Any) -> QueryTowerModel:
+    values = {"model": str(small), "document_model": str(large), "precision": "fp32", "document_length": 32}
+    return QueryTowerStudent(**{**values, **settings}).create("cpu")
+
+
+def large_model(path: Path) -> DenseModel:
+    settings = {"type": "dense", "model": str(path), "precision": "fp32", "document_length": 32}
+    model: DenseModel = build("student", settings).create("cpu")
+    return model
+
+
+def test_queries_by_the_small_model_documents_by_the_large_one(tiny_encoder: Path, narrow_encoder: Path) -> None:
+    large, model = large_model(tiny_encoder), tower(narrow_encoder, tiny_encoder)
+    texts = ["Iron is a metal.", "Bees make honey."]
+    np.testing.assert_array_equal(model.encode_documents(texts), large.encode_documents(texts))
+    assert model.encode_queries(QUERIES).shape == (3, large.dimension) and model.similarity == large.similarity
+    # Only the query encoder is trained and counted.
+    narrow = SentenceTransformer(str(narrow_encoder), device="cpu")
+    own = sum(parameter.numel() for parameter in narrow.parameters()) + 20 * large.dimension
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == own
+    # The projection keeps angles at first: 20 dimensions fit into 32.
+    before = narrow.encode(QUERIES, normalize_embeddings=True)
+    after = model.encode_queries(QUERIES)
+    after /= np.linalg.norm(after, axis=1, keepdims=True)
+    np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-5)
+
+
+def test_an_index_of_the_large_model_is_searched_and_no_other(
+    tiny_collection: Collection, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
+) -> None:
+    from rankdistill.indexes.dense import DenseEngine, export_index
+    from rankdistill.indexes.specification import load_specification
+    from rankdistill.indexes.vectors import encode_documents
+
+    large = large_model(tiny_encoder)
+    vectors = encode_documents(large, tiny_collection, tmp_path / "vectors")
+    index = export_index(large, tiny_collection, vectors, load_specification("flat"), tmp_path / "large.faiss")
+    # A tower that starts from the large model itself searches as it does.
+    same = tower(tiny_encoder, tiny_encoder)
+    for query, mine, its in zip(
+        QUERIES,
+        DenseEngine(same, index, collection=tiny_collection).search(QUERIES, 5),
+        DenseEngine(large, index).search(QUERIES, 5),
+    ):
+        assert mine.rows.tolist() == its.rows.tolist(), query
+    DenseEngine(tower(narrow_encoder, tiny_encoder), index)
+    # What it encodes is the large model's: found where that has encoded them.
+    again = encode_documents(same, tiny_collection, tmp_path / "vectors")
+    assert again.fingerprint == vectors.fingerprint and again.manifest == vectors.manifest
+    # Its queries are not the large model's.
+    assert same.fingerprint != large.fingerprint
+    for other in (large_model(narrow_encoder), tower(tiny_encoder, tiny_encoder, document_length=16)):
+        with pytest.raises(RankdistillError, match=r"another student|dimensions"):
+            DenseEngine(other, index)
+
+
+def test_what_is_saved_is_a_plain_sentence_transformer_and_opens_without_the_large_model(
+    tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
+) -> None:
+    large = shutil.copytree(tiny_encoder, tmp_path / "large")
+    model = tower(narrow_encoder, large)
+    folder = tmp_path / "tower"
+    folder.mkdir()
+    model.save(folder)
+    plain = SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(plain.encode(QUERIES), model.encode_queries(QUERIES), atol=1e-5)
+    settings = {"type": "query_tower", "document_model": str(large), "precision": "fp32", "document_length": 32}
+    shutil.rmtree(large)
+    opened = build("student", settings).open(folder, "cpu")
+    np.testing.assert_allclose(opened.encode_queries(QUERIES), model.encode_queries(QUERIES), atol=1e-5)
+    assert opened.document_fingerprint == model.document_fingerprint
+    with pytest.raises(RankdistillError, match="large"):
+        opened.encode_documents(["Iron."])
+    # Another model in its place is noticed when a document has to be encoded.
+    shutil.copytree(narrow_encoder, large)
+    with pytest.raises(RankdistillError, match="another document model"):
+        build("student", settings).open(folder, "cpu").encode_documents(["Iron."])
+    with pytest.raises(RankdistillError, match="whose documents"):
+        build("student", settings).open(tiny_encoder, "cpu")
+
+
+def test_widths_that_differ_need_the_projection(tiny_encoder: Path, narrow_encoder: Path) -> None:
+    with pytest.raises(UsageError, match="20 dimensions, the document model 32"):
+        tower(narrow_encoder, tiny_encoder, projection="none")
+    # Where they are equal a projection starts as the identity.
+    plain, mapped = tower(tiny_encoder, tiny_encoder), tower(tiny_encoder, tiny_encoder, projection="linear")
+    np.testing.assert_allclose(plain.encode_queries(QUERIES), mapped.encode_queries(QUERIES), atol=1e-6)
+    with pytest.raises(UsageError, match="layers"):
+        QueryTowerStudent(encoder="static", layers=[0])
+
+
+def write_unlabelled(folder: Path, beir: Path) -> Path:
+    """The facts without any judgment."""
+    folder.mkdir()
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        shutil.copy(beir / name, folder / name)
+    return folder
+
+
+def recipe_for(collection: Path, small: Path, large: Path, **training: Any) -> Any:
+    model = {"model": str(large), "document_length": 32, "precision": "fp32"}
+    return load_recipe(
+        {
+            "name": "tower",
+            "collection": f"beir:{collection}",
+            "candidates": {"depth": 8, "unlabelled": "queries", "sources": [{"type": "dense", **model}]},
+            "teacher": {"type": "bi_encoder", "model": str(large), "precision": "fp32", "max_length": 32, "scale": 300.0},
+            "student": {
+                "type": "query_tower",
+                "model": str(small),
+                "document_model": str(large),
+                "document_length": 32,
+                "precision": "fp32",
+                "scale": 300.0,
+            },
+            "training": {
+                "losses": [{"type": "query_mse"}],
+                "batch_teacher": {"type": "dense", **model},
+                "batches": {"type": "random_batches", "size": 4},
+                "lists": {"type": "random_documents", "size": 4},
+                "steps": 60,
+                "learning_rate": 3e-2,
+                "checkpoints": 3,
+                "dev_documents": 32,
+                "precision": "fp32",
+                "device": "cpu",
+                **training,
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize("loss", ["query_mse", "kl"])
+def test_it_learns_from_queries_alone(
+    loss: str,
+    tiny_beir: Path,
+    tiny_encoder: Path,
+    narrow_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes: dict[str, Any] = {}
+    if loss == "kl":
+        changes = {"losses": [{"type": "kl"}], "batch_teacher": None}
+    recipe = recipe_for(write_unlabelled(tmp_path / "facts", tiny_beir), narrow_encoder, tiny_encoder, **changes)
+    run = Workspace(tmp_path / "run", recipe, tmp_path / "store")
+    train, dev, judged = run.queries
+    assert judged is None and len(train) + len(dev) == 16 and len(dev) == 2
+    lists = run.score()
+    assert (np.asarray(lists.relevance) == -1).all()
+    artifact = run.train()
+    curve = artifact.manifest["dev"]
+    print(curve)
+    assert "the teacher's order" in artifact.manifest["dev_metric"] and max(curve.values()) >= curve["0"]
+
+    large, student, start = large_model(tiny_encoder), run.student(), run.student("untrained")
+    texts = run.collection.query_texts(train)
+    documents = large.encode_documents(run.collection.document_texts(range(run.collection.document_count)))
+
+    def agreement(model: Any) -> float:
+        """Of the large model's first five documents, how many the query vectors find."""
+        scores, its = model.encode_queries(texts) @ documents.T, large.encode_queries(texts) @ documents.T
+        first = [set(row[:5]) for row in np.argsort(-scores)]
+        return float(np.mean([len(a & set(b[:5])) / 5 for a, b in zip(first, np.argsort(-its))]))
+
+    assert agreement(student) > agreement(start) + 0.15
+    # The documents were encoded once, in mining, and the index is the large model's.
+    assert not (run.path / "vectors").exists() or not list((run.path / "vectors").iterdir())
+    index = run.index("flat")
+    assert index.manifest["student_fingerprint"] == large.fingerprint
+    index.check(large, run.collection)
+    assert run.engine(index.path).search(["which metal rusts in water"], 3)[0].rows.shape == (3,)
+
+
+def test_the_large_model_does_not_run_while_it_learns(
+    tiny_collection: Collection, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
+) -> None:
+    from rankdistill.indexes.engines import prepare_student
+    from rankdistill.students.base import split_by_length
+
+    model = tower(narrow_encoder, tiny_encoder)
+    prepare_student(model, tiny_collection, tmp_path / "prepared")
+    large, model.documents._model = model.documents.load(), None
+    model.documents.settings = {"model": str(tmp_path / "gone")}
+    rows = np.array([3, 0, 3, 7])
+    ((places, part),) = split_by_length(model.preprocess_documents(tiny_collection, rows), ENCODE_BUDGET)
+    embedded = model.embed(to_device(part, torch.device("cpu")), "document")
+    assert not embedded.requires_grad and places.tolist() == [0, 1, 2, 3]
+    expected = large.encode_documents(tiny_collection.document_texts(rows))
+    np.testing.assert_allclose(embedded.numpy(), expected, atol=1e-6)
+    scores = model.score_lists(
+        model.embed(model.preprocess(QUERIES, "query"), "query"), embedded, torch.tensor([[0, 1]] * 3)
+    )
+    scores.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters() if parameter.requires_grad)
+
+
+def test_vectors_made_before_are_taken_or_refused(
+    tiny_collection: Collection, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
+) -> None:
+    from rankdistill.indexes.engines import encode_collection
+    from rankdistill.indexes.vectors import encode_documents
+
+    made = encode_documents(large_model(tiny_encoder), tiny_collection, tmp_path / "made")
+    model = tower(narrow_encoder, tiny_encoder, document_vectors=str(made.path))
+    assert encode_collection(model, tiny_collection, tmp_path / "run" / "vectors" / "student-facts").path == made.path
+    other = tower(narrow_encoder, tiny_encoder, document_vectors=str(made.path), document_length=8)
+    with pytest.raises(RankdistillError, match="another model"):
+        encode_collection(other, tiny_collection, tmp_path / "run" / "vectors" / "student-facts")
+
+
+def test_the_settings_file_says_whose_documents(tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path) -> None:
+    model = tower(narrow_encoder, tiny_encoder)
+    model.save(tmp_path)
+    documents = json.loads((tmp_path / "rankdistill.json").read_text())["documents"]
+    assert documents["fingerprint"] == large_model(tiny_encoder).fingerprint and documents["dimension"] == 32

@@ -1,0 +1,480 @@
+"""The client of OpenAI-compatible servers, against a real HTTP server that misbehaves, and `transformers serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llm_server import Body, Server, completion, failure, serving, step
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.recipe import build
+from rankdistill.teachers.llm.asking import ask
+from rankdistill.teachers.llm.base import Answer, Decoding, Request, Usage
+from rankdistill.teachers.llm.budget import Budget
+from rankdistill.teachers.llm.cache import AnswerCache
+from rankdistill.teachers.llm.openai_server import OpenAIBackend
+
+LETTERS = ("A", "B", "C", "D")
+SECRET = "sk-test-3f9c1d77aa"
+
+
+def request(text: str = "rank these", decoding: Decoding = "generate", **settings: Any) -> Request:
+    return Request(
+        ({"role": "system", "content": "be brief"}, {"role": "user", "content": text}),
+        settings.pop("identifiers", LETTERS),
+        decoding,
+        **settings,
+    )
+
+
+def backend(server: Server, **settings: Any) -> OpenAIBackend:
+    return OpenAIBackend("m", server.url, **{"backoff": 0.01, "timeout": 5.0, **settings})
+
+
+def answer(engine: OpenAIBackend, one: Request) -> Answer:
+    ((_, found),) = engine.answer([(0, one)])
+    return found
+
+
+def fixed(text: str, **settings: Any) -> Callable[[Body, int], Body]:
+    return lambda body, _: completion(text, body, **settings)
+
+
+# -- what is sent and read --------------------------------------------------------------------------------------------
+
+
+def test_free_text() -> None:
+    with serving(fixed("[2] > [1]")) as server:
+        found = answer(backend(server), request(max_tokens=33))
+    assert found.text == "[2] > [1]" and found.finished and found.logits is None
+    assert found.usage == Usage(prompt=4, answer=3) and found.seconds > 0
+    (body,) = server.bodies
+    assert body["max_tokens"] == 33 and body["temperature"] == 0.0 and "seed" not in body
+    assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "rank these"}]
+
+
+def test_temperature_and_seed_are_sent() -> None:
+    with serving(fixed("x")) as server:
+        answer(backend(server), request(temperature=0.7, seed=11))
+    assert (server.bodies[0]["temperature"], server.bodies[0]["seed"]) == (0.7, 11)
+
+
+def test_extra_keys_and_the_name_of_the_length_are_sent() -> None:
+    with serving(fixed("x")) as server:
+        engine = backend(server, extra={"chat_template_kwargs": {"think": False}}, length_key="max_completion_tokens")
+        answer(engine, request(max_tokens=5))
+    assert server.bodies[0]["chat_template_kwargs"] == {"think": False}
+    assert server.bodies[0]["max_completion_tokens"] == 5 and "max_tokens" not in server.bodies[0]
+
+
+def test_a_cut_answer_and_an_empty_one() -> None:
+    with serving(fixed("[2] > [", finish="length")) as server:
+        assert not answer(backend(server), request()).finished
+
+    def empty(body: Body, _: int) -> Body:
+        reply = completion("", body)
+        reply["choices"][0]["message"]["content"] = None
+        return reply
+
+    with serving(empty) as server:
+        assert answer(backend(server), request()).text == ""
+
+
+def test_usage_with_a_cached_part_and_without_any() -> None:
+    def cached(body: Body, _: int) -> Body:
+        return completion("x", body) | {
+            "usage": {
+                "prompt_tokens": 50,
+                "completion_tokens": 3,
+                "total_tokens": 53,
+                "prompt_tokens_details": {"cached_tokens": 40},
+            }
+        }
+
+    with serving(cached) as server:
+        assert answer(backend(server), request()).usage == Usage(50, 3, 40)
+    with serving(lambda body, _: {k: v for k, v in completion("yes and no", body).items() if k != "usage"}) as server:
+        engine = backend(server)
+        found = answer(engine, request("word " * 50)).usage
+        assert found.estimated and found.prompt == engine.count_tokens(request("word " * 50)) and found.answer > 0
+
+
+@pytest.mark.parametrize("prefill", ["none", "vllm", "last_message"])
+def test_first_reads_the_step_behind_the_given_beginning(prefill: str) -> None:
+    top = {" B": -0.5, "B": -1.5, "A": -1.0, "x": -0.2, "C": -9999.0}
+    opening = [step("[", {"[": -0.1, "A": -0.3})] if prefill == "none" else []
+    with serving(fixed("", logprobs=[*opening, step("x", top), step("]", {"D": -0.1})])) as server:
+        found = answer(backend(server, prefill=prefill), request(decoding="first", before="["))
+    # The larger of " B" and "B"; C is minus infinity, D was not reported.
+    assert found.logits == {"B": -0.5, "A": -1.0} and found.text == "B"
+    body = server.bodies[0]
+    assert body["logprobs"] is True and body["top_logprobs"] == 20
+    if prefill == "none":
+        assert body["messages"][-1]["role"] == "user" and body["max_tokens"] >= 2
+    else:
+        assert body["messages"][-1] == {"role": "assistant", "content": "["} and body["max_tokens"] == 1
+        assert body.get("continue_final_message") == (True if prefill == "vllm" else None)
+        assert body.get("add_generation_prompt") == (False if prefill == "vllm" else None)
+
+
+def test_first_of_a_model_that_begins_otherwise_has_no_logits() -> None:
+    steps = [step("Sure", {"Sure": -0.1, "A": -0.2}), step(",", {"B": -0.2})]
+    with serving(fixed("Sure,", logprobs=steps)) as server:
+        found = answer(backend(server), request(decoding="first", before="["))
+    assert found.logits == {} and found.text == ""
+
+
+def test_a_server_without_logprobs_says_which_decodings_work() -> None:
+    with serving(fixed("A")) as server, pytest.raises(UsageError) as caught:
+        answer(backend(server), request(decoding="first", before="["))
+    assert "no log-probabilities" in caught.value.what and "generate" in str(caught.value.fix)
+
+
+def test_numbers_of_two_digits_are_refused_in_one_step() -> None:
+    with serving(fixed("1")) as server:
+        numbers = tuple(str(number) for number in range(1, 21))
+        with pytest.raises(UsageError, match="cannot tell '1' from '10'"):
+            answer(backend(server), request(decoding="first", identifiers=numbers))
+        assert server.bodies == []
+
+
+@pytest.mark.parametrize("constraint", ["vllm", "llama_cpp"])
+def test_constrained_asks_for_one_identifier_after_the_other(constraint: str) -> None:
+    def last(body: Body, _: int) -> Body:
+        # Held to the words given, the server answers with the last of them.
+        if constraint == "vllm":
+            words = body["structured_outputs"]["choice"]
+        else:
+            words = re.findall(r'"(\w+)"', body["grammar"])
+        return completion(words[-1], body)
+
+    with serving(last) as server:
+        engine = backend(server, constraint=constraint, prefill="vllm" if constraint == "vllm" else "last_message")
+        one = request(decoding="constrained", before="[")
+        found = answer(engine, one)
+    assert found.text == "D] > [C] > [B] > [A]"
+    assert [body["messages"][-1]["content"] for body in server.bodies] == ["[", "[D] > [", "[D] > [C] > ["]
+    assert found.usage.calls == 3 and found.usage.answer == 3
+    assert engine.longest(one).calls == 3
+
+
+def test_constrained_needs_to_be_told_how() -> None:
+    engine = OpenAIBackend("m", "http://127.0.0.1:9/v1")
+    with pytest.raises(UsageError, match="nothing says how this server is held"):
+        engine.check("constrained")
+    with pytest.raises(UsageError, match="needs `prefill`"):
+        OpenAIBackend("m", "http://127.0.0.1:9/v1", constraint="vllm").check("constrained")
+    OpenAIBackend("m", "http://127.0.0.1:9/v1", constraint="vllm", prefill="vllm").check("constrained")
+
+
+def test_a_server_that_ignores_the_constraint_is_found_out() -> None:
+    with serving(fixed("Sure! A")) as server:
+        engine = backend(server, constraint="vllm", prefill="vllm")
+        with pytest.raises(RankdistillError, match="where it was held to A, B, C, D"):
+            answer(engine, request(decoding="constrained", before="["))
+
+
+# -- a server that misbehaves -----------------------------------------------------------------------------------------
+
+
+def stall(body: Body, _: int) -> None:
+    time.sleep(1.0)
+
+
+FAULTS: dict[str, Callable[[Body, int], Any]] = {
+    "fails": lambda *_: failure(500, "oops"),
+    "is overloaded": lambda *_: failure(503),
+    "cuts the connection": lambda *_: None,
+    "sends half a text": lambda *_: (200, {}, b'{"choices": [{"mess'),
+    "sends no choices": lambda *_: (200, {}, b'{"object": "chat.completion", "choices": []}'),
+    "sends a page": lambda *_: (200, {"Content-Type": "text/html"}, b"<html>busy</html>"),
+    "sends nothing": lambda *_: (200, {}, b""),
+    "is busy": lambda *_: failure(429, "slow down", {"Retry-After": "0"}),
+    "stalls": stall,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_client_survives_a_server_that(fault: str, tmp_path: Path) -> None:
+    """Every third call goes wrong, the first two of them: all prompts are answered, each paid once."""
+
+    def respond(body: Body, number: int) -> Any:
+        return FAULTS[fault](body, number) if number < 2 or number % 3 == 0 else completion("fine", body)
+
+    with serving(respond) as server:
+        engine = backend(server, timeout=0.2 if fault == "stalls" else 5.0, concurrency=2, retries=12)
+        budget = Budget()
+        asked = [(number, request(f"prompt {number}")) for number in range(5)]
+        found = dict(ask(engine, asked, AnswerCache(tmp_path), budget))
+        assert {number: one.text for number, one in found.items()} == dict.fromkeys(range(5), "fine")
+        assert budget.spent.calls == 5 < len(server.bodies)
+
+
+@pytest.mark.parametrize("fault", ["fails", "cuts the connection", "sends a page", "sends half a text", "is busy"])
+def test_retries_are_bounded(fault: str) -> None:
+    with serving(FAULTS[fault]) as server:
+        started = time.monotonic()
+        with pytest.raises(RankdistillError, match=r"\(3 tries\)") as caught:
+            answer(backend(server, retries=2), request())
+        assert len(server.bodies) == 3 and time.monotonic() - started < 5
+    assert caught.value.exit_code == 1 and "answers so far are kept" in str(caught.value.fix)
+
+
+def test_pauses_grow() -> None:
+    with serving(FAULTS["fails"]) as server:
+        with pytest.raises(RankdistillError):
+            answer(backend(server, retries=3, backoff=0.08), request())
+        pauses = [after - before for before, after in zip(server.times, server.times[1:])]
+    # 0.08, 0.16, 0.32, each times 0.5 to 1.
+    for pause, full in zip(pauses, (0.08, 0.16, 0.32), strict=True):
+        assert 0.5 * full <= pause <= full + 0.3
+
+
+def test_retry_after_is_honoured_by_all_calls(tmp_path: Path) -> None:
+    """A rate limit is the account's: while one call waits, no other is made."""
+    with serving(
+        lambda body, number: failure(429, "slow", {"Retry-After": "0.6"}) if number == 0 else completion("ok", body)
+    ) as server:
+        engine = backend(server, concurrency=1)
+        started = time.monotonic()
+        asked = [(number, request(f"prompt {number}")) for number in range(3)]
+        assert len(dict(engine.answer(asked))) == 3
+        assert 0.6 <= server.times[1] - server.times[0] < 2 and time.monotonic() - started < 3
+
+
+def test_a_wait_beyond_reason_is_an_error_at_once() -> None:
+    with serving(lambda *_: failure(429, "come back tomorrow", {"Retry-After": "86400"})) as server:
+        with pytest.raises(RankdistillError, match="come back tomorrow.*86400 seconds"):
+            answer(backend(server), request())
+        assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "fix"),
+    [
+        (400, "context length exceeded", "model, base_url, prefill and extra"),
+        (401, "who are you", "name the variable"),
+        (404, "no such model", "model, base_url"),
+        (422, "unexpected field", "extra"),
+        (429, "insufficient_quota", "account"),
+    ],
+)
+def test_what_another_try_would_not_mend_is_not_tried_again(status: int, message: str, fix: str) -> None:
+    with serving(lambda *_: failure(status, message)) as server:
+        with pytest.raises(RankdistillError, match=message) as caught:
+            answer(backend(server), request())
+        assert len(server.bodies) == 1 and fix in str(caught.value.fix)
+
+
+def test_no_server_at_all() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(RankdistillError, match="cannot be reached"):
+        answer(OpenAIBackend("m", url, retries=1, backoff=0.01), request())
+
+
+def test_answers_under_way_are_handed_on_when_one_fails() -> None:
+    gate = threading.Event()
+
+    def respond(body: Body, _: int) -> Any:
+        if body["messages"][-1]["content"] == "bad":
+            gate.set()
+            return failure(400, "bad prompt")
+        gate.wait(5)
+        time.sleep(0.1)
+        return completion("good", body)
+
+    asked = [(0, request("good one")), (1, request("bad")), (2, request("good two")), (3, request("never asked"))]
+    got = []
+    with serving(respond) as server, pytest.raises(RankdistillError, match="bad prompt"):
+        for number, _ in backend(server, concurrency=3).answer(asked):
+            got.append(number)
+    assert sorted(got) == [0, 2] and len(server.bodies) == 3
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MY_KEY", SECRET)
+    caplog.set_level(logging.DEBUG)
+    errors = []
+
+    def respond(body: Body, number: int) -> Any:
+        if number == 0:
+            return completion("fine", body)
+        # Servers do repeat what they were sent.
+        return failure(401 if number == 1 else 500, f"bad key {SECRET}; you sent Authorization: Bearer {SECRET}")
+
+    with serving(respond) as server:
+        engine = backend(server, key="MY_KEY", retries=1)
+        cache = AnswerCache(tmp_path / engine.fingerprint())
+        list(ask(engine, [(0, request("one"))], cache, Budget()))
+        assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+        for text in ("two", "three"):
+            with pytest.raises(RankdistillError) as caught:
+                list(ask(engine, [(0, request(text))], cache, Budget()))
+            errors.append(caught.value)
+    assert "MY_KEY" in str(errors[0].fix) and "bad key ***" in errors[0].what
+    assert engine.describe()["key"] == "MY_KEY"
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    chained = [str(link) for error in errors for link in (error, error.__cause__, error.__dict__)]
+    output = capsys.readouterr()
+    logged = [record.getMessage() for record in caplog.records]
+    everything = [*written, *chained, engine.fingerprint(), json.dumps(engine.describe()), output.out, output.err]
+    assert written and not [text for text in [*everything, *logged] if SECRET in text]
+    monkeypatch.setenv("MY_KEY", "another")
+    assert backend(server, key="MY_KEY").fingerprint() == engine.fingerprint()
+
+
+def test_another_server_is_not_sent_the_hosted_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with serving(fixed("x")) as server:
+        answer(backend(server), request())
+        assert SECRET not in json.dumps(server.headers)
+        answer(backend(server, key="OPENAI_API_KEY"), request())
+        assert SECRET in server.headers[-1]["authorization"]
+
+
+def test_a_missing_variable_and_a_key_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY is not set"):
+        answer(OpenAIBackend("gpt"), request())
+    for settings, word in (
+        ({"key": SECRET}, "not the key"),
+        ({"base_url": f"https://user:{SECRET}@host/v1"}, "password"),
+        ({"base_url": f"https://host/v1?key={SECRET}"}, "query"),
+    ):
+        with pytest.raises(UsageError, match=word) as caught:
+            OpenAIBackend("gpt", **settings)  # type: ignore[arg-type]
+        assert SECRET not in str(caught.value)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_what_changes_answers() -> None:
+    def of(**settings: Any) -> str:
+        return OpenAIBackend(**{"model": "m", "base_url": "http://a/v1", **settings}).fingerprint()
+
+    same = [of(), of(base_url="http://b/v1"), of(key="K"), of(concurrency=2), of(timeout=1.0), of(retries=0)]
+    other = [of(model="n"), of(revision="2026"), of(prefill="vllm"), of(constraint="vllm"), of(extra={"top_p": 0.5})]
+    assert len(set(same)) == 1 and len({same[0], *other}) == len(other) + 1
+
+
+def test_the_recipe_finds_it_and_names_wrong_keys() -> None:
+    engine = build("backend", {"type": "openai", "model": "m", "base_url": "http://localhost:1/v1"})
+    assert isinstance(engine, OpenAIBackend)
+    with pytest.raises(UsageError, match="unknown key 'api_key'"):
+        build("backend", {"type": "openai", "model": "m", "api_key": "x"})
+    for wrong in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"base_url": "localhost:8000"}):
+        with pytest.raises(UsageError):
+            OpenAIBackend("m", **wrong)  # type: ignore[arg-type]
+
+
+def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises((RankdistillError, ModuleNotFoundError)) as caught:
+        answer(OpenAIBackend("m", "http://127.0.0.1:9/v1"), request())
+    assert "rankdistill[llm]" in str(caught.value)
+
+
+def test_tokens_are_counted_by_the_models_tokenizer(tiny_causal_lm: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_causal_lm)
+    engine = OpenAIBackend("m", "http://127.0.0.1:9/v1", tokenizer=str(tiny_causal_lm))
+    one = request("which metal is a document")
+    expected = tokenizer.apply_chat_template(list(one.messages), add_generation_prompt=True, return_dict=True)
+    assert engine.count_tokens(one) == len(expected["input_ids"])
+    assert engine.count_text(["which metal", ""]) == [len(tokenizer("which metal")["input_ids"]), 0]
+
+
+# -- transformers serve -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers_server(tiny_causal_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` with a small model made here, on a free port of loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    command = [
+        str(program),
+        "serve",
+        str(tiny_causal_lm),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise AssertionError(log.read_text())
+        yield f"{url}/v1"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_transformers_serve_answers_as_the_model_does(
+    transformers_server: str, tiny_causal_lm: Path, tmp_path: Path
+) -> None:
+    """Greedy answers through the server are those of the same model in this process."""
+    local = build("backend", {"type": "transformers", "model": str(tiny_causal_lm), "precision": "fp32"})
+    engine = OpenAIBackend(
+        str(tiny_causal_lm), transformers_server, concurrency=2, tokenizer=str(tiny_causal_lm), timeout=60.0
+    )
+    asked = [(n, request(f"rank the passage about {word}", max_tokens=12)) for n, word in enumerate(("gas", "tree"))]
+    served = dict(ask(engine, asked, AnswerCache(tmp_path), Budget()))
+    expected = dict(local.answer(asked))
+    for number, one in asked:
+        assert served[number].text == expected[number].text and served[number].text
+        assert served[number].usage.prompt == expected[number].usage.prompt == engine.count_tokens(one)
+        assert served[number].finished == expected[number].finished
+
+
+def test_transformers_serve_has_no_logprobs_and_we_say_so(transformers_server: str, tiny_causal_lm: Path) -> None:
+    engine = OpenAIBackend(str(tiny_causal_lm), transformers_server, timeout=60.0)
+    with pytest.raises(UsageError, match="no log-probabilities"):
+        answer(engine, request(decoding="first", before="["))
+
+
+def test_transformers_serve_refuses_what_it_does_not_know(transformers_server: str, tiny_causal_lm: Path) -> None:
+    engine = OpenAIBackend(str(tiny_causal_lm), transformers_server, prefill="vllm", timeout=60.0)
+    with pytest.raises(RankdistillError, match=r"answered 422: .*continue_final_message"):
+        answer(engine, request(before="["))

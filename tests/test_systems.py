@@ -1,0 +1,98 @@
+"""The rows of a run's table, where the student has one vector a token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.suites import load_suite
+from rankdistill.recipe import load_recipe
+from rankdistill.runs import read_run
+from rankdistill.stages import Workspace
+
+
+@pytest.fixture(scope="module")
+def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
+    model = str(tiny_encoder)
+    settings = {"model": model, "query_length": 16, "document_length": 24, "precision": "fp32", "dropout": 0.0}
+    return {
+        "name": "colbert",
+        "collection": f"beir:{tiny_beir}",
+        "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
+        "teacher": {"type": "bi_encoder", "model": model},
+        "student": {"type": "multi_vector", "dimension": 16, "scale": 3.0, "storage": "fp32", **settings},
+        "baselines": {"dense": {"student": {"type": "dense", **settings}}},
+        "training": {"steps": 4, "checkpoints": 2, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
+        "indexes": ["flat"],
+        "evaluation": {"extrapolation": None},
+    }
+
+
+@pytest.fixture(scope="module")
+def done(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("colbert")
+    workspace = Workspace(folder / "run", load_recipe(values), folder / "store")
+    workspace.run()
+    return workspace
+
+
+def test_a_multi_vector_student_is_searched_in_full_and_over_bm25(done: Workspace, tmp_path: Path) -> None:
+    suite = load_suite("collection").model_copy(update={"rerank": True, "rerank_depth": 5})
+    rows = done.systems(suite, done.collection, "test")
+    expected = {"BM25", "student, untrained", "student, dense", "student, distilled", "teacher"}
+    expected |= {f"{row}, re-ranking BM25@5" for row in expected - {"BM25", "teacher"}}
+    assert set(rows) == expected  # `flat` is the student's own row
+    collection, student = done.collection, done.student()
+    texts = collection.query_texts(["q-iron"])
+    scores = student.similarities(texts, collection.document_texts(np.arange(collection.document_count)))[0]
+    ((_, doc_ids, found),) = rows["student, distilled"].run(collection, ["q-iron"], texts, 32)
+    assert len(doc_ids) == 32
+    np.testing.assert_allclose(found, scores[collection.doc_rows(doc_ids)], atol=1e-5)
+    ((_, base, _),) = rows["BM25"].run(collection, ["q-iron"], texts, 32)
+    ((_, reranked, _),) = rows["student, distilled, re-ranking BM25@5"].run(collection, ["q-iron"], texts, 32)
+    top = base[:5]
+    assert reranked[: len(top)] == sorted(top, key=lambda doc_id: -scores[collection.doc_rows([doc_id])[0]])
+    assert reranked[len(top) :] == base[5:]
+
+
+def test_its_row_has_size_speed_and_latency(done: Workspace) -> None:
+    folder = done.path / "evaluation" / "collection"
+    (results,) = folder.rglob("*/results.json")
+    row = next(one for one in json.loads(results.read_text())["rows"] if one["system"] == "student, distilled")
+    tokens = np.load(done.path / "vectors" / f"student-{done.collection.name}" / "tokens.npy")
+    assert row["bytes"] == tokens.nbytes + 33 * 8 and row["queries_per_second"] > 0
+    assert len(read_run(results.parent / row["run"])) > 0
+    cost = json.loads((results.parent / "cost.json").read_text())["systems"]["student, distilled"]
+    assert cost["encode_ms"] and cost["search_ms"] and cost["memory_bytes"] > row["bytes"]
+
+
+def test_it_is_searched_with_text(done: Workspace) -> None:
+    hits = done.engine().search(["which metal rusts in water"], 5)[0]
+    assert len(hits.rows) == 5 and (np.diff(hits.scores) <= 0).all()
+
+
+def test_the_search_page_shows_it(done: Workspace) -> None:
+    from rankdistill.cli.serve import search_page
+
+    page = search_page(done)
+    assert [column.name for column in page.columns] == ["BM25", "student"]
+    found = page.columns[1].search("which metal rusts", 3)[0]
+    assert len(found.rows) == 3
+
+
+def test_an_index_it_cannot_have_is_refused_before_anything_is_done(values: dict[str, Any], tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "run", load_recipe(values, ["indexes=[flat, ivf_pq]"]), tmp_path / "store")
+    with pytest.raises(UsageError, match=r"ivf_pq holds one vector a document(?s:.*)\[flat\]"):
+        workspace.run()
+    assert not (workspace.path / "candidates").exists()
+
+
+def test_an_index_file_of_it_is_refused(done: Workspace) -> None:
+    for specification in ("flat", "ivf_pq"):
+        with pytest.raises(RankdistillError, match=r"searched as they are|one a token"):
+            done.index(specification)
