@@ -201,6 +201,12 @@ def score(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the scores to a Parquet file.")] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="platt or isotonic: fit to the train split's labels; --out gets probabilities.", metavar="METHOD"
+        ),
+    ] = None,
     store: Store = None,
     quiet: Quiet = False,
 ) -> None:
@@ -228,7 +234,11 @@ def score(
             print_estimate(live, opened, iter_run(run_file), ScoreStore(store))
             return
         scores = score_candidates(live, opened, iter_run(run_file), ScoreStore(store))
-    if out is not None:
+    if calibrate is not None:
+        from rankdistill.cli.calibration import calibrate_scores
+
+        calibrate_scores(scores, opened, calibrate, out)
+    elif out is not None:
         scores.export(out)
     print(scores)
 

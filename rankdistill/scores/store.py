@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,7 +25,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rankdistill.artifacts import MANIFEST, SCHEMA_VERSION, cache_dir, disk_errors, locked, write_atomically
+from rankdistill.artifacts import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    cache_dir,
+    disk_errors,
+    fingerprint,
+    locked,
+    write_atomically,
+)
 from rankdistill.errors import RankdistillError, UsageError
 
 ScoreKind = Literal["logit", "probability", "similarity", "rank"]
@@ -305,11 +313,18 @@ class TeacherScores:
                     yield names[start], doc_ids[start:end], scores[keep[start:end]]
                     start = end
 
-    def export(self, file: str | Path) -> int:
-        """Write all scores to one Parquet file that carries the fingerprints; returns the pairs written."""
+    def export(self, file: str | Path, calibrator: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
+        """Write all scores to one Parquet file that carries the fingerprints; returns the pairs written.
+
+        Args:
+            calibrator: write what it makes of the scores, as probabilities (see scores/calibration.py).
+        """
         pairs = 0
         file = Path(file)
-        schema = SCHEMA.with_metadata(self.metadata)
+        metadata = self.metadata
+        if calibrator is not None:
+            metadata |= {"score_kind": "probability", "teacher": fingerprint([self.teacher, str(calibrator)])}
+        schema = SCHEMA.with_metadata(metadata)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         queries: list[str] = []
         documents: list[str] = []
@@ -327,7 +342,7 @@ class TeacherScores:
                 for query_id, doc_ids, scores in self:
                     queries.extend([query_id] * len(doc_ids))
                     documents.extend(doc_ids)
-                    parts.append(scores)
+                    parts.append(scores if calibrator is None else calibrator(scores).astype(np.float32))
                     pairs += len(doc_ids)
                     if len(queries) >= PART_PAIRS:
                         write()

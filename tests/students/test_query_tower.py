@@ -196,7 +196,6 @@ def test_it_learns_from_queries_alone(
     assert (np.asarray(lists.relevance) == -1).all()
     artifact = run.train()
     curve = artifact.manifest["dev"]
-    print(curve)
     assert "the teacher's order" in artifact.manifest["dev_metric"] and max(curve.values()) >= curve["0"]
 
     large, student, start = large_model(tiny_encoder), run.student(), run.student("untrained")

@@ -21,8 +21,11 @@ from scipy.stats import kendalltau
 from sentence_transformers import SentenceTransformer
 
 from rankdistill.errors import RankdistillError
+from rankdistill.recipe import build
 from rankdistill.training import trainer as trainer_module
+from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import last_checkpoint
+from rankdistill.training.distiller import Distiller
 from rankdistill.training.trainer import LOG, DevPool, LogFile, train_student
 
 if TYPE_CHECKING:
@@ -124,6 +127,59 @@ def test_a_stopped_training_goes_on_exactly(
     assert artifact.manifest["dev"] == undisturbed.manifest["dev"]
     assert artifact.manifest["loss"] == undisturbed.manifest["loss"]
     assert artifact.fingerprint == undisturbed.fingerprint
+
+
+def test_losses_that_learn_the_course_of_a_training_go_on_exactly(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TAID's lambda and momentum, weights by difficulty, ramps of a weight and of a temperature."""
+    ramps = {"weight": {"end": 1.0, "over": 0.5}, "temperature": {"start": 4.0, "end": 1.0, "shape": "cosine"}}
+    losses = [{"type": "taid", "rate": 0.2, "momentum": 0.5}, {"type": "kl", **ramps}]
+    changes: dict[str, Any] = {"losses": losses, "weighting": {"type": "difficulty"}, "accumulation": 2}
+    whole = train(tmp_path / "whole", dev=None, **changes)
+    stop_at(monkeypatch, {5, 10}, fail)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            train(tmp_path / "stopped", dev=None, **changes)
+    stopped = train(tmp_path / "stopped", dev=None, **changes)
+    assert_same_weights(weights(stopped), weights(whole))
+    first, second = ([line for line in log(one) if "loss" in line] for one in (whole, stopped))
+    assert [line["loss/kl"] for line in first] == [line["loss/kl"] for line in second]
+    # In the first step the ramp of the second loss is at 0.
+    assert first[0]["loss"] == pytest.approx(first[0]["loss/taid"], abs=1e-6)
+    assert first[-1]["loss"] == pytest.approx(first[-1]["loss/taid"] + first[-1]["loss/kl"], rel=1e-4)
+
+
+def test_the_gradient_cache_keeps_the_activations_of_one_part(
+    lists: ScoredLists, tiny_collection: Collection, tiny_encoder: Path
+) -> None:
+    """Bytes that the graph of one batch holds until its gradients are computed."""
+    student = build("student", {"type": "dense", "model": str(tiny_encoder), "precision": "fp32"}).create("cpu")
+    batches = build("sampler", {"type": "random_batches", "size": 8})
+    documents = build("sampler", {"type": "random_documents", "size": 8})
+    batch = BatchStream(lists, tiny_collection, student, batches, documents, 1, 1, 64)[0]
+
+    def held(cached: bool) -> tuple[int, torch.Tensor]:
+        found = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal found
+            found += tensor.nbytes if tensor.grad_fn is not None else 0  # weights are there anyway
+            return tensor
+
+        torch.manual_seed(0)
+        distiller = Distiller(student, {"kl": build("loss", {"type": "kl"})}, gradient_cache=cached, token_budget=64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = distiller(**batch)["loss"]
+        kept = found
+        student.zero_grad()
+        loss.backward()
+        gradient = torch.cat([one.grad.flatten() for one in student.parameters() if one.grad is not None])
+        return kept, gradient
+
+    plain, cached = held(False), held(True)
+    assert cached[0] < plain[0] / 10
+    torch.testing.assert_close(cached[1], plain[1])
 
 
 def _train_and_die(folder: str, step: int | None, recipe: dict[str, Any], lists: str, beir: str) -> None:

@@ -257,7 +257,7 @@ def test_retry_after_is_honoured_by_all_calls(tmp_path: Path) -> None:
 
 def test_a_wait_beyond_reason_is_an_error_at_once() -> None:
     with serving(lambda *_: failure(429, "come back tomorrow", {"Retry-After": "86400"})) as server:
-        with pytest.raises(RankdistillError, match="come back tomorrow.*86400 seconds"):
+        with pytest.raises(RankdistillError, match=r"come back tomorrow.*86400 seconds"):
             answer(backend(server), request())
         assert len(server.bodies) == 1
 
