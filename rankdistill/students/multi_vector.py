@@ -203,7 +203,7 @@ class MultiVectorStudent(Student):
         query_length: tokens a query is cut to; what a multi-vector model came with, else 32, unless given.
         document_length: tokens a document is cut to; what a multi-vector model came with, else 128, unless given.
         query_expansion: fill queries up to `query_length` with [MASK] tokens, whose vectors count too (ColBERT); what
-            the model came with unless given.
+            the model came with unless given. An encoder that was not trained with them starts far worse with them.
         attend_to_expansion: let the encoder's other tokens see them.
         query_prompt: text put before each query; a special token of the vocabulary ("[unused0] ") stays one token.
         document_prompt: text put before each document.

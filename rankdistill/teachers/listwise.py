@@ -55,7 +55,9 @@ class ListwiseTeacher(AskingTeacher):
         signal: the score. From the rank, averaged over `orders`: reciprocal 1/r, log ln(n/r), ndcg_gain 1/log2(1+r),
             none −r; plackett_luce: strengths fitted to the several orders; logits: the model's own (decoding: first),
             windows brought to one scale.
-        passage_tokens: passages are cut to so many tokens.
+        confidence: multiply a list's scores by how far its orders agree (Kendall's τ, at least 0): less is learnt from
+            lists of which the model is not sure.
+        passage_tokens: passages are cut to so many tokens, and so is a query.
         prompt_tokens: passages are cut further until a prompt has at most so many tokens; null: no such limit.
         temperature: of the sampling; 0 always takes the likeliest.
         max_tokens: of an answer; by default enough for a whole ranking.
@@ -78,6 +80,7 @@ class ListwiseTeacher(AskingTeacher):
         decoding: Decoding = "generate",
         orders: list[Order] = ["given"],  # noqa: B006 (a recipe's default; copied below)
         signal: Signal = "reciprocal",
+        confidence: bool = False,
         passage_tokens: int = 200,
         prompt_tokens: int | None = None,
         temperature: float = 0.0,
@@ -94,6 +97,7 @@ class ListwiseTeacher(AskingTeacher):
         self.decoding: Decoding = decoding
         self.orders: list[Order] = list(orders)
         self.signal: Signal = signal
+        self.confidence = confidence
         self.passage_tokens, self.prompt_tokens, self.max_tokens = passage_tokens, prompt_tokens, max_tokens
         self.temperature, self.seed = temperature, seed
         self.queries_at_once = queries_at_once
@@ -129,9 +133,10 @@ class ListwiseTeacher(AskingTeacher):
                 where="teacher.signal",
                 fix="decoding: first and a step below the window, or a signal from the ranks",
             )
-        if self.signal == "plackett_luce" and len(self.orders) < 2:
+        if (self.signal == "plackett_luce" or self.confidence) and len(self.orders) < 2:
+            name = "confidence" if self.confidence else "plackett_luce"
             raise UsageError(
-                "plackett_luce is fitted to several orders of a list",
+                f"{name} is read from several orders of a list",
                 where="teacher.orders",
                 fix="e.g. orders: [given, reversed, shuffled]",
             )
@@ -151,6 +156,7 @@ class ListwiseTeacher(AskingTeacher):
             "decoding": self.decoding,
             "orders": self.orders,
             "signal": self.signal,
+            "confidence": self.confidence,
             "passage_tokens": self.passage_tokens,
             "prompt_tokens": self.prompt_tokens,
             "temperature": self.temperature,
@@ -205,12 +211,15 @@ class _Job:
         report = teacher._report
         report.counts["lists"] += 1
         report.counts["same_text"] += len(self.documents) - len(texts)
+        self.query = ""
         self.passages: list[str] = []
         self.logits: list[tuple[list[int], np.ndarray]] = []
         plan = windows(len(texts), teacher.window, teacher.step, teacher.passes)
         if plan:
             count = teacher.asking.backend.count_text
             self.passages, cut = fit_passages(list(texts), teacher.passage_tokens, count, teacher.prompt.delimiters)
+            (self.query,), long = fit_passages([item.query], teacher.passage_tokens, count, teacher.prompt.delimiters)
+            report.counts["queries_cut"] += long
             report.counts["passages"] += len(texts)
             report.counts["passages_cut"] += cut
         self.count = len(texts)
@@ -229,6 +238,8 @@ class _Job:
             scores = plackett_luce(orders, self.count)
         else:
             scores = mean_rank_scores(orders, self.count, teacher.signal)
+        if teacher.confidence:
+            scores = scores * max(0.0, agreement(orders))
         doc_ids = list(self.documents)
         values = scores[list(self.documents.values())].astype(np.float32)
         check_finite(self.item.query_id, doc_ids, values, teacher.type)
@@ -262,10 +273,10 @@ class _Chain:
         """What the next window is asked."""
         teacher = self.job.teacher
         start, end = self.plan[self.position]
-        query = self.job.item.query
-        shown = shown_order(self.order, end - start, teacher.seed, query, self.number, self.position)
+        names = (self.job.item.query, self.number, self.position)
+        shown = shown_order(self.order, end - start, teacher.seed, *names)
         passages = [self.job.passages[self.ranking[start + at]] for at in shown]
-        self._asked = teacher_request(teacher, query, passages, self.number), shown
+        self._asked = teacher_request(teacher, self.job.query, passages, self.number), shown
         return self._asked[0]
 
     def take(self, answer: Answer) -> None:
@@ -341,7 +352,7 @@ class _Report:
         return {
             "counts": {name: count for name, count in self.counts.items() if count},
             "repairs": dict(self.repairs),
-            "agreement": self.agreement,
+            "agreement_sum": self.agreement,
             "position": self.bias.to_json(),
         }
 
@@ -358,13 +369,16 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines += [f"  {count:,} {REPAIRS[kind]}" for kind, count in sorted(report["repairs"].items(), key=lambda x: -x[1])]
     for name, text in (
         ("passages_cut", "passages were cut to their token budget"),
+        ("queries_cut", "queries were cut to the same"),
         ("prompts_shortened", "prompts were shortened further"),
         ("same_text", "documents have the text of another one and share its score"),
     ):
         if counts[name]:
             lines.append(f"  {counts[name]:,} {text}")
     if counts["agreement_lists"]:
-        lines.append(f"agreement of the orders (Kendall's τ): {report['agreement'] / counts['agreement_lists']:.3f}")
+        lines.append(
+            f"agreement of the orders (Kendall's τ): {report['agreement_sum'] / counts['agreement_lists']:.3f}"
+        )
     bias = PositionBias(**report["position"])
     places = [place for place in bias.places() if place is not None]
     if bias.effect is not None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
+from rankdistill.indexes.engines import prepare_student
 from rankdistill.progress import progress
 from rankdistill.students.base import ENCODE_BUDGET, Side, StudentModel, split_by_length, to_device
 from rankdistill.students.token_batches import autocast
@@ -34,11 +35,17 @@ class BatchTeacher:
         model: the frozen model.
         vectors: `live`: texts are embedded in each step; `precomputed`: once, by `prepare`. Token vectors
             (multi-vector models) are kept in float16, others in float32.
+        documents: embed documents too; losses on query vectors read none.
     """
 
     def __init__(
-        self, model: StudentModel, collection: Collection, vectors: Literal["live", "precomputed"] = "precomputed"
+        self,
+        model: StudentModel,
+        collection: Collection,
+        vectors: Literal["live", "precomputed"] = "precomputed",
+        documents: bool = True,
     ) -> None:
+        self.documents = documents
         self.model, self.collection, self.vectors = model.eval().requires_grad_(False), collection, vectors
         self._queries: _Embeddings | None = None
         self._documents: _Embeddings | None = None
@@ -46,49 +53,59 @@ class BatchTeacher:
         self._document_rows = np.zeros(0, dtype=np.int64)
 
     def prepare(self, lists: ScoredLists, folder: Path) -> None:
-        """Embed the queries and documents of the lists, unless it is done already or the teacher runs live."""
-        self.model.prepare(self.collection, folder)
+        """Embed the lists' queries, and documents where they are read, unless that is done or the teacher runs live."""
+        prepare_student(self.model, self.collection, folder)
         if self.vectors == "live":
             return
         path = folder / "batch-teacher"
-        settings = {"model": self.model.fingerprint, "precision": self.model.precision}
+        settings = {"model": self.model.fingerprint, "precision": self.model.precision, "documents": self.documents}
         inputs = {"lists": lists.fingerprint}
         print_ = fingerprint(["batch-teacher", settings, inputs])
         query_ids = lists.query_ids
-        self._document_rows = np.unique(lists.doc_rows).astype(np.int64)
+        if self.documents:
+            self._document_rows = np.unique(lists.doc_rows).astype(np.int64)
         with locked(path):
             if find_artifact(path, "batch-teacher", print_) is None:
                 with write_artifact(
                     path, kind="batch-teacher", fingerprint=print_, settings=settings, inputs=inputs
                 ) as artifact:
                     self._write(artifact.path / "queries", "query", self.collection.query_texts(query_ids))
-                    self._write(artifact.path / "documents", "document", self._document_rows)
+                    if self.documents:
+                        self._write(artifact.path / "documents", "document", self._document_rows)
                     artifact.counts = {"queries": len(query_ids), "documents": len(self._document_rows)}
         self._query_rows = {query_id: row for row, query_id in enumerate(query_ids)}
-        self._queries, self._documents = _Embeddings(path / "queries"), _Embeddings(path / "documents")
+        self._queries = _Embeddings(path / "queries")
+        self._documents = _Embeddings(path / "documents") if self.documents else None
 
     def features(self, query_ids: Sequence[str], queries: Sequence[str], rows: NDArray[np.int64]) -> dict[str, Any]:
         """What `embed` needs of a batch: called where batches are made, which may be another process."""
-        if self._queries is not None and self._documents is not None:
-            return {
-                "queries": self._queries.read(np.array([self._query_rows[query_id] for query_id in query_ids])),
-                "documents": self._documents.read(np.searchsorted(self._document_rows, rows)),
-            }
+        if self._queries is not None:
+            found = {"queries": self._queries.read(np.array([self._query_rows[query_id] for query_id in query_ids]))}
+            if self._documents is not None:
+                found["documents"] = self._documents.read(np.searchsorted(self._document_rows, rows))
+            return found
+        if not self.documents:
+            return {"queries": self.model.preprocess(queries, "query"), "live": True}
         parts = split_by_length(self.model.preprocess_documents(self.collection, rows), ENCODE_BUDGET)
         return {
             "queries": self.model.preprocess(queries, "query"),
             "documents": [part for _, part in parts],
+            "live": True,
             "order": torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts]))),
         }
 
-    def embed(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Embeddings of a batch's queries and of its documents, in the order of `rows`; no gradient."""
-        if "order" not in features:
-            return features["queries"].float(), features["documents"].float()
+    def embed(self, features: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of a batch's queries and of its documents (where they are read), in the order of `rows`; no
+        gradient."""
+        if "live" not in features:
+            documents = features["documents"].float() if self.documents else None
+            return features["queries"].float(), documents
         device = self.model.device
         # The precision the student's own encoder has in inference, not that of the training around it.
         with torch.no_grad(), autocast(device, self.model.precision):
             queries = self.model.embed(to_device(features["queries"], device), "query")
+            if not self.documents:
+                return queries.float(), None
             parts = [self.model.embed(to_device(part, device), "document") for part in features["documents"]]
             return queries.float(), self.model.join(parts)[features["order"]].float()
 

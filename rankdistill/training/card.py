@@ -12,6 +12,24 @@ from rankdistill.recipe import Recipe
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
+USE = """```python
+from sentence_transformers import LOADER
+
+model = LOADER("PATH/TO/THIS/FOLDER")
+queries = model.encode_query(["..."])
+documents = model.encode_document(["..."])
+scores = model.similarity(queries, documents)
+```"""
+QUERIES_ONLY = """This model encodes queries only. Documents are encoded by `DOCUMENT_MODEL`; an index of its vectors is
+searched with this model's.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+queries = SentenceTransformer("PATH/TO/THIS/FOLDER").encode_query(["..."])
+documents = SentenceTransformer("DOCUMENT_MODEL").encode_document(["..."])
+```"""
+
 
 def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], notes: dict[str, Any]) -> str:
     """A README.md for `model/`: what it is, how to use it, how it was trained, what was measured on dev."""
@@ -28,6 +46,8 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     measured = f"\nDev {notes['dev_metric']}:\n\n| step | value |\n|---:|---:|\n{rows}" if rows else ""
     losses = ", ".join(method.type for method in recipe.training.losses)
     loader = "MultiVectorEncoder" if student["type"] == "multi_vector" else "SentenceTransformer"
+    use = QUERIES_ONLY if "document_model" in student else USE
+    use = use.replace("LOADER", loader).replace("DOCUMENT_MODEL", str(student.get("document_model")))
     used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
@@ -38,14 +58,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
 
 ## Use
 
-```python
-from sentence_transformers import {loader}
-
-model = {loader}("PATH/TO/THIS/FOLDER")
-queries = model.encode_query(["..."])
-documents = model.encode_document(["..."])
-scores = model.similarity(queries, documents)
-```
+{use}
 
 ## Training
 

@@ -127,7 +127,7 @@ class Distiller(nn.Module):
             every = self.student.score_all(batch.queries, batch.documents)
             scores = every.gather(1, batch.index)
             teacher = self._batch_teacher[0]
-            if teacher is not None:
+            if teacher is not None and teacher.documents:
                 with torch.no_grad():
                     teacher_every = teacher.score_all(batch.teacher_queries, batch.teacher_documents)
         else:

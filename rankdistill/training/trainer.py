@@ -22,7 +22,7 @@ from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, partial
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.engines import prepare_student
-from rankdistill.losses.base import Loss
+from rankdistill.losses.base import BatchLoss, Loss
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
@@ -296,7 +296,8 @@ def train_student(
         batch_teacher = None
         if batch_teacher_settings is not None:
             model = build("student", batch_teacher_settings, "training.batch_teacher").create(settings.device)
-            batch_teacher = BatchTeacher(model, collection, settings.batch_teacher_vectors)
+            read = any(isinstance(loss, BatchLoss) and loss.needs_batch_teacher for loss in losses.values())
+            batch_teacher = BatchTeacher(model, collection, settings.batch_teacher_vectors, documents=read)
             batch_teacher.prepare(lists, prepared)
         documents = build("sampler", settings.lists.settings())
         members = usable_lists(lists, documents)

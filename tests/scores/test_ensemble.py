@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.scores.ensemble import Ensemble, aggregate, combine, normalise
+from rankdistill.scores.ensemble import Ensemble, aggregate, combine, disagreement, normalise, normalise_members
 
 NORMALISATIONS = ("min_max", "z_score", "rank", "softmax", "none")
 
@@ -96,3 +97,93 @@ def test_wrong_settings_are_refused() -> None:
         normalise(np.ones(2), "softmax", 0.0)
     with pytest.raises(UsageError):
         Ensemble([])
+
+
+class Recorded:
+    """Scores of one list, as a teacher's folder gives them."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+    def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        return np.array([self.scores.get(f"{query_id}/{doc_id}", np.nan) for doc_id in doc_ids], np.float32)
+
+
+def test_disagreement_equals_a_slow_loop_and_is_zero_with_one_teacher() -> None:
+    random = np.random.default_rng(3)
+    members = random.normal(size=(3, 10))
+    members[random.random(members.shape) < 0.4] = np.nan
+    members[:, 0] = np.nan
+    expected = []
+    for column in members.T:
+        have = [value for value in column.tolist() if not math.isnan(value)]
+        expected.append(statistics.pstdev(have) if have else math.nan)
+    np.testing.assert_allclose(disagreement(members), expected, atol=1e-12)
+    assert (disagreement(members[:1, 1:])[~np.isnan(members[0, 1:])] == 0).all()
+    # Teachers that order and space a list alike agree, whatever their scale.
+    scores = random.normal(size=8)
+    np.testing.assert_allclose(
+        disagreement(normalise_members(np.stack([scores, 40 * scores + 3]), "z_score")), 0, atol=1e-12
+    )
+
+
+def test_an_ensemble_gives_the_disagreement_of_what_it_combines() -> None:
+    first = Recorded({"q/a": 0.0, "q/b": 1.0, "q/c": 2.0})
+    second = Recorded({"q/a": 300.0, "q/b": 200.0, "q/c": 100.0})
+    ensemble = Ensemble([first, second], "min_max", scale=7.0)
+    np.testing.assert_allclose(ensemble.scores_of("q", ["a", "b", "c"]), [3.5, 3.5, 3.5])
+    np.testing.assert_allclose(ensemble.disagreement_of("q", ["a", "b", "c", "d"]), [0.5, 0.0, 0.5, np.nan])
+    assert ensemble.disagreement_of("q", ["a"]).dtype == np.float32
+    assert (Ensemble([first]).disagreement_of("q", ["a", "c"]) == 0).all()
+
+
+def test_calibrated_members_are_combined_as_probabilities() -> None:
+    scores = np.array([[0.0, 2.0, np.nan], [10.0, -10.0, 0.0]])
+    halves = [lambda row: row / 2, lambda row: (row + 10) / 20]
+    np.testing.assert_allclose(combine(scores, "calibrated", calibrators=halves), [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(combine(scores, "calibrated", calibrators=halves, missing="drop"), [0.5, 0.5, np.nan])
+    with pytest.raises(UsageError, match="1 calibrations of 2"):
+        combine(scores, "calibrated", calibrators=halves[:1])
+    with pytest.raises(UsageError, match="calibration of each teacher"):
+        combine(scores, "calibrated")
+
+
+@pytest.mark.parametrize(
+    ("stretch", "weights", "warned"), [(50.0, None, True), (5.0, None, False), (50.0, [10.0, 1.0], False)]
+)
+def test_scales_far_apart_are_warned_of_without_normalisation(
+    stretch: float, weights: list[float] | None, warned: bool
+) -> None:
+    random = np.random.default_rng(0)
+    names = [f"d{number}" for number in range(30)]
+    members = [
+        Recorded({f"q{query}/{name}": factor * random.normal() for query in range(5) for name in names})
+        for factor in (1.0, stretch)
+    ]
+    aggregation = "mean" if weights is None else "weighted"
+    plain = Ensemble(members, "none", aggregation, weights, names=["small", "large"])  # type: ignore[arg-type]
+    scaled = Ensemble(members, "z_score", aggregation, weights)  # type: ignore[arg-type]
+    for query in range(5):
+        plain.scores_of(f"q{query}", names)
+        scaled.scores_of(f"q{query}", names)
+    assert scaled.problems() == []
+    assert bool(plain.problems()) == warned
+    if warned:
+        assert "large" in plain.problems()[0] and "z_score" in plain.problems()[0]
+
+
+def test_a_teacher_that_covers_half_of_the_lists_is_named_with_the_rule() -> None:
+    names = [f"d{number}" for number in range(10)]
+    whole = Recorded({f"q{query}/{name}": float(len(name) + query) for query in range(6) for name in names})
+    half = Recorded({f"q{query}/{name}": 1.0 for query in range(3) for name in names})
+    for normalisation, missing, said in (
+        ("z_score", "average", ["scored by the others alone"]),
+        ("none", "average", ["scored by the others alone", "missing: drop"]),
+        ("z_score", "drop", ["left out"]),
+    ):
+        ensemble = Ensemble([whole, half], normalisation, missing=missing, names=["whole", "half"])  # type: ignore[arg-type]
+        scores = np.concatenate([ensemble.scores_of(f"q{query}", names) for query in range(6)])
+        problems = ensemble.problems()
+        assert len(problems) == len(said) and all(text in problem for text, problem in zip(said, problems))
+        assert "half lacks 30 of 60" in problems[0]
+        assert np.isnan(scores[30:]).all() == (missing == "drop") and np.isfinite(scores[:30]).all()

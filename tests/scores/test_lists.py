@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError
+from rankdistill.scores.ensemble import Ensemble
 from rankdistill.scores.lists import ScoredLists, build_lists
 from rankdistill.scores.store import ScoreStore
 
@@ -72,3 +73,50 @@ def test_lists_come_from_the_store(tiny_collection: Collection, tmp_path: Path) 
     np.testing.assert_array_equal(lists[0].scores, np.float32([1.0, 2.0]))
     other = build_lists(candidates, scores.scores_of, tiny_collection, "train", tmp_path / "m", inputs={"teacher": "u"})
     assert lists.fingerprint != other.fingerprint
+
+
+class Member:
+    """One teacher's scores by document, the same for every query."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+    def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        return np.array([self.scores.get(doc_id, np.nan) for doc_id in doc_ids], np.float32)
+
+
+def test_lists_of_an_ensemble_hold_its_disagreement(
+    tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Member({"d-iron": 0.0, "d-gold": 1.0, "d-oak": 0.5, "nowhere": 0.9})
+    second = Member({"d-iron": 1.0, "d-gold": 0.0, "d-oak": 0.5, "d-bee": 0.2})
+    ensemble = Ensemble([first, second], "none", names=["one", "two"])
+    asked = ["d-iron", "nowhere", "d-whale", "d-gold", "d-oak", "d-bee"]
+    candidates = [("q-iron", asked, np.zeros(6)), ("q-gold", asked[3:], np.zeros(3))]
+    lists = build_lists(candidates, ensemble, tiny_collection, "train", tmp_path / "lists")
+    np.testing.assert_allclose(lists.disagreement_of(0), [0.5, 0.5, 0.0, 0.0])  # what was left out has none either
+    np.testing.assert_allclose(lists.disagreement_of(-1), [0.5, 0.0, 0.0])
+    assert isinstance(lists.disagreement, np.memmap) and lists.disagreement.dtype == np.float32
+    with pytest.raises(IndexError):
+        lists.disagreement_of(2)
+    assert "teacher one lacks" in capsys.readouterr().err
+    # One teacher's lists have no such column.
+    assert build_lists(candidates, first, tiny_collection, "train", tmp_path / "one").disagreement_of(0) is None
+    assert not (tmp_path / "one" / "disagreement.npy").exists()
+
+    values = np.load(tmp_path / "lists" / "disagreement.npy")
+    np.save(tmp_path / "lists" / "disagreement.npy", values * np.nan)
+    with pytest.raises(RankdistillError, match="a disagreement is nan"):
+        ScoredLists.open(tmp_path / "lists")
+    np.save(tmp_path / "lists" / "disagreement.npy", values[:2])
+    with pytest.raises(RankdistillError, match="differ in length"):
+        ScoredLists.open(tmp_path / "lists")
+
+
+def test_lists_without_labels_or_without_a_teacher(tiny_collection: Collection, tmp_path: Path) -> None:
+    candidates = [("q-iron", ["d-iron", "d-gold"], np.zeros(2))]
+    member = Member({"d-iron": 2.0, "d-gold": 1.0})
+    unlabelled = build_lists(candidates, member, tiny_collection, None, tmp_path / "unlabelled")
+    assert unlabelled[0].relevance.tolist() == [-1, -1] and unlabelled[0].scores.tolist() == [2.0, 1.0]
+    labels = build_lists(candidates, None, tiny_collection, "train", tmp_path / "labels")
+    assert labels[0].relevance.tolist() == [1, -1] and labels[0].scores.tolist() == [0.0, 0.0]

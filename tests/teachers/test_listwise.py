@@ -215,6 +215,14 @@ def test_an_honest_model_outvotes_its_place_in_the_prompt() -> None:
     np.testing.assert_allclose(scores, -10.5)
 
 
+def test_orders_that_disagree_shrink_the_scores() -> None:
+    settings: dict[str, Any] = {"orders": ["given", "reversed"], "confidence": True}
+    item = planted(20)[0]
+    sure, unsure = (scored(make(spoil, **settings)[0], item)["q0"][1] for spoil in ("", "copy"))
+    np.testing.assert_array_equal(sure, scored(make()[0], item)["q0"][1])  # both orders alike: a confidence of 1
+    np.testing.assert_array_equal(unsure, 0)  # opposite orders
+
+
 def test_a_list_is_scored_whole_and_never_mixed_with_another(tiny_collection: Collection, store: ScoreStore) -> None:
     short, long = ["d-iron", "d-oak"], ["d-iron", "d-oak", "d-mercury", "d-gold"]
     teacher, engine = make()
@@ -271,6 +279,9 @@ def test_long_passages_are_cut_and_prompts_kept_within_their_limit() -> None:
     scored(teacher, item)
     assert engine.count_tokens(engine.asked[0]) < 6 * 52 + 150
     assert teacher.take_report()["counts"]["passages_cut"] == 6
+    wordy, engine = make(passage_tokens=50)
+    scored(wordy, item._replace(query="x " * 5000))
+    assert engine.count_tokens(engine.asked[0]) < 8 * 52 + 150 and wordy.take_report()["counts"]["queries_cut"] == 1
     tight, engine = make(prompt_tokens=200)
     ((_, scores),) = scored(tight, item).values()
     assert 150 < engine.count_tokens(engine.asked[0]) <= 200 and np.argmax(scores) == 5
@@ -298,6 +309,8 @@ def test_the_fingerprint_covers_what_decides_a_score(tmp_path: Path) -> None:
         {"orders": ["reversed"]},
         {"orders": ["shuffled"]},
         {"orders": ["shuffled"], "seed": 1},
+        {"orders": ["given", "reversed"]},
+        {"orders": ["given", "reversed"], "confidence": True},
         {"signal": "log"},
         {"passage_tokens": 100},
         {"prompt_tokens": 2000},
@@ -325,6 +338,7 @@ def test_the_fingerprint_covers_what_decides_a_score(tmp_path: Path) -> None:
         ({"signal": "logits"}, "signal"),
         ({"signal": "logits", "decoding": "first", "step": 20}, "signal"),
         ({"signal": "plackett_luce"}, "orders"),
+        ({"confidence": True}, "orders"),
         ({"decoding": "first", "temperature": 0.5}, "temperature"),
         ({"decoding": "first", "max_tokens": 5}, "max_tokens"),
         ({"temperature": -1.0}, "temperature"),

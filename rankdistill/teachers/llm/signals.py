@@ -17,6 +17,7 @@ from rankdistill.errors import UsageError
 
 RankFunction = Literal["reciprocal", "log", "ndcg_gain", "none"]
 Order = Literal["given", "reversed", "shuffled"]
+TENTHS = 10
 
 
 def rank_scores(count: int, function: RankFunction = "reciprocal") -> np.ndarray:
@@ -169,27 +170,24 @@ class PositionBias:
     """How the place at which a passage is shown moves its place in the answer. Sums, so that reports add up.
 
     Args:
-        shown: passages seen at each place of the prompt.
+        shown: passages seen in each tenth of the prompt.
         answered: the sum of their places in the answers, 0 (first) to 1 (last).
         moved, spread: over windows that were shown in several orders, Σ xy and Σ xx of a passage's place shown (x) and
             answered (y), each less its mean over the orders: the same passage among the same ones, elsewhere.
     """
 
-    shown: list[int] = field(default_factory=list)
-    answered: list[float] = field(default_factory=list)
+    shown: list[int] = field(default_factory=lambda: [0] * TENTHS)
+    answered: list[float] = field(default_factory=lambda: [0.0] * TENTHS)
     moved: float = 0.0
     spread: float = 0.0
 
     def add(self, order: Sequence[int]) -> None:
         """Count one answer: places shown, best first."""
-        count = len(order)
-        if count < 2:
-            return
-        self.shown += [0] * (count - len(self.shown))
-        self.answered += [0.0] * (count - len(self.answered))
-        for place, at in enumerate(order):
-            self.shown[at] += 1
-            self.answered[at] += place / (count - 1)
+        last = len(order) - 1
+        for place, at in enumerate(order if last > 0 else ()):
+            tenth = min(TENTHS - 1, at * TENTHS // last)
+            self.shown[tenth] += 1
+            self.answered[tenth] += place / last
 
     def add_repeats(self, shown: np.ndarray, answered: np.ndarray) -> None:
         """Count a window asked several times: int [orders, passages], places shown and answered by passage."""
@@ -205,7 +203,7 @@ class PositionBias:
         return self.moved / self.spread if self.spread else None
 
     def places(self) -> list[float | None]:
-        """The mean place in the answer, 0 to 1, of what was shown at each place. .5 throughout where passages are
+        """The mean place in the answer, 0 to 1, of what was shown in each tenth. .5 throughout where passages are
         shuffled and their place does not matter; shown in a ranking's order it rises, by the ranking's own merit."""
         return [total / seen if seen else None for seen, total in zip(self.shown, self.answered)]
 

@@ -216,11 +216,11 @@ def mutated(text: str, random_: random.Random) -> str:
 
 
 def test_mutated_answers_never_raise_lose_or_double_a_document() -> None:
-    """20,000 of them; each is clean by the template's rule, or has a repair that says why not."""
+    """12,000 of them; each is clean by the template's rule, or has a repair that says why not."""
     random_ = random.Random(6)
     clean = 0
     seen: Counter[str] = Counter()
-    for number in range(20_000):
+    for number in range(12_000):
         prompt = (NUMBERS, LETTERS)[number % 2]
         count = random_.choice([1, 2, 5, 20])
         names = prompt.names(count)
@@ -236,7 +236,7 @@ def test_mutated_answers_never_raise_lose_or_double_a_document() -> None:
             assert prompt.is_whole(text, names) or prompt.is_whole(before + text, names), text
             places = [names.index(name) for name in re.findall(r"\w+", text)]
             assert list(reading.order) == places
-    assert clean >= 400  # those that were not mutated
+    assert clean >= 240  # those that were not mutated
     assert set(seen) == set(REPAIRS) - {"absent"}  # the fuzz reaches every kind
 
 
