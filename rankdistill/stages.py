@@ -198,11 +198,9 @@ class Workspace:
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
         if not teacher.needs_training:
             return
-        from rankdistill.students.models import resolve_model
-
         candidates, _ = self.mine()
         path = self.path / name
-        values = {**settings, "model": resolve_model(settings["model"]).revision, "seed": self.recipe.seed}
+        values = {**settings, **teacher.training_inputs(), "seed": self.recipe.seed}
         inputs = {"candidates": candidates.fingerprint}
         print_ = fingerprint([values, inputs])
         with locked(path):

@@ -27,7 +27,7 @@ def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
         "teacher": {"type": "bi_encoder", "model": model},
         "student": {"type": "multi_vector", "dimension": 16, "scale": 3.0, "storage": "fp32", **settings},
         "baselines": {"dense": {"student": {"type": "dense", **settings}}},
-        "training": {"steps": 4, "checkpoints": 2, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
+        "training": {"steps": 2, "checkpoints": 1, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
         "indexes": ["flat"],
         "evaluation": {"extrapolation": None},
     }

@@ -54,7 +54,7 @@ def make_model(folder: Path, texts: list[str], hidden: int, layers: int) -> None
     trainer = trainers.BpeTrainer(
         vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([*texts, *["yes", "no"] * 10_000], trainer)  # one token each, for pointwise prompts
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -184,8 +184,8 @@ def report(
         f"`python {' '.join(sys.argv)}` on {platform.processor() or platform.machine()}, {options.device}, "
         f"{torch.get_num_threads()} threads, torch {versions['torch']}, transformers {versions['transformers']}. "
         f"{made}, {size / 1e6:.1f} million parameters, precision {options.precision}.{free} {len(lists) - 1} queries "
-        f"of TREC DL 2019, BM25's first {options.window} passages, cut to {options.passage_tokens} tokens; the decodings "
-        "take turns on each query; medians, the ratio to `generate` taken query by query.",
+        f"of TREC DL 2019, BM25's first {options.window} passages, cut to {options.passage_tokens} tokens; the "
+        "decodings take turns on each query; medians, the ratio to `generate` taken query by query.",
         "",
         "| | seconds a query | time against generate | least to most | prompt tokens | shared ones | answer tokens |",
         "|---|---|---|---|---|---|---|",

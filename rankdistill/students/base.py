@@ -70,6 +70,12 @@ class StudentModel(nn.Module, ABC):
         """[queries, documents] similarities, as an index over this student would give them."""
         return self.encode_queries(queries) @ self.encode_documents(documents).T
 
+    def pool_similarities(
+        self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """The same to documents of the collection that is trained on, whose rows are given beside their texts."""
+        return self.similarities(queries, documents)
+
     @property
     @abstractmethod
     def device(self) -> torch.device: ...

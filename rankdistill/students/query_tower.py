@@ -6,7 +6,6 @@ only queries are encoded while somebody waits. The index that is there keeps ser
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ from rankdistill.students.token_batches import Precision
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-KEPT_VECTORS = 20_000  # document vectors held in memory for texts that are asked for again and again (a dev pool)
 DOCUMENTS = "documents"  # the key of the settings file
 
 
@@ -123,7 +121,6 @@ class QueryTowerModel(DenseModel):
         self.document_fingerprint = documents.fingerprint
         self.fingerprint = fingerprint(["query_tower", self.fingerprint, documents.fingerprint])
         self._vectors: NDArray[np.float32] | None = None
-        self._kept: dict[bytes, NDArray[np.float32]] = {}
 
     def use_vectors(self, vectors: NDArray[np.float32]) -> None:
         """Take the document vectors of the collection that is trained on, [documents, dimension], memory-mapped."""
@@ -151,17 +148,13 @@ class QueryTowerModel(DenseModel):
         """[texts, dimension] float32, by the large model."""
         return self.documents.load().encode_documents(texts)
 
-    def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
-        """As the base class has it; the vectors of a few thousand documents are kept: a dev pool is asked for at each
-        evaluation."""
-        keys = [hashlib.sha256(text.encode()).digest() for text in documents]
-        new = [place for place, key in enumerate(keys) if key not in self._kept]
-        if len(self._kept) + len(new) > KEPT_VECTORS:
-            self._kept, new = {}, list(range(len(documents)))
-        if new:
-            vectors = self.encode_documents([documents[place] for place in new])
-            self._kept.update((keys[place], vector) for place, vector in zip(new, vectors, strict=True))
-        return self.encode_queries(queries) @ np.stack([self._kept[key] for key in keys]).T
+    def pool_similarities(
+        self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """With the vectors that were made before: the large model does not run."""
+        if self._vectors is None:
+            return super().pool_similarities(queries, documents, rows)
+        return self.encode_queries(queries) @ np.asarray(self._vectors[rows], dtype=np.float32).T
 
     def save(self, folder: Path) -> None:
         """The query encoder alone, as a SentenceTransformer; the settings file says whose documents it searches."""

@@ -52,6 +52,10 @@ class Teacher(ABC):
         """Whether `train` must come first."""
         return False
 
+    def training_inputs(self) -> dict[str, Any]:
+        """What `train` starts from beside the candidates, as fingerprints; they replace the settings of their names."""
+        return {}
+
     def train(
         self,
         collection: Collection,

@@ -147,6 +147,9 @@ class CrossEncoderTeacher(PairTeacher):
     def needs_training(self) -> bool:
         return self.training is not None and self._folder is None
 
+    def training_inputs(self) -> dict[str, Any]:
+        return {"model": resolve_model(self.model_name).revision}
+
     def use_trained(self, folder: Path) -> None:
         self._folder, self._model = Path(folder), None
 

@@ -8,18 +8,22 @@ of different queries, and of the several orders in which a list is shown, are as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from rankdistill.artifacts import fingerprint
-from rankdistill.errors import UsageError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.store import ScoreKind
+from rankdistill.students.models import resolve_model
 from rankdistill.teachers.base import TextList, check_finite
+from rankdistill.teachers.listwise_training import ListwiseTraining, fine_tune, orders_fingerprint
 from rankdistill.teachers.llm.answers import REPAIRS, read_answer
 from rankdistill.teachers.llm.asking import AskingTeacher
 from rankdistill.teachers.llm.base import Answer, Decoding, Request
+from rankdistill.teachers.llm.local import TransformersBackend
 from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
 from rankdistill.teachers.llm.signals import (
     Order,
@@ -32,6 +36,9 @@ from rankdistill.teachers.llm.signals import (
     shown_order,
 )
 from rankdistill.teachers.llm.windows import reorder, windows
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 Signal = Literal[RankFunction, "plackett_luce", "logits"]
 
@@ -65,6 +72,7 @@ class ListwiseTeacher(AskingTeacher):
         queries_at_once: lists that are asked together, each in all its orders.
         budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50.
         prices: money for a million tokens, {prompt: 0.15, answer: 0.60}.
+        train: fine-tune the backend's model (transformers) on another teacher's orders first, see ListwiseTraining.
     """
 
     type = "listwise"
@@ -89,8 +97,12 @@ class ListwiseTeacher(AskingTeacher):
         queries_at_once: int = 16,
         budget: str | float | None = None,
         prices: dict[str, float] | None = None,
+        train: ListwiseTraining | None = None,
     ) -> None:
         super().__init__(backend, budget, prices)
+        self._backend = dict(backend)
+        self.training = ListwiseTraining.model_validate(train) if train is not None else None
+        self._is_trained = False
         self.prompt_name = prompt or ("listwise_letters" if decoding == "first" else "listwise")
         self.prompt: Prompt = load_prompt(self.prompt_name, "listwise")
         self.window, self.step, self.passes = window, step, passes
@@ -107,6 +119,12 @@ class ListwiseTeacher(AskingTeacher):
 
     def _check(self) -> None:
         """Refuse settings that cannot be kept, before anything is paid for."""
+        if self.training is not None and not isinstance(self.asking.backend, TransformersBackend):
+            raise UsageError(
+                f"a model behind the backend {self.asking.backend.type} is not trained here",
+                where="teacher.train",
+                fix="backend: {type: transformers, model: ...}",
+            )
         windows(2 * self.window, self.window, self.step, self.passes)
         self.prompt.names(self.window)
         self.asking.backend.check(self.decoding)
@@ -141,7 +159,61 @@ class ListwiseTeacher(AskingTeacher):
                 fix="e.g. orders: [given, reversed, shuffled]",
             )
 
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_training(self) -> bool:
+        return self.training is not None and not self._is_trained
+
+    def training_inputs(self) -> dict[str, Any]:
+        backend, training = self._local()
+        return {
+            **dict.fromkeys(("budget", "prices", "queries_at_once", "signal", "orders", "confidence"), None),
+            "backend": backend.fingerprint(),
+            "train": {**training.model_dump(), "orders": orders_fingerprint(training.orders)},
+            "prompt": self.prompt.fingerprint(),
+        }
+
+    def train(
+        self,
+        collection: Collection,
+        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        out: Path,
+        seed: int,
+        split: str = "train",
+    ) -> dict[str, Any]:
+        """Fine-tune the backend's model on the orders that `train` names, whatever their queries' split."""
+        backend, training = self._local()
+        counts = fine_tune(
+            resolve_model(backend.model_name).path,
+            training,
+            collection,
+            Path(out),
+            prompt=self.prompt,
+            window=self.window,
+            passage_tokens=self.passage_tokens,
+            chat_template=backend.chat_template,
+            template_options=backend.template_options,
+            device=backend.device_name,
+            seed=seed,
+        )
+        self.use_trained(out)
+        return counts
+
+    def use_trained(self, folder: Path) -> None:
+        self.asking.use_backend({**self._backend, "model": str(folder)})
+        self._is_trained = True
+
+    def _local(self) -> tuple[TransformersBackend, ListwiseTraining]:
+        if self.training is None or not isinstance(self.asking.backend, TransformersBackend):
+            raise UsageError("this listwise model has no `train` settings", where="teacher.train")
+        return self.asking.backend, self.training
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
     def fingerprint(self) -> str:
+        if self.needs_training:
+            raise RankdistillError("this listwise model must be trained before it teaches", fix="call train() first")
         return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
 
     def _settings(self) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class Collator:
             UsageError: an identifier is no single token, or both are longer than the context.
         """
         passages, _ = fit_passages(window.passages, self.passage_tokens, self.chat.count, self.prompt.delimiters)
-        request = self.prompt.render(window.query, passages, decoding="first")
+        (query,), _ = fit_passages([window.query], self.passage_tokens, self.chat.count, self.prompt.delimiters)
+        request = self.prompt.render(query, passages, decoding="first")
         text = self.chat.render(request.messages, request.before)
         names = request.identifiers
         separator, end = separators(request.before)

@@ -39,7 +39,7 @@ class Agreement:
         rows, index = np.unique(np.concatenate([member.doc_rows for member in members]), return_inverse=True)
         self.queries = collection.query_texts([member.query_id for member in members])
         self.documents = collection.document_texts(rows)
-        self.index = index.ravel()
+        self.rows, self.index = rows.astype(np.int64), index.ravel()
         self.teacher = np.concatenate([member.scores for member in members]).astype(np.float64)
         self.offsets = np.concatenate([[0], np.cumsum([len(member.doc_rows) for member in members])])
 
@@ -50,7 +50,7 @@ class Agreement:
         """Mean Kendall τ-b with the teacher; a list that one side ties throughout counts 0, one it cannot differ on
         (the teacher ties it) is left out. NaN where nothing is left.
         """
-        scores = student.similarities(self.queries, self.documents)
+        scores = student.pool_similarities(self.queries, self.documents, self.rows)
         own = scores[np.repeat(np.arange(len(self.queries)), np.diff(self.offsets)), self.index]
         tau = kendall_tau_b(self.teacher, own.astype(np.float64), self.offsets)
         untied = np.array([len(np.unique(self.teacher[a:b])) > 1 for a, b in zip(self.offsets, self.offsets[1:])])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as distributed
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -61,6 +62,7 @@ class DevPool:
     documents: list[str]
     qrels: dict[str, dict[str, int]]
     metric: str
+    rows: NDArray[np.int64]  # of the documents
     judge: str = "labels"
 
     @classmethod
@@ -94,6 +96,7 @@ class DevPool:
             collection.document_texts(rows),
             qrels,
             metric,
+            rows,
             "labels" if isinstance(split, str) else "the teacher's order",
         )
 
@@ -102,7 +105,7 @@ class DevPool:
         return f"{self.metric} over a pool of {len(self.doc_ids)} documents, {len(self.query_ids)} queries{judged}"
 
     def evaluate(self, student: StudentModel) -> float:
-        scores = student.similarities(self.queries, self.documents)
+        scores = student.pool_similarities(self.queries, self.documents, self.rows)
         depth = min(100, scores.shape[1])
         best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
         run = Run(

@@ -19,6 +19,8 @@ from rankdistill.artifacts import Artifact
 from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.losses.ranknet import RankNet
+from rankdistill.recipe import build
+from rankdistill.teachers.base import TextList
 from rankdistill.teachers.listwise_training import (
     Collator,
     ListwiseTraining,
@@ -171,6 +173,44 @@ def test_without_peft_the_extra_is_named(
     with pytest.raises(RankdistillError, match="peft") as caught:
         train(start, planted, orders, prompt, tmp_path / "made", steps=1, lora={})
     assert "rankdistill[llm]" in str(caught.value.fix)
+
+
+def test_a_listwise_teacher_trains_its_model(
+    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path
+) -> None:
+    settings = {
+        "type": "listwise",
+        "backend": {"type": "transformers", "model": str(start), "precision": "fp32", "device": "cpu"},
+        "prompt": prompt,
+        "decoding": "first",
+        "signal": "logits",
+        "window": 4,
+        "step": 2,
+        "passage_tokens": 4,
+        "train": {"orders": str(orders), "steps": 2, "batch_size": 2, "precision": "fp32", "learning_rate": 1e-2},
+    }
+    teacher = build("teacher", settings)
+    teacher.asking.use_store(tmp_path / "store")
+    assert teacher.needs_training
+    with pytest.raises(RankdistillError, match="trained before"):
+        teacher.fingerprint()
+    copy = tmp_path / "orders.trec"
+    copy.write_bytes(orders.read_bytes())
+    moved = build("teacher", {**settings, "train": {**settings["train"], "orders": str(copy)}})  # type: ignore[dict-item]
+    assert moved.training_inputs() == teacher.training_inputs()  # what they are, not where
+    assert teacher.train(planted, [], tmp_path / "model", seed=3)["orders"] == 40
+    assert not teacher.needs_training
+    untrained = build("teacher", {key: value for key, value in settings.items() if key != "train"})
+    assert teacher.fingerprint() != untrained.fingerprint()
+    item = TextList("q", "rank", [f"d-{word}" for word in WORTH], WORTH)
+    ((_, doc_ids, scores),) = teacher.score([item])
+    untrained.asking.use_store(tmp_path / "store")
+    ((_, _, before),) = untrained.score([item])
+    assert doc_ids == item.doc_ids and not np.allclose(scores, before)
+    moved.use_trained(tmp_path / "model")
+    assert moved.fingerprint() == teacher.fingerprint()
+    with pytest.raises(UsageError, match="not trained here"):
+        build("teacher", {**settings, "backend": {"type": "openai", "model": "x", "base_url": "http://127.0.0.1:1/v1"}})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -217,6 +217,11 @@ class Asking:
             self._root = answers_root(root)
             self.__dict__.pop("cache", None)
 
+    def use_backend(self, backend: Mapping[str, Any]) -> None:
+        """Ask this engine from now on."""
+        self.backend = build("backend", backend, "teacher.backend")
+        self.__dict__.pop("cache", None)
+
     @cached_property
     def cache(self) -> AnswerCache:
         return AnswerCache(self._root / self.backend.fingerprint())

@@ -188,9 +188,9 @@ def separators(before: str) -> tuple[str, str]:
 
 def _not_one_token(name: str, prompt: str, tokens: Sequence[int] | None) -> UsageError:
     why = "runs into the text before it" if tokens is None else f"is {len(tokens)} tokens"
-    other = "letters" if name.isdigit() else "numeric"
+    fix = "identifiers: letters" if name.isdigit() else "identifiers: numeric" if len(name) == 1 else "shorter words"
     return UsageError(
         f"the identifier {name!r} {why} for this model's tokenizer after {prompt[-1:]!r}: one step cannot score it",
         where="teacher.identifiers",
-        fix=f"identifiers: {other}, a window of fewer passages, or decoding: constrained",
+        fix=f"a prompt with {fix}, fewer passages, or decoding: constrained",
     )
