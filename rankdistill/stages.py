@@ -567,7 +567,9 @@ class Workspace:
             student_model = self.student()
             indexes = [self.index(specification, student=student_model) for specification in wanted]
             done = ", ".join(f"{index.name} ({index.bytes_per_document:.0f} B a document)" for index in indexes)
-            done = done or f"{self.vectors(STUDENT, student_model, self.collection)}, searched as they are"
+            if not done:
+                vectors = self.vectors(STUDENT, student_model, self.collection)
+                done = f"no file; {vectors.kind.replace('_', ' ')} of {vectors.counts['documents']:,} documents"
         else:
             result = self.evaluate()
             done = str(result.path)

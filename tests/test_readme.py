@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import rankdistill
-from rankdistill.recipe import check_recipe, method_names, shipped
+from rankdistill.recipe import check_recipe, merge, method_names, shipped
 
 SOURCE = Path(__file__).parents[1]
 README = (SOURCE / "README.md").read_text(encoding="utf-8")
@@ -52,13 +52,17 @@ def test_every_make_target_exists() -> None:
 
 
 def test_the_recipe_is_a_recipe() -> None:
-    (block,) = blocks("yaml")
-    recipe = check_recipe(yaml.safe_load(block), "README.md")
+    whole, *parts = blocks("yaml")
+    recipe = check_recipe(yaml.safe_load(whole), "README.md")
     assert recipe.teacher is not None
     assert list(recipe.baselines) == ["labels"]
+    for part in parts:
+        check_recipe(merge(yaml.safe_load(whole), yaml.safe_load(part)), "README.md")
 
 
-@pytest.mark.parametrize(("title", "kinds"), [("Teachers", ["teacher"]), ("Students", ["student", "loss"])])
+@pytest.mark.parametrize(
+    ("title", "kinds"), [("Teachers", ["teacher"]), ("Students", ["student", "loss", "weighting"])]
+)
 def test_every_method_is_named(title: str, kinds: list[str]) -> None:
     for kind in kinds:
         for name in method_names(kind):

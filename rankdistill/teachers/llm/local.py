@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+ATTENTION = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # kinds of cache that know masks
 SHARED_TOKENS = 32  # a shorter common prefix is not worth a pass of its own
 
 
@@ -141,6 +142,11 @@ class TransformersBackend(Backend):
             if not self.device_map:
                 self._model.to(self.device)
             self._model.eval()
+            if "past_key_values" not in inspect.signature(self._model.forward).parameters:
+                raise RankdistillError(
+                    f"{self.model_name} keeps no cache of keys and values: what it has read cannot be gone on from",
+                    fix="a model with attention, or a server for this one (backend: {type: openai, ...})",
+                )
         return self._model
 
     @cached_property
@@ -221,7 +227,7 @@ class TransformersBackend(Backend):
         """Answers in the order of the rows; a batch that does not fit the memory is halved."""
         import torch
 
-        alone = not self._layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}  # a state that padding would change
+        alone = not self._layers <= ATTENTION  # a state that padding would change
         uneven = self._layers != {"DynamicLayer"} and any(isinstance(row, _Permutation) for row in rows)
         if len(rows) > 1 and (alone or uneven):
             return [answer for row in rows for answer in self._answer_rows([row])]
@@ -267,7 +273,11 @@ class TransformersBackend(Backend):
             if len(going) < len(rows) and self._layers == {"DynamicLayer"}:
                 state.select(torch.tensor(going))
                 rows, fed = [rows[at] for at in going], [fed[at] for at in going]
-            logits = state.feed(fed)
+            if self._layers <= ATTENTION:
+                logits = state.feed(fed)
+            else:  # recurrent layers go on by a token at a time
+                for token in fed[0]:
+                    logits = state.feed([[token]])
 
     def _shared(self, prompts: list[list[int]]) -> int:
         """Tokens that all prompts begin with, where computing them once pays; each keeps a token of its own."""
