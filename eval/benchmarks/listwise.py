@@ -14,6 +14,7 @@ FOLDER holds `collection.tsv`, `queries.tsv` and `runs/bm25.trec` (TREC DL 2019)
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import tempfile
@@ -138,6 +139,7 @@ def compare(model: str, lists: list[tuple[str, list[str]]], options: argparse.Na
     names = ["first", "constrained", "generate", "pointwise, prefix shared", "pointwise, each prompt whole"]
     names.append(f"pairwise, all pairs of {PAIRED}")
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    processor: dict[str, list[float]] = {name: [] for name in names}
     used: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in names}
     for turn, (query, texts) in enumerate(lists):
         passages, _ = fit_passages(texts, options.passage_tokens, shared.count_text, listwise.delimiters)
@@ -155,20 +157,22 @@ def compare(model: str, lists: list[tuple[str, list[str]]], options: argparse.Na
         }
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             engine, requests = work[name]
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             found = answers(engine, requests)
             if turn:  # the first query warms up
                 seconds[name].append(time.perf_counter() - began)
+                processor[name].append(time.process_time() - busy)
                 usages = [answer.usage for answer in found]
                 prompt, answer, cached = (sum(getattr(u, n) for u in usages) for n in ("prompt", "answer", "cached"))
                 used[name].append((len(requests), prompt, answer, cached))
         print(f"query {turn} of {len(lists) - 1} done", file=sys.stderr)
-    return report(size, seconds, used, lists, options)
+    return report(size, seconds, processor, used, lists, options)
 
 
 def report(
     size: int,
     seconds: dict[str, list[float]],
+    processor: dict[str, list[float]],
     used: dict[str, list[tuple[int, int, int, int]]],
     lists: list[tuple[str, list[str]]],
     options: argparse.Namespace,
@@ -190,18 +194,22 @@ def report(
         f"{torch.get_num_threads()} threads, torch {versions['torch']}, transformers {versions['transformers']}. "
         f"{made}, {size / 1e6:.1f} million parameters, precision {options.precision}.{free} {len(lists) - 1} queries "
         f"of TREC DL 2019, BM25's first {options.window} passages, cut to {options.passage_tokens} tokens; the "
-        "decodings take turns on each query; medians, the ratio to `generate` taken query by query.",
+        "decodings take turns on each query; medians, ratios to `generate` taken query by query. While it ran, "
+        f"{os.getloadavg()[1]:.0f} programs shared the machine's {os.cpu_count()} cores: processor seconds are this "
+        "one's alone.",
         "",
-        "| | calls | seconds a query | time against generate | range | prompt tokens | shared ones | answer tokens |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | calls | seconds a query | against generate | range | processor seconds | against generate "
+        "| prompt tokens | shared ones | answer tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    free_run = np.array(seconds["generate"])
+    free_run, busy = np.array(seconds["generate"]), np.array(processor["generate"])
     for name, found in seconds.items():
         ratio = np.array(found) / free_run
         calls, prompt, answer, cached = (float(np.median(part)) for part in zip(*used[name], strict=True))
         lines.append(
             f"| {name} | {calls:.0f} | {np.median(found):.2f} | {np.median(ratio):.2f} "
-            f"| {ratio.min():.2f} to {ratio.max():.2f} | {prompt:,.0f} | {cached:,.0f} | {answer:,.0f} |"
+            f"| {ratio.min():.2f} to {ratio.max():.2f} | {np.median(processor[name]):.2f} "
+            f"| {np.median(np.array(processor[name]) / busy):.2f} | {prompt:,.0f} | {cached:,.0f} | {answer:,.0f} |"
         )
     one, order = (np.median(np.array(seconds[name]) / free_run) for name in ("first", "constrained"))
     prefix = np.array(seconds["pointwise, prefix shared"]) / np.array(seconds["pointwise, each prompt whole"])

@@ -159,7 +159,7 @@ def main() -> None:
         means = measured[name].means
         parameters = sum(p.numel() for p in encoder.model.parameters()) / 1e6
         same = np.mean([len(a & b) / 10 for a, b in zip(ten[name], ten[reference])])
-        p = "" if name == reference else f"{p_values[others.index(name)]:.3f}"
+        p = "" if name == reference else f"{p_values[others.index(name)]:.3f}".replace("0.000", "< .001")
         rows.append(
             f"| {name} | {means['ndcg@10']:.4f} | {100 * means['ndcg@10'] / base:.1f} % | {p} |"
             f" {means['recall@100']:.4f} | {same:.2f} | {parameters:.1f} | {speed[name]:.1f} |"

@@ -60,7 +60,7 @@ REPEATS = [f"gpt-3.5-turbo.bm25.repeat{number}" for number in range(1, 6)]
 ENSEMBLE = ("TAS-B", "SPLADE++", "RepLLaMA")
 UNTRAINED, INFONCE, GRADES = "untrained", "labels, InfoNCE", "labels, grades as order"
 STUDENT = {"type": "dense", "layers": [0, 2, 5], "query_length": 32, "document_length": 96, "dropout": 0.0}
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "batches": {"type": "random_batches", "size": 2},
     "lists": {"type": "random_documents", "size": 8},
     "epochs": 4,
@@ -393,7 +393,7 @@ def table(bench: Benchmark, name: str) -> str:
             cells += ["", "", ""]
         else:
             one = against.of(signal, UNTRAINED, METRIC)
-            cells += [interval(one), f"{one.p_randomisation_corrected:.3f}", f"{one.wins}, {one.losses}"]
+            cells += [interval(one), shown(one.p_randomisation_corrected), f"{one.wins}, {one.losses}"]
         if own_like:
             like = bench.values((signal, "order", "pool"), queries)
             pair = {"a": values[signal], "b": {METRIC: like}}
@@ -410,8 +410,12 @@ def table(bench: Benchmark, name: str) -> str:
     ]
     for one in told:
         better, worse = (one.a, one.b) if one.difference > 0 else (one.b, one.a)
-        lines.append(f"- {better} over {worse}: {abs(one.difference):.4f}, p {one.p_randomisation_corrected:.3f}")
+        lines.append(f"- {better} over {worse}: {abs(one.difference):.4f}, p {shown(one.p_randomisation_corrected)}")
     return "\n".join(lines).rstrip()
+
+
+def shown(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "< .001"
 
 
 def interval(one: Comparison) -> str:

@@ -342,6 +342,8 @@ def refused(
         ("trains a run's student along", UsageError, {"query": "encoder"}),
         ("frozen codes do not follow", UsageError, {"codes": "frozen", "rotation": "learned"}),
         ("needs a labelled positive", RankdistillError, {"losses": [{"type": "infonce"}]}),
+        ("cannot train codebooks", RankdistillError, {"losses": [{"type": "in_batch_infonce"}]}),
+        ("cannot train codebooks", RankdistillError, {"losses": [{"type": "kl"}, {"type": "taid"}]}),
         ("would cover a dimension twice", UsageError, {"overlap": 8}),
         ("needs judgments", UsageError, {"documents": {"labelled": True}}),
         ("scored lists", UsageError, {"relevance": "scores"}),
