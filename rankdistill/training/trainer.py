@@ -46,6 +46,7 @@ DECIDES_NOTHING = {"device", "log_every", "loader_processes", "agreement_queries
 LOG = "log.jsonl"
 MODEL = "model"
 BEST = "best"
+MOST_OVERFLOWS = 5  # batches in a row, in fp16
 
 
 @dataclass
@@ -134,6 +135,7 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         # The eval_dataset is only asked for by the base class: `evaluate` reads the dev pool.
         super().__init__(model=distiller, args=args, train_dataset=stream, eval_dataset=stream, data_collator=whole)
         self.dev, self.agreement, self.warned, self.checked = dev, agreement, False, False
+        self.overflows = 0  # batches in a row whose loss is not finite
         self.part_sums: dict[str, float] = {}
         self.part_count = 0
 
@@ -160,7 +162,9 @@ class StudentTrainer(SafeCheckpoints, Trainer):
             if self.state.global_step == 0:
                 distiller.check_scale()
         loss = outputs.pop("loss")
-        if not torch.isfinite(loss) and self.accelerator.scaler is None:
+        # fp16 may overflow in a batch, whose step the scaler then skips; a student that overflows always is lost.
+        self.overflows = 0 if torch.isfinite(loss) else self.overflows + 1
+        if self.overflows > (0 if self.accelerator.scaler is None else MOST_OVERFLOWS):
             raise RankdistillError(
                 f"the loss is {loss.item()} at step {self.state.global_step}",
                 fix="lower training.learning_rate, or set training.precision to bf16 or fp32",
