@@ -22,10 +22,13 @@ from forked import Forked
 
 from rankdistill.artifacts import open_artifact
 from rankdistill.scores.lists import ScoredLists
-from rankdistill.stages import STAGES
+from rankdistill.stages import STAGES as ALL_STAGES
 
 KILLS = 22
 CHUNK = PART = 24  # pairs handed to the teacher at once, and pairs a part of the store
+
+
+STAGES = [stage for stage in ALL_STAGES if stage != "quantize"]  # which says nothing where no index is learned
 
 
 def run_recipe(recipe: str, out: str, store: str, log: str) -> None:

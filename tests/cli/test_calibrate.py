@@ -26,7 +26,7 @@ def test_scores_are_calibrated_on_training_labels(tiny_beir: Path, tmp_path: Pat
                 expected.append(score)
     file, out = tmp_path / "scores.tsv", tmp_path / "probabilities.parquet"
     file.write_text("".join(lines))
-    command = ["score", f"beir:{tiny_beir}", "--import", str(file), "--store", str(tmp_path / "store"), "--quiet"]
+    command = ["score", f"beir:{tiny_beir}", "--import", str(file), "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(app, [*command, "--calibrate", "platt", "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "expected calibration error" in result.output and "training queries" in result.output
@@ -47,6 +47,6 @@ def test_without_a_train_split_nothing_is_fitted(tiny_beir: Path, tmp_path: Path
         (bare / name).write_bytes((tiny_beir / name).read_bytes())
     file = tmp_path / "scores.tsv"
     file.write_text("q-iron\td-iron\t1.0\nq-iron\td-oak\t0.0\n")
-    command = ["score", f"beir:{bare}", "--import", str(file), "--store", str(tmp_path / "store"), "--quiet"]
+    command = ["score", f"beir:{bare}", "--import", str(file), "--store", str(tmp_path / "store")]
     with pytest.raises(RankdistillError, match="no train split"):
         CliRunner().invoke(app, [*command, "--calibrate", "platt"], catch_exceptions=False)
