@@ -336,7 +336,7 @@ def tables(bench: Benchmark) -> str:
     sections += [
         "## The whole collection",
         f"The untrained student searching all {len(bench.collection):,} passages: {whole:.4f}; ordering the documents "
-        f"of each query alone, as in the tables: {part:.4f}. Documents of other queries hardly get in the way.",
+        f"of each query alone, as in the tables: {part:.4f}.",
     ]
     return "\n\n".join(sections) + "\n"
 
