@@ -355,15 +355,18 @@ def best_step(values: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collection", action="append", required=True)
+    parser.add_argument("--collection", action="append", help="again for more; default: python-docs")
     parser.add_argument("--queries", type=int, default=800, help="training lists at most")
     parser.add_argument("--epochs", type=float, nargs="+", default=[1.0], help="one a collection")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", nargs="*", help="only these rows are trained")
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made on the way")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/distillation"), help="folder for what is made on the way"
+    )
     parser.add_argument("--table", action="store_true", help="write the table of what is there, train nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "distillation.md")
     options = parser.parse_args()
+    options.collection = options.collection or ["python-docs"]
     epochs = options.epochs * len(options.collection) if len(options.epochs) == 1 else options.epochs
     benches = [
         Benchmark(spec, options.work, options.queries, one)

@@ -107,6 +107,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="eval/results/listwise.md")
     options = parser.parse_args()
+    if not options.data.is_dir():
+        print("skipped: give a folder with collection.tsv, queries.tsv and runs/bm25.trec with --data")
+        return
     texts, queries = read_tsv(options.data / "collection.tsv"), read_tsv(options.data / "queries.tsv")
     ranked = [
         (query_id, doc_ids[: options.window]) for query_id, doc_ids, _ in iter_run(options.data / "runs/bm25.trec")

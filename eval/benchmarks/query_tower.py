@@ -106,7 +106,7 @@ def latencies(encoders: dict[str, Any], texts: Sequence[str]) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--collection", required=True)
+    parser.add_argument("--collection", default="python-docs")
     parser.add_argument("--work", type=Path, default=Path("runs/query_tower"))
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=200)

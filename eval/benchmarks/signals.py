@@ -424,14 +424,17 @@ def interval(one: Comparison) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder msmarco-dl19")
-    parser.add_argument("--work", type=Path, required=True, help="where what was measured is kept")
+    parser.add_argument("--data", type=Path, help="the folder msmarco-dl19; nothing is measured without it")
+    parser.add_argument("--work", type=Path, default=Path("runs/signals"), help="where what was measured is kept")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--part", default="1/1", help="i/n: every n-th training from the i-th, for n processes at once")
     parser.add_argument("--most", type=int, help="stop after so many trainings")
     parser.add_argument("--train", action="store_true", help="measure what is missing")
     parser.add_argument("--out", type=Path, help="write the tables")
     options = parser.parse_args()
+    if options.data is None:
+        print("skipped: give the folder of the runs with --data")
+        return
     set_quiet(True)
     bench = Benchmark(options.data, options.work)
     if options.train:
