@@ -378,7 +378,8 @@ def main() -> None:
         for row in options.rows or ROWS:
             for bench in benches:
                 bench.measure(row, seed)
-    command = f"python eval/benchmarks/distillation.py {' '.join(f'--collection {one}' for one in options.collection)}"
+    named = " ".join(f"--collection beir:PATH/{Path(one).name}" for one in options.collection)
+    command = f"python eval/benchmarks/distillation.py {named}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     lines = [
         "# How a student learns: losses, samplers, teachers",
