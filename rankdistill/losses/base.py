@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankdistill.losses.schedules import Schedule, value_at
+from rankdistill.losses.schedules import Schedule, Scheduled
 
 
-class Loss(nn.Module, ABC):
+class Loss(Scheduled, nn.Module, ABC):
     """Constructor parameters are the keys of a recipe; `weight` is its share in a weighted sum of losses.
 
     What a loss learns about the training's course it keeps in buffers, which are part of a checkpoint.
@@ -29,20 +29,10 @@ class Loss(nn.Module, ABC):
     over_pairs = False  # memory grows with the square of a list
     matches: Literal["", "margins", "softmax"] = ""  # what of the teacher's scores the student's become: one scale then
     teacher_temperature: Schedule | None = None  # of the softmax over the teacher's scores, where there is one
-    step = 0  # optimiser steps done ...
-    steps = 1  # ... of the whole training
 
     def __init__(self, weight: Schedule = 1.0) -> None:
         super().__init__()
         self.weight = weight
-
-    def at_step(self, step: int, steps: int) -> None:
-        """The trainer tells how many of the training's optimiser steps are done, before each batch."""
-        self.step, self.steps = step, steps
-
-    def now(self, schedule: Schedule) -> float:
-        """What a number or a ramp is at this step."""
-        return value_at(schedule, self.step, self.steps)
 
 
 class ListLoss(Loss):

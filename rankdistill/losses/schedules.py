@@ -58,3 +58,18 @@ def value_at(schedule: float | Ramp | Mapping[str, Any], step: int, steps: int) 
     elif ramp.shape == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return ramp.start + (ramp.end - ramp.start) * done
+
+
+class Scheduled:
+    """What follows ramps: a loss, a weighting of lists."""
+
+    step = 0  # optimiser steps done ...
+    steps = 1  # ... of the whole training
+
+    def at_step(self, step: int, steps: int) -> None:
+        """The trainer tells how many of the training's optimiser steps are done, before each batch."""
+        self.step, self.steps = step, steps
+
+    def now(self, schedule: Schedule) -> float:
+        """What a number or a ramp is at this step."""
+        return value_at(schedule, self.step, self.steps)

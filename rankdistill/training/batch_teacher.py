@@ -20,6 +20,7 @@ from rankdistill.indexes.engines import prepare_student
 from rankdistill.progress import progress
 from rankdistill.students.base import ENCODE_BUDGET, Side, StudentModel, split_by_length, to_device
 from rankdistill.students.token_batches import autocast
+from rankdistill.students.token_vectors import TokenVectors
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -149,21 +150,23 @@ class _Embeddings:
     def write(stem: Path, chunks: Iterator[list[NDArray[np.float32]]]) -> None:
         lengths: list[int] = []
         rows, dimension, ragged = 0, 0, False
-        with open(f"{stem}.raw", "wb") as stream:
+
+        def header() -> None:  # of constant size: numpy leaves room for the number of rows to grow
+            kind = np.dtype(np.float16 if ragged else np.float32)
+            stream.seek(0)
+            description = {"descr": kind.str, "fortran_order": False, "shape": (rows, dimension)}
+            np.lib.format.write_array_header_1_0(stream, description)
+
+        with open(f"{stem}.npy", "wb") as stream:
             for chunk in chunks:
                 for one in chunk:
-                    ragged = one.ndim == 2
-                    dimension = one.shape[-1]
+                    if not lengths:
+                        ragged, dimension = one.ndim == 2, one.shape[-1]
+                        header()
                     lengths.append(len(one) if ragged else 1)
                     rows += lengths[-1]
                     stream.write(one.astype(np.float16 if ragged else np.float32).tobytes())
-        kind = np.dtype(np.float16 if ragged else np.float32)
-        with open(f"{stem}.npy", "wb") as target, open(f"{stem}.raw", "rb") as source:
-            header = {"descr": kind.str, "fortran_order": False, "shape": (rows, dimension)}
-            np.lib.format.write_array_header_1_0(target, header)
-            while block := source.read(1 << 24):
-                target.write(block)
-        Path(f"{stem}.raw").unlink()
+            header()
         if ragged:
             np.save(f"{stem}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
 
@@ -171,8 +174,4 @@ class _Embeddings:
         """[texts, dimension], or [texts, tokens, dimension] padded with zero rows."""
         if self.offsets is None:
             return torch.from_numpy(np.array(self.values[rows]))
-        parts = [np.array(self.values[self.offsets[row] : self.offsets[row + 1]]) for row in rows.tolist()]
-        padded = np.zeros((len(parts), max(len(part) for part in parts), self.values.shape[1]), dtype=np.float16)
-        for place, part in enumerate(parts):
-            padded[place, : len(part)] = part
-        return torch.from_numpy(padded)
+        return torch.from_numpy(TokenVectors(self.values, self.offsets).take(rows).padded())

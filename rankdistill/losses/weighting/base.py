@@ -8,24 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankdistill.losses.schedules import Schedule, value_at
+from rankdistill.losses.schedules import Scheduled
 
 
-class Weighting(nn.Module, ABC):
+class Weighting(Scheduled, nn.Module, ABC):
     """Constructor parameters are the keys of a recipe; state goes into buffers, which are part of a checkpoint."""
 
     type: ClassVar[str]  # type: ignore[assignment]
     needs_disagreement = False  # between the members of an ensemble of teachers
-    step = 0
-    steps = 1
-
-    def at_step(self, step: int, steps: int) -> None:
-        """The trainer tells how many of the training's optimiser steps are done, before each batch."""
-        self.step, self.steps = step, steps
-
-    def now(self, schedule: Schedule) -> float:
-        """What a number or a ramp is at this step."""
-        return value_at(schedule, self.step, self.steps)
 
     @abstractmethod
     def forward(

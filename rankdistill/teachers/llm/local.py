@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -389,7 +390,7 @@ class _State:
         self.mask = self.mask[rows]
 
 
-class _Row:
+class _Row(ABC):
     """One request under way."""
 
     longest: int  # tokens that the answer may add to the prompt
@@ -406,12 +407,12 @@ class _Row:
         """From the beginning."""
         return type(self)(self.chat, self.text, self.request)
 
+    @abstractmethod
     def step(self, logits: Tensor) -> list[int]:
         """Read the logits [vocabulary] of what comes next, and say which tokens are fed; none once it is done."""
-        raise NotImplementedError
 
-    def answer(self, seconds: float) -> Answer:
-        raise NotImplementedError
+    @abstractmethod
+    def answer(self, seconds: float) -> Answer: ...
 
     def usage(self, tokens: int) -> Usage:
         return Usage(prompt=len(self.prompt), answer=tokens, cached=self.cached)
