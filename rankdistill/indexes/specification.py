@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
 from rankdistill.recipe import (
     Loss,
     Method,
@@ -97,18 +98,21 @@ def load_specification(source: str | Path | dict[str, Any] | IndexSpecification)
         raise UsageError(
             f"{specification.name} is learned, not built", fix="rankdistill quantize, or the indexes of a recipe"
         )
+    if isinstance(specification, SparseSpecification):
+        raise UsageError(f"{specification.name} is an index of term weights, for a sparse student, not of vectors")
     return specification
 
 
 def any_specification(
-    source: str | Path | dict[str, Any] | IndexSpecification | QuantizerSpecification, changes: Iterable[str] = ()
-) -> IndexSpecification | QuantizerSpecification:
-    """As `load_specification`, of either kind: `type: faiss` (also without a type) or `type: distill_vq`.
+    source: str | Path | dict[str, Any] | AnySpecification, changes: Iterable[str] = ()
+) -> AnySpecification:
+    """As `load_specification`, of every kind: `type: faiss` (also without a type), `type: distill_vq`, or one of the
+    indexes of term weights (sparse_specification.py).
 
     Args:
         changes: `key=value`, nested keys with dots, as for recipes.
     """
-    if isinstance(source, IndexSpecification | QuantizerSpecification):
+    if isinstance(source, IndexSpecification | QuantizerSpecification | SparseSpecification):
         return source
     if isinstance(source, dict):
         values, where = dict(source), "index specification"
@@ -117,6 +121,8 @@ def any_specification(
         values, where = {"name": path.stem, **read_yaml(path)}, str(path)
     for change in changes:
         override_value(values, change)
+    if values.get("type") in SPARSE:
+        return check_values(SPARSE[values["type"]], values, where)
     if values.get("type") != "distill_vq":
         return check_values(IndexSpecification, values, where)
     learned = check_values(QuantizerSpecification, values, where)
@@ -271,3 +277,6 @@ class QuantizerSpecification(BaseModel):
             seed=self.seed,
             search=self.search,
         )
+
+
+AnySpecification = IndexSpecification | QuantizerSpecification | SparseSpecification

@@ -4,6 +4,7 @@ Losses are sorted by what they read, so that a trainer needs one call a kind:
     ListLoss    scores of each query's own list, [lists, documents]
     BatchLoss   scores of every query against every document of the batch, [lists, distinct documents]
     QueryLoss   embeddings of the queries beside those of a teacher, [lists, dimension]
+    Regulariser embeddings of one side alone, [texts, dimension]
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ class Loss(Scheduled, nn.Module, ABC):
     def __init__(self, weight: Schedule = 1.0) -> None:
         super().__init__()
         self.weight = weight
+
+    def strength(self) -> float:
+        """Its weight in the sum of losses at this step."""
+        return self.now(self.weight)
 
 
 class ListLoss(Loss):
@@ -109,6 +114,22 @@ class QueryLoss(Loss):
     @abstractmethod
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of a batch: embeddings [lists, dimension] of the same queries, float32; a scalar."""
+
+
+class Regulariser(Loss):
+    """A penalty on the embeddings of one side of a batch, whatever they score."""
+
+    type: ClassVar[str]  # type: ignore[assignment]
+    needs_teacher = False
+    needs_document_frequencies = False
+    side: Literal["query", "document"]
+
+    @abstractmethod
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """The penalty: embeddings [texts, dimension] of the side's distinct texts, float32; a scalar."""
+
+    def use_document_frequencies(self, frequencies: Tensor, documents: int) -> None:
+        """Told before a training where `needs_document_frequencies`: float [dimension], of a collection's documents."""
 
 
 def sums_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:

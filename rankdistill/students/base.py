@@ -34,6 +34,7 @@ class StudentModel(nn.Module, ABC):
     similarity: Literal["dot", "cos"]
     fingerprint: str
     precision: Precision = "auto"
+    sparse = False  # embeddings are term weights, over a vocabulary
 
     @abstractmethod
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
@@ -54,6 +55,10 @@ class StudentModel(nn.Module, ABC):
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The embeddings of several parts of a batch as one tensor, [texts, ...]."""
         return torch.cat(list(parts))
+
+    def statistics(self, queries: Tensor, documents: Tensor) -> dict[str, Tensor]:
+        """Figures of a batch's embeddings for the training's log and its watch over the student's health."""
+        return {}
 
     def prepare(self, collection: Collection, folder: Path) -> None:
         """Called once before a training; what is worth keeping for the next one goes below `folder`."""

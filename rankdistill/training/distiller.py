@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rankdistill.losses.base import BatchLoss, ListLoss, Loss, QueryLoss
+from rankdistill.losses.base import BatchLoss, ListLoss, Loss, QueryLoss, Regulariser
 from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
 from rankdistill.students.base import Features, Side, StudentModel, split_rows
@@ -74,7 +74,10 @@ class Distiller(nn.Module):
         disagreement: Tensor | None = None,
         teacher_features: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """See training/batches.py for the batch; returns `loss` and each part before its weight, under its name."""
+        """See training/batches.py for the batch.
+
+        Returns `loss`, each part before its weight under its name, and `figures`: what else belongs in the log.
+        """
         query_parts = split_rows(queries, self.token_budget) if self.gradient_cache else [queries]
         batch = Batch(
             queries=self._embed(query_parts, "query"),
@@ -94,9 +97,13 @@ class Distiller(nn.Module):
         with torch.autocast(batch.queries.device.type, enabled=False):  # scores and losses in float32
             parts = self._parts(batch)
         total = batch.queries.new_zeros((), dtype=torch.float32)
+        figures = self.student.statistics(batch.queries.detach(), batch.documents.detach())
         for name, loss in self._losses().items():
-            total = total + loss.now(loss.weight) * parts[name]
-        return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
+            strength = loss.strength()
+            total = total + strength * parts[name]
+            if isinstance(loss, Regulariser):
+                figures[f"weight/{name}"] = total.new_tensor(strength)
+        return {"loss": total, **{name: part.detach() for name, part in parts.items()}, "figures": figures}
 
     def check_scale(self) -> None:
         """Warn where the last batch's scores of student and teacher do not fit each other and the losses."""
@@ -143,6 +150,8 @@ class Distiller(nn.Module):
                 parts[name] = loss(scores, *lists, weights)
             elif isinstance(loss, BatchLoss):
                 parts[name] = loss(every, teacher_every, batch.index, batch.relevance, batch.mask)
+            elif isinstance(loss, Regulariser):
+                parts[name] = loss(batch.queries if loss.side == "query" else batch.documents)
             else:
                 assert isinstance(loss, QueryLoss)
                 parts[name] = loss(batch.queries, batch.teacher_queries)

@@ -23,7 +23,7 @@ from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, partial
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.engines import prepare_student
-from rankdistill.losses.base import BatchLoss, Loss
+from rankdistill.losses.base import BatchLoss, Loss, Regulariser
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
@@ -38,6 +38,7 @@ from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm, teacher_judgments
 from rankdistill.training.distiller import Distiller
+from rankdistill.training.sparsity import SparsityWatch
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -131,10 +132,12 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         dev: DevPool | None,
         args: TrainingArguments,
         agreement: Agreement | None = None,
+        watch: SparsityWatch | None = None,
     ) -> None:
         # The eval_dataset is only asked for by the base class: `evaluate` reads the dev pool.
         super().__init__(model=distiller, args=args, train_dataset=stream, eval_dataset=stream, data_collator=whole)
         self.dev, self.agreement, self.warned, self.checked = dev, agreement, False, False
+        self.watch = watch
         self.overflows = 0  # batches in a row whose loss is not finite
         self.part_sums: dict[str, float] = {}
         self.part_count = 0
@@ -161,7 +164,7 @@ class StudentTrainer(SafeCheckpoints, Trainer):
             self.checked = True
             if self.state.global_step == 0:
                 distiller.check_scale()
-        loss = outputs.pop("loss")
+        loss, figures = outputs.pop("loss"), outputs.pop("figures")
         # fp16 may overflow in a batch, whose step the scaler then skips; a student that overflows always is lost.
         self.overflows = 0 if torch.isfinite(loss) else self.overflows + 1
         if self.overflows > (0 if self.accelerator.scaler is None else MOST_OVERFLOWS):
@@ -169,14 +172,16 @@ class StudentTrainer(SafeCheckpoints, Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step}",
                 fix="lower training.learning_rate, or set training.precision to bf16 or fp32",
             )
-        for name, part in outputs.items():
+        for name, part in [*((f"loss/{name}", part) for name, part in outputs.items()), *figures.items()]:
             self.part_sums[name] = self.part_sums.get(name, 0.0) + float(part)
         self.part_count += 1
+        if self.watch is not None:
+            self.watch.see(self.state.global_step, figures)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.part_count:
-            logs |= {f"loss/{name}": total / self.part_count for name, total in self.part_sums.items()}
+            logs |= {name: total / self.part_count for name, total in self.part_sums.items()}
             self.part_sums, self.part_count = {}, 0
         super().log(logs, start_time)
 
@@ -327,7 +332,8 @@ def train_student(
             batch_teacher,
         )
         distiller = Distiller(student, losses, weighting, batch_teacher, settings.gradient_cache, settings.token_budget)
-        trainer = StudentTrainer(distiller, stream, dev, arguments, agreement)
+        watch = SparsityWatch(losses.values(), steps, student.dimension) if student.sparse else None
+        trainer = StudentTrainer(distiller, stream, dev, arguments, agreement, watch)
         trainer.remove_callback(_printer())
         if arguments.should_save:
             trainer.add_callback(LogFile(work / LOG, steps))
@@ -393,11 +399,12 @@ def trained_together(
 
 
 def build_losses(settings: Training) -> dict[str, Loss]:
-    """name in the log → loss: its type, numbered where it is there twice."""
+    """name in the log → loss: its type (and side), numbered where it is there twice."""
     losses: dict[str, Loss] = {}
     for number, method in enumerate(settings.losses):
-        key = method.type if method.type not in losses else f"{method.type}_{number}"
-        losses[key] = build("loss", method.settings())
+        loss: Loss = build("loss", method.settings())
+        key = f"{method.type}_{loss.side}" if isinstance(loss, Regulariser) else method.type
+        losses[key if key not in losses else f"{key}_{number}"] = loss
     return losses
 
 

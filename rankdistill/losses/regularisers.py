@@ -1,0 +1,276 @@
+"""What makes sparse embeddings sparse: penalties on term weights, and a controller that steers how much they count.
+
+Weights are those of one side's texts, w [texts, terms], none negative.
+
+A penalty's weight means something else at every batch size: E[FLOPS] = Σ_j μ_j² + σ_j²/B, so the same activations cost
+ten times as much in a batch of 8 as in one of 128. With a `target` the controller finds the weight that fits.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rankdistill.losses.base import Regulariser
+from rankdistill.losses.schedules import Ramp, Schedule, value_at
+
+# The controller, a proportional-integral one on the logarithms of λ and of the active terms: without the proportional
+# part it would overshoot, and terms that have died do not come back.
+INTEGRAL, PROPORTIONAL = 0.1, 0.3
+MOST = math.log(1e4)  # how far λ is moved from its given weight, either way
+FEWEST = 0.5  # active terms, for the logarithm
+
+Share = Annotated[float, Field(ge=0)]
+Terms = Annotated[float, Field(gt=0)]
+
+
+class Sparsity(Regulariser):
+    """A penalty on the term weights of one side.
+
+    Args:
+        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+        side: whose weights.
+        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1); 0: it
+            does not rise. Lassance et al. 2022: a student that is pressed at once loses terms before it can use them.
+        threshold: texts with at most so many active terms feel nothing (the ℓ0 mask, arXiv:2504.14839).
+        target: active terms a text to end with. λ is then steered: the set point goes from what the student starts
+            with to the target over the ramp, evenly in logarithms, and stays there.
+    """
+
+    type: ClassVar[str]
+
+    def __init__(
+        self,
+        weight: Schedule = 0.08,
+        side: Literal["query", "document"] = "document",
+        ramp: Share = 1 / 3,
+        threshold: Terms | None = None,
+        target: Terms | None = None,
+    ) -> None:
+        if isinstance(weight, (int, float)) and ramp > 0:
+            weight = Ramp(start=0.0, end=weight, over=ramp, shape="quadratic")
+        super().__init__(weight)
+        self.side, self.ramp, self.threshold, self.target = side, ramp, threshold, target
+        self.controller = None if target is None else Controller(target)
+
+    @abstractmethod
+    def penalty(self, weights: Tensor) -> Tensor:
+        """Of the weights [texts, terms] that feel it (those of other texts are 0): a scalar."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """As the base class has it."""
+        weights = embeddings.abs()
+        if self.controller is not None or self.threshold is not None:
+            active = (weights.detach() > 0).sum(dim=1)
+            if self.controller is not None and self.training:
+                self.controller.observe(active.float().mean())
+            if self.threshold is not None:
+                weights = weights * (active > self.threshold)[:, None]
+        return self.penalty(weights)
+
+    def at_step(self, step: int, steps: int) -> None:
+        super().at_step(step, steps)
+        if self.controller is not None:
+            way = value_at(Ramp(end=1.0, over=self.ramp), step, steps) if self.ramp > 0 else 1.0
+            self.controller.at_step(step, way)
+
+    def strength(self) -> float:
+        return super().strength() * (1.0 if self.controller is None else self.controller.factor)
+
+
+class Flops(Sparsity):
+    """Σ_j (mean of |w_j| over the texts)²: the products that a search pays, relaxed (Paria et al. 2020,
+    arXiv:2004.05665). It presses on terms that many texts have and leaves rare ones alone.
+    """
+
+    type = "flops"
+
+    def penalty(self, weights: Tensor) -> Tensor:
+        return weights.mean(dim=0).square().sum()
+
+
+class L1(Sparsity):
+    """Mean over the texts of Σ_j |w_j|: the same pressure on every term."""
+
+    type = "l1"
+
+    def __init__(
+        self,
+        weight: Schedule = 1e-3,
+        side: Literal["query", "document"] = "document",
+        ramp: Share = 1 / 3,
+        threshold: Terms | None = None,
+        target: Terms | None = None,
+    ) -> None:
+        super().__init__(weight, side, ramp, threshold, target)
+
+    def penalty(self, weights: Tensor) -> Tensor:
+        return weights.sum(dim=1).mean()
+
+
+class L2(L1):
+    """Mean over the texts of Σ_j w_j²: presses on heavy terms; it makes weights small, not few."""
+
+    type = "l2"
+
+    def penalty(self, weights: Tensor) -> Tensor:
+        return weights.square().sum(dim=1).mean()
+
+
+class IdfFlops(Flops):
+    """FLOPS with each term's part counting by (mean IDF / IDF_j)^power: terms of many documents pay more.
+
+    With a power of 2 it does to a student whose queries have no IDF what FLOPS does to one that scores
+    Σ_j IDF_j · w_j (Geng et al. 2024, arXiv:2411.04403). IDF is the collection's, of the student's own tokens;
+    below a tenth of the mean it counts as that, or a term of every document would outweigh all others.
+
+    Args:
+        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+        side: whose weights.
+        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
+        threshold: texts with at most so many active terms feel nothing.
+        target: active terms a text to end with; λ is then steered.
+        power: how much rarity counts.
+    """
+
+    type = "idf_flops"
+    needs_document_frequencies = True
+    factors: Tensor
+
+    def __init__(
+        self,
+        weight: Schedule = 0.08,
+        side: Literal["query", "document"] = "document",
+        ramp: Share = 1 / 3,
+        threshold: Terms | None = None,
+        target: Terms | None = None,
+        power: float = 2.0,
+    ) -> None:
+        super().__init__(weight, side, ramp, threshold, target)
+        self.power = power
+        self.register_buffer("factors", None)
+
+    def use_document_frequencies(self, frequencies: Tensor, documents: int) -> None:
+        idf = torch.log1p((documents - frequencies + 0.5) / (frequencies + 0.5))
+        self.factors = (idf.mean() / idf.clamp(min=float(idf.mean()) / 10)).pow(self.power).float()
+
+    def penalty(self, weights: Tensor) -> Tensor:
+        return (self.factors.to(weights.device) * weights.mean(dim=0).square()).sum()
+
+
+class DfFlops(Sparsity):
+    """Σ_j (c_j · mean of |w_j|)², where c_j goes from 0 to 1 with the share of documents that have the term.
+
+    c_j = 1 / (1 + (x^(log 2 / log midpoint) - 1)^steepness): 1/2 where x = `midpoint`, 1 where every document has the
+    term. Terms of few documents cost nothing, so posting lists become short, not vectors (DF-FLOPS, Porco et al. 2025,
+    arXiv:2505.15070). The shares x are a running mean over the batches seen, kept in checkpoints; the paper counts them
+    on a validation set.
+
+    Args:
+        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+        side: whose weights.
+        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
+        threshold: texts with at most so many active terms feel nothing.
+        target: active terms a text to end with; λ is then steered.
+        midpoint: share of the documents at which a term counts half.
+        steepness: how sharply it sets in.
+        memory: texts over which the running mean looks back.
+    """
+
+    type = "df_flops"
+    shares: Tensor | None
+
+    def __init__(
+        self,
+        weight: Schedule = 0.08,
+        side: Literal["query", "document"] = "document",
+        ramp: Share = 1 / 3,
+        threshold: Terms | None = None,
+        target: Terms | None = None,
+        midpoint: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        steepness: Annotated[float, Field(gt=0)] = 10.0,
+        memory: Annotated[float, Field(ge=1)] = 2000,
+    ) -> None:
+        super().__init__(weight, side, ramp, threshold, target)
+        self.midpoint, self.steepness, self.memory = midpoint, steepness, memory
+        self.register_buffer("shares", None)
+
+    def penalty(self, weights: Tensor) -> Tensor:
+        now = (weights.detach() > 0).float().mean(dim=0)
+        shares = now if self.shares is None else self.shares.lerp(now, min(1.0, len(weights) / self.memory))
+        if self.training:
+            self.shares = shares
+        return (self.cost(shares) * weights.mean(dim=0)).square().sum()
+
+    def cost(self, shares: Tensor) -> Tensor:
+        """c [terms] of shares of documents [terms]."""
+        # Terms that nothing has: x^(negative) is infinite, and so c is 0.
+        odds = shares.pow(math.log(2) / math.log(self.midpoint)) - 1
+        return 1 / (1 + odds.clamp(min=0).pow(self.steepness))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: object) -> None:
+        # The number of terms is the student's, which a loss learns from the first batch.
+        if f"{prefix}shares" in state_dict:
+            self.shares = torch.zeros_like(state_dict[f"{prefix}shares"])
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class Controller(nn.Module):
+    """Steers λ so that the mean number of active terms follows its set point; all it knows is in buffers.
+
+    Args:
+        target: active terms a text.
+    """
+
+    log_factor: Tensor
+    active: Tensor
+    batches: Tensor
+    start: Tensor
+    before: Tensor
+    step: Tensor
+
+    def __init__(self, target: float) -> None:
+        super().__init__()
+        self.target = target
+        for name in ("log_factor", "active", "batches"):  # the latter two: of the step under way
+            self.register_buffer(name, torch.zeros(()))
+        for name in ("start", "before"):  # logarithms of active terms: at the first step, at the last
+            self.register_buffer(name, torch.full((), math.nan))
+        self.register_buffer("step", torch.full((), -1, dtype=torch.int64))
+
+    @property
+    def factor(self) -> float:
+        return math.exp(float(self.log_factor))
+
+    def observe(self, active: Tensor) -> None:
+        """The mean number of active terms in one batch."""
+        self.active += active
+        self.batches += 1
+
+    def at_step(self, step: int, way: float) -> None:
+        """Move λ once an optimiser step, however many batches made it.
+
+        Args:
+            step: optimiser steps done.
+            way: how far the set point is on its way to the target, 0 to 1.
+        """
+        if step == int(self.step):
+            return
+        self.step.fill_(step)
+        if not self.batches:
+            return
+        now = (self.active / self.batches).clamp(min=FEWEST).log()
+        if self.start.isnan():
+            self.start.copy_(now)
+            self.before.copy_(now)
+        point = self.start + way * (math.log(self.target) - self.start)
+        move = INTEGRAL * (now - point).clamp(-1, 1) + PROPORTIONAL * (now - self.before).clamp(-1, 1)
+        self.log_factor.copy_((self.log_factor + move).clamp(-MOST, MOST))
+        self.before.copy_(now)
+        self.active.zero_()
+        self.batches.zero_()
