@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rankdistill.evaluation.evaluate import evaluate_suite as evaluate_suite
     from rankdistill.evaluation.evaluate import evaluate_systems as evaluate_systems
     from rankdistill.evaluation.extrapolation import pool_folds as pool_folds
+    from rankdistill.evaluation.fusion import fuse as fuse
     from rankdistill.evaluation.metrics import evaluate_run as evaluate_run
     from rankdistill.evaluation.report import report as report
     from rankdistill.indexes.building import build_index as build_index
@@ -53,6 +54,7 @@ _PUBLIC = {
     "evaluate_suite": "evaluation.evaluate",
     "evaluate_systems": "evaluation.evaluate",
     "export_index": "indexes.dense",
+    "fuse": "evaluation.fusion",
     "import_scores": "teachers.recorded",
     "load_recipe": "recipe",
     "merge_indexes": "indexes.merging",

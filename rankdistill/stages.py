@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.faiss_index import FaissIndex
     from rankdistill.indexes.mining import Source
-    from rankdistill.indexes.specification import QuantizerSpecification
+    from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
+    from rankdistill.indexes.specification import AnySpecification
     from rankdistill.runs import Ranking
     from rankdistill.scores.ensemble import ScoreSource
     from rankdistill.scores.lists import ScoredLists
@@ -367,6 +368,7 @@ class Workspace:
         maker = build("student", recipe.student.settings(), "student")
         if name == UNTRAINED:
             model: StudentModel = maker.create(recipe.training.device)
+            model.prepare(self.collection, self.path / "prepared")  # as its training begins
         else:
             artifact = open_artifact(self.student_folder(name), "student")
             model = maker.open(artifact.path / "model", recipe.training.device)
@@ -378,10 +380,13 @@ class Workspace:
         """A student's document vectors of a collection, encoded once."""
         from rankdistill.indexes.engines import encode_collection
 
-        return encode_collection(student, collection, self.path / "vectors" / f"{name}-{collection.name}")
+        return encode_collection(student, collection, self._vectors_folder(name, collection))
+
+    def _vectors_folder(self, name: str, collection: Collection) -> Path:
+        return self.path / "vectors" / f"{name}-{collection.name}"
 
     def index_files(self) -> list[str]:
-        """The recipe's indexes that are files: a multi-vector student's token vectors are searched as they are.
+        """The recipe's indexes that are files: a multi-vector or sparse student's vectors are searched as they are.
 
         Raises:
             UsageError: an index that the student cannot have.
@@ -390,25 +395,30 @@ class Workspace:
 
         return index_files(self.recipe.student.type, self.recipe.indexes)
 
-    def index_file(self, specification: str | QuantizerSpecification, collection: Collection | None = None) -> Path:
+    def index_file(self, specification: str | AnySpecification, collection: Collection | None = None) -> Path:
+        """Where an index lies: a FAISS file, or a sparse student's folder."""
+        from rankdistill.indexes.sparse_specification import SparseSpecification
         from rankdistill.indexes.specification import any_specification
 
         folder = self.path / "indexes"
         if collection is not None and collection.fingerprint != self.collection.fingerprint:
             folder = folder / collection.name
-        return folder / f"{any_specification(specification).name}.faiss"
+        wanted = any_specification(specification)
+        return folder / (wanted.name if isinstance(wanted, SparseSpecification) else f"{wanted.name}.faiss")
 
     def index(
         self,
-        specification: str | QuantizerSpecification,
+        specification: str | AnySpecification,
         out: str | Path | None = None,
         *,
         student: StudentModel | None = None,
         collection: Collection | None = None,
-    ) -> FaissIndex:
+    ) -> FaissIndex | BuiltSparseIndex:
         """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
         from rankdistill.indexes.dense import export_index
         from rankdistill.indexes.engines import check_index
+        from rankdistill.indexes.sparse import build_sparse_index
+        from rankdistill.indexes.sparse_specification import SparseSpecification
         from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
         check_index(self.recipe.student.type, specification)
@@ -418,6 +428,8 @@ class Workspace:
         out.parent.mkdir(parents=True, exist_ok=True)
         vectors = self.vectors(STUDENT, student, collection)
         wanted = any_specification(specification)
+        if isinstance(wanted, SparseSpecification):
+            return build_sparse_index(student, collection, vectors, wanted, out)
         if not isinstance(wanted, QuantizerSpecification):
             return export_index(student, collection, vectors, wanted, out)
         from rankdistill.quantization.quantize import quantize_student
@@ -439,8 +451,14 @@ class Workspace:
         model: StudentModel = maker.open(folder, self.recipe.training.device)
         return model
 
-    def searched(self, index: FaissIndex, student: StudentModel) -> DenseEngine:
+    def searched(self, index: FaissIndex | BuiltSparseIndex, student: Any) -> DenseEngine | SparseEngine:
         """An index with the encoder its queries need: the student's, or the one that was trained along with it."""
+        from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
+
+        if isinstance(index, BuiltSparseIndex):
+            from rankdistill.indexes.engines import query_encoder
+
+            return SparseEngine(query_encoder(student), index, name=str(index.path))
         from rankdistill.indexes.dense import DenseEngine
         from rankdistill.quantization.quantize import query_encoder_folder
 
@@ -453,22 +471,25 @@ class Workspace:
         return isinstance(any_specification(specification), QuantizerSpecification)
 
     def engine(self, index: str | Path | None = None, *, memory_map: bool = False) -> Engine:
-        """The student over an index file of it, or over all its vectors, to search with text.
+        """The student over an index of it, or over all its vectors, to search with text.
+
+        Of an inference-free student whose documents are encoded the table of query weights alone is read: no torch.
 
         Args:
-            memory_map: leave the index's codes on disk until they are touched.
+            memory_map: leave a FAISS index's codes on disk until they are touched.
 
         Raises:
             RankdistillError: the index belongs to another student or another collection.
         """
-        from rankdistill.indexes.engines import exhaustive_engine
-        from rankdistill.indexes.faiss_index import FaissIndex
+        from rankdistill.indexes.engines import exhaustive_engine, open_index, query_side
 
-        student = self.student()
-        if index is None:
+        opened = open_index(index, memory_map=memory_map) if index is not None else None
+        model = open_artifact(self.student_folder(STUDENT), "student").path / "model"
+        vectors = self._vectors_folder(STUDENT, self.collection)
+        student = query_side(self.recipe.student.type, model, index, self.collection, vectors) or self.student()
+        if opened is None:
             return exhaustive_engine(student, self.vectors(STUDENT, student, self.collection))
-        opened = FaissIndex.open(index, memory_map=memory_map)
-        if memory_map and not opened.mappable:
+        if memory_map and not getattr(opened, "mappable", False):
             warn("a fast-scan index cannot be memory-mapped: it was read into memory whole")
         opened.check(collection=self.collection)
         return self.searched(opened, student)

@@ -7,27 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import open_artifact
+from rankdistill.errors import UsageError
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.evaluation.cost import Reranking
-    from rankdistill.evaluation.evaluate import System
+    from rankdistill.evaluation.evaluate import EngineSystem, System
+    from rankdistill.evaluation.fusion import FusedEngine
     from rankdistill.evaluation.suites import Suite
+    from rankdistill.indexes.base import Engine
     from rankdistill.indexes.bm25 import BM25
     from rankdistill.indexes.mining import Source
     from rankdistill.stages import Workspace
 
 STUDENT = "student"
 UNTRAINED = "untrained"
+FUSED = 100  # documents of each member that a fused search looks at, at least
 
 
 def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
     """Row of the table → system, of all that a suite asks for and the run can fill."""
     from rankdistill.evaluation.evaluate import EngineSystem
+    from rankdistill.evaluation.hybrid import fused_rows
     from rankdistill.evaluation.reranking import StudentReranking
     from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.engines import exhaustive_engine
     from rankdistill.indexes.mining import Source
+    from rankdistill.indexes.sparse import searched_here
+    from rankdistill.indexes.specification import any_specification
 
     rows: dict[str, System] = {}
     own = collection.fingerprint == run.collection.fingerprint
@@ -59,13 +66,53 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
     if "indexes" in suite.systems and (run.student_folder(STUDENT) / "manifest.json").is_file():
         student = run.student()
         for specification in run.index_files():
+            if not searched_here(any_specification(specification)):
+                continue  # files for other software
             index = run.index(specification, student=student, collection=collection)
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
     if "teacher" in suite.systems and run.recipe.teacher is not None:
         rows["teacher"] = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
         if suite.rerank and sources[0].engine is not first.engine:
             reranking["teacher"] = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
-    return rows | {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
+    rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
+    return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(type(run)(folder), collection))
+
+
+def _student_of(run: Workspace, collection: Collection) -> EngineSystem:
+    """Another run's student, searching exactly."""
+    from rankdistill.indexes.engines import exhaustive_engine
+
+    student = run.student()
+    return _engine_system(exhaustive_engine(student, run.vectors(STUDENT, student, collection)))
+
+
+def fused_engine(run: Workspace, engine: Engine, names: Sequence[str], count: int) -> FusedEngine:
+    """A run's engine fused by rank with others over its collection: `bm25`, or the student of another run's folder.
+
+    Args:
+        count: documents that will be asked for; at least FUSED of each member are fused.
+
+    Raises:
+        UsageError: a name is neither, or given twice.
+        RankdistillError: the other run has no trained student.
+    """
+    from rankdistill.evaluation.fusion import FusedEngine
+    from rankdistill.indexes.mining import Source
+    from rankdistill.recipe import build
+
+    members: dict[str, Any] = {str(run.path): engine}
+    for name in names:
+        if name in members:
+            raise UsageError(f"{name} is to be fused twice", where="--fuse")
+        if name == "bm25":
+            lexical = [build("source", one.settings()) for one in run.recipe.candidates.sources if one.type == "bm25"]
+            sources = [Source.of(one, run.collection, run.path / "engines") for one in lexical[:1]]
+            members[name] = open_bm25(run, sources, run.collection)
+        elif Path(name).is_dir():
+            members[name] = _student_of(type(run)(name), run.collection).engine
+        else:
+            raise UsageError(f"{name!r} is not there to fuse", where="--fuse", fix="bm25, or the folder of another run")
+    return FusedEngine(members, depth=max(count, FUSED))
 
 
 def open_bm25(run: Workspace, sources: Sequence[Source], collection: Collection) -> BM25:
@@ -80,10 +127,13 @@ def open_bm25(run: Workspace, sources: Sequence[Source], collection: Collection)
     return BM25.open(path)
 
 
-def _engine_system(engine: Any, note: str = "") -> System:
+def _engine_system(engine: Any, note: str = "") -> EngineSystem:
     from rankdistill.evaluation.cost import model_parameters
     from rankdistill.evaluation.evaluate import EngineSystem
 
+    if getattr(engine.encoder, "inference_free", False):
+        no_model = "no model runs at query time: a query is its tokens, weighed by a table"
+        note = f"{note}; {no_model}" if note else no_model
     system = EngineSystem(engine, bytes=engine.index.bytes, note=note)
     system.parameters = model_parameters(engine.encoder)
     return system
@@ -122,14 +172,17 @@ def _teacher_row(
 def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: int) -> Reranking | None:
     """The teacher scoring live, to measure its speed; None where its scores or candidates were made elsewhere."""
     from rankdistill.evaluation.cost import Reranking
+    from rankdistill.scores.store import ScoreStore
     from rankdistill.teachers.base import TextList
     from rankdistill.teachers.ensemble import EnsembleTeacher
-    from rankdistill.teachers.scoring import score_list
+    from rankdistill.teachers.scoring import prepared_folder, score_list
 
     teacher = run.teacher
     members = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
     if not all(member.live for member in members) or not hasattr(engine, "search"):
         return None
+
+    teacher.prepare(collection, prepared_folder(ScoreStore(run.store_path)))
 
     def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
         return score_list(teacher, TextList("", query, doc_ids, documents))

@@ -288,14 +288,17 @@ def index(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Export a run's student to an index file that plain FAISS opens, document ids beside it."""
+    """Export a run's student to an index: a file that plain FAISS opens, or a sparse student's inverted index."""
     _begin(quiet or as_json)
+    from rankdistill.cli.searching import refuse_for_sparse
     from rankdistill.collections import open_collection
 
     names = spec or ["flat"]
     if out is not None and len(names) > 1:
         raise UsageError("one file cannot hold several indexes", where="--out", fix="one --spec, or no --out")
     workspace = _workspace(folder)
+    if sweep or target_recall is not None:
+        refuse_for_sparse(workspace.recipe.student.type, "--sweep" if sweep else "--target-recall")
     over = open_collection(on) if on else workspace.collection
     student = workspace.student()
     indexes = [workspace.index(name, out, student=student, collection=over) for name in names]
@@ -304,10 +307,11 @@ def index(
         return
     from rankdistill.evaluation.operating_points import sweep_student
     from rankdistill.evaluation.table import print_tables
+    from rankdistill.indexes.faiss_index import FaissIndex
 
     found = sweep_student(
         student,
-        indexes,
+        [one for one in indexes if isinstance(one, FaissIndex)],
         workspace.vectors("student", student, over),
         over,
         k=recall_at,
@@ -373,21 +377,34 @@ def search(
     folder: Run,
     query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],
     index_file: Annotated[
-        Path | None, typer.Option("--index", help="An index file of this run; exact search without one.")
+        Path | None, typer.Option("--index", help="An index of this run (file or folder); exact search without one.")
     ] = None,
     memory_map: Annotated[
-        bool, typer.Option("--memory-map", help="Leave the index on disk, for one that memory does not hold.")
+        bool, typer.Option("--memory-map", help="Leave a FAISS index on disk, for one that memory does not hold.")
     ] = False,
     count: Annotated[int, typer.Option("-k", help="Documents to show.", min=1)] = 10,
+    fuse: Annotated[
+        list[str] | None,
+        typer.Option(help="Fuse with `bm25`, or the student of another run's folder; again for more.", metavar="WITH"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Search a run's collection with its student."""
     _begin(quiet or as_json)
-    workspace = _workspace(folder)
+    from rankdistill.cli.searching import refuse_for_sparse, searching_workspace
+
+    workspace = searching_workspace(folder)
+    if memory_map:
+        refuse_for_sparse(workspace.recipe.student.type, "--memory-map")
     if not query.strip():
         raise UsageError("the query is empty", fix='rankdistill search RUN "some words"')
-    hits = workspace.engine(index_file, memory_map=memory_map).search([query], count)[0]
+    engine = workspace.engine(index_file, memory_map=memory_map)
+    if fuse:
+        from rankdistill.systems import fused_engine
+
+        engine = fused_engine(workspace, engine, fuse, count)
+    hits = engine.search([query], count)[0]
     documents = workspace.collection.documents(hits.rows)
     results = [
         {

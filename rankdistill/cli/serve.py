@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankdistill.artifacts import open_artifact
+from rankdistill.artifacts import MANIFEST, open_artifact
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.recipe import build
@@ -27,8 +28,8 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
         RankdistillError: there is no trained student; an index belongs to another one.
     """
     from rankdistill.evaluation.search_page import Column, SearchPage
-    from rankdistill.indexes.engines import exhaustive_engine
-    from rankdistill.indexes.faiss_index import FaissIndex
+    from rankdistill.indexes.engines import exhaustive_engine, open_index
+    from rankdistill.indexes.sparse import searched_here
     from rankdistill.indexes.specification import any_specification
     from rankdistill.stages import STUDENT
 
@@ -41,11 +42,12 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
         Column("student", exact, exact.index.bytes, "Every vector as it is, searched exhaustively.", "student"),
     ]
     if indexes is None:
-        built = [one for one in recipe.indexes if workspace.index_file(one).is_file()]
+        built = [one for one in recipe.indexes if workspace.index_file(one).exists()]
         known = {one: any_specification(one) for one in built}
-        indexes = [one for one in built if getattr(known[one], "factory", "") != "Flat"]
+        indexes = [one for one in built if getattr(known[one], "factory", "") != "Flat" and searched_here(known[one])]
     for given in indexes:
-        index = FaissIndex.open(given) if given.endswith(".faiss") else workspace.index(given, student=student)
+        there = given.endswith(".faiss") or (Path(given) / MANIFEST).is_file()
+        index = open_index(given) if there else workspace.index(given, student=student)
         index.check(collection=collection)
         engine = workspace.searched(index, student)
         note = index.specification.description
@@ -66,9 +68,10 @@ def _teacher(workspace: Workspace) -> Reranker | None:
         RankdistillError: it has not been trained yet.
     """
     from rankdistill.evaluation.search_page import Reranker
+    from rankdistill.scores.store import ScoreStore
     from rankdistill.teachers.base import TextList
     from rankdistill.teachers.ensemble import EnsembleTeacher
-    from rankdistill.teachers.scoring import score_list
+    from rankdistill.teachers.scoring import prepared_folder, score_list
 
     if workspace.recipe.teacher is None:
         return None
@@ -78,4 +81,5 @@ def _teacher(workspace: Workspace) -> Reranker | None:
         if member.needs_training:
             name = f"teacher-{number}" if ensemble else "teacher"
             member.use_trained(open_artifact(workspace.path / name, "teacher").path / "model")
+    teacher.prepare(workspace.collection, prepared_folder(ScoreStore(workspace.store_path)))
     return Reranker(lambda item: score_list(teacher, TextList(*item)), note=workspace.recipe.teacher.type)

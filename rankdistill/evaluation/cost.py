@@ -104,8 +104,10 @@ def model_bytes(model: Any) -> int:
 
 
 def model_parameters(model: Any) -> int | None:
-    """Parameters of a torch module; None for anything else."""
-    return sum(parameter.numel() for parameter in model.parameters()) if hasattr(model, "parameters") else None
+    """Parameters of a torch module; 0 for an inference-free query side, which has a table alone; None for the rest."""
+    if hasattr(model, "parameters"):
+        return sum(parameter.numel() for parameter in model.parameters())
+    return 0 if getattr(model, "inference_free", False) else None
 
 
 def measure_costs(

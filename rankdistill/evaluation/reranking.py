@@ -21,8 +21,8 @@ class StudentReranking:
 
     Args:
         first: the engine of the first stage.
-        student: an engine over the vectors of the same collection, all of them: `DenseEngine.over` or
-            `MultiVectorEngine.over`.
+        student: an engine over the vectors of the same collection, all of them: `DenseEngine.over`,
+            `MultiVectorEngine.over` or `SparseEngine.over`.
         depth: documents re-ranked for each query, whatever depth is asked for.
     """
 

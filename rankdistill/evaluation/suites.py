@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.fusion import Fusion
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, parse_metric
 from rankdistill.recipe import declarations, find_declaration, nearest, read_yaml
 
@@ -35,6 +36,26 @@ class EvaluationSet(_Declaration):
     group: str | None = Field(None, description="Sets of one group count as one in the macro average (CQADupStack).")
 
 
+class FusedRow(Fusion):
+    """A row made of others: their rankings fused."""
+
+    name: str
+    members: list[str] = Field(
+        min_length=2,
+        description="Rows of the table by their names or as bm25, student, untrained, first_stage (the first dense"
+        " source), the name of a baseline or index; or the folder of another run, for its student.",
+    )
+    depth: int | None = Field(None, ge=1, description="Documents of each that are fused; default the suite's depth.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> FusedRow:
+        if len(set(self.members)) < len(self.members):
+            raise ValueError("a member is named twice: give it a weight instead")
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
+        return self
+
+
 class Suite(_Declaration):
     """What to evaluate."""
 
@@ -51,6 +72,7 @@ class Suite(_Declaration):
     rerank: bool = Field(
         False, description="Students and the teacher also re-rank BM25's first documents, in rows of their own."
     )
+    fusion: list[FusedRow] = Field([], description="Rows made of others by fusion, those whose members the run has.")
     baseline: str | None = Field(
         None, description="The row that marks of significance refer to; default BM25, else the first."
     )
@@ -73,6 +95,13 @@ class Suite(_Declaration):
         if len({one.name for one in sets}) < len(sets):
             raise ValueError("two sets have the same name")
         return sets
+
+    @field_validator("fusion")
+    @classmethod
+    def _fused_once(cls, fusion: list[FusedRow]) -> list[FusedRow]:
+        if len({one.name for one in fusion}) < len(fusion):
+            raise ValueError("two fused rows have the same name")
+        return fusion
 
     def __repr__(self) -> str:
         return f"Suite({self.name}: {', '.join(one.name for one in self.sets)}; {', '.join(self.metrics)})"
@@ -129,9 +158,8 @@ def _validated(model: type[M], values: Any, path: Path) -> M:
         at = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             key = str(problem["loc"][-1])
-            owner = (
-                EvaluationSet if "sets" in problem["loc"] else ReferenceFigure if "figures" in problem["loc"] else model
-            )
+            parts: dict[str, type[BaseModel]] = {"sets": EvaluationSet, "fusion": FusedRow, "figures": ReferenceFigure}
+            owner: type[BaseModel] = next((part for name, part in parts.items() if name in problem["loc"]), model)
             what, fix = f"unknown key {key!r}", nearest(key, owner.model_fields)
         else:
             what, fix = f"{at}: {problem['msg'].lower()}", None

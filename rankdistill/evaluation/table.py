@@ -222,7 +222,8 @@ def _cost(evaluation: Evaluation) -> list[Table]:
     if cost is None:
         return []
     systems: dict[str, dict[str, Any]] = cost["systems"]
-    steps = [name for name in ("encode", "search", "rerank") if any(one.get(f"{name}_ms") for one in systems.values())]
+    known = ("encode", "search", "rerank", "fuse")
+    steps = [name for name in known if any(one.get(f"{name}_ms") for one in systems.values())]
     header = ["system", *(f"{name} ms" for name in steps), "p50 ms", "p95 ms", "p99 ms"]
     header += ["bytes/doc", "memory", "parameters", "front"]
     rows = []

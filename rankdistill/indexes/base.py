@@ -60,7 +60,7 @@ class Encoder(Protocol):
         """[len(texts), dimension]"""
 
 
-def document_fingerprint(encoder: Encoder) -> str:
+def document_fingerprint(encoder: Any) -> str:
     """Of what makes an encoder's document vectors: its own, or that of the model whose documents it was trained for.
 
     An index belongs to whoever made its vectors; every query encoder trained for that maker may search it.

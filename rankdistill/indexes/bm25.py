@@ -5,8 +5,8 @@ Score (Lucene's variant, as in bm25s), summed over the terms of a query:
 Source: Lù, "BM25S: orders of magnitude faster lexical search via eager sparse scoring", arXiv 2407.03618.
 
 bm25s indexes a list of Python lists and breaks ties by chance, so two steps are done here: postings are streamed to
-disk and sorted there, and queries are multiplied with the memory-mapped postings by scipy. The files are bm25s's own:
-`bm25s.BM25.load(path, mmap=True)` opens them. Nothing is pickled.
+disk and sorted there, and queries are multiplied with the memory-mapped postings (postings.py). The files are bm25s's
+own: `bm25s.BM25.load(path, mmap=True)` opens them. Nothing is pickled.
 
 What grows while indexing: the vocabulary (three dictionaries of bm25s's tokenizer, some 300 bytes a distinct word) and
 4 bytes a document; postings are memory-mapped files (16 bytes each on disk while building, 8 after).
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,8 @@ from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Hits, allocate_array, available_threads, no_hits, ranked
+from rankdistill.indexes.base import Hits
+from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
 from rankdistill.progress import progress
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 # bm25s's file names
 DATA, INDICES, INDPTR = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
 VOCABULARY, PARAMETERS = "vocab.index.json", "params.index.json"
-POSTINGS_AT_ONCE = 4_000_000  # sorted in memory at a time: about 150 MB
-POSTINGS_A_BLOCK = 8_000_000  # touched by one block of queries: bounds the memory of a search
-QUERIES_A_BLOCK = 64
 
 
 class BM25:
@@ -57,10 +54,10 @@ class BM25:
         self.k1, self.b, self.language, self.threads = float(k1), float(b), language, threads
         self.path: Path | None = None  # of the opened index
         self.document_count = 0
+        self.mean_length = 0.0  # terms a document
         self._fingerprint = ""
         self._vocabulary: dict[str, int] = {}
-        self._indptr: NDArray[np.int64] = np.zeros(1, np.int64)
-        self._postings: Any = None
+        self._postings: Postings | None = None
         self._tokenizer: Any = None
 
     @property
@@ -156,28 +153,16 @@ class BM25:
     def _sort_postings(
         self, raw: Path, folder: Path, frequencies: NDArray[np.int64], lengths: NDArray[np.int32]
     ) -> None:
-        """Counting sort of the raw postings (by document) into bm25s's column-wise arrays (by term, then document)."""
-        total = int(frequencies.sum())
-        indptr = np.zeros(len(frequencies) + 1, np.int64)
-        np.cumsum(frequencies, out=indptr[1:])
-        np.save(folder / INDPTR, indptr, allow_pickle=False)
-        data = allocate_array(folder / DATA, (total,), np.float32)
-        indices = allocate_array(folder / INDICES, (total,), np.int32)
-        idf = np.log(1 + (len(lengths) - frequencies + 0.5) / (frequencies + 0.5))
-        norm = self.k1 * (1 - self.b + self.b * lengths / lengths.mean())
-        heads = indptr[:-1].copy()  # where the next posting of each term goes
+        """The raw postings (by document), weighted, in bm25s's column-wise arrays (by term, then document)."""
+        idf, norm = bm25_factors(frequencies, lengths, self.k1, self.b)
         postings = np.memmap(raw, np.int32, "r").reshape(-1, 3)
-        for start in range(0, total, POSTINGS_AT_ONCE):
-            part = np.asarray(postings[start : start + POSTINGS_AT_ONCE])
-            part = part[np.argsort(part[:, 0], kind="stable")]
-            terms, rows, counts = part[:, 0], part[:, 1], part[:, 2]
-            distinct, first, size = np.unique(terms, return_index=True, return_counts=True)
-            position = heads[terms] + np.arange(len(terms)) - np.repeat(first, size)
-            data[position] = idf[terms] * counts / (counts + norm[rows])
-            indices[position] = rows
-            heads[distinct] += size
-        data.flush()
-        indices.flush()
+
+        def weighted() -> Iterator[Triples]:
+            for start in range(0, len(postings), POSTINGS_AT_ONCE):
+                terms, rows, counts = np.asarray(postings[start : start + POSTINGS_AT_ONCE]).T
+                yield terms, rows, idf[terms] * counts / (counts + norm[rows])
+
+        write_postings(folder, (DATA, INDICES, INDPTR), frequencies, weighted())
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
@@ -188,68 +173,79 @@ class BM25:
         Raises:
             RankdistillError: there is no whole BM25 index at `path`.
         """
-        from scipy import sparse
-
         artifact = open_artifact(path, "bm25")
         folder = artifact.path
         engine = cls(**artifact.manifest["settings"], threads=threads)
+        documents = int(artifact.counts["documents"])
         try:
-            arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (DATA, INDICES, INDPTR)]
+            engine._postings = Postings(open_csr(folder, (DATA, INDICES, INDPTR), documents), threads)
             engine._vocabulary = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RankdistillError(f"the BM25 index cannot be read: {error}", where=str(folder)) from None
         engine.path = folder
-        engine.document_count = int(artifact.counts["documents"])
+        engine.document_count = documents
+        engine.mean_length = float(artifact.counts["mean_length"])
         engine._fingerprint = artifact.fingerprint
-        engine._indptr = np.asarray(arrays[2])
-        # [terms, documents]; scipy wants one integer type, so beyond 2^31 postings the indices are widened in memory.
-        engine._postings = sparse.csr_matrix(
-            tuple(arrays), shape=(len(engine._indptr) - 1, engine.document_count), copy=False
-        )
         engine._tokenizer = _tokenizer(engine.language, engine._vocabulary)
         return engine
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """The `k` best documents of each query; documents that share no term with it are not hits."""
-        if self.path is None:
+        return self._opened().search(self.encode_queries(queries), k)
+
+    def _opened(self) -> Postings:
+        if self._postings is None:
             raise RankdistillError("this BM25 has no index yet", fix="build(collection, path), then BM25.open(path)")
-        if k < 1:
-            return [no_hits() for _ in queries]
-        terms = [
-            np.unique(np.asarray(ids, np.int64), return_counts=True) for ids in _tokens(self._tokenizer, queries, False)
-        ]
-        blocks = list(self._blocks(terms))
-        threads = min(self.threads or available_threads(), len(blocks))
-        if threads <= 1:
-            found = [self._search_block(terms[start:end], k) for start, end in blocks]
-        else:
-            with ThreadPoolExecutor(threads) as pool:  # scipy's product runs outside Python's lock
-                found = list(pool.map(lambda block: self._search_block(terms[block[0] : block[1]], k), blocks))
-        return [hits for block in found for hits in block]
+        return self._postings
 
-    def _blocks(self, terms: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[tuple[int, int]]:
-        start = touched = 0
-        for end, (ids, _) in enumerate(terms):
-            postings = int((self._indptr[ids + 1] - self._indptr[ids]).sum())
-            if end > start and (end - start == QUERIES_A_BLOCK or touched + postings > POSTINGS_A_BLOCK):
-                yield start, end
-                start, touched = end, 0
-            touched += postings
-        if start < len(terms):
-            yield start, len(terms)
+    def encode_documents(self, texts: Sequence[str]) -> Any:
+        """csr_matrix [texts, terms]: weights of any texts, by the statistics of the collection that is indexed.
 
-    def _search_block(self, terms: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], k: int) -> list[Hits]:
+        The product with `encode_queries` is the score that a search gives, to documents without a common term too.
+        """
+        frequencies = np.diff(self._opened().matrix.indptr)
+        vectors = self.encode_queries(texts)
+        lengths = np.asarray(vectors.sum(axis=1), np.float64).ravel()
+        idf, norm = bm25_factors(frequencies, lengths, self.k1, self.b, self.document_count, self.mean_length)
+        counts = vectors.data.astype(np.float64)
+        rows = np.repeat(norm, np.diff(vectors.indptr))
+        vectors.data = (idf[vectors.indices] * counts / (counts + rows)).astype(np.float32)
+        return vectors
+
+    def encode_queries(self, texts: Sequence[str]) -> Any:
+        """csr_matrix [texts, terms]: how often each term of the index occurs."""
         from scipy import sparse
 
+        postings = self._opened()
+        if not texts:
+            return sparse.csr_matrix((0, postings.terms), dtype=np.float32)
+        found = _tokens(self._tokenizer, texts, False)
+        terms = [np.unique(np.asarray(ids, np.int64), return_counts=True) for ids in found]
         columns = np.concatenate([ids for ids, _ in terms])
-        weights = np.concatenate([counts for _, counts in terms]).astype(np.float32)
+        counts = np.concatenate([counts for _, counts in terms]).astype(np.float32)
         ends = np.cumsum([0, *(len(ids) for ids, _ in terms)])
-        queries = sparse.csr_matrix((weights, columns, ends), shape=(len(terms), self._postings.shape[0]))
-        product = queries @ self._postings
-        return [
-            ranked(product.indices[start:end], product.data[start:end], k)
-            for start, end in zip(product.indptr[:-1], product.indptr[1:], strict=True)
-        ]
+        return sparse.csr_matrix((counts, columns, ends), shape=(len(terms), postings.terms))
+
+
+def bm25_factors(
+    frequencies: NDArray[np.int64],
+    lengths: NDArray[Any],
+    k1: float,
+    b: float,
+    documents: int | None = None,
+    mean_length: float | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """([terms] idf, [documents] what is added to tf below the fraction): a weight is idf · tf / (tf + norm).
+
+    Args:
+        frequencies: documents a term occurs in.
+        lengths: terms a document.
+        documents, mean_length: of the collection, where `lengths` are those of other texts.
+    """
+    documents = len(lengths) if documents is None else documents
+    mean_length = float(lengths.mean()) if mean_length is None else mean_length
+    idf = np.log(1 + (documents - frequencies + 0.5) / (frequencies + 0.5))
+    return idf, k1 * (1 - b + b * lengths / mean_length)
 
 
 def _tokenizer(language: str, vocabulary: dict[str, int] | None = None) -> Any:

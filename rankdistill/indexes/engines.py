@@ -1,4 +1,4 @@
-"""Which vectors a student leaves of a collection, and which engine searches them: one a text, or one a token."""
+"""Which vectors a student leaves of a collection, and which engine searches them: one a text, one a token, or terms."""
 
 from __future__ import annotations
 
@@ -8,20 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import Artifact, open_artifact
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.sparse_specification import SparseSpecification
 from rankdistill.indexes.specification import any_specification
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.indexes.dense import DenseEngine
+    from rankdistill.indexes.faiss_index import FaissIndex
     from rankdistill.indexes.multi_vector import MultiVectorEngine
+    from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
     from rankdistill.students.base import StudentModel
     from rankdistill.students.query_tower import QueryTowerModel
 
-MULTI_VECTOR = "multi_vector"  # the type of student
+# Types of student
+MULTI_VECTOR = "multi_vector"
+INFERENCE_FREE = "inference_free"
+SPARSE_STUDENTS = ("splade", INFERENCE_FREE)
 
 
 def encode_collection(student: Any, collection: Collection, path: str | Path) -> Artifact:
-    """A student's document vectors, encoded once; see `encode_documents` and `encode_document_tokens`."""
+    """A student's document vectors, encoded once; see `encode_documents` and its like for tokens and terms."""
+    if hasattr(student, "terms"):
+        from rankdistill.indexes.sparse_vectors import encode_document_terms
+
+        return encode_document_terms(student, collection, path)
     from rankdistill.students.multi_vector import MultiVectorModel
     from rankdistill.students.query_tower import QueryTowerModel
 
@@ -74,48 +84,124 @@ def prepare_student(student: StudentModel, collection: Collection, folder: Path)
     student.prepare(collection, folder)
 
 
-def exhaustive_engine(student: Any, vectors: Artifact) -> DenseEngine | MultiVectorEngine:
+def exhaustive_engine(student: Any, vectors: Artifact) -> DenseEngine | MultiVectorEngine | SparseEngine:
     """Exact search over a student's document vectors.
 
     Raises:
         RankdistillError: they are another student's.
     """
+    from rankdistill.indexes import multi_vector, sparse, sparse_vectors
     from rankdistill.indexes.dense import DenseEngine
-    from rankdistill.indexes.multi_vector import KIND, MultiVectorEngine
 
-    return (MultiVectorEngine if vectors.kind == KIND else DenseEngine).over(student, vectors)
+    if vectors.kind == sparse_vectors.KIND:
+        return sparse.SparseEngine.over(query_encoder(student), vectors)
+    return (multi_vector.MultiVectorEngine if vectors.kind == multi_vector.KIND else DenseEngine).over(student, vectors)
+
+
+def query_encoder(student: Any) -> Any:
+    """What encodes a student's queries when it is served: itself, or an inference-free one's table of token weights."""
+    return getattr(student, "token_weights", None) or student
+
+
+def query_side(
+    student_type: str, model: Path, index: str | Path | None, collection: Collection, vectors: Path
+) -> Any | None:
+    """The query side of an inference-free student as it lies on disk; nothing here imports torch.
+
+    Args:
+        model: folder of the saved student.
+        index: what shall be searched, the vectors themselves without one.
+        vectors: where the document vectors are.
+
+    Returns:
+        None for another type of student, and where the documents must be encoded first.
+    """
+    if student_type != INFERENCE_FREE:
+        return None
+    from rankdistill.indexes.sparse_vectors import find_sparse_vectors
+    from rankdistill.students.token_weights import TokenWeights
+
+    weights = TokenWeights.open(model)
+    there = index is not None or find_sparse_vectors(weights, collection, vectors) is not None
+    return weights if there else None
+
+
+def open_index(path: str | Path, *, memory_map: bool = False) -> FaissIndex | BuiltSparseIndex:
+    """A FAISS file, or the folder of a sparse student's index.
+
+    Raises:
+        UsageError: a folder cannot be memory-mapped.
+        RankdistillError: there is none, or it is damaged.
+    """
+    if Path(path).is_dir():
+        from rankdistill.indexes.sparse import open_sparse_index
+
+        if memory_map:
+            raise UsageError(
+                "only a FAISS file can be left on disk; a sparse student's index has its own way of being read",
+                where=str(path),
+                fix="leave out --memory-map",
+            )
+        return open_sparse_index(path)
+    from rankdistill.indexes.faiss_index import FaissIndex
+
+    return FaissIndex.open(path, memory_map=memory_map)
 
 
 def index_files(student_type: str, specifications: Sequence[Any], where: str = "indexes") -> list[Any]:
-    """The specifications that are built to a file of their own.
+    """The specifications that are built to a file, or folder, of their own.
 
-    Of a multi-vector student there are none: `flat` is its token vectors, which are searched as they are.
+    Of a multi-vector student there are none: `flat` is its token vectors, which are searched as they are. Nor is the
+    `flat` of a sparse student a file: its vectors are searched exactly.
 
     Raises:
-        UsageError: any other index of a multi-vector student.
+        UsageError: any other index of a multi-vector student, one of dense vectors for a sparse student, or of term
+            weights for another.
     """
-    if student_type != MULTI_VECTOR:
-        return list(specifications)
+    files = []
     for given in specifications:
         specification = any_specification(given)
-        if getattr(specification, "factory", "") != "Flat":
+        flat = getattr(specification, "factory", "") == "Flat"
+        sparse = isinstance(specification, SparseSpecification)
+        if student_type == MULTI_VECTOR and not flat:
             raise UsageError(
                 f"{specification.name} holds one vector a document; a multi_vector student has one a token",
                 where=where,
                 fix="indexes: [flat], which searches all token vectors, or []; or a dense student",
             )
-    return []
+        if student_type in SPARSE_STUDENTS and not sparse and not flat:
+            raise UsageError(
+                f"{specification.name} is an index of dense vectors; a {student_type} student has term weights",
+                where=where,
+                fix="flat (exact search), seismic, lucene_impact, or an export: opensearch, elasticsearch, ciff",
+            )
+        if sparse and student_type not in SPARSE_STUDENTS:
+            raise UsageError(
+                f"{specification.name} is an index of term weights; a {student_type} student has none",
+                where=where,
+                fix=f"an index of dense vectors, such as flat; or student.type: {' or '.join(SPARSE_STUDENTS)}",
+            )
+        if not flat or student_type not in (MULTI_VECTOR, *SPARSE_STUDENTS):
+            files.append(given)
+    return files
 
 
 def check_index(student_type: str, specification: Any) -> None:
     """Refuse an index file that a student cannot have.
 
     Raises:
-        UsageError: any of a multi-vector student.
+        UsageError: any of a multi-vector student; exact search of a sparse one; vectors of the other kind.
     """
-    if not index_files(student_type, [specification]):
+    if index_files(student_type, [specification]):
+        return
+    if student_type == MULTI_VECTOR:
         raise UsageError(
             "a multi_vector student has no index file: its token vectors are searched as they are",
             where=str(specification),
             fix="`rankdistill search` and `evaluate` do so without an index",
         )
+    raise UsageError(
+        f"exact search of a {student_type} student reads its vectors: there is no file to make",
+        where=str(specification),
+        fix="search without --index; or --spec seismic, lucene_impact, opensearch, elasticsearch, ciff",
+    )

@@ -5,11 +5,9 @@ What grows: on disk 2 (fp16) or 4 bytes · dimension for each token of each docu
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +19,18 @@ from rankdistill.artifacts import (
     locked,
     open_artifact,
     write_artifact,
-    write_atomically,
 )
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import Hits, no_hits, ranked
-from rankdistill.indexes.vectors import DONE, check_vectors
-from rankdistill.progress import progress
+from rankdistill.indexes.ragged import write_ragged
+from rankdistill.indexes.vectors import check_vectors
 from rankdistill.students.token_vectors import TokenVectors, maxsim_blocks
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 KIND = "token_vectors"
-TOKENS, OFFSETS, LENGTHS = "tokens.npy", "offsets.npy", "lengths.bin"
+TOKENS, OFFSETS = "tokens.npy", "offsets.npy"
 SHARD = 1024  # documents encoded and written together
 FORMATS = {"fp16": np.float16, "fp32": np.float32}
 
@@ -93,66 +90,25 @@ def encode_document_tokens(
 
 
 def _encode_shards(encoder: TokenEncoder, collection: Collection, folder: Path, shard_size: int) -> int:
-    """The tokens written. Both files only grow; what was written beyond the last finished shard is cut off first."""
+    """The tokens written."""
     kind = np.dtype(FORMATS[encoder.storage])
-    done_file = folder / DONE
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {"rows": 0, "tokens": 0}
 
     def name_of(row: int) -> str:
         return f"document {collection.doc_ids([row])[0]!r} of {collection.name}"
 
-    for name in (TOKENS, LENGTHS):
-        (folder / name).touch()
-    with (
-        open(folder / TOKENS, "r+b") as tokens,
-        open(folder / LENGTHS, "r+b") as lengths,
-        progress("encode documents", collection.document_count, "texts") as bar,
-    ):
-        start = _header(tokens, 0, encoder.dimension, kind)
-        tokens.truncate(start + done["tokens"] * encoder.dimension * kind.itemsize)
-        lengths.truncate(done["rows"] * 4)
-        for stream in (tokens, lengths):
-            stream.seek(0, os.SEEK_END)
-        bar.done = done["rows"]
-        for first, texts in collection.iter_documents(batch_size=shard_size, start=done["rows"]):
-            made = encoder.encode_documents(texts)
-            if len(made) != len(texts):
-                raise RankdistillError(f"vectors of {len(made)} texts came back for {len(texts)}")
-            with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite and is refused
-                stored = np.ascontiguousarray(made.vectors, dtype=kind)
-            owner = np.repeat(np.arange(len(made)), np.diff(made.offsets))
-            check_vectors(stored, encoder.dimension, _owner(owner, first, name_of))
-            tokens.write(stored.data)
-            lengths.write(np.diff(made.offsets).astype("<i4").data)
-            for stream in (tokens, lengths):
-                stream.flush()
-                os.fsync(stream.fileno())
-            done = {"rows": first + len(texts), "tokens": done["tokens"] + len(stored)}
-            write_atomically(done_file, json.dumps(done))
-            bar.advance(len(texts))
-    if done["rows"] != collection.document_count:
-        raise RankdistillError(
-            f"{done['rows']} of {collection.document_count} documents were encoded: the collection has changed on disk",
-            where=collection.name,
-        )
-    with open(folder / TOKENS, "r+b") as tokens:
-        _header(tokens, done["tokens"], encoder.dimension, kind)
-    offsets = np.concatenate([[0], np.cumsum(np.fromfile(folder / LENGTHS, "<i4"), dtype=np.int64)])
-    np.save(folder / OFFSETS, offsets.astype(np.int64), allow_pickle=False)
-    (folder / LENGTHS).unlink()
-    return int(done["tokens"])
+    def encode(first: int, texts: list[str]) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+        made = encoder.encode_documents(texts)
+        with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite and is refused
+            stored = np.ascontiguousarray(made.vectors, dtype=kind)
+        owner = np.repeat(np.arange(len(made)), np.diff(made.offsets))
+        check_vectors(stored, encoder.dimension, _owner(owner, first, name_of))
+        return np.diff(made.offsets), {TOKENS: stored}
+
+    return write_ragged(folder, {TOKENS: (kind, (encoder.dimension,))}, OFFSETS, collection, encode, shard_size)
 
 
 def _owner(owner: NDArray[np.int64], first: int, name_of: Callable[[int], str]) -> Callable[[int], str]:
     return lambda token: name_of(first + int(owner[token])) if len(owner) else name_of(first)
-
-
-def _header(stream: BinaryIO, rows: int, dimension: int, kind: np.dtype[Any]) -> int:
-    """Write the header of a .npy at the start of a file; its length, which is the same for any number of rows."""
-    stream.seek(0)
-    values = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (rows, dimension)}
-    np.lib.format.write_array_header_1_0(stream, values)
-    return stream.tell()
 
 
 def open_token_vectors(artifact: Artifact | str | Path) -> TokenVectors:

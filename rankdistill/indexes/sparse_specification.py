@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class SparseSpecification(BaseModel):
@@ -56,22 +56,37 @@ class SeismicSpecification(SparseSpecification):
 class ServerSpecification(SparseSpecification):
     """Bulk files and a mapping for a search server."""
 
+    type: Literal["opensearch", "elasticsearch"]
     field_type: Literal["rank_features", "sparse_vector"]
-    index: str = Field(default="rankdistill", description="name of the index on the server")
-    field: str = Field(default="terms", description="name of the field that holds the weights")
-    texts: bool = Field(default=True, description="send title and text along, to be shown")
-    file_megabytes: float = Field(default=50, gt=0, description="size of a bulk file, at most")
+    index: str = Field(
+        default="rankdistill", pattern=r"^[a-z0-9][a-z0-9_.+-]*$", max_length=255, description="its name on the server"
+    )
+    field: str = Field(
+        default="terms", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="name of the field that holds the weights"
+    )
+    texts: bool = Field(default=True, description="send title and text along, to be shown and searched by BM25")
+    file_megabytes: float = Field(
+        default=10, gt=0, le=100, description="size of a bulk file, at most; servers refuse requests above 100, some 10"
+    )
+    gzip: bool = Field(default=False, description="compress the bulk files; their size is meant uncompressed")
+
+    @field_validator("field")
+    @classmethod
+    def _free(cls, field: str) -> str:
+        if field in ("title", "text"):
+            raise ValueError("title and text are fields of their own")
+        return field
 
 
 class OpenSearchSpecification(ServerSpecification):
-    """For OpenSearch."""
+    """For OpenSearch. Its own `sparse_vector` (3.3, approximate) takes token ids, not these files."""
 
     type: Literal["opensearch"] = "opensearch"
-    field_type: Literal["rank_features", "sparse_vector"] = "rank_features"
+    field_type: Literal["rank_features"] = "rank_features"
 
 
 class ElasticsearchSpecification(ServerSpecification):
-    """For Elasticsearch."""
+    """For Elasticsearch: `sparse_vector` from 8.15 on, `rank_features` for older ones."""
 
     type: Literal["elasticsearch"] = "elasticsearch"
     field_type: Literal["rank_features", "sparse_vector"] = "sparse_vector"

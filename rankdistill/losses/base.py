@@ -121,15 +121,15 @@ class Regulariser(Loss):
 
     type: ClassVar[str]  # type: ignore[assignment]
     needs_teacher = False
-    needs_document_frequencies = False
+    needs_idf = False
     side: Literal["query", "document"]
 
     @abstractmethod
     def forward(self, embeddings: Tensor) -> Tensor:
         """The penalty: embeddings [texts, dimension] of the side's distinct texts, float32; a scalar."""
 
-    def use_document_frequencies(self, frequencies: Tensor, documents: int) -> None:
-        """Told before a training where `needs_document_frequencies`: float [dimension], of a collection's documents."""
+    def use_idf(self, idf: Tensor) -> None:
+        """Told before a training where `needs_idf`: float [dimension], of the student's terms in the collection."""
 
 
 def sums_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ class IdfFlops(Flops):
     """
 
     type = "idf_flops"
-    needs_document_frequencies = True
+    needs_idf = True
     factors: Tensor
 
     def __init__(
@@ -155,8 +155,7 @@ class IdfFlops(Flops):
         self.power = power
         self.register_buffer("factors", None)
 
-    def use_document_frequencies(self, frequencies: Tensor, documents: int) -> None:
-        idf = torch.log1p((documents - frequencies + 0.5) / (frequencies + 0.5))
+    def use_idf(self, idf: Tensor) -> None:
         self.factors = (idf.mean() / idf.clamp(min=float(idf.mean()) / 10)).pow(self.power).float()
 
     def penalty(self, weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A `Student` holds a recipe's settings and makes a `StudentModel`: the starting o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -95,6 +95,15 @@ class StudentModel(nn.Module, ABC):
 
     def _encode(self, texts: Sequence[str], side: Side) -> NDArray[np.float32]:
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+
+        def take(rows: NDArray[np.int64], embeddings: Tensor) -> None:
+            vectors[rows] = embeddings.float().cpu().numpy()
+
+        self.embed_all(texts, side, take)
+        return vectors
+
+    def embed_all(self, texts: Sequence[str], side: Side, take: Callable[[NDArray[np.int64], Tensor], None]) -> None:
+        """Give `take` the places in `texts` and the embeddings of all texts, those of like length together."""
         training = self.training
         self.eval()
         try:
@@ -102,11 +111,9 @@ class StudentModel(nn.Module, ABC):
                 for start in range(0, len(texts), ENCODE_CHUNK):
                     features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
                     for rows, part in split_by_length(features, ENCODE_BUDGET):
-                        embeddings = self.embed(to_device(part, self.device), side)
-                        vectors[start + rows] = embeddings.float().cpu().numpy()
+                        take(start + rows, self.embed(to_device(part, self.device), side))
         finally:
             self.train(training)
-        return vectors
 
 
 class Student(ABC):

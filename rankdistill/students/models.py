@@ -89,9 +89,14 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def folder_revision(folder: Path) -> str:
-    """A digest of names and contents of the files that decide what the model computes (cards and caches do not)."""
-    files = sorted({path for pattern in DECIDING_FILES for path in folder.rglob(pattern) if path.is_file()})
+def folder_revision(folder: Path, without: str = "") -> str:
+    """A digest of names and contents of the files that decide what the model computes (cards and caches do not).
+
+    Args:
+        without: name of a file in the folder that is left out.
+    """
+    found = {path for pattern in DECIDING_FILES for path in folder.rglob(pattern) if path.is_file()}
+    files = sorted(found - {folder / without})
     if not files:
         raise RankdistillError("no model files here (config.json, *.safetensors)", where=str(folder))
     digest = hashlib.sha256()

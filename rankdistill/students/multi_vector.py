@@ -22,14 +22,11 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers, say
 from rankdistill.students.base import (
-    ENCODE_BUDGET,
-    ENCODE_CHUNK,
     Features,
     Side,
     Student,
     StudentModel,
     pick_device,
-    split_by_length,
     to_device,
 )
 from rankdistill.students.dense import (
@@ -40,7 +37,7 @@ from rankdistill.students.dense import (
     set_dropout,
 )
 from rankdistill.students.models import folder_revision, resolve_model
-from rankdistill.students.token_batches import Precision, autocast
+from rankdistill.students.token_batches import Precision
 from rankdistill.students.token_vectors import BUDGET, NO_TOKENS_SCORE, TokenVectors, maxsim
 
 HEAD_DIMENSION = 128  # of a token vector, as ColBERT has it
@@ -156,18 +153,12 @@ class MultiVectorModel(StudentModel):
 
     def _encode_tokens(self, texts: Sequence[str], side: Side) -> TokenVectors:
         vectors: list[NDArray[np.float32]] = [np.empty((0, self.dimension), np.float32)] * len(texts)
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode(), autocast(self.device, self.precision):
-                for start in range(0, len(texts), ENCODE_CHUNK):
-                    features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
-                    for rows, part in split_by_length(features, ENCODE_BUDGET):
-                        embeddings = self.embed(to_device(part, self.device), side).float().cpu().numpy()
-                        for row, one in zip(rows, embeddings, strict=True):
-                            vectors[start + row] = one[one.any(axis=1)]
-        finally:
-            self.train(training)
+
+        def take(rows: NDArray[np.int64], embeddings: Tensor) -> None:
+            for row, one in zip(rows, embeddings.float().cpu().numpy(), strict=True):
+                vectors[row] = one[one.any(axis=1)]
+
+        self.embed_all(texts, side, take)
         return TokenVectors.of(vectors, self.dimension)
 
     def save(self, folder: Path) -> None:

@@ -37,6 +37,9 @@ class Teacher(ABC):
     def fingerprint(self) -> str:
         """A hash of everything that decides the scores (weights, lengths, number format), of no path and no time."""
 
+    def prepare(self, collection: Collection, folder: Path) -> None:  # noqa: B027
+        """Told before it scores which collection the documents are of; what is worth keeping goes below `folder`."""
+
     @abstractmethod
     def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
         """Score a chunk of lists.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.errors import UsageError
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.base import PairTeacher
@@ -75,10 +76,19 @@ class BiEncoderTeacher(PairTeacher):
         }
 
     def load(self) -> DenseModel:
-        """The model, loaded once."""
+        """The model, loaded once.
+
+        Raises:
+            UsageError: it is a SparseEncoder.
+        """
         if self._model is None:
             from rankdistill.students.dense import DenseStudent
+            from rankdistill.students.sparse import is_sparse
 
+            if is_sparse(resolve_model(self.model_name).path):
+                raise UsageError(
+                    f"{self.model_name!r} is a SparseEncoder", where="teacher.model", fix="type: sparse_encoder"
+                )
             self._model = DenseStudent(
                 self.model_name,
                 similarity="keep" if self.similarity == "auto" else self.similarity,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
@@ -12,6 +13,9 @@ from rankdistill.recipe import build
 from rankdistill.scores.calibration import Calibrator, Method
 from rankdistill.scores.ensemble import Aggregation, Ensemble, Missing, Normalisation, ScoreSource
 from rankdistill.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 
 class EnsembleTeacher:
@@ -70,6 +74,11 @@ class EnsembleTeacher:
         maps = [asdict(one) for one in self.calibrators or ()]
         # Lists made of an ensemble hold its members' disagreement.
         return fingerprint([[member.fingerprint() for member in self.members], rules, maps, "disagreement"])
+
+    def prepare(self, collection: Collection, folder: Path) -> None:
+        """As `Teacher.prepare`, of each member."""
+        for member in self.members:
+            member.prepare(collection, folder)
 
     def combine(self, scores: Sequence[ScoreSource]) -> Ensemble:
         """The members' scores, in the order of `members`, as one source."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -63,9 +64,13 @@ def score_candidates(
     with scores, _reporting(teacher, scores), progress("scoring", total, "pairs") as bar:
         chunk: list[tuple[str, list[str]]] = []
         waiting = 0
+        prepared = False
 
         def score_chunk() -> None:
-            nonlocal waiting
+            nonlocal waiting, prepared
+            if not prepared:  # not before something is to be scored: it may take long
+                teacher.prepare(collection, prepared_folder(store))
+                prepared = True
             queries = collection.query_texts([query_id for query_id, _ in chunk])
             rows = np.concatenate([np.asarray(collection.doc_rows(doc_ids)) for _, doc_ids in chunk])
             texts = iter(collection.document_texts(rows))
@@ -108,6 +113,11 @@ def score_candidates(
     if isinstance(teacher, AskingTeacher) and teacher.asking.estimate is None:
         say(f"spent: {teacher.asking.budget.line()}")
     return scores
+
+
+def prepared_folder(store: ScoreStore) -> Path:
+    """Where teachers keep what they prepare for a collection."""
+    return store.root / "prepared"
 
 
 def lists_key(teacher: str, candidates: Iterable[tuple[str, Sequence[str], np.ndarray]]) -> str:

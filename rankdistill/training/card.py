@@ -12,6 +12,7 @@ from rankdistill.recipe import Recipe
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
+LOADERS = {"multi_vector": "MultiVectorEncoder", "splade": "SparseEncoder", "inference_free": "SparseEncoder"}
 USE = """```python
 from sentence_transformers import LOADER
 
@@ -45,7 +46,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     rows = "".join(f"| {step} | {value:.4f} |\n" for step, value in dev.items())
     measured = f"\nDev {notes['dev_metric']}:\n\n| step | value |\n|---:|---:|\n{rows}" if rows else ""
     losses = ", ".join(method.type for method in recipe.training.losses)
-    loader = "MultiVectorEncoder" if student["type"] == "multi_vector" else "SentenceTransformer"
+    loader = LOADERS.get(student["type"], "SentenceTransformer")
     use = QUERIES_ONLY if "document_model" in student else USE
     use = use.replace("LOADER", loader).replace("DOCUMENT_MODEL", str(student.get("document_model")))
     used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}

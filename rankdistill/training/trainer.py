@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, partial_folder, write_artifact
+from rankdistill.artifacts import (
+    Artifact,
+    ArtifactWriter,
+    file_digest,
+    fingerprint,
+    partial_folder,
+    write_artifact,
+)
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.engines import prepare_student
@@ -31,6 +38,7 @@ from rankdistill.sampling.base import generator
 from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.base import Student, StudentModel
 from rankdistill.students.models import resolve_model
+from rankdistill.students.sparse import SparseModel
 from rankdistill.students.token_batches import resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
@@ -305,6 +313,7 @@ def train_student(
         student_settings: Student = build("student", recipe.student.settings(), "student")
         student = student_settings.create(settings.device)
         prepare_student(student, collection, prepared)
+        prepare_regularisers(losses, student, collection, prepared)
         batch_teacher = None
         if batch_teacher_settings is not None:
             model = build("student", batch_teacher_settings, "training.batch_teacher").create(settings.device)
@@ -408,6 +417,31 @@ def build_losses(settings: Training) -> dict[str, Loss]:
     return losses
 
 
+def prepare_regularisers(losses: dict[str, Loss], student: StudentModel, collection: Collection, folder: Path) -> None:
+    """Give the regularisers what they need of the collection.
+
+    Raises:
+        UsageError: the student has no term weights, or those of the side are a fixed table.
+    """
+    for name, loss in losses.items():
+        if not isinstance(loss, Regulariser):
+            continue
+        if not isinstance(student, SparseModel):
+            raise UsageError(
+                f"{name} is a penalty on term weights, which this student has none of",
+                where="training.losses",
+                fix="student.type: splade or inference_free, or leave it out",
+            )
+        if loss.side == "query" and student.static is not None and not student.static.weight.requires_grad:
+            raise UsageError(
+                f"{name} would press on query weights that are a fixed table",
+                where="training.losses",
+                fix="leave it out, or student.train_idf: true",
+            )
+        if loss.needs_idf:
+            loss.use_idf(torch.from_numpy(student.idf(collection, folder)))
+
+
 def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
     """step → value of a figure of the log."""
     return {entry["step"]: entry[key] for entry in history if key in entry}
@@ -416,9 +450,11 @@ def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
 def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides a trained student: the weights it starts from (not where they lie), its lists and its dev set."""
     student = recipe.student.settings()
-    for key in ("model", "document_model"):
+    for key in ("model", "document_model", "query_model"):
         if student.get(key):
             student[key] = resolve_model(student[key]).revision
+    if student.get("idf") and Path(student["idf"]).expanduser().is_file():
+        student["idf"] = file_digest(Path(student["idf"]).expanduser())
     student.pop("document_vectors", None)  # where they lie; the document model decides what they are
     training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
     return {"seed": recipe.seed, "student": student, "training": training, **inputs}

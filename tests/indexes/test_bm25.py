@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes import bm25
+from rankdistill.indexes import bm25, postings
 from rankdistill.indexes.bm25 import BM25
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def test_hits_do_not_depend_on_batches_or_threads(
     BM25(language="none").build(collection, tmp_path / "bm25")
     queries = random_texts(150, seed=1)
     together = BM25.open(tmp_path / "bm25", threads=1).search(queries, 20)
-    monkeypatch.setattr(bm25, "POSTINGS_A_BLOCK", 500)
+    monkeypatch.setattr(postings, "POSTINGS_A_BLOCK", 500)
     threaded = BM25.open(tmp_path / "bm25", threads=3).search(queries, 20)
     engine = BM25.open(tmp_path / "bm25")
     alone = [engine.search([query], 20)[0] for query in queries]

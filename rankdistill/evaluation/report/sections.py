@@ -474,7 +474,7 @@ def _cost(one: SetData, run: RunData) -> Content:
         if not (rate or size or of):
             continue
         cells: list[Cell] = [(join(chip(run, name), name), name)]
-        for part in ("encode_ms", "search_ms", "rerank_ms", "total_ms"):
+        for part in ("encode_ms", "search_ms", "rerank_ms", "fuse_ms", "total_ms"):
             found = of.get(part) or {}
             shown = " / ".join(latency_text(found[p]) for p in ("p50", "p95", "p99") if is_number(found.get(p)))
             cells.append((shown, found.get("p50")))
@@ -491,6 +491,7 @@ def _cost(one: SetData, run: RunData) -> Content:
         "encode, ms",
         "search, ms",
         "re-rank, ms",
+        "fuse, ms",
         "whole, ms",
         "queries/s",
         "size",

@@ -1,0 +1,48 @@
+"""What the verbs that search and index ask of a run before they start: its workspace, and options it has no use for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankdistill.errors import UsageError
+
+if TYPE_CHECKING:
+    from rankdistill.stages import Workspace
+
+
+def searching_workspace(folder: Path) -> Workspace:
+    """A run's workspace, to search with.
+
+    The saved recipe of an inference-free student is read without importing the methods it names, and so without torch:
+    its own search needs none of them.
+
+    Raises:
+        RankdistillError: this is no run.
+    """
+    from rankdistill.indexes.engines import INFERENCE_FREE
+    from rankdistill.recipe import Recipe, check_values, read_yaml
+    from rankdistill.stages import RECIPE, Workspace
+
+    saved = folder / RECIPE
+    if saved.is_file():
+        recipe = check_values(Recipe, read_yaml(saved), str(saved))
+        if recipe.student.type == INFERENCE_FREE:
+            return Workspace(folder, recipe)
+    return Workspace(folder)
+
+
+def refuse_for_sparse(student_type: str, option: str) -> None:
+    """Refuse an option that means something for FAISS indexes alone.
+
+    Raises:
+        UsageError: the student is a sparse one.
+    """
+    from rankdistill.indexes.engines import SPARSE_STUDENTS
+
+    if student_type in SPARSE_STUDENTS:
+        raise UsageError(
+            f"{option} is for FAISS indexes; a {student_type} student has none",
+            where=option,
+            fix="leave it out; Seismic's settings are in its specification (query_cut, heap_factor)",
+        )

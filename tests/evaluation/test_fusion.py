@@ -1,0 +1,317 @@
+"""Fusion: the scores are ranx's, odd members do no harm, and fused rows are measured like the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from rankdistill.errors import UsageError
+from rankdistill.evaluation.evaluate import EngineSystem, RerankSystem, evaluate_systems
+from rankdistill.evaluation.fusion import FusedEngine, Fusion, fuse
+from rankdistill.evaluation.hybrid import fused_rows
+from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.evaluation.suites import FusedRow, load_suite
+from rankdistill.evaluation.table import plain_table
+from rankdistill.indexes.base import Hits, no_hits, ranked
+from rankdistill.runs import Run, write_trec
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+# ranx in a process of its own with its compiler switched off: the same functions, without 27 s of compiling them.
+RANX = """
+import json, sys
+from ranx import Run, fuse
+asked = json.load(sys.stdin)
+found = []
+for runs, norm, method, params in asked:
+    fused = fuse(runs=[Run(run) for run in runs], norm=norm, method=method, params=params)
+    found.append({q: {d: float(s) for d, s in docs.items()} for q, docs in fused.run.items()})
+json.dump(found, sys.stdout)
+"""
+
+
+def by_ranx(asked: Sequence[tuple[list[dict[str, dict[str, float]]], str | None, str, dict[str, Any] | None]]) -> Any:
+    pytest.importorskip("ranx")
+    done = subprocess.run(
+        [sys.executable, "-c", RANX],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+    )
+    return json.loads(done.stdout)
+
+
+def random_runs(seed: int, ties: bool, everything: bool = False) -> list[dict[str, dict[str, float]]]:
+    """Three runs over 12 queries and 40 documents; scores are float32 numbers, many equal where `ties`."""
+    rng = np.random.default_rng(seed)
+    runs: list[dict[str, dict[str, float]]] = []
+    for scale in (1, 30, 0.2):
+        run = {}
+        for query in range(12):
+            count = 40 if everything else int(rng.integers(2, 30))
+            scores = rng.integers(1, 6, count) if ties else rng.random(count)
+            scores[0], scores[-1] = (9, 0) if ties else (1.5, -0.5)  # never all equal, where the two differ
+            names = rng.permutation(40)[:count]
+            run[f"q{query}"] = {f"d{n}": float(np.float32(s * scale)) for n, s in zip(names, scores, strict=True)}
+        runs.append(run)
+    return runs
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_scores_are_those_of_ranx(ties: bool) -> None:
+    runs, weights = random_runs(3, ties), [0.2, 0.5, 0.3]
+    whole = random_runs(4, ties, everything=True)
+    # ranx ranks in the order it is given: trec_eval's, where scores tie.
+    ordered = [Run.from_dict(run).to_dict() for run in runs]
+    rrf, rrf_k, summed, raw, z_scores = by_ranx(
+        [
+            (ordered, None, "rrf", None),
+            (ordered, None, "rrf", {"k": 10}),
+            (runs, "min-max", "wsum", {"weights": weights}),
+            (whole, None, "wsum", {"weights": weights}),
+            (whole, "zmuv", "wsum", {"weights": weights}),
+        ]
+    )
+    given = [Run.from_dict(run) for run in runs]
+    all_documents = [Run.from_dict(run) for run in whole]
+    for ours, theirs in [
+        (fuse(given), rrf),
+        (fuse(given, k=10), rrf_k),
+        (fuse(given, "weighted_sum", weights=weights), summed),
+        (fuse(all_documents, "weighted_sum", weights=weights, normalisation="none"), raw),
+        (fuse(all_documents, "weighted_sum", weights=weights, normalisation="z_score"), z_scores),
+    ]:
+        assert ours.to_dict().keys() == theirs.keys()
+        for query, documents in ours.to_dict().items():
+            assert documents.keys() == theirs[query].keys()
+            for document, score in documents.items():
+                assert score == pytest.approx(theirs[query][document], rel=1e-5, abs=1e-5)
+
+
+def test_a_query_or_a_member_that_is_missing_leaves_the_others() -> None:
+    one = Run.from_dict({"a": {"x": 2.0, "y": 1.0}, "b": {"x": 1.0}, "empty": {}})
+    other = Run.from_dict({"c": {"z": 5.0}, "a": {"y": 9.0, "z": 3.0}})
+    fused = fuse([one, other])
+    assert fused.query_ids == ["a", "b", "empty", "c"]
+    found = fused.to_dict()
+    assert found["empty"] == {} and list(found["b"]) == ["x"] and list(found["c"]) == ["z"]
+    assert found["a"] == pytest.approx({"y": 1 / 62 + 1 / 61, "x": 1 / 61, "z": 1 / 62})
+    assert next(ids for _, ids, _ in fused) == ["y", "x", "z"]
+    assert len(fuse([Run.from_dict({})])) == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "weighted_sum"}, {"method": "weighted_sum", "normalisation": "z_score"}]
+)
+def test_one_member_keeps_its_order_and_two_equal_ones_too(settings: dict[str, Any]) -> None:
+    run = Run.from_dict(random_runs(5, ties=False)[0])
+    for members in ([run], [run, run]):
+        assert [ids for _, ids, _ in fuse(members, **settings)] == [ids for _, ids, _ in run]
+    doubled = fuse([run, run], **settings).to_dict()
+    weighted = fuse([run], weights=[2], **settings).to_dict()
+    assert all(doubled[query] == pytest.approx(weighted[query], abs=1e-6) for query in doubled)
+
+
+@pytest.mark.parametrize("normalisation", ["min_max", "z_score", "none"])
+def test_a_document_that_a_member_lacks_gains_nothing_by_it(normalisation: Any) -> None:
+    settings: dict[str, Any] = {"normalisation": normalisation, "weights": [1.0, 1.0]}
+    one = Run.from_dict({"q": {"both": 1.0, "lacking": 1.0, "other": 0.5}})
+    # `both` is the lowest but one of the second run, below its mean and below 0.
+    second = Run.from_dict({"q": {"top": 3.0, "high": 2.9, "both": -1.0, "last": -2.0}})
+    found = fuse([one, second], "weighted_sum", **settings).to_dict()["q"]
+    assert found["both"] > found["lacking"]
+
+
+def test_a_members_only_hit_counts() -> None:
+    one = Run.from_dict({"q": {"x": 3.0, "y": 2.0, "z": 0.0}})
+    only = Run.from_dict({"q": {"y": 7.0}})
+    assert fuse([one, only], "weighted_sum").to_dict()["q"] == pytest.approx({"y": 2 / 3 + 1, "x": 1.0, "z": 0.0})
+
+
+def test_run_files_and_depth(tmp_path: Path) -> None:
+    runs = [Run.from_dict(run) for run in random_runs(6, ties=True)]
+    for number, run in enumerate(runs):
+        write_trec(run, tmp_path / f"{number}.trec")
+    fused = fuse([tmp_path / f"{number}.trec" for number in range(3)], depth=5, name="all")
+    expected = fuse([run.first(5) for run in runs]).first(5)
+    assert fused.to_dict() == expected.to_dict() and fused.name == "all" and np.diff(fused.offsets).max() == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": [1.0]}, "1 weights for 2 rankings"),
+        ({"weights": [1.0, -1.0]}, "not negative"),
+        ({"weights": [0.0, 0.0]}, "not all 0"),
+        ({"weights": [float("nan"), 1.0]}, "finite"),
+        ({"normalisation": "min_max"}, "normalisation has no meaning with method: rrf"),
+        ({"method": "weighted_sum", "k": 60}, "k has no meaning with method: weighted_sum"),
+        ({"method": "borda"}, "rrf"),
+        ({"k": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    run = Run.from_dict({"q": {"x": 1.0}})
+    with pytest.raises(UsageError, match=message):
+        fuse([run, run], **settings)
+    with pytest.raises(UsageError, match="nothing to fuse"):
+        fuse([])
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """An engine with given scores, [queries, documents]; a query is its row number; 0 is no hit."""
+
+    def __init__(self, scores: np.ndarray, name: str = "fixed") -> None:
+        self.scores, self.name, self.fingerprint, self.asked = scores, name, f"{name}{scores.sum()}", 0
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        self.asked = k
+        found = [np.flatnonzero(self.scores[int(query)]) for query in queries]
+        return [ranked(rows, self.scores[int(q)][rows], k) for q, rows in zip(queries, found, strict=True)]
+
+
+class TwoSteps(Fixed):
+    """The same with an encoder, which several engines may share."""
+
+    def __init__(self, scores: np.ndarray, encoder: Any) -> None:
+        super().__init__(scores)
+        self.encoder, self.index = encoder, self
+
+    def search(self, queries: Any, k: int) -> list[Hits]:
+        return super().search([str(query) for query in queries], k)
+
+
+class Encoder:
+    calls = 0
+    device = "cpu"
+
+    def encode_queries(self, texts: Sequence[str]) -> list[int]:
+        self.calls += 1
+        return [int(text) for text in texts]
+
+
+def test_engines_fuse_as_runs_do_ties_by_row() -> None:
+    rng = np.random.default_rng(7)
+    scores = [rng.integers(0, 4, (6, 30)).astype(np.float32) for _ in range(2)]
+    scores[0][2] = 0  # a query one member has no hit for
+    scores[0][3] = scores[1][3] = 0
+    encoder = Encoder()
+    engine = FusedEngine({"a": Fixed(scores[0]), "b": TwoSteps(scores[1], encoder), "c": TwoSteps(scores[1], encoder)})
+    found = engine.search([str(query) for query in range(6)], 8)
+    assert encoder.calls == 1
+    for query, hits in enumerate(found):
+        total: dict[int, float] = {}
+        for member in (scores[0], scores[1], scores[1]):
+            for rank, row in enumerate(ranked(np.flatnonzero(member[query]), member[query][member[query] > 0], 8).rows):
+                total[int(row)] = total.get(int(row), 0) + 1 / (61 + rank)
+        expected = sorted(total, key=lambda row: (-np.float32(total[row]), row))[:8]
+        assert hits.rows.tolist() == expected
+        assert hits.scores == pytest.approx([total[row] for row in expected])
+    assert len(found[3].rows) == len(no_hits().rows)
+    deeper = FusedEngine(engine.members, Fusion(), depth=20)
+    deeper.search(["0"], 8)
+    assert engine.members["a"].asked == 20  # type: ignore[attr-defined]
+    assert deeper.fingerprint != engine.fingerprint != FusedEngine(engine.members, Fusion(k=1)).fingerprint
+
+
+# -- suites -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_suite_fuses_what_a_run_has() -> None:
+    suite = load_suite("hybrid")
+    rows = {name: EngineSystem(Fixed(np.ones((1, 3), np.float32), name), bytes=8) for name in ("BM25", "student")}
+    made = fused_rows(suite.fusion, rows, pytest.fail)
+    assert list(made) == ["BM25 + student", "BM25 + student (scores)"]
+    assert made["BM25 + student"].bytes == 16
+    assert made["BM25 + student"].note == "reciprocal rank fusion (k = 60) of BM25, student"
+    rows["first stage: m"] = rows.pop("student")
+    rows["student, distilled"] = EngineSystem(Fixed(np.ones((1, 3), np.float32)))
+    assert len(fused_rows(suite.fusion, rows, pytest.fail)) == len(suite.fusion)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "message"),
+    [
+        ("[{name: x, members: [bm25]}]", "at least 2"),
+        ("[{name: x, members: [bm25, bm25]}]", "named twice"),
+        ("[{name: x, members: [bm25, student], weights: [1]}]", "1 weights for 2 members"),
+        ("[{name: x, members: [a, b], weigths: [1, 2]}]", "unknown key 'weigths'.*did you mean 'weights'"),
+        ("[{name: x, members: [a, b]}, {name: x, members: [a, c]}]", "two fused rows have the same name"),
+        ("[{name: x, members: [a, b], method: rff}]", "rrf"),
+    ],
+)
+def test_a_wrong_fusion_in_a_suite_is_named(tmp_path: Path, fusion: str, message: str) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(f"name: x\nsets: [{{name: a}}]\nfusion: {fusion}")
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        load_suite(path)
+
+
+def test_members_that_cannot_be_fused_are_named() -> None:
+    system = EngineSystem(Fixed(np.ones((1, 3), np.float32)))
+    teacher = RerankSystem(lambda lists: [], Run.from_dict({}), 3)
+    rows = {"BM25": system, "student, distilled": system, "student, flat": system, "teacher": teacher}
+
+    def fused(*members: str, name: str = "x") -> Any:
+        return fused_rows([FusedRow(name=name, members=list(members))], rows, pytest.fail)
+
+    with pytest.raises(UsageError, match=r"(?s)'studnet' is neither a row.*did you mean 'student'"):
+        fused("bm25", "studnet")
+    with pytest.raises(UsageError, match="two members are the same row"):
+        fused("student", "student, distilled")
+    with pytest.raises(UsageError, match="the row 'teacher' is no search"):
+        fused("bm25", "teacher")
+    with pytest.raises(UsageError, match="there is a row of this name"):
+        fused("bm25", "flat", name="BM25")
+    assert list(fused("bm25", "flat")["x"].fused.members) == ["BM25", "student, flat"]
+
+
+def test_fused_rows_are_measured_like_the_others(tiny_collection: Collection, tmp_path: Path) -> None:
+    """BM25 fused with an engine of random scores: figures, significance, cost, notes."""
+    from rankdistill.indexes.bm25 import BM25
+
+    BM25().build(tiny_collection, tmp_path / "bm25")
+    bm25 = BM25.open(tmp_path / "bm25")
+    texts = tiny_collection.query_texts(tiny_collection.query_ids("train"))
+    scores = np.random.default_rng(8).random((len(texts), tiny_collection.document_count)).astype(np.float32)
+
+    class Random(Fixed):
+        def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+            return super().search([str(texts.index(query)) for query in queries], k)
+
+    rows: dict[str, Any] = {
+        "BM25": EngineSystem(bm25, bytes=bm25.bytes),
+        "student": EngineSystem(Random(scores), bytes=10),
+    }
+    fusion = [FusedRow(name="both", members=["bm25", "student"], method="weighted_sum", weights=[0.5, 2.0])]
+    systems = {**rows, **fused_rows(fusion, rows, pytest.fail)}
+    found = evaluate_systems(systems, tiny_collection, "train", ["mrr@10"], 10, tmp_path / "out", latency_queries=4)
+    members = [tmp_path / "out" / found[row].run for row in rows]
+    expected = evaluate_run(
+        fuse(members, "weighted_sum", weights=[0.5, 2.0]), tiny_collection.qrels("train"), ["mrr@10"]
+    )
+    assert found["both"].means["mrr@10"] == pytest.approx(expected.means["mrr@10"], abs=1e-6)
+    assert found["BM25"].means["mrr@10"] > found["both"].means["mrr@10"] > found["student"].means["mrr@10"]
+    assert found["both"].bytes == bm25.bytes + 10
+    assert found.significance is not None and "both" in found.significance.intervals
+    assert found.cost is not None
+    cost = found.cost["systems"]["both"]
+    assert cost["search_ms"]["p50"] > 0 and cost["fuse_ms"]["p50"] > 0
+    assert cost["total_ms"]["p50"] >= max(cost["search_ms"]["p50"], cost["fuse_ms"]["p50"])
+    text = plain_table(found)
+    assert "weighted sum of min-max scores of BM25, student, weights 0.5, 2; the weights are the suite's" in text
+    assert "fuse ms" in text

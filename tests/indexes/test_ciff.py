@@ -1,0 +1,95 @@
+"""CIFF: read back with the library's reader, an export is the quantised vectors, gaps, counts and order included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.ciff import FILE, build
+from rankdistill.indexes.sparse_specification import CiffSpecification
+
+TERMS = ["the", "", "東", "a", "é", "A", "##s", "."] + [f"t{n}" for n in range(42)]
+DOCUMENTS = 120
+
+
+def random_vectors() -> Any:
+    """Some documents and some terms are empty; the first document holds the first term."""
+    vectors = sparse.random(DOCUMENTS, len(TERMS), 0.1, "lil", np.float32, np.random.default_rng(0))
+    vectors[5], vectors[:, 9] = 0, 0
+    vectors[0, 0] = 0.5
+    made = vectors.tocsr()
+    made.data = (made.data * 2).astype(np.float32)
+    made.eliminate_zeros()
+    made.sort_indices()
+    return made
+
+
+def read_back(path: Path) -> tuple[Any, list[Any], list[Any]]:
+    reading = pytest.importorskip("ciff_toolkit.read")
+    with reading.CiffReader(path) as reader:
+        return reader.read_header(), list(reader.read_postings_lists()), list(reader.read_documents())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_librarys_reader_gives_back_the_quantised_vectors(bits: int, tmp_path: Path) -> None:
+    vectors = random_vectors()
+    ids = [f"doc-{n} é" for n in range(DOCUMENTS)]
+    counts = build(CiffSpecification(name="ciff", bits=bits), vectors, ids, TERMS, tmp_path)
+    header, lists, documents = read_back(tmp_path / FILE)
+    levels, step = 2**bits - 1, float(vectors.data.max()) / (2**bits - 1)
+    assert counts["step"] == pytest.approx(step) and counts["clipped_weights"] == 0
+    expected = np.zeros(vectors.shape, np.int64)
+    rows, columns = vectors.nonzero()
+    expected[rows, columns] = np.clip(np.rint(vectors.data.astype(np.float64) / step), 1, levels)
+    found = np.zeros(vectors.shape, np.int64)
+    names = ["[id 1]" if term == "" else term for term in TERMS]
+    for one in lists:
+        row = 0
+        for posting in one.postings:
+            row += posting.docid
+            found[row, names.index(one.term)] = posting.tf
+        assert (one.df, one.cf) == (len(one.postings), sum(posting.tf for posting in one.postings))
+    assert (found == expected).all()
+    kept = vectors.data >= step / 2  # smaller ones become 1, so that no term is lost
+    assert np.abs(found[rows, columns] * step - vectors.data)[kept].max() <= step / 2 + 1e-6
+    written = [one.term for one in lists]
+    assert written == sorted(written, key=str.encode) and counts["terms"] == len(written)
+    assert set(names) - set(written) == {names[column] for column in np.flatnonzero(found.sum(0) == 0)}
+    assert [(one.docid, one.collection_docid) for one in documents] == list(enumerate(ids))
+    assert [one.doclength for one in documents] == found.sum(1).tolist() and documents[5].doclength == 0
+    assert header.version == 1 and header.num_docs == header.total_docs == DOCUMENTS
+    assert header.num_postings_lists == header.total_postings_lists == len(lists)
+    assert header.total_terms_in_collection == found.sum()
+    assert header.average_doclength == pytest.approx(found.sum() / DOCUMENTS)
+    assert f"impacts of {bits} bits" in header.description
+
+
+def test_weights_above_the_maximum_are_clipped_and_counted_or_refused(tmp_path: Path) -> None:
+    vectors = random_vectors()
+    ids = [str(n) for n in range(DOCUMENTS)]
+    above = int((vectors.data > 1).sum())
+    counts = build(CiffSpecification(name="ciff", maximum=1), vectors, ids, TERMS, tmp_path)
+    assert counts["clipped_weights"] == above > 0
+    assert max(posting.tf for one in read_back(tmp_path / FILE)[1] for posting in one.postings) == 255
+    with pytest.raises(RankdistillError, match="above the maximum"):
+        build(CiffSpecification(name="ciff", maximum=1, above="error"), vectors, ids, TERMS, tmp_path)
+
+
+def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RankdistillError, match="two of the vocabulary's 50 terms are 'a'"):
+        build(CiffSpecification(name="ciff"), random_vectors(), [""] * DOCUMENTS, ["a", *TERMS[1:]], tmp_path)
+    dense = sparse.csr_matrix(np.ones((1, 40_000), np.float32))
+    with pytest.raises(RankdistillError, match="add up to more than"):
+        build(CiffSpecification(name="c", bits=16), dense, ["x"], [str(n) for n in range(40_000)], tmp_path)
+
+
+def test_an_empty_collection_is_an_empty_index(tmp_path: Path) -> None:
+    empty = sparse.csr_matrix((2, len(TERMS)), dtype=np.float32)
+    assert build(CiffSpecification(name="ciff"), empty, ["a", "b"], TERMS, tmp_path)["terms"] == 0
+    header, lists, documents = read_back(tmp_path / FILE)
+    assert lists == [] and header.num_docs == len(documents) == 2

@@ -1,0 +1,262 @@
+"""Exports for OpenSearch and Elasticsearch: what is parsed back is what was written, and Lucene scores it alike."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.search_servers import (
+    HEAVIEST,
+    build,
+    feature_names,
+    index_body,
+    query_body,
+    rounded_weights,
+)
+from rankdistill.indexes.sparse import DocumentIds
+from rankdistill.indexes.sparse_specification import ElasticsearchSpecification, OpenSearchSpecification
+from rankdistill.indexes.specification import any_specification
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+OPENSEARCH = OpenSearchSpecification(name="opensearch", texts=False)
+ELASTICSEARCH = ElasticsearchSpecification(name="elasticsearch", texts=False)
+TERMS = [".", "..", "__", "it", "3.5", '"', "\\", "naïve", "東", " ", "", "##s", "it", *(f"t{n}" for n in range(60))]
+
+
+def random_vectors(documents: int, terms: int, seed: int = 0, density: float = 0.1) -> Any:
+    vectors = sparse.random(documents, terms, density, "csr", np.float32, np.random.default_rng(seed))
+    vectors.data = (vectors.data * 3 + 0.01).astype(np.float32)
+    vectors.sort_indices()
+    return vectors
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: servers refuse others."""
+    assert len({key for key, _ in pairs}) == len(pairs)
+    return dict(pairs)
+
+
+def read_back(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Ids and documents of the bulk files, as strictly as a server reads them."""
+    ids, documents = [], []
+    for path in sorted(folder.glob("bulk-*")):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        assert content.endswith(b"\n")
+        lines = content.decode().split("\n")[:-1]
+        assert len(lines) % 2 == 0
+        for action, document in zip(lines[::2], lines[1::2], strict=True):
+            read = json.loads(action, object_pairs_hook=once)
+            assert list(read) == ["index"] and list(read["index"]) == ["_id"]
+            ids.append(read["index"]["_id"])
+            documents.append(json.loads(document, object_pairs_hook=once, parse_constant=pytest.fail))
+    return ids, documents
+
+
+def as_matrix(documents: list[dict[str, Any]], names: list[str], field: str = "terms") -> Any:
+    columns = {name: column for column, name in enumerate(names)}
+    rows = [(row, columns[name], value) for row, one in enumerate(documents) for name, value in one[field].items()]
+    at, column, values = zip(*rows, strict=True)
+    return sparse.csr_matrix((np.array(values, np.float32), (at, column)), (len(documents), len(names)))
+
+
+def nearest_9_bits(value: float) -> float:
+    """By arithmetic: the nearest number of 9 significant bits."""
+    step = 2.0 ** (np.floor(np.log2(value)) - 8)
+    return float(np.round(value / step) * step)
+
+
+@pytest.mark.parametrize("specification", [OPENSEARCH, ELASTICSEARCH])
+def test_what_is_read_back_is_what_was_written_up_to_rounding(specification: Any, tmp_path: Path) -> None:
+    vectors = random_vectors(300, len(TERMS))
+    vectors.data[-4:] = 1e-40, 1e-30, 1e37, 60_000  # the first is below the smallest normal number
+    ids = [f'doc {n} é"' for n in range(300)]
+    small = specification.model_copy(update={"file_megabytes": 0.004})
+    counts = build(small, vectors, ids, TERMS, tmp_path)
+    found, documents = read_back(tmp_path)
+    assert found == ids
+    names = json.loads((tmp_path / "terms.json").read_text())
+    read = as_matrix(documents, names)
+    expected = vectors.copy()
+    expected.data = rounded_weights(expected.data)
+    assert (read != expected).nnz == 0 and read.nnz == vectors.nnz - 1
+    assert counts["vanishing_weights"] == 1
+    sizes = [path.stat().st_size for path in tmp_path.glob("bulk-*.ndjson")]
+    assert counts["files"] == len(sizes) > 5 and max(sizes) <= 4000 and counts["bytes"] == sum(sizes)
+
+
+def test_weights_are_rounded_to_what_lucene_keeps() -> None:
+    weights = np.random.default_rng(1).gamma(1, 2, 5000).astype(np.float32)
+    rounded = rounded_weights(weights)
+    assert rounded.tolist() == [nearest_9_bits(float(weight)) for weight in weights]
+    assert np.abs(rounded / weights - 1).max() <= 1 / 512
+    assert (rounded.view(np.uint32) & 0x7FFF == 0).all()
+    odd = np.array([3.4028235e38, 1.1754944e-38, 1.1754942e-38, 0.0], np.float32)
+    assert np.isfinite(rounded_weights(odd)).all() and rounded_weights(odd).astype(bool).tolist() == [1, 1, 0, 0]
+
+
+def test_names_have_no_dot_and_are_all_different() -> None:
+    names, renamed = feature_names(TERMS)
+    assert len(set(names)) == len(TERMS) and not any("." in name or not name.strip() for name in names)
+    expected = ["___", "____", "__", "it", "3__5", '"', "\\", "naïve", "東", "_", "_____", "##s", "it_"]
+    assert names[:13] == expected
+    assert renamed == sum(name != term for name, term in zip(names, TERMS, strict=True)) == 6
+    assert feature_names(["a", "b"]) == (["a", "b"], 0)
+
+
+def test_empty_documents_and_texts_are_sent_along(tiny_collection: Collection, tmp_path: Path) -> None:
+    vectors = random_vectors(tiny_collection.document_count, 20)
+    vectors.data[vectors.indptr[3] : vectors.indptr[4]] = 0
+    vectors.eliminate_zeros()
+    specification = ElasticsearchSpecification(name="e", field="weights", gzip=True)
+    build(specification, vectors, DocumentIds(tiny_collection), TERMS[:20], tmp_path)
+    found, documents = read_back(tmp_path)
+    rows = range(tiny_collection.document_count)
+    assert found == tiny_collection.doc_ids(rows) and documents[3]["weights"] == {}
+    for document, read in zip(tiny_collection.documents(rows), documents, strict=True):
+        assert (read["title"], read["text"]) == (document.title, document.text)
+    mapping = json.loads((tmp_path / "index.json").read_text())["mappings"]["properties"]
+    assert mapping == {"weights": {"type": "sparse_vector"}, "title": {"type": "text"}, "text": {"type": "text"}}
+    assert all(read.keys() == mapping.keys() for read in documents)
+    howto = (tmp_path / "HOWTO.txt").read_text()
+    assert "Content-Encoding: gzip" in howto and "bulk-*.ndjson.gz" in howto
+    for name in re.findall(r"[\w-]+\.json", howto):
+        assert (tmp_path / name).is_file(), name
+
+
+@pytest.mark.parametrize("doc_id", ["", "é" * 257])
+def test_ids_that_no_server_takes_are_refused(doc_id: str, tmp_path: Path) -> None:
+    with pytest.raises(RankdistillError, match="which OpenSearch and Elasticsearch refuse"):
+        build(OPENSEARCH, random_vectors(2, 5), ["é" * 256, doc_id], TERMS[:5], tmp_path)
+
+
+def test_texts_need_a_collection(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no texts to send along"):
+        build(OpenSearchSpecification(name="o"), random_vectors(2, 5), ["a", "b"], TERMS[:5], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("index=Upper", "index"),
+        ("index=_own", "index"),
+        ("field=a.b", "field"),
+        ("field=text", "title and text are fields of their own"),
+        ("field_type=dense_vector", "field_type"),
+        ("file_megabytes=200", "file_megabytes"),
+    ],
+)
+def test_settings_that_a_server_refuses_are_refused(change: str, message: str) -> None:
+    for name in ("opensearch", "elasticsearch"):
+        with pytest.raises(UsageError, match=message):
+            any_specification(name, [change])
+
+
+def test_queries() -> None:
+    weights = {"a": 100.0, "b__": 1.0}
+    neural = query_body(OPENSEARCH, weights, 5)
+    assert neural["size"] == 5 and neural["_source"] == {"excludes": ["terms"]}
+    assert neural["query"]["neural_sparse"]["terms"]["query_tokens"] == {"a": HEAVIEST, "b__": HEAVIEST / 100}
+    vector = query_body(ELASTICSEARCH, weights)["query"]["sparse_vector"]
+    assert vector == {"field": "terms", "query_vector": weights, "prune": False}
+    old = ElasticsearchSpecification(name="old", field_type="rank_features", texts=False)
+    assert index_body(old)["mappings"]["properties"] == {"terms": {"type": "rank_features"}}
+    for body in (query_body(old, weights), query_body(OPENSEARCH, weights, clauses=True)):
+        clauses = [one["rank_feature"] for one in body["query"]["bool"]["should"]]
+        assert {one["field"]: one["boost"] for one in clauses} == {"terms.a": 100.0, "terms.b__": 1.0}
+        assert all(one["linear"] == {} for one in clauses)
+    with pytest.raises(UsageError, match="no rank_feature clauses"):
+        query_body(ELASTICSEARCH, weights, clauses=True)
+
+
+def test_a_collection_without_a_single_weight_has_no_example(tmp_path: Path) -> None:
+    build(OPENSEARCH, sparse.csr_matrix((2, 5), dtype=np.float32), ["a", "b"], TERMS[:5], tmp_path)
+    assert not (tmp_path / "query.json").exists() and len(read_back(tmp_path)[0]) == 2
+
+
+# -- on real Lucene ---------------------------------------------------------------------------------------------------
+
+
+class LuceneIndex:
+    """An index of FeatureFields in memory, as both servers keep them: documents added from the bulk files."""
+
+    def __init__(self, ids: list[str], documents: list[dict[str, Any]]) -> None:
+        from rankdistill.indexes import jvm
+
+        jvm.start()
+        from jnius import cast
+
+        self.load = jvm.load
+        package = "org.apache.lucene"
+        directory = self.load(f"{package}.store.ByteBuffersDirectory")()
+        analyzer = self.load(f"{package}.analysis.core.KeywordAnalyzer")()
+        config = self.load(f"{package}.index.IndexWriterConfig")(analyzer)
+        writer = self.load(f"{package}.index.IndexWriter")(directory, config)
+        field = self.load(f"{package}.document.FeatureField")
+        for one in documents:
+            document = self.load(f"{package}.document.Document")()
+            for name, value in one["terms"].items():
+                document.add(field("terms", name, value))
+            writer.addDocument(document)
+        writer.close()
+        reader = self.load(f"{package}.index.DirectoryReader").open(directory)
+        reader = cast(f"{package}.index.IndexReader", reader)
+        self.searcher = self.load(f"{package}.search.IndexSearcher")(reader)
+        self.ids, self.field = ids, field
+
+    def search(self, query: dict[str, Any]) -> dict[str, float]:
+        """The hits of a query body's clauses, made into the Lucene queries that the servers make of them."""
+        package = "org.apache.lucene.search"
+        builder = self.load(f"{package}.BooleanQuery$Builder")()
+        should = self.load(f"{package}.BooleanClause$Occur").SHOULD
+        if "neural_sparse" in query:
+            for name, weight in query["neural_sparse"]["terms"]["query_tokens"].items():
+                builder.add(self.field.newLinearQuery("terms", name, weight), should)
+        else:
+            for clause in query["bool"]["should"]:
+                name, weight = clause["rank_feature"]["field"].removeprefix("terms."), clause["rank_feature"]["boost"]
+                linear = self.field.newLinearQuery("terms", name, 1.0)
+                builder.add(self.load(f"{package}.BoostQuery")(linear, weight), should)
+        found = self.searcher.search(builder.build(), 1000).scoreDocs
+        return {self.ids[hit.doc]: hit.score for hit in found}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyserini") is None, reason="needs the extra lucene")
+def test_lucene_scores_are_the_inner_products(tmp_path: Path) -> None:
+    vectors = random_vectors(80, len(TERMS), seed=3, density=0.2)
+    ids = [f"d{n}" for n in range(80)]
+    build(OPENSEARCH, vectors, ids, TERMS, tmp_path)
+    index = LuceneIndex(*read_back(tmp_path))
+    names = json.loads((tmp_path / "terms.json").read_text())
+    queries = random_vectors(6, len(TERMS), seed=4, density=0.2)
+    queries.data[:20] *= 40  # beyond Lucene's largest weight of a query
+    kept = vectors.copy()
+    kept.data = rounded_weights(kept.data)
+    for query in queries:
+        weights = {names[term]: float(weight) for term, weight in zip(query.indices, query.data, strict=True)}
+        scale = min(1.0, HEAVIEST / max(weights.values()))
+        exact = (kept @ query.T).toarray()[:, 0]
+        for clauses in (False, True):
+            found = index.search(query_body(OPENSEARCH, weights, clauses=clauses)["query"])
+            assert found.keys() == {ids[row] for row in np.flatnonzero(exact)}
+            expected = {doc_id: exact[ids.index(doc_id)] * (1 if clauses else scale) for doc_id in found}
+            assert found == pytest.approx(expected, rel=1e-5)  # of the numbers kept: no other error than float32's
+            unrounded = (vectors @ query.T).toarray()[:, 0] * (1 if clauses else scale)
+            assert found == pytest.approx({i: unrounded[ids.index(i)] for i in found}, rel=1 / 512)
+    # The query to try finds what is written beside it.
+    for file in ("query.json", "query_rank_feature.json"):
+        found = index.search(json.loads((tmp_path / file).read_text())["query"])
+        expected_hits = json.loads((tmp_path / "expected.json").read_text())
+        assert len(expected_hits) == 10 and expected_hits[0]["_score"] == pytest.approx(max(found.values()), rel=1e-5)
+        for hit in expected_hits:
+            assert found[hit["_id"]] == pytest.approx(hit["_score"], rel=1e-5)

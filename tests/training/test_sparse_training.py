@@ -1,0 +1,173 @@
+"""Sparse students in training: they learn, regularisers press on the side they name, everything resumes exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.losses import FlopsLoss
+from torch import Tensor
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.recipe import build
+from rankdistill.training.batches import BatchStream
+from rankdistill.training.distiller import Distiller
+from rankdistill.training.trainer import DevPool, LogFile, build_losses, train_student
+
+if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
+    from rankdistill.collections import Collection
+    from rankdistill.recipe import Recipe
+    from rankdistill.scores.lists import ScoredLists
+
+FLOPS = [{"type": "flops", "side": side, "weight": 0.01} for side in ("query", "document")]
+
+
+@pytest.fixture
+def recipe_of(make_recipe: Callable[..., Recipe], tiny_encoder: Path) -> Callable[..., Recipe]:
+    """The recipe of the other trainings with a sparse student."""
+    from rankdistill.recipe import load_recipe
+
+    def make(kind: str = "splade", student: dict[str, Any] | None = None, **training: Any) -> Recipe:
+        values = make_recipe(**training).resolved()
+        settings = {"document_length": 32, "precision": "fp32", "dropout": 0.0, **(student or {})}
+        return load_recipe({**values, "student": {"type": kind, "model": str(tiny_encoder), **settings}})
+
+    return make
+
+
+@pytest.fixture
+def train(lists: ScoredLists, tiny_collection: Collection, recipe_of: Callable[..., Recipe]) -> Callable[..., Artifact]:
+    def run(out: Path, *, dev: DevPool | None = None, **changes: Any) -> Artifact:
+        return train_student(recipe_of(**changes), lists, tiny_collection, dev, out)
+
+    return run
+
+
+def log(artifact: Artifact, name: str) -> list[float]:
+    entries = [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def weights(artifact: Artifact) -> list[Tensor]:
+    files = sorted((artifact.path / "model").rglob("*.safetensors"))
+    return [value for path in files for _, value in sorted(load_file(path).items())]
+
+
+@pytest.mark.parametrize("kind", ["splade", "inference_free"])
+def test_it_learns(kind: str, train: Callable[..., Artifact], dev_pool: DevPool, tmp_path: Path) -> None:
+    regularisers = FLOPS if kind == "splade" else FLOPS[1:]
+    artifact = train(
+        tmp_path / "out", dev=dev_pool, kind=kind, steps=24, losses=[{"type": "margin_mse"}, *regularisers]
+    )
+    logged = log(artifact, "loss/margin_mse")
+    assert np.mean(logged[-6:]) < 0.75 * np.mean(logged[:6]), logged
+    dev = list(artifact.manifest["dev"].values())
+    assert max(dev[1:]) > dev[0]
+    # What was saved is what a user of plain sentence-transformers gets.
+    opened = build("student", {"type": kind, "precision": "fp32"}).open(artifact.path / "model", "cpu")
+    plain = SparseEncoder(str(artifact.path / "model"), device="cpu", local_files_only=True)
+    scores = plain.similarity(plain.encode_query(dev_pool.queries), plain.encode_document(dev_pool.documents))
+    np.testing.assert_allclose(
+        opened.similarities(dev_pool.queries, dev_pool.documents), scores.to_dense().numpy(), rtol=1e-4, atol=1e-4
+    )
+    assert dev_pool.evaluate(opened) == pytest.approx(max(dev), abs=1e-6)
+    assert 'SparseEncoder("PATH' in (artifact.path / "model" / "README.md").read_text()
+
+
+def test_a_regulariser_reads_the_side_it_names(
+    recipe_of: Callable[..., Recipe], lists: ScoredLists, tiny_collection: Collection
+) -> None:
+    recipe = recipe_of(losses=[{"type": "kl"}, *FLOPS])
+    student = build("student", recipe.student.settings()).create("cpu")
+    batches, documents = (build("sampler", one.settings()) for one in (recipe.training.batches, recipe.training.lists))
+    batch = BatchStream(lists, tiny_collection, student, batches, documents, 1, 1, 4096)[0]
+    losses = build_losses(recipe.training)
+    assert list(losses) == ["kl", "flops_query", "flops_document"]
+    distiller = Distiller(student, losses)
+    distiller.at_step(10, 10)
+    made = distiller(**batch)
+    theirs = FlopsLoss(None)  # type: ignore[arg-type]
+    with torch.no_grad():
+        queries = student.embed(batch["queries"], "query")
+        found = torch.cat([student.embed(part, "document") for part in batch["documents"]])
+    assert float(made["flops_query"]) == pytest.approx(float(theirs.compute_loss_from_embeddings(queries)), rel=1e-5)
+    assert float(made["flops_document"]) == pytest.approx(float(theirs.compute_loss_from_embeddings(found)), rel=1e-5)
+    parts = float(made["kl"]) + 0.01 * float(made["flops_query"]) + 0.01 * float(made["flops_document"])
+    assert float(made["loss"].detach()) == pytest.approx(parts, rel=1e-5)
+    assert float(made["figures"]["active_terms/document"]) == float((found > 0).sum(dim=1).float().mean())
+
+
+def test_lambda_rises_with_optimiser_steps_not_with_batches(train: Callable[..., Artifact], tmp_path: Path) -> None:
+    one, two = (
+        train(tmp_path / str(batches), losses=[{"type": "kl"}, FLOPS[1]], steps=9, accumulation=batches)
+        for batches in (1, 2)
+    )
+    expected = [0.01 * min(1, step / 3) ** 2 for step in range(9)]
+    assert log(one, "weight/flops_document") == pytest.approx(expected)
+    assert log(two, "weight/flops_document") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["flops", "df_flops", "idf_flops"])
+def test_a_stopped_training_goes_on_exactly(
+    name: str, train: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [{"type": "margin_mse"}, {"type": name, "side": "document", "target": 20, "ramp": 0.5}]
+    changes: dict[str, Any] = {"losses": losses, "accumulation": 2, "steps": 9}
+    whole = train(tmp_path / "whole", **changes)
+    stops = {4, 7}
+    original = LogFile.on_step_end
+
+    def stop(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if state.global_step in stops:
+            stops.remove(state.global_step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LogFile, "on_step_end", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", **changes)
+    stopped = train(tmp_path / "stopped", **changes)
+    for figure in ("loss", f"weight/{name}_document", "active_terms/document"):
+        assert log(stopped, figure) == log(whole, figure) and len(log(whole, figure)) == 9
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights(stopped), weights(whole), strict=True))
+    assert len(set(log(whole, f"weight/{name}_document"))) > 5  # λ is moving
+
+
+def test_the_controller_reaches_its_target(train: Callable[..., Artifact], tmp_path: Path) -> None:
+    def ends(target: float) -> float:
+        losses = [{"type": "margin_mse"}, {"type": "flops", "side": "document", "target": target}]
+        artifact = train(tmp_path / str(target), losses=losses, steps=120, schedule="constant")
+        return float(np.mean(log(artifact, "active_terms/document")[-20:]))
+
+    assert ends(12) == pytest.approx(12, rel=0.25)
+    assert ends(40) == pytest.approx(40, rel=0.25)
+
+
+def test_a_collapse_stops_the_training_and_says_why(train: Callable[..., Artifact], tmp_path: Path) -> None:
+    losses = [{"type": "kl"}, {"type": "l1", "side": "document", "weight": 100.0, "ramp": 0}]
+    with pytest.raises(RankdistillError, match=r"collapsed: .* of the documents have no term"):
+        train(tmp_path / "out", losses=losses, steps=300, learning_rate=2e-2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "loss", "told"),
+    [
+        ("dense", {}, FLOPS[1], "this student has none of"),
+        ("inference_free", {}, FLOPS[0], "fixed table"),
+    ],
+)
+def test_regularisers_without_anything_to_press_on_are_refused(
+    kind: str, student: dict[str, Any], loss: Any, told: str, train: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        train(tmp_path / "out", kind=kind, student=student, losses=[{"type": "kl"}, loss])
