@@ -28,7 +28,18 @@ from rankdistill.errors import RankdistillError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: the user's limit on a file's size
-LIBRARIES = ("rankdistill", "torch", "transformers", "sentence-transformers", "faiss-cpu", "faiss-gpu", "bm25s", "ranx")
+LIBRARIES = (
+    "rankdistill",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "faiss-cpu",
+    "faiss-gpu",
+    "bm25s",
+    "pyserini",
+    "pyseismic-lsr",
+    "ranx",
+)
 
 
 def cache_dir() -> Path:

@@ -137,6 +137,9 @@ class Training(Section):
     gradient_cache: bool = Field(
         False, description="keep no activations but those of one part of a batch: large batches, one more forward pass"
     )
+    document_length: int | None = Field(
+        None, ge=2, description="tokens of a document in training, where fewer than the student's own are enough"
+    )
     token_budget: int = Field(4096, ge=64, description="padded tokens in one forward pass over a batch's documents")
     checkpoints: int = Field(5, ge=1, description="how often, over the training, to evaluate on dev and save")
     metric: str = Field("ndcg@10", description="dev metric that picks the best checkpoint")

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rankdistill.indexes.bm25 import BM25
     from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.faiss_index import FaissIndex
+    from rankdistill.indexes.lucene_bm25 import LuceneBM25
     from rankdistill.indexes.mining import Source
     from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
     from rankdistill.indexes.specification import AnySpecification
@@ -535,7 +536,7 @@ class Workspace:
         """The rows of a suite's table that this run can fill, made ready to search a collection."""
         return run_systems(self, suite, collection, split)
 
-    def bm25(self) -> BM25:
+    def bm25(self) -> BM25 | LuceneBM25:
         """BM25 over the run's own collection: the recipe's, or with default settings."""
         return open_bm25(self, self.own_sources, self.collection)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rankdistill.evaluation.suites import Suite
     from rankdistill.indexes.base import Engine
     from rankdistill.indexes.bm25 import BM25
+    from rankdistill.indexes.lucene_bm25 import LuceneBM25
     from rankdistill.indexes.mining import Source
     from rankdistill.stages import Workspace
 
@@ -42,8 +43,11 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
     reranking: dict[str, System] = {}  # rows over BM25's first documents
     if "bm25" in suite.systems or suite.rerank:
         bm25 = open_bm25(run, sources, collection)
-        rows["BM25"] = EngineSystem(bm25, bytes=bm25.bytes)
+        rows["BM25"] = EngineSystem(bm25, bytes=bm25.bytes, note="" if bm25.name == "bm25" else bm25.name)
         first = Source(bm25)
+    if "lucene_bm25" in suite.systems:
+        lucene = open_bm25(run, sources, collection, lucene=True)
+        rows[lucene.name] = EngineSystem(lucene, bytes=lucene.bytes)
     if "sources" in suite.systems:
         for source, method in zip(sources, run.recipe.candidates.sources, strict=True):
             if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
@@ -115,16 +119,26 @@ def fused_engine(run: Workspace, engine: Engine, names: Sequence[str], count: in
     return FusedEngine(members, depth=max(count, FUSED))
 
 
-def open_bm25(run: Workspace, sources: Sequence[Source], collection: Collection) -> BM25:
-    """BM25 over a collection: that of the sources, or one with default settings."""
-    from rankdistill.indexes.bm25 import BM25
+def open_bm25(
+    run: Workspace, sources: Sequence[Source], collection: Collection, lucene: bool = False
+) -> BM25 | LuceneBM25:
+    """BM25 over a collection: that of the sources, or one with default settings.
 
+    Args:
+        lucene: Lucene's; otherwise the first of the sources, or the embedded one.
+    """
+    from rankdistill.indexes.bm25 import BM25
+    from rankdistill.indexes.lucene_bm25 import LuceneBM25
+
+    wanted = LuceneBM25 if lucene else (BM25, LuceneBM25)
     for source in sources:
-        if isinstance(source.engine, BM25):
+        if isinstance(source.engine, wanted):
             return source.engine
-    path = run.path / "engines" / f"bm25-{BM25().fingerprint_for(collection)}"
-    BM25().build(collection, path)
-    return BM25.open(path)
+    engine: type[BM25 | LuceneBM25] = LuceneBM25 if lucene else BM25
+    kind = "lucene_bm25" if lucene else "bm25"
+    path = run.path / "engines" / f"{kind}-{engine().fingerprint_for(collection)}"
+    engine().build(collection, path)
+    return engine.open(path)
 
 
 def _engine_system(engine: Any, note: str = "") -> EngineSystem:

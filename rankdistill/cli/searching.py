@@ -42,7 +42,7 @@ def refuse_for_sparse(student_type: str, option: str) -> None:
 
     if student_type in SPARSE_STUDENTS:
         raise UsageError(
-            f"{option} is for FAISS indexes; a {student_type} student has none",
-            where=option,
-            fix="leave it out; Seismic's settings are in its specification (query_cut, heap_factor)",
+            f"{option} is for FAISS indexes; a sparse student has none",
+            where=f"student.type: {student_type}",
+            fix="leave it out; how Seismic searches is in its specification (query_cut, heap_factor)",
         )

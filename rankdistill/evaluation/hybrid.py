@@ -35,7 +35,8 @@ class FusedSystem(EngineSystem):
         note += "; the weights are the suite's, nothing was fitted here" if fusion.weights else ""
         super().__init__(engine, size, note)
         self.fused = engine
-        self.parameters = sum(model_parameters(encoder) or 0 for encoder in engine.encoders) or None
+        counts = [count for encoder in engine.encoders if (count := model_parameters(encoder)) is not None]
+        self.parameters = sum(counts) if counts else None
 
     def steps(self, depth: int) -> dict[str, Step]:
         return self.fused.steps(depth)

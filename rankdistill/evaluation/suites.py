@@ -18,7 +18,7 @@ REFERENCE_FOLDER = "eval/reference"
 OWN = "own"
 
 M = TypeVar("M", bound="_Declaration")
-SystemKind = Literal["bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"]
+SystemKind = Literal["bm25", "lucene_bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"]
 
 
 class _Declaration(BaseModel):

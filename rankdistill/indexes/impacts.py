@@ -59,7 +59,7 @@ def fit_quantiser(specification: QuantisedSpecification, vectors: Any) -> tuple[
         clipped = sum(int((part > maximum).sum()) for part in _parts(vectors.data))
         if specification.above == "error":
             raise RankdistillError(
-                f"{clipped:,} of {vectors.nnz:,} weights are above the maximum of {maximum:g}; the highest is {highest:g}",
+                f"{clipped:,} of {vectors.nnz:,} weights are above the maximum of {maximum:g}, up to {highest:g}",
                 where=f"{specification.name}: maximum",
                 fix=f"maximum: {highest:.4g}, or leave it out, or above: clip",
             )

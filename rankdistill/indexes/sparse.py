@@ -7,14 +7,22 @@ files are for a server; both are imported when they are asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
-from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.artifacts import (
+    MANIFEST,
+    Artifact,
+    find_artifact,
+    fingerprint,
+    locked,
+    open_artifact,
+    write_artifact,
+)
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits, Rows, Scores, document_fingerprint, no_hits
 from rankdistill.indexes.postings import Postings
@@ -129,6 +137,8 @@ class BuiltSparseIndex:
             raise RankdistillError(f"an index of unknown type {settings.get('type')!r}", where=str(self.path))
         self.specification = check_values(known, settings, str(self.path))
         self.type = str(settings["type"])
+        # Looked at by every search, so they are at hand.
+        self.document_count, self.dimension = int(self.counts["documents"]), int(self.counts["dimension"])
 
     def __repr__(self) -> str:
         return (
@@ -147,10 +157,6 @@ class BuiltSparseIndex:
     @property
     def counts(self) -> dict[str, Any]:
         return dict(self.manifest["counts"])
-
-    @property
-    def document_count(self) -> int:
-        return int(self.counts["documents"])
 
     @property
     def bytes(self) -> int:
@@ -189,7 +195,7 @@ class BuiltSparseIndex:
 
     def search(self, queries: Any, k: int) -> list[Hits]:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
-        check_queries(queries, int(self.counts["dimension"]))
+        check_queries(queries, self.dimension)
         k = min(k, self.document_count)
         asked = np.diff(queries.indptr) > 0
         if k < 1 or not asked.any():
@@ -227,10 +233,35 @@ class SparseEngine:
     def __repr__(self) -> str:
         return f"SparseEngine({self.encoder!r} over {self.index!r})"
 
+    @cached_property
+    def _shortcut(self) -> tuple[Any, Any] | None:
+        """(a query's terms and weights, hits of those) without an array of one row, which costs as much as a search."""
+        terms_of: Any = getattr(self.encoder, "query_terms", None)
+        search_terms: Any = terms_of and getattr(getattr(self.index, "opened", None), "search_terms", None)
+        return (terms_of, search_terms) if search_terms else None
+
+    def steps(self, k: int) -> dict[str, Callable[[Sequence[str], Any], Any]]:
+        """How queries are answered one at a time, for measuring: `encode`, then `search`."""
+        if self._shortcut is None:
+            return {
+                "encode": lambda texts, _: self.encoder.encode_queries(texts),
+                "search": lambda _, vectors: self.index.search(vectors, k),
+            }
+        terms_of, search_terms = self._shortcut
+        return {
+            "encode": lambda texts, _: [terms_of(text) for text in texts],
+            "search": lambda _, found: [search_terms(*one, k) for one in found],
+        }
+
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """Queries without a single known term have no hits, which is said once a call."""
         if not queries:
             return []
+        if len(queries) == 1 and self._shortcut is not None:
+            terms, weights = self._shortcut[0](queries[0])
+            if not terms:
+                warn(f"the query has no term with a weight, so no hits: {queries[0]!r}")
+            return [self._shortcut[1](terms, weights, k)]
         vectors = self.encoder.encode_queries(queries)
         if not (filled := np.diff(vectors.indptr) > 0).all():
             first = queries[int(np.flatnonzero(~filled)[0])]
@@ -259,8 +290,7 @@ def build_sparse_index(
     check_inputs(inputs, student, collection, str(vectors.path), "encode the collection again with this student")
     settings = specification.model_dump(mode="json")
     wanted = fingerprint([KIND, {**settings, "description": ""}, vectors.fingerprint])
-    if out.exists() and not out.is_dir():
-        raise UsageError("the index of a sparse student is a folder; there is a file here", where=str(out))
+    _check_place(out)
     with locked(out):
         found = find_artifact(out, KIND, wanted)
         if found is not None:
@@ -274,6 +304,14 @@ def build_sparse_index(
             made = build(specification, matrix, DocumentIds(collection), student.terms, writer.path)
             writer.counts.update({"bytes": folder_bytes(writer.path), **made})
     return open_sparse_index(out)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse to put an index in the place of something else: what is there would be replaced whole."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("the index of a sparse student is a folder; there is a file here", where=str(out))
+    if out.is_dir() and any(out.iterdir()) and not ((out / MANIFEST).is_file() and open_artifact(out).kind == KIND):
+        raise UsageError("this folder holds something else than an index", where=str(out), fix="give a new one")
 
 
 def open_sparse_index(path: str | Path) -> BuiltSparseIndex:

@@ -30,20 +30,20 @@ class QuantisedSpecification(SparseSpecification):
 class LuceneImpactSpecification(QuantisedSpecification):
     """A Lucene index whose term frequencies are impacts; opens with pyserini."""
 
-    type: Literal["lucene_impact"] = "lucene_impact"
+    type: Literal["lucene_impact"] = Field(default="lucene_impact")
     query_bits: int = Field(default=8, ge=1, le=16, description="of a query's weight")
 
 
 class CiffSpecification(QuantisedSpecification):
     """A Common Index File Format export (Lin et al. 2020, arXiv:2003.08276), for PISA, Terrier, JASSv2 ..."""
 
-    type: Literal["ciff"] = "ciff"
+    type: Literal["ciff"] = Field(default="ciff")
 
 
 class SeismicSpecification(SparseSpecification):
     """A Seismic index (Bruch et al. 2024, arXiv:2404.18812): blocked inverted lists with summaries, approximate."""
 
-    type: Literal["seismic"] = "seismic"
+    type: Literal["seismic"] = Field(default="seismic")
     postings: int = Field(default=3500, ge=1, description="documents kept a term, on average")
     centroid_fraction: float = Field(default=0.1, gt=0, le=1, description="blocks a list, by its documents")
     summary_energy: float = Field(default=0.4, gt=0, le=1, description="share of a block's weight its summary keeps")
@@ -81,14 +81,14 @@ class ServerSpecification(SparseSpecification):
 class OpenSearchSpecification(ServerSpecification):
     """For OpenSearch. Its own `sparse_vector` (3.3, approximate) takes token ids, not these files."""
 
-    type: Literal["opensearch"] = "opensearch"
+    type: Literal["opensearch"] = Field(default="opensearch")
     field_type: Literal["rank_features"] = "rank_features"
 
 
 class ElasticsearchSpecification(ServerSpecification):
     """For Elasticsearch: `sparse_vector` from 8.15 on, `rank_features` for older ones."""
 
-    type: Literal["elasticsearch"] = "elasticsearch"
+    type: Literal["elasticsearch"] = Field(default="elasticsearch")
     field_type: Literal["rank_features", "sparse_vector"] = "sparse_vector"
 
 

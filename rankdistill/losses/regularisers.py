@@ -86,6 +86,13 @@ class Sparsity(Regulariser):
 class Flops(Sparsity):
     """Σ_j (mean of |w_j| over the texts)²: the products that a search pays, relaxed (Paria et al. 2020,
     arXiv:2004.05665). It presses on terms that many texts have and leaves rare ones alone.
+
+    Args:
+        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+        side: whose weights.
+        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
+        threshold: texts with at most so many active terms feel nothing.
+        target: active terms a text to end with; λ is then steered.
     """
 
     type = "flops"
@@ -95,7 +102,15 @@ class Flops(Sparsity):
 
 
 class L1(Sparsity):
-    """Mean over the texts of Σ_j |w_j|: the same pressure on every term."""
+    """Mean over the texts of Σ_j |w_j|: the same pressure on every term.
+
+    Args:
+        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+        side: whose weights.
+        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
+        threshold: texts with at most so many active terms feel nothing.
+        target: active terms a text to end with; λ is then steered.
+    """
 
     type = "l1"
 
@@ -114,7 +129,15 @@ class L1(Sparsity):
 
 
 class L2(L1):
-    """Mean over the texts of Σ_j w_j²: presses on heavy terms; it makes weights small, not few."""
+    """Mean over the texts of Σ_j w_j²: presses on heavy terms; it makes weights small, not few.
+
+    Args:
+        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+        side: whose weights.
+        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
+        threshold: texts with at most so many active terms feel nothing.
+        target: active terms a text to end with; λ is then steered.
+    """
 
     type = "l2"
 

@@ -161,6 +161,22 @@ def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.in
     return parts
 
 
+def cut(features: Features, length: int | None) -> Features:
+    """Features cut to the first tokens of each text; features without an `attention_mask` stay whole."""
+    mask = features.get("attention_mask")
+    if length is None or mask is None or mask.shape[1] <= length:
+        return features
+    left_padded = bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
+    starts = (mask == 0).sum(dim=1) if left_padded else torch.zeros(len(mask), dtype=torch.int64)
+    columns = (starts[:, None] + torch.arange(length)).clamp(max=mask.shape[1] - 1)
+    inside = starts[:, None] + torch.arange(length) < mask.shape[1]
+    made = {
+        name: value.gather(1, columns) if isinstance(value, Tensor) and value.shape == mask.shape else value
+        for name, value in features.items()
+    }
+    return made | {"attention_mask": made["attention_mask"] * inside}
+
+
 def split_rows(features: Features, budget: int) -> list[Features]:
     """Cut features into parts of at most so many padded tokens, in order; features without a mask stay whole."""
     mask = features.get("attention_mask")

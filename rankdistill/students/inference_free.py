@@ -11,12 +11,16 @@ from sentence_transformers.base.modules import Router
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 
 from rankdistill.artifacts import file_digest
+from rankdistill.errors import UsageError
 from rankdistill.progress import say
+from rankdistill.students.masked_language import WarmUp
 from rankdistill.students.models import resolve_model
 from rankdistill.students.sparse import (
     DOCUMENT_LENGTH,
+    NO_WARM_UP,
     SparseModel,
     SparseStudent,
+    Start,
     is_sparse,
     load_sparse,
     route,
@@ -50,6 +54,7 @@ class InferenceFreeStudent(SparseStudent):
         dropout: share of units dropped in training; the model's own unless given.
         query_terms: keep this many of a query's largest weights; 0 for all.
         document_terms: the same of a document.
+        warm_up: what a head learns from the collection before any training; a new one starts with 256 terms a document.
         precision: of encoding; `auto` is bf16 where the device gains from it.
     """
 
@@ -71,6 +76,7 @@ class InferenceFreeStudent(SparseStudent):
         dropout: float | None = None,
         query_terms: int = 0,
         document_terms: int = 0,
+        warm_up: WarmUp = NO_WARM_UP,
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     ) -> None:
         self.model, self.idf, self.train_idf = model, idf, train_idf
@@ -79,9 +85,10 @@ class InferenceFreeStudent(SparseStudent):
         self.lengths = {"query": query_length, "document": document_length}
         self.prompts = {"document": document_prompt}
         self.most_terms = {"query": query_terms, "document": document_terms}
+        self.warm_up = WarmUp.model_validate(warm_up)
 
     def create(self, device: str | None = None) -> SparseModel:
-        documents, made = self._encoder(self.model)
+        documents, made, new = self._encoder(self.model)
         transformer: Any = documents[0]
         size = len(transformer.tokenizer.get_vocab())
         if transformer.model.get_output_embeddings().weight.shape[0] != size:
@@ -96,8 +103,8 @@ class InferenceFreeStudent(SparseStudent):
         static = SparseStaticEmbedding(tokenizer, weights, frozen=not self.train_idf)
         model = self._model([Router.for_query_document([static], documents)], device)
         source = ([named, self.lengths["query"]], [made, self.prompts["document"]])
-        pending = self.idf == COLLECTION
-        return SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms, pending)
+        start = Start(self.warm_up, [(transformer, new, made)], self.idf == COLLECTION)
+        return SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
 
     def open(self, folder: Path, device: str | None = None) -> SparseModel:
         model = super().open(folder, device)
@@ -117,8 +124,6 @@ class InferenceFreeStudent(SparseStudent):
         return torch.from_numpy(table), file_digest(path)
 
     def _kept(self, size: int) -> tuple[torch.Tensor, Any]:
-        from rankdistill.errors import UsageError
-
         source = resolve_model(self.model)
         first = route(load_sparse(source.path, "cpu"), "query")[0] if is_sparse(source.path) else None
         if not isinstance(first, SparseStaticEmbedding) or len(first.weight) != size:

@@ -6,10 +6,7 @@ index. Here a query is a list of term ids and their weights, put together word b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rankdistill.students.token_weights import TokenWeights
+from typing import Any
 
 MOST_WORDS = 200_000  # remembered at a time: some 30 MB
 # Parts that treat a word alike whatever stands beside it, so that words can be tokenized apart. Byte-level and
@@ -22,10 +19,10 @@ class QueryTerms:
     """The terms of a query, equal to `TokenWeights.encode_queries`.
 
     Args:
-        encoder: whose tokenizer and weights these are.
+        encoder: a `TokenWeights`, whose tokenizer and weights these are.
     """
 
-    def __init__(self, encoder: TokenWeights) -> None:
+    def __init__(self, encoder: Any) -> None:
         self._tokenizer, self._prompt, self._most = encoder.tokenizer, encoder.prompt, encoder.most_terms
         self._weights: list[float] = encoder.weights.tolist()
         self._words: dict[str, list[int]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers
 from rankdistill.students.base import Features, Side, Student, StudentModel, pick_device
 from rankdistill.students.dense import keep_layers, position_limit, set_dropout
-from rankdistill.students.masked_language import load_masked_language
+from rankdistill.students.masked_language import SmallHead, WarmUp, load_masked_language, warm_up
 from rankdistill.students.models import resolve_model
 from rankdistill.students.term_head import pool_terms
 from rankdistill.students.token_batches import Precision
@@ -40,7 +41,23 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 QUERY_LENGTH, DOCUMENT_LENGTH = 32, 128
+NO_WARM_UP = WarmUp()
 EVERYWHERE = 0.9  # a term that fires in more than this share of a batch's documents says nothing
+
+
+@dataclass
+class Start:
+    """What a student does with a collection before its training.
+
+    Args:
+        warm_up: of its heads.
+        encoders: (transformer, whether its head is new, what names its weights).
+        idf: the table of query weights is computed.
+    """
+
+    warm_up: WarmUp
+    encoders: list[tuple[Transformer, bool, Any]]
+    idf: bool = False
 
 
 class SparseModel(StudentModel):
@@ -52,7 +69,7 @@ class SparseModel(StudentModel):
         learn_scale: train the factor along.
         source: what names the weights and lengths of (the query side, the document side), for the fingerprints.
         most_terms: side → how many of a text's largest weights are kept when it is encoded; 0 for all.
-        idf_of_collection: the table of query weights is still to be computed, by `prepare`.
+        start: what `prepare` has still to do.
     """
 
     sparse = True
@@ -65,7 +82,7 @@ class SparseModel(StudentModel):
         source: tuple[Any, Any] | None = None,
         precision: Precision = "auto",
         most_terms: dict[str, int] | None = None,
-        idf_of_collection: bool = False,
+        start: Start | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,21 +90,21 @@ class SparseModel(StudentModel):
         self.precision = precision
         self.similarity = "dot"
         self.most_terms = {"query": 0, "document": 0, **(most_terms or {})}
-        self.idf_of_collection = idf_of_collection
+        self.start = start
         self._routes = {side: route(model, side) for side in ("query", "document")}
         self.dimension = self._vocabulary()
-        self._heads = {side: _small_head(modules) for side, modules in self._routes.items()}
+        self._heads = {side: _term_head(modules) for side, modules in self._routes.items()}
         self._query_tokenizer: Tokenizer | None = None
         self._source = source
         self._name()
 
-    def _name(self, *more: Any) -> None:
-        """Set the fingerprints; `more` is what was done to the weights since they were loaded."""
+    def _name(self, warm_ups: Sequence[str] = (), idf: str = "") -> None:
+        """Set the fingerprints; the arguments name what was made of a collection."""
         if self._source is not None:
             queries, documents = self._source
-            settings = [self.precision, self.most_terms]
-            self.document_fingerprint = fingerprint(["sparse documents", documents, settings, more])
-            self.fingerprint = fingerprint(["sparse", queries, documents, settings, more])
+            settings = [self.precision, self.most_terms, list(warm_ups)]
+            self.document_fingerprint = fingerprint(["sparse documents", documents, settings])
+            self.fingerprint = fingerprint(["sparse", queries, documents, settings, idf])
 
     def named(self, whole: str, documents: str) -> SparseModel:
         """This model, with the fingerprints of the folder it was read from."""
@@ -148,17 +165,29 @@ class SparseModel(StudentModel):
         )
 
     def prepare(self, collection: Collection, folder: Path) -> None:
-        """Fill the table of query weights from the collection, where it comes from there; done once."""
-        if not self.idf_of_collection:
+        """Warm new heads up on the collection and fill the table of query weights, where that is due; done once."""
+        start, self.start = self.start, None
+        if start is None:
             return
+        warm_ups = [
+            warm_up(transformer, start.warm_up, new_head, source, collection, folder, self.precision)
+            for transformer, new_head, source in start.encoders
+        ]
+        idf = ""
         static, weights = self.static, self.token_weights
-        assert static is not None and weights is not None
-        table, made = collection_idf(collection, weights.tokenizer, self.dimension, folder)
-        table[special_tokens(static.tokenizer, self.dimension)] = 0
-        with torch.no_grad():
-            static.weight.copy_(torch.from_numpy(table))
-        self.idf_of_collection = False
-        self._name(made)
+        if start.idf and static is not None and weights is not None:
+            table, idf = collection_idf(collection, weights.tokenizer, self.dimension, folder)
+            table[special_tokens(static.tokenizer, self.dimension)] = 0
+            with torch.no_grad():
+                static.weight.copy_(torch.from_numpy(table))
+        self._name(warm_ups, idf)
+
+    def _check_table(self) -> None:
+        if self.start is not None and self.start.idf:
+            raise RankdistillError(
+                "the query weights of this student come from a collection, which it has not seen",
+                fix="model.prepare(collection, folder) first, or student.idf: a file",
+            )
 
     def idf(self, collection: Collection, folder: Path) -> NDArray[np.float32]:
         """[vocabulary] inverse document frequency of each term in a collection; kept below `folder`."""
@@ -171,13 +200,11 @@ class SparseModel(StudentModel):
         return self.model.preprocess(list(texts), prompt=prompt or None, task=side)
 
     def embed(self, features: Features, side: Side) -> Tensor:
-        if side == "query" and self.idf_of_collection:
-            raise RankdistillError(
-                "the query weights of this student come from a collection, which it has not seen",
-                fix="model.prepare(collection, folder) first, or student.idf: a file",
-            )
-        if self._heads[side] is not None:
-            return self._heads[side](features)
+        if side == "query":
+            self._check_table()
+        head = self._heads[side]
+        if head is not None:
+            return head(features)
         made: Tensor = self.model(dict(features), task=side)["sentence_embedding"]
         # Weights that training drove below 0 count as 0 wherever vectors are made for use.
         return made.float() if self.training else made.float().clamp(min=0)
@@ -210,8 +237,7 @@ class SparseModel(StudentModel):
     # One dense vector a text is what the base class promises; everything that needs it asks for dense students.
     def encode_queries(self, texts: Sequence[str]) -> csr_matrix:
         """[texts, vocabulary] float32; sorted indices, weights above 0 only."""
-        if self.idf_of_collection:
-            self.embed({}, "query")
+        self._check_table()
         weights = self.token_weights
         return self._encode_terms(texts, "query") if weights is None else weights.encode_queries(texts)
 
@@ -263,38 +289,24 @@ class SparseModel(StudentModel):
                 static.weight.copy_(kept)
 
 
-class SmallHead:
-    """A side's encoder and pooling, run without ever holding the logits of all tokens (students/term_head.py)."""
+class TermHead(SmallHead):
+    """A side's encoder, head and pooling, in little memory."""
 
     def __init__(self, transformer: Transformer, pooling: SpladePooling) -> None:
-        self.transformer, self.pooling = transformer, pooling
+        super().__init__(transformer)
+        self.pooling = pooling
 
     def __call__(self, features: Features) -> Tensor:
         """Term weights [texts, vocabulary], float32."""
         hidden, decoder = self.hidden(features)
-        return pool_terms(
-            hidden,
-            features["attention_mask"],
-            decoder.weight,
-            decoder.bias,
-            self.pooling.pooling_strategy,
-            self.pooling.activation_function,
-        )
-
-    def hidden(self, features: Features) -> tuple[Tensor, Any]:
-        """[texts, tokens, width] what the last map of the head is applied to, and that map."""
-        decoder: Any = self.transformer.model.get_output_embeddings()
-        decoder.forward = lambda given: given  # for this pass: what would have gone in comes out
-        try:
-            made: Tensor = self.transformer(dict(features))[self.transformer.module_output_name]
-        finally:
-            del decoder.forward
-        return made, decoder
+        pooling: Any = self.pooling
+        how = (pooling.pooling_strategy, pooling.activation_function)
+        return pool_terms(hidden, features["attention_mask"], decoder.weight, decoder.bias, *how)
 
 
 @torch.no_grad()
-def _small_head(modules: Sequence[nn.Module]) -> Any:
-    """A `SmallHead` where it gives what the modules give; None for a model of another shape.
+def _term_head(modules: Sequence[nn.Module]) -> TermHead | None:
+    """A `TermHead` where it gives what the modules give; None for a model of another shape.
 
     Tried on a text: some heads do more after their last map (scale the logits, or cap them).
     """
@@ -306,7 +318,7 @@ def _small_head(modules: Sequence[nn.Module]) -> Any:
     decoder = transformer.model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
         return None
-    head = SmallHead(transformer, pooling)
+    head = TermHead(transformer, pooling)
     training = transformer.training
     transformer.eval()
     features = transformer.preprocess(["a b", "a"])
@@ -408,6 +420,7 @@ class SparseStudent(Student):
     lengths: dict[str, int | None]
     prompts: dict[str, str | None]
     most_terms: dict[str, int]
+    warm_up: WarmUp
 
     def open(self, folder: Path, device: str | None = None) -> SparseModel:
         """A saved model, ours or anybody's SparseEncoder."""
@@ -418,8 +431,8 @@ class SparseStudent(Student):
         model = SparseModel(load_sparse(folder, device), scale, self.learn_scale, None, self.precision, most)
         return model.named(*sparse_fingerprints(folder, [self.precision, model.most_terms]))
 
-    def _encoder(self, name: str) -> tuple[list[Any], Any]:
-        """([transformer, pooling], what names them), cut and set as the recipe says."""
+    def _encoder(self, name: str) -> tuple[list[Any], Any, bool]:
+        """([transformer, pooling], what names them, whether the head is new), cut and set as the recipe says."""
         source = resolve_model(name)
         if is_sparse(source.path):
             modules = route(load_sparse(source.path, "cpu"), "document")
@@ -431,8 +444,9 @@ class SparseStudent(Student):
                 raise UsageError(f"{name!r} is a SparseEncoder of another kind than SPLADE", where="student.model")
             transformer: Any = modules[0]
             pooling: Any = modules[1]
+            had_head = True
         else:
-            transformer, _ = load_masked_language(source.path, name)
+            transformer, had_head = load_masked_language(source.path, name)
             pooling = SpladePooling()
         if self.layers is not None:
             keep_layers(transformer, self.layers)
@@ -446,7 +460,7 @@ class SparseStudent(Student):
         )
         lengths = [transformer.query_length, transformer.document_length]
         made = [source.revision, self.layers, pooling.pooling_strategy, pooling.activation_function, lengths]
-        return [transformer, pooling], made
+        return [transformer, pooling], made, not had_head
 
     def _set_lengths(self, transformer: Any) -> None:
         limit = position_limit(transformer, transformer.max_seq_length or 10**9)
@@ -485,6 +499,7 @@ class SpladeStudent(SparseStudent):
         dropout: share of units dropped in training; the model's own unless given.
         query_terms: keep this many of a query's largest weights when it is encoded; 0 for all.
         document_terms: the same of a document.
+        warm_up: what a head learns from the collection before any training; a new one starts with 256 terms a document.
         precision: of encoding; `auto` is bf16 where the device gains from it.
     """
 
@@ -507,6 +522,7 @@ class SpladeStudent(SparseStudent):
         dropout: float | None = None,
         query_terms: int = 0,
         document_terms: int = 0,
+        warm_up: WarmUp = NO_WARM_UP,
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     ) -> None:
         if query_model is not None and query_encoder == "shared":
@@ -521,17 +537,20 @@ class SpladeStudent(SparseStudent):
         self.lengths = {"query": query_length, "document": document_length}
         self.prompts = {"query": query_prompt, "document": document_prompt}
         self.most_terms = {"query": query_terms, "document": document_terms}
+        self.warm_up = WarmUp.model_validate(warm_up)  # a recipe's is a mapping
 
     def create(self, device: str | None = None) -> SparseModel:
-        documents, made = self._encoder(self.model)
+        documents, made, new = self._encoder(self.model)
         modules, queries = documents, made
+        start = Start(self.warm_up, [(documents[0], new, made)])
         if self.query_encoder == "separate":
-            own, queries = self._encoder(self.query_model or self.model)
+            own, queries, new = self._encoder(self.query_model or self.model)
+            start.encoders.append((own[0], new, queries))
             check_vocabularies(own[0].tokenizer, documents[0].tokenizer)
             modules = [Router.for_query_document(own, documents)]
         source = ([queries, self.prompts["query"]], [made, self.prompts["document"]])
         model = self._model(modules, device)
-        return SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms)
+        return SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
 
 
 def check_vocabularies(queries: Any, documents: Any) -> None:

@@ -68,6 +68,15 @@ def pool_terms(
         return torch.cat(parts, dim=1)
 
 
+def largest_logits(hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[texts, vocabulary] the largest logit of each term over the tokens of a text, without gradient; see `pool_terms`.
+
+    A text without a token that counts has what its first place gives.
+    """
+    best = _largest(hidden.detach(), weight.detach(), _counting(mask.bool()), hidden.dtype)
+    return best if bias is None else best + bias.detach()
+
+
 def _activate(logits: Tensor, activation: Activation) -> Tensor:
     weights = logits.relu().log1p()
     return weights.log1p() if activation == "log1p_relu" else weights
@@ -87,6 +96,38 @@ def _sum_terms(
     return (_activate(logits, activation) * mask[..., None]).sum(dim=1)
 
 
+def _counting(mask: Tensor) -> Tensor:
+    """[texts, tokens] places of tokens: their own, and for those that do not count the first that does."""
+    first = mask.int().argmax(dim=1, keepdim=True)
+    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), first)
+
+
+def _largest(hidden: Tensor, weight: Tensor, place: Tensor, number: torch.dtype, where: Tensor | None = None) -> Tensor:
+    """[texts, vocabulary] largest logits over the tokens of each text; `where` takes their tokens' places.
+
+    A place that does not count repeats one that does, so that the maximum needs no mask.
+    """
+    texts, tokens, width = hidden.shape
+    rows = hidden.gather(1, place[..., None].expand(-1, -1, width)).to(number)
+    matrix = weight.to(number)
+    best = hidden.new_empty(texts, len(weight), dtype=_wide(number))
+    at_once = max(1, min(texts, LOGITS // (tokens * WIDE)))
+    terms = max(WIDE, LOGITS // (tokens * at_once))
+    for start in range(0, texts, at_once):
+        some = slice(start, start + at_once)
+        columns = rows[some].flatten(0, 1).T
+        for left in range(0, len(weight), terms):
+            part = slice(left, left + terms)
+            logits = (matrix[part] @ columns).unflatten(1, (-1, tokens))  # [terms, texts, tokens]
+            if where is None:
+                best[some, part] = logits.amax(dim=-1).T.to(best.dtype)
+            else:
+                largest = logits.max(dim=-1)
+                best[some, part] = largest.values.T.to(best.dtype)
+                where[some, part] = largest.indices.T.int()
+    return best
+
+
 class _MaxTerms(torch.autograd.Function):
     """relu(max over tokens of logits + bias), [texts, vocabulary]; the best token's place is kept for the gradient."""
 
@@ -94,28 +135,9 @@ class _MaxTerms(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, number: torch.dtype, keep: bool
     ) -> Tensor:
-        texts, tokens, width = hidden.shape
-        # A padded place repeats a token that counts, so that the largest logit needs no mask.
-        first = mask.int().argmax(dim=1, keepdim=True)
-        place = torch.where(mask, torch.arange(tokens, device=mask.device), first)
-        rows = hidden.detach().gather(1, place[..., None].expand(-1, -1, width)).to(number)
-        matrix = weight.detach().to(number)
-        best = hidden.new_empty(texts, len(weight), dtype=_wide(number))
-        where = torch.empty(texts, len(weight), dtype=torch.int32, device=hidden.device) if keep else None
-        at_once = max(1, min(texts, LOGITS // (tokens * WIDE)))
-        terms = max(WIDE, LOGITS // (tokens * at_once))
-        for start in range(0, texts, at_once):
-            some = slice(start, start + at_once)
-            columns = rows[some].flatten(0, 1).T
-            for left in range(0, len(weight), terms):
-                part = slice(left, left + terms)
-                logits = (matrix[part] @ columns).unflatten(1, (-1, tokens))  # [terms, texts, tokens]
-                if where is None:
-                    best[some, part] = logits.amax(dim=-1).T.to(best.dtype)
-                else:
-                    largest = logits.max(dim=-1)
-                    best[some, part] = largest.values.T.to(best.dtype)
-                    where[some, part] = largest.indices.T.int()
+        place = _counting(mask)
+        where = torch.empty(len(hidden), len(weight), dtype=torch.int32, device=hidden.device) if keep else None
+        best = _largest(hidden.detach(), weight.detach(), place, number, where)
         if bias is not None:
             best += bias.detach()
         best.relu_().mul_(mask.any(dim=1, keepdim=True))

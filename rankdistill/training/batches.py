@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.sampling.base import BatchSampler, DocumentSampler, generator
-from rankdistill.students.base import StudentModel, split_by_length
+from rankdistill.students.base import StudentModel, cut, split_by_length
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -37,6 +37,7 @@ class BatchStream(Dataset[dict[str, Any]]):
         token_budget: padded tokens a part of the batch's documents.
         members: numbers of the lists that are trained on; all unless given.
         batch_teacher: a model that scores the whole batch, where a loss asks for one.
+        document_length: tokens of a document, where fewer than the student's own are enough to learn from.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class BatchStream(Dataset[dict[str, Any]]):
         token_budget: int,
         members: NDArray[np.int64] | None = None,
         batch_teacher: BatchTeacher | None = None,
+        document_length: int | None = None,
     ) -> None:
+        self.document_length = document_length
         self.lists, self.collection, self.student = lists, collection, student
         self.batches, self.documents = batches, documents
         self.seed, self.length, self.token_budget = seed, length, token_budget
@@ -83,7 +86,8 @@ class BatchStream(Dataset[dict[str, Any]]):
         rows, mask = columns["rows"], columns["mask"]
         rows[~mask] = rows[0, 0]  # padding points at a document that is there anyway
         distinct, index = np.unique(rows, return_inverse=True)
-        parts = split_by_length(self.student.preprocess_documents(self.collection, distinct), self.token_budget)
+        documents = cut(self.student.preprocess_documents(self.collection, distinct), self.document_length)
+        parts = split_by_length(documents, self.token_budget)
         order = np.concatenate([places for places, _ in parts])
         place_of = np.empty(len(distinct), dtype=np.int64)
         place_of[order] = np.arange(len(distinct))

@@ -339,6 +339,7 @@ def train_student(
             settings.token_budget,
             members,
             batch_teacher,
+            settings.document_length,
         )
         distiller = Distiller(student, losses, weighting, batch_teacher, settings.gradient_cache, settings.token_budget)
         watch = SparsityWatch(losses.values(), steps, student.dimension) if student.sparse else None

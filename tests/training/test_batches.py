@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rankdistill.recipe import build
+from rankdistill.students.base import cut
 from rankdistill.training.batches import BatchStream
 
 if TYPE_CHECKING:
@@ -142,3 +143,16 @@ def test_fewer_lists_than_a_batch_make_one_batch_of_all(make_stream: MakeStream,
     stream = make_stream(size=64)
     assert len(stream[0]["queries"]["input_ids"]) == len(lists)
     assert stream.locate(3)[0] == 3
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_documents_are_cut_to_their_first_tokens(side: str) -> None:
+    lengths, longest = [7, 3, 5], 7
+    ids, mask = torch.zeros(3, longest, dtype=torch.int64), torch.zeros(3, longest, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(longest - length, None)
+        ids[row, place], mask[row, place] = torch.arange(1, length + 1), 1
+    made = cut({"input_ids": ids, "attention_mask": mask, "other": ["as", "it", "is"]}, 4)
+    kept = [row[counts.bool()].tolist() for row, counts in zip(made["input_ids"], made["attention_mask"], strict=True)]
+    assert kept == [[1, 2, 3, 4], [1, 2, 3], [1, 2, 3, 4]] and made["other"] == ["as", "it", "is"]
+    assert cut({"input_ids": ids, "attention_mask": mask}, None)["input_ids"] is ids

@@ -1,0 +1,239 @@
+"""Exact sparse search is the product with every document; indexes know whose they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+from sparse_encoders import WORDS, WordCounts, random_texts, sparse_specification
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes import postings
+from rankdistill.indexes.bm25 import BM25
+from rankdistill.indexes.engines import check_index, exhaustive_engine, index_files, open_index, query_encoder
+from rankdistill.indexes.sparse import (
+    BuiltSparseIndex,
+    DocumentIds,
+    SparseEngine,
+    SparseIndex,
+    build_sparse_index,
+    open_sparse_index,
+    searched_here,
+)
+from rankdistill.indexes.sparse_vectors import encode_document_terms
+from rankdistill.indexes.token_bm25 import TokenBM25
+
+if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
+    from rankdistill.collections import Collection
+
+QUERIES = ["w1 w2 w3", "w7 w7", "w20 w5 w11 w0 nothing", "w39"]
+
+
+@pytest.fixture
+def collection(make_collection: Any) -> Collection:
+    made: Collection = make_collection([*random_texts(150), "no known word", *random_texts(150)])
+    return made
+
+
+@pytest.fixture
+def vectors(collection: Collection, tmp_path: Path) -> Artifact:
+    return encode_document_terms(WordCounts(), collection, tmp_path / "vectors")
+
+
+def test_exact_search_is_the_product_with_every_document(collection: Collection, vectors: Artifact) -> None:
+    encoder = WordCounts()
+    engine = exhaustive_engine(encoder, vectors)
+    assert isinstance(engine, SparseEngine) and engine.encoder is encoder
+    documents = encoder.encode_queries(collection.document_texts(range(301))).toarray().astype(np.float64)
+    queries = encoder.encode_queries(QUERIES).toarray().astype(np.float64)
+    for k in (1, 10, 500):
+        for query, hits in zip(queries, engine.search(QUERIES, k), strict=True):
+            scores = documents @ query
+            expected = sorted(np.flatnonzero(scores > 0), key=lambda row: (-np.float32(scores[row]), row))[:k]
+            np.testing.assert_allclose(hits.scores, scores[hits.rows], rtol=1e-5)
+            # Each text is there twice, so every hit ties with another: the lower row is first.
+            assert hits.rows.tolist() == [int(row) for row in expected]
+            assert 150 not in hits.rows  # an empty document is never a hit
+
+
+def test_hits_do_not_depend_on_batches_or_threads(
+    collection: Collection, vectors: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, queries = SparseIndex.open(vectors), WordCounts().encode_queries(random_texts(150, seed=3))
+    together = index.search(queries, 20)
+    monkeypatch.setattr(postings, "POSTINGS_A_BLOCK", 500)
+    index.postings.threads = 3
+    for one, other in zip(together, index.search(queries, 20), strict=True):
+        assert one.rows.tolist() == other.rows.tolist() and one.scores.tolist() == other.scores.tolist()
+    alone = [index.search(queries[row], 20)[0].rows.tolist() for row in range(150)]
+    assert alone == [hits.rows.tolist() for hits in together]
+
+
+def test_scores_of_rows_are_those_of_the_search(vectors: Artifact) -> None:
+    index, encoder = SparseIndex.open(vectors), WordCounts()
+    for query in encoder.encode_queries(QUERIES):  # as a re-ranker goes over them
+        (hits,) = index.search(query, 30)
+        np.testing.assert_allclose(index.scores(query, hits.rows), hits.scores, rtol=1e-6)
+    assert index.scores(query, np.array([150, 0]))[0] == 0
+    assert index.scores(query, np.empty(0, np.int64)).shape == (0,)
+
+
+def test_a_student_re_ranks_what_bm25_found(collection: Collection, vectors: Artifact, tmp_path: Path) -> None:
+    from rankdistill.evaluation.reranking import StudentReranking
+
+    BM25(language="none").build(collection, tmp_path / "bm25")
+    encoder = WordCounts(seed=0)
+    system = StudentReranking(BM25.open(tmp_path / "bm25"), SparseEngine.over(encoder, vectors), depth=5)
+    ((_, doc_ids, scores),) = system.run(collection, ["q"], ["w1 w2 w3"], 20)
+    exact = encoder.encode_queries(["w1 w2 w3"]) @ encoder.encode_queries(collection.document_texts(range(301))).T
+    rows = collection.doc_rows(doc_ids[:5])
+    np.testing.assert_allclose(scores[:5], exact.toarray()[0][rows], rtol=1e-5)
+    assert (np.diff(scores) <= 0).all() and len(doc_ids) == 20
+    assert system.bytes == system.first.bytes + system.student.index.bytes
+
+
+def test_queries_without_a_term_have_no_hits_and_are_named(
+    vectors: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = SparseEngine.over(WordCounts(), vectors)
+    found = engine.search(["w1", "all unknown", ""], 5)
+    assert [len(hits.rows) for hits in found] == [5, 0, 0]
+    assert "2 of 3 queries have no term with a weight" in (said := capsys.readouterr().err) and "all unknown" in said
+    assert engine.search([], 5) == []
+    assert len(engine.search(["w1"], 0)[0].rows) == 0
+
+
+def test_another_student_vocabulary_or_collection_is_refused(
+    collection: Collection, vectors: Artifact, make_collection: Any
+) -> None:
+    with pytest.raises(RankdistillError, match="another student"):
+        SparseEngine.over(WordCounts(seed=1), vectors)
+    renamed = WordCounts(name="x")
+    renamed.fingerprint = WordCounts().fingerprint
+    with pytest.raises(RankdistillError, match="not those of this student's vocabulary of 40"):
+        SparseEngine.over(renamed, vectors)
+    index = SparseIndex.open(vectors)
+    with pytest.raises(RankdistillError, match="another collection"):
+        SparseEngine(WordCounts(), index, collection=make_collection(["w1"]))
+    SparseEngine(WordCounts(), index, collection=collection)
+    with pytest.raises(RankdistillError, match="queries over 41 terms, an index of 40"):
+        index.search(sparse.csr_matrix((1, WORDS + 1), dtype=np.float32), 5)
+    diverged = WordCounts().encode_queries(QUERIES)
+    diverged.data[diverged.indptr[2]] = np.nan
+    with pytest.raises(RankdistillError, match="NaN or infinity") as error:
+        index.search(diverged, 5)
+    assert "query 2" in str(error.value)
+
+
+def test_an_index_is_built_once_and_checked(
+    collection: Collection, vectors: Artifact, tmp_path: Path, make_collection: Any
+) -> None:
+    encoder, specification = WordCounts(), sparse_specification("seismic")
+    out = tmp_path / "indexes" / "seismic"
+    index = build_sparse_index(encoder, collection, vectors, specification, out)
+    assert (index.name, index.type, index.path, index.document_count) == ("seismic", "seismic", out, 301)
+    assert index.bytes == (out / "index.index.seismic").stat().st_size
+    assert "301 documents" in repr(index)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    again = build_sparse_index(encoder, collection, vectors, specification, out)
+    assert again.fingerprint == index.fingerprint and (out / "manifest.json").stat().st_mtime_ns == before
+    opened = open_index(out)
+    assert isinstance(opened, BuiltSparseIndex) and opened.specification == specification
+    with pytest.raises(RankdistillError, match="another student"):
+        SparseEngine(WordCounts(seed=1), opened)
+    with pytest.raises(RankdistillError, match="another collection"):
+        opened.check(collection=make_collection(["w1"]))
+    with pytest.raises(RankdistillError, match="another student"):
+        build_sparse_index(WordCounts(seed=1), collection, vectors, specification, tmp_path / "other")
+    with pytest.raises(UsageError, match="only a FAISS file"):
+        open_index(out, memory_map=True)
+    with pytest.raises(RankdistillError, match="no sparse_index here"):
+        open_sparse_index(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="a folder; there is a file here"):
+        build_sparse_index(encoder, collection, vectors, specification, tmp_path / "file")
+    for folder in (tmp_path, vectors.path):  # it would be replaced whole
+        with pytest.raises(UsageError, match="something else than an index"):
+            build_sparse_index(encoder, collection, vectors, specification, folder)
+    assert (tmp_path / "file").exists() and (vectors.path / "terms.npy").exists()
+    (tmp_path / "empty").mkdir()
+    build_sparse_index(encoder, collection, vectors, specification, tmp_path / "empty")
+    other = sparse_specification({"name": "other", "type": "seismic", "query_cut": 3})
+    assert build_sparse_index(encoder, collection, vectors, other, out).name == "other"  # another of its kind
+
+
+def test_exports_are_not_searched(collection: Collection, vectors: Artifact, tmp_path: Path) -> None:
+    specification = sparse_specification("opensearch")
+    index = build_sparse_index(WordCounts(), collection, vectors, specification, tmp_path / "export")
+    assert index.bytes > 0 and not searched_here(specification)
+    with pytest.raises(UsageError, match="for other software"):
+        index.search(WordCounts().encode_queries(["w1"]), 5)
+
+
+def test_each_student_has_its_own_indexes() -> None:
+    for student in ("splade", "inference_free"):
+        assert index_files(student, ["flat", "seismic", "seismic_fast", "ciff"]) == ["seismic", "seismic_fast", "ciff"]
+        with pytest.raises(UsageError, match="hnsw is an index of dense vectors"):
+            index_files(student, ["seismic", "hnsw"])
+        with pytest.raises(UsageError, match="distill_pq is an index of dense vectors"):
+            check_index(student, "distill_pq")
+        with pytest.raises(UsageError, match="there is no file to make"):
+            check_index(student, "flat")
+    for student in ("dense", "query_tower", "static"):
+        assert index_files(student, ["flat", "hnsw"]) == ["flat", "hnsw"]
+        with pytest.raises(UsageError, match="seismic is an index of term weights"):
+            index_files(student, ["flat", "seismic"])
+    with pytest.raises(UsageError, match="one a token"):
+        index_files("multi_vector", ["seismic"])
+
+
+def test_document_ids_are_a_sequence(collection: Collection) -> None:
+    ids = DocumentIds(collection)
+    assert len(ids) == 301 and ids[0] == "d0" and ids[-1] == "d300" and ids[3:6] == ["d3", "d4", "d5"]
+    assert list(ids) == [f"d{row}" for row in range(301)]
+    with pytest.raises(IndexError):
+        ids[301]
+
+
+def test_what_serves_a_students_queries() -> None:
+    encoder: Any = WordCounts()
+    assert query_encoder(encoder) is encoder
+    encoder.token_weights = None
+    assert query_encoder(encoder) is encoder
+    encoder.token_weights = table = WordCounts()
+    assert query_encoder(encoder) is table
+
+
+def word_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, **{f"w{number}": number + 2 for number in range(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[CLS]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+    tokenizer.enable_truncation(3)
+    return tokenizer
+
+
+def test_bm25_of_tokens_is_bm25_where_tokens_are_words(make_collection: Any, tmp_path: Path) -> None:
+    collection = make_collection(random_texts(120))
+    encoder = TokenBM25.of(collection, word_tokenizer(), k1=1.2, b=0.7)
+    vectors = encode_document_terms(encoder, collection, tmp_path / "v")
+    mine = SparseEngine.over(encoder, vectors).search(QUERIES, 50)
+    BM25(k1=1.2, b=0.7, language="none").build(collection, tmp_path / "bm25")
+    distinct = [" ".join(dict.fromkeys(query.split())) for query in QUERIES]  # queries are sets of tokens
+    for own, theirs in zip(mine, BM25.open(tmp_path / "bm25").search(distinct, 50), strict=True):
+        np.testing.assert_allclose(own.scores, theirs.scores, rtol=1e-5)
+        assert sorted(own.rows[:20].tolist()) == sorted(theirs.rows[:20].tolist())
+    assert encoder.encode_queries(["[CLS] unknown"]).nnz == 0  # special and unknown tokens are no terms
+    assert encoder.terms[2] == "w0" and encoder.dimension == WORDS + 2
+    assert encoder.fingerprint != TokenBM25.of(collection, word_tokenizer(), k1=0.9).fingerprint
+    with pytest.raises(RankdistillError, match="no document has a token"):
+        TokenBM25.of(make_collection(["unknown"]), word_tokenizer())
+    with pytest.raises(RankdistillError, match="no tokenizer here"):
+        TokenBM25.of(collection, tmp_path)

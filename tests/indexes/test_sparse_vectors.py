@@ -1,0 +1,183 @@
+"""Sparse document vectors on disk: what was encoded, by document and by term; resumed after a kill, checked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from sparse_encoders import WordCounts, random_texts
+
+from rankdistill.artifacts import MANIFEST
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes import sparse_vectors
+from rankdistill.indexes.engines import encode_collection
+from rankdistill.indexes.sparse_vectors import (
+    checked_terms,
+    encode_document_terms,
+    find_sparse_vectors,
+    open_postings,
+    open_sparse_vectors,
+)
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+# Encodes slowly and writes down every text it encodes, so that a killed process leaves a record.
+SLOW_ENCODER = """
+import sys, time
+import numpy as np
+from scipy import sparse
+from rankdistill.collections import open_collection
+from rankdistill.indexes.sparse_vectors import encode_document_terms
+
+class Slow:
+    terms, fingerprint = [f"w{n}" for n in range(40)], "slow"
+    def encode_documents(self, texts):
+        with open(sys.argv[3], "a") as log:
+            for text in texts:
+                time.sleep(0.002)
+                log.write(text + "\\n")
+        rows = [sorted({int(word[1:]) for word in text.split()}) for text in texts]
+        ends = np.cumsum([0, *map(len, rows)])
+        columns = np.concatenate(rows).astype(int)
+        return sparse.csr_matrix((columns + 1.0, columns, ends), shape=(len(texts), 40))
+
+encode_document_terms(Slow(), open_collection(sys.argv[1]), sys.argv[2], shard_size=10)
+"""
+
+
+def is_mapped(array: Any) -> bool:
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
+
+
+def test_the_files_hold_the_encoders_vectors(
+    make_collection: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_vectors, "POSTINGS_AT_ONCE", 17)  # sorted in many parts
+    texts, encoder = random_texts(100), WordCounts()
+    collection = make_collection(texts)
+    artifact = encode_document_terms(encoder, collection, tmp_path / "v", shard_size=7)
+    expected = encoder.encode_queries(texts).toarray()
+    stored = open_sparse_vectors(artifact)
+    assert is_mapped(stored.data) and is_mapped(stored.indices) and stored.data.dtype == np.float32
+    assert np.load(artifact.path / "indptr.npy").dtype == np.int64
+    assert np.load(artifact.path / "terms.npy").dtype == np.int32
+    np.testing.assert_array_equal(stored.toarray(), expected)
+    by_term = open_postings(artifact).matrix
+    np.testing.assert_array_equal(by_term.toarray(), expected.T)
+    assert by_term.has_sorted_indices and all((np.diff(by_term[term].indices) > 0).all() for term in range(40))
+    assert artifact.counts == {"documents": 100, "dimension": 40, "postings": stored.nnz, "empty_documents": 0}
+    assert artifact.manifest["inputs"]["encoder"] == encoder.fingerprint
+
+
+def test_what_is_there_is_not_encoded_again(make_collection: Any, tmp_path: Path) -> None:
+    collection, encoder = make_collection(random_texts(20)), WordCounts()
+    assert find_sparse_vectors(encoder, collection, tmp_path / "v") is None
+    made = encode_collection(encoder, collection, tmp_path / "v")
+    assert made.kind == sparse_vectors.KIND
+    assert encode_document_terms(encoder, collection, tmp_path / "v") == made
+    assert find_sparse_vectors(encoder, collection, tmp_path / "v") == made
+    assert encoder.encoded == 20
+    assert find_sparse_vectors(WordCounts(seed=1), collection, tmp_path / "v") is None
+
+
+def test_the_query_side_does_not_decide_the_vectors(make_collection: Any, tmp_path: Path) -> None:
+    collection, encoder = make_collection(random_texts(20)), WordCounts()
+    made = encode_document_terms(encoder, collection, tmp_path / "v")
+    other: Any = WordCounts()
+    other.fingerprint, other.document_fingerprint = "with other query weights", encoder.fingerprint
+    assert find_sparse_vectors(other, collection, tmp_path / "v") == made
+
+
+@pytest.mark.parametrize("moment", [0.3, 0.8])
+def test_a_killed_encoding_goes_on_where_it_stopped(make_collection: Any, tmp_path: Path, moment: float) -> None:
+    texts = random_texts(200)
+    collection: Collection = make_collection([f"{text} w{row % 40}" for row, text in enumerate(texts)])
+    log = tmp_path / "log"
+    arguments = [sys.executable, "-c", SLOW_ENCODER, collection.spec, str(tmp_path / "v"), str(log)]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    while not log.exists() or len(log.read_text().splitlines()) < moment * 200:
+        time.sleep(0.005)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "v").exists()
+    subprocess.run(arguments, check=True, stderr=subprocess.DEVNULL)
+    encoded = log.read_text().splitlines()
+    assert 200 <= len(encoded) <= 210  # the shard in flight alone was encoded twice
+    stored = open_sparse_vectors(tmp_path / "v")
+    for row, text in enumerate(collection.document_texts(range(200))):
+        terms = sorted({int(word[1:]) for word in text.split()})
+        assert stored[row].indices.tolist() == terms
+        assert stored[row].data.tolist() == [term + 1.0 for term in terms]
+    np.testing.assert_array_equal(open_postings(tmp_path / "v").matrix.toarray(), stored.toarray().T)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])
+def test_weights_that_are_none_are_refused_with_the_document(
+    make_collection: Any, tmp_path: Path, value: float
+) -> None:
+    class Diverged(WordCounts):
+        def encode_documents(self, texts: Any) -> Any:
+            made = super().encode_documents(texts)
+            if "w39 w39 w39" in texts:
+                made.data[made.indptr[texts.index("w39 w39 w39")]] = value
+            return made
+
+    texts = [*random_texts(30), "w39 w39 w39", *random_texts(5)]
+    with pytest.raises(RankdistillError, match="NaN, infinite or below 0") as error:
+        encode_document_terms(Diverged(), make_collection(texts), tmp_path / "v", shard_size=8)
+    assert "'d30'" in str(error.value)
+    assert not (tmp_path / "v").exists()
+
+
+def test_empty_documents_are_counted_and_said(
+    make_collection: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = encode_document_terms(WordCounts(), make_collection(["w1", "unknown", "w2 w3", ""]), tmp_path / "v")
+    assert artifact.counts["empty_documents"] == 2
+    assert "2 of 4 documents came out empty" in (said := capsys.readouterr().err) and "'d1'" in said
+    assert np.diff(open_sparse_vectors(artifact).indptr).tolist() == [1, 0, 2, 0]
+
+
+def test_a_student_without_any_weight_is_refused(make_collection: Any, tmp_path: Path) -> None:
+    with pytest.raises(RankdistillError, match=r"every document .* came out empty"):
+        encode_document_terms(WordCounts(), make_collection(["unknown", "words"]), tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
+def test_vectors_come_out_in_one_form() -> None:
+    from scipy import sparse
+
+    loose = sparse.csr_matrix((np.array([1.0, 0.0, 2.0, 3.0]), np.array([3, 1, 0, 3]), np.array([0, 4])), shape=(1, 5))
+    made = checked_terms(loose, 5, str)
+    assert made.indices.tolist() == [0, 3] and made.data.tolist() == [2.0, 4.0] and made.dtype == np.float32
+    with pytest.raises(RankdistillError, match="over 5 terms where the vocabulary has 6"):
+        checked_terms(loose, 6, str)
+
+
+def test_damaged_files_are_refused(make_collection: Any, tmp_path: Path) -> None:
+    artifact = encode_document_terms(WordCounts(), make_collection(random_texts(20)), tmp_path / "v")
+    weights = artifact.path / "weights.npy"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-40])
+    with pytest.raises(RankdistillError, match="cannot be read"):
+        open_sparse_vectors(artifact)
+    np.save(weights, np.ones(7, np.float32))
+    with pytest.raises(RankdistillError, match="do not belong together"):
+        open_sparse_vectors(artifact)
+    (artifact.path / "by_term.indptr.npy").unlink()
+    with pytest.raises(RankdistillError, match="cannot be read"):
+        open_postings(artifact)
+    (artifact.path / MANIFEST).unlink()
+    with pytest.raises(RankdistillError, match="no sparse_vectors here"):
+        open_sparse_vectors(artifact.path)
