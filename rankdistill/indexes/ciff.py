@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.errors import RankdistillError, require
-from rankdistill.indexes.impacts import WEIGHTS_AT_ONCE, Quantiser, fit_quantiser
+from rankdistill.indexes.impacts import WEIGHTS_AT_ONCE, Quantiser, fit_quantiser, term_names
 from rankdistill.indexes.sparse_specification import CiffSpecification
 from rankdistill.progress import progress
 
@@ -49,7 +49,7 @@ def build(
     """
     messages = require("ciff_toolkit.ciff_pb2", extra=EXTRA, why="an export to CIFF")
     writing = require("ciff_toolkit.write", extra=EXTRA, why="an export to CIFF")
-    names = _names(terms, specification.name)
+    names = term_names(terms, specification.name)
     quantiser, counts = fit_quantiser(specification, vectors)
     postings, lengths = _by_term(vectors, quantiser, doc_ids)
     filled = np.flatnonzero(np.diff(postings.indptr)).tolist()
@@ -108,12 +108,3 @@ def _by_term(vectors: Any, quantiser: Quantiser, doc_ids: Sequence[str]) -> tupl
     by_term = by_document.tocsc()
     by_term.sort_indices()
     return by_term, lengths
-
-
-def _names(terms: Sequence[str], where: str) -> list[str]:
-    """All different, none empty."""
-    names = [term or f"[id {number}]" for number, term in enumerate(terms)]
-    if len(set(names)) < len(names):
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise RankdistillError(f"two of the vocabulary's {len(names):,} terms are {twice!r}", where=where)
-    return names

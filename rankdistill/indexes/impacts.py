@@ -6,7 +6,8 @@ highest weight over 2^bits - 1. Anh & Moffat, "Pruned Query Evaluation Using Pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,19 @@ def fit_quantiser(specification: QuantisedSpecification, vectors: Any) -> tuple[
                 fix=f"maximum: {highest:.4g}, or leave it out, or above: clip",
             )
     return quantiser, {"maximum_weight": maximum, "step": quantiser.step, "clipped_weights": clipped}
+
+
+def term_names(terms: Sequence[str], where: str) -> list[str]:
+    """A vocabulary's terms as an index writes them: one for each id, all different; an id without a term: "[id 17]".
+
+    Raises:
+        RankdistillError: two of one name.
+    """
+    names = [term or f"[id {number}]" for number, term in enumerate(terms)]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise RankdistillError(f"two of the vocabulary's {len(names):,} terms are {twice!r}", where=where)
+    return names
 
 
 def _parts(weights: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:

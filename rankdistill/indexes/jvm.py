@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import struct
 import threading
@@ -28,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rankdistill.errors import RankdistillError, require
+from rankdistill.errors import RankdistillError, UsageError, require
 from rankdistill.progress import warn
 
 EXTRA = "lucene"
@@ -164,11 +165,12 @@ def library(home: Path) -> Path | None:
 
 
 def start() -> None:
-    """Start the JVM, once; about a tenth of a second.
+    """Start the JVM, once; some 0.2 seconds.
 
     Raises:
         RankdistillError: the extra is missing; no fit Java; the JVM of this process was started by someone else without
             pyserini's jar; this is a forked child of the process that started it.
+        UsageError: RANKDISTILL_JAVA_MEMORY is no size.
     """
     if _machine.process == os.getpid():
         return
@@ -224,8 +226,11 @@ def _options(given: Sequence[str], java: Java) -> list[str]:
     module = f"--add-modules={VECTOR_MODULE}"
     options = [option for option in given if option != module or VECTOR_MODULE in java.modules]
     options.append("-Xrs")  # Ctrl-C stays Python's: otherwise the JVM ends the process, and nothing is cleaned up
-    if os.environ.get(MEMORY):
-        options.append(f"-Xmx{os.environ[MEMORY]}")
+    memory = os.environ.get(MEMORY)
+    if memory:
+        if not re.fullmatch(r"\d+[kmgtKMGT]?", memory):  # the JVM would end the process
+            raise UsageError(f"{memory!r} is no size of memory", where=MEMORY, fix="such as 4g or 500m")
+        options.append(f"-Xmx{memory}")
     if java.version >= 22:
         options.append("--enable-native-access=ALL-UNNAMED")  # else Java warns on the error stream
     if java.version >= 23:
@@ -309,6 +314,8 @@ class calls:
 def _remedy(error: Any) -> str | None:
     if "OutOfMemory" in str(error.classname):
         return f"give the JVM more memory: {MEMORY}=8g"
+    if "No space left" in str(error.innermessage):
+        return "free some space and run the same command again"
     return None
 
 

@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class LuceneWriter:
         (self.folder / "write.lock").unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        with jvm.calls(self.folder):
+        """Let go of the files after a failure, which is what is told: not what fails on the way."""
+        with suppress(RankdistillError), jvm.calls(self.folder):
             self._writer.rollback()
             self._directory.close()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rankdistill.artifacts import write_atomically
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes import jvm
 from rankdistill.indexes.base import Hits, no_hits
-from rankdistill.indexes.impacts import fit_quantiser
+from rankdistill.indexes.impacts import fit_quantiser, term_names
 from rankdistill.indexes.lucene import CONTENTS, LuceneReader, LuceneWriter, PerThread, java_text, search_all
 from rankdistill.indexes.sparse_specification import LuceneImpactSpecification
 from rankdistill.progress import progress
@@ -56,7 +55,7 @@ def build(
         RankdistillError: the extra `lucene` or a fit Java is missing; a weight above the maximum that the specification
             refuses; two terms of one name, or one that Lucene cannot hold; a document whose impacts exceed 2^31.
     """
-    names = _names(terms, specification.name)
+    names = _lucene_names(terms, specification.name)
     if len(names) < vectors.shape[1] or len(doc_ids) != vectors.shape[0]:
         raise RankdistillError(
             f"{len(doc_ids):,} document ids and {len(names):,} terms for vectors of {vectors.shape[0]:,} documents and "
@@ -160,16 +159,8 @@ class LuceneImpactIndex:
         return Hits(hits.rows, hits.scores * np.float32(self.step / unit))
 
 
-def _names(terms: Sequence[str], where: str) -> list[str]:
-    """Terms as they are in the index, one for each id: an id without a term has "[id 17]".
-
-    Raises:
-        RankdistillError: two of one name; one that Lucene cannot hold.
-    """
-    names = [term or f"[id {number}]" for number, term in enumerate(terms)]
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise RankdistillError(f"two of the vocabulary's {len(names):,} terms are {twice!r}", where=where)
+def _lucene_names(terms: Sequence[str], where: str) -> list[str]:
+    names = term_names(terms, where)
     for name in names:
         if IMPACT in name or NEXT in name or len(name.encode("utf-8", "surrogatepass")) > LONGEST_TERM:
             raise RankdistillError(

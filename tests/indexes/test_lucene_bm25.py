@@ -198,8 +198,8 @@ def test_searching_imports_no_model_library(make_collection: Any, tmp_path: Path
     assert ending.stdout == "[0, 1]\nset()\n", ending.stderr
 
 
-def test_nfcorpus_reaches_the_published_quality(shared_data: Path, tmp_path: Path) -> None:
-    """Thakur et al. 2021 and Anserini's regressions: 0.325 and 0.322 (flat, k1 = 0.9, b = 0.4)."""
+def test_nfcorpus_gives_the_published_figures(shared_data: Path, tmp_path: Path) -> None:
+    """Anserini's regression "beir-v1.0.0-nfcorpus-flat" prints 0.3218, 0.2457 and 0.3704 (ties by id, here by row)."""
     import pytrec_eval
 
     from rankdistill.collections import open_collection
@@ -207,10 +207,12 @@ def test_nfcorpus_reaches_the_published_quality(shared_data: Path, tmp_path: Pat
     collection = open_collection(f"beir:{shared_data / 'beir' / 'nfcorpus'}")
     engine = opened(collection, tmp_path / "bm25")
     ids = collection.query_ids("test")
-    hits = engine.search(collection.query_texts(ids), 100)
     run = {
-        query_id: dict(zip(collection.doc_ids(found.rows), found.scores.tolist(), strict=True))
-        for query_id, found in zip(ids, hits, strict=True)
+        # trec_eval would order ties anew, so ranks are given for scores.
+        query_id: {doc_id: 1.0 / rank for rank, doc_id in enumerate(collection.doc_ids(found.rows), 1)}
+        for query_id, found in zip(ids, engine.search(collection.query_texts(ids), 1000), strict=True)
     }
-    measured = pytrec_eval.RelevanceEvaluator(collection.qrels("test"), {"ndcg_cut_10"}).evaluate(run)
-    assert 0.317 <= sum(query["ndcg_cut_10"] for query in measured.values()) / len(ids) <= 0.325
+    published = {"ndcg_cut_10": 0.3218, "recall_100": 0.2457, "recall_1000": 0.3704}
+    measured = pytrec_eval.RelevanceEvaluator(collection.qrels("test"), set(published)).evaluate(run)
+    means = {metric: sum(query[metric] for query in measured.values()) / len(ids) for metric in published}
+    assert means == pytest.approx(published, abs=3e-4)

@@ -226,3 +226,31 @@ def test_two_encoders_of_different_vocabularies_are_refused(masked_model: Path, 
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match=r"2 of \d+ tokens differ"):
         student(masked_model, query_encoder="separate", query_model=str(other))
+
+
+@pytest.mark.parametrize("kind", ["RobertaConfig", "DistilBertConfig", "ModernBertConfig"])
+@pytest.mark.parametrize("head", [True, False])
+def test_other_kinds_of_encoders(
+    kind: str, head: bool, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
+    sizes: dict[str, int] = {"vocab_size": len(tokenizer), "max_position_embeddings": 80, "pad_token_id": 0}
+    if kind == "DistilBertConfig":
+        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    else:
+        sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3} if "Modern" in kind else {}
+    maker: Any = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
+    torch.manual_seed(0)
+    maker.from_config(getattr(transformers, kind)(**sizes)).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    model = student(tmp_path / "start")
+    assert ("has no masked-language head" in capsys.readouterr().err) is not head
+    assert all(one is not None for one in model._heads.values())  # in little memory, all of them
+    model.save(tmp_path / "model")
+    _, documents = plain_vectors(tmp_path / "model")
+    np.testing.assert_allclose(model.encode_documents(TEXTS).toarray(), documents, atol=1e-4)
+    bert: Any = model.model[0].model  # type: ignore[union-attr]
+    assert bert.get_output_embeddings().weight is bert.get_input_embeddings().weight
