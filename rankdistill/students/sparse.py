@@ -53,11 +53,13 @@ class Start:
         warm_up: of its heads.
         encoders: (transformer, whether its head is new, what names its weights).
         idf: the table of query weights is computed.
+        least: query weights below this are 0.
     """
 
     warm_up: WarmUp
     encoders: list[tuple[Transformer, bool, Any]]
     idf: bool = False
+    least: float = 0.0
 
 
 class SparseModel(StudentModel):
@@ -73,6 +75,7 @@ class SparseModel(StudentModel):
     """
 
     sparse = True
+    idf_learning_rate: float | None = None
 
     def __init__(
         self,
@@ -178,9 +181,17 @@ class SparseModel(StudentModel):
         if start.idf and static is not None and weights is not None:
             table, idf = collection_idf(collection, weights.tokenizer, self.dimension, folder)
             table[special_tokens(static.tokenizer, self.dimension)] = 0
+            table[table < start.least] = 0
             with torch.no_grad():
                 static.weight.copy_(torch.from_numpy(table))
         self._name(warm_ups, idf)
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """That of the table of query weights, where it is trained: they are thousands of times as large as others."""
+        static = self.static
+        if self.idf_learning_rate is None or static is None or not static.weight.requires_grad:
+            return {}
+        return {static.weight: self.idf_learning_rate}
 
     def _check_table(self) -> None:
         if self.start is not None and self.start.idf:

@@ -155,6 +155,15 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         distiller: Distiller = self.accelerator.unwrap_model(self.model)
         return distiller.student
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        rates = self.student.learning_rates()
+        for group in list(optimizer.param_groups):
+            for parameter in [one for one in group["params"] if one in rates]:
+                group["params"] = [one for one in group["params"] if one is not parameter]
+                optimizer.add_param_group({**group, "params": [parameter], "lr": rates[parameter]})
+        return optimizer
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         stream: Any = self.train_dataset
         loader: DataLoader[Any] = DataLoader(

@@ -69,6 +69,22 @@ def test_queries_weigh_rare_words_more(tiny_encoder: Path, tiny_collection: Coll
     assert of["iron"] == pytest.approx(np.log1p((count - held + 0.5) / (held + 0.5)))
 
 
+def test_tokens_of_many_documents_weigh_nothing(
+    tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path
+) -> None:
+    whole, cut = (student(tiny_encoder, tiny_collection, tmp_path, common=share) for share in (1.0, 0.3))
+    assert whole.token_weights is not None and cut.token_weights is not None
+    tokenizer = whole.token_weights.tokenizer
+    texts = tiny_collection.document_texts(range(tiny_collection.document_count))
+    held = np.zeros(whole.dimension)
+    for encoded in tokenizer.encode_batch(texts, add_special_tokens=False):
+        held[np.unique(encoded.ids)] += 1
+    kept = np.where((held + 0.5) / (len(texts) + 1) <= 0.3, whole.token_weights.weights, 0)
+    np.testing.assert_array_equal(cut.token_weights.weights, kept)
+    assert 0 < (kept > 0).sum() < (whole.token_weights.weights > 0).sum()
+    assert whole.fingerprint != cut.fingerprint and whole.document_fingerprint == cut.document_fingerprint
+
+
 def test_the_table_waits_for_its_collection(tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path) -> None:
     model = InferenceFreeStudent(str(tiny_encoder), precision="fp32").create("cpu")
     before = model.fingerprint

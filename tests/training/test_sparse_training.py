@@ -171,3 +171,15 @@ def test_regularisers_without_anything_to_press_on_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=told):
         train(tmp_path / "out", kind=kind, student=student, losses=[{"type": "kl"}, loss])
+
+
+def test_a_trained_table_learns_at_a_rate_of_its_own(train: Callable[..., Artifact], tmp_path: Path) -> None:
+    recipe = {"kind": "inference_free", "losses": [{"type": "kl"}], "steps": 1, "warmup": 0.0, "schedule": "constant"}
+    tables = []
+    for rate in (1e-9, 0.01):
+        artifact = train(tmp_path / str(rate), student={"train_idf": True, "idf_learning_rate": rate}, **recipe)
+        path = next(path for path in (artifact.path / "model").rglob("*.safetensors") if "weight" in load_file(path))
+        tables.append(load_file(path)["weight"])
+    change = (tables[1] - tables[0]).abs()
+    # Adam's first step is as large as the learning rate.
+    assert float(change[change > 1e-6].max()) == pytest.approx(0.01, rel=0.02) and int((change > 1e-6).sum()) > 5
