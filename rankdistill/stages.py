@@ -518,6 +518,8 @@ class Workspace:
         if self.recipe.evaluation.latency_queries is not None:
             loaded = loaded.model_copy(update={"latency_queries": self.recipe.evaluation.latency_queries})
         out = Path(out) if out is not None else self.path / "evaluation" / loaded.name
+        if out.exists() and not out.is_dir():
+            raise UsageError("an evaluation is written to a folder; there is a file here", where=str(out))
 
         def systems(collection: Collection, one: EvaluationSet, split: str) -> dict[str, System]:
             return self.systems(loaded, collection, split)

@@ -34,24 +34,29 @@ class Sparsity(Regulariser):
 
     Args:
         weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
+            Unless given, `usual`, and a hundredth of it where it is steered: a student that was pressed too hard at
+            first does not get its terms back.
         side: whose weights.
         ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1); 0: it
-            does not rise. Lassance et al. 2022: a student that is pressed at once loses terms before it can use them.
+            does not rise.
         threshold: texts with at most so many active terms feel nothing (the ℓ0 mask, arXiv:2504.14839).
         target: active terms a text to end with. λ is then steered: the set point goes from what the student starts
             with to the target over the ramp, evenly in logarithms, and stays there.
     """
 
     type: ClassVar[str]
+    usual: ClassVar[float] = 0.08  # λ of FLOPS on documents
 
     def __init__(
         self,
-        weight: Schedule = 0.08,
+        weight: Schedule | None = None,
         side: Literal["query", "document"] = "document",
         ramp: Share = 1 / 3,
         threshold: Terms | None = None,
         target: Terms | None = None,
     ) -> None:
+        if weight is None:
+            weight = self.usual if target is None else self.usual / 100
         if isinstance(weight, (int, float)) and ramp > 0:
             weight = Ramp(start=0.0, end=weight, over=ramp, shape="quadratic")
         super().__init__(weight)
@@ -113,16 +118,7 @@ class L1(Sparsity):
     """
 
     type = "l1"
-
-    def __init__(
-        self,
-        weight: Schedule = 1e-3,
-        side: Literal["query", "document"] = "document",
-        ramp: Share = 1 / 3,
-        threshold: Terms | None = None,
-        target: Terms | None = None,
-    ) -> None:
-        super().__init__(weight, side, ramp, threshold, target)
+    usual = 1e-3
 
     def penalty(self, weights: Tensor) -> Tensor:
         return weights.sum(dim=1).mean()
@@ -167,7 +163,7 @@ class IdfFlops(Flops):
 
     def __init__(
         self,
-        weight: Schedule = 0.08,
+        weight: Schedule | None = None,
         side: Literal["query", "document"] = "document",
         ramp: Share = 1 / 3,
         threshold: Terms | None = None,
@@ -209,7 +205,7 @@ class DfFlops(Sparsity):
 
     def __init__(
         self,
-        weight: Schedule = 0.08,
+        weight: Schedule | None = None,
         side: Literal["query", "document"] = "document",
         ramp: Share = 1 / 3,
         threshold: Terms | None = None,
