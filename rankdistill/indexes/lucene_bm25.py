@@ -20,7 +20,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes import jvm
 from rankdistill.indexes.base import Hits, no_hits
 from rankdistill.indexes.lucene import CONTENTS, LuceneReader, LuceneWriter, java_text, search_all
-from rankdistill.indexes.sources import CandidateSource
+from rankdistill.indexes.sources import BM25Source
 from rankdistill.progress import progress
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class LuceneBM25:
         return jvm.load("org.apache.lucene.search.similarities.BM25Similarity")(self.k1, self.b)
 
 
-class LuceneBM25Source(CandidateSource):
+class LuceneBM25Source(BM25Source):
     """BM25 in Lucene over the collection's texts (extra `lucene`).
 
     Args:
@@ -224,25 +224,7 @@ class LuceneBM25Source(CandidateSource):
     """
 
     type = "lucene_bm25"
-
-    def __init__(
-        self,
-        quota: int | None = None,
-        rank_from: int = 1,
-        rank_to: int | None = None,
-        margin: float | None = None,
-        relative_margin: float | None = None,
-        k1: float = 0.9,
-        b: float = 0.4,
-        language: str = "english",
-    ) -> None:
-        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
-        self.engine = LuceneBM25(k1=k1, b=b, language=language)
-
-    def open(self, collection: Collection, folder: Path) -> LuceneBM25:
-        path = folder / f"{KIND}-{self.engine.fingerprint_for(collection)}"
-        self.engine.build(collection, path)
-        return LuceneBM25.open(path)
+    engine_class = LuceneBM25
 
 
 def _unopened() -> RankdistillError:

@@ -69,6 +69,7 @@ class BM25Source(CandidateSource):
     """
 
     type = "bm25"
+    engine_class: ClassVar[Any] = BM25
 
     def __init__(
         self,
@@ -82,12 +83,13 @@ class BM25Source(CandidateSource):
         language: str = "english",
     ) -> None:
         super().__init__(quota, rank_from, rank_to, margin, relative_margin)
-        self.engine = BM25(k1=k1, b=b, language=language)
+        self.engine = self.engine_class(k1=k1, b=b, language=language)
 
-    def open(self, collection: Collection, folder: Path) -> BM25:
-        path = folder / f"bm25-{self.engine.fingerprint_for(collection)}"
+    def open(self, collection: Collection, folder: Path) -> Engine:
+        path = folder / f"{self.type}-{self.engine.fingerprint_for(collection)}"
         self.engine.build(collection, path)
-        return BM25.open(path)
+        opened: Engine = self.engine_class.open(path)
+        return opened
 
 
 class DenseSource(CandidateSource):
