@@ -59,6 +59,7 @@ ENSEMBLE = {
 }
 LENGTHS = {"query_length": 32, "document_length": 256}
 KL, MARGIN = {"type": "kl"}, {"type": "margin_mse", "weight": 0.05}
+ALL_PAIRS = {"type": "margin_mse", "pairs": "all_pairs"}
 QUERY_FLOPS = {"type": "flops", "side": "query", "target": 25}
 FLOPS, DF_FLOPS = ({"type": name, "side": "document", "target": 150} for name in ("flops", "df_flops"))
 START = {"model": ENCODER, "dropout": 0.0, **LENGTHS, "warm_up": {"terms": 1024}}
@@ -74,6 +75,7 @@ def learning(*losses: dict[str, Any], student: dict[str, Any] | None = None) -> 
 ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "inference-free": ("dense", 1.0, learning(KL, MARGIN, FLOPS, student=FAINT)),
     "inference-free, ensemble-taught": ("ensemble", 1.0, learning(KL, FLOPS)),
+    "inference-free, ensemble-taught, Margin-MSE": ("ensemble", 1.0, learning(ALL_PAIRS, FLOPS | {"weight": 0.01})),
     "inference-free, ensemble-taught, DF-FLOPS": ("ensemble", 1.0, learning(KL, DF_FLOPS)),
     "inference-free, ensemble-taught, IDF trained": ("ensemble", 1.0, learning(KL, FLOPS, student={"train_idf": True})),
     "SPLADE": ("dense", 1.0, learning(KL, MARGIN, QUERY_FLOPS, FLOPS, student=SPLADE | FAINT)),
