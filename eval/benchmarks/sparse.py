@@ -301,7 +301,7 @@ class Benchmark:
         students = {"BM25 over word pieces": (token, self.vectors("token-bm25", token))}
         for row in EXPORTED:
             folder, recipe = self.trained(row, seed)
-            if (folder / "manifest.json").is_file():
+            if (folder / "manifest.json").is_file() and learned(folder):
                 maker = build("student", recipe.student.settings())
                 model = maker.open(folder / "model")
                 students[row] = (model.token_weights or model, self.vectors(f"{slug(row)}-{seed}", model))
@@ -409,6 +409,12 @@ def table(bench: Benchmark, seeds: list[int]) -> list[str]:
             "| " + " | ".join([row, short(ndcg), each, difference, p, short(recall), *sizes, size, steps]) + " |"
         )
     return [*lines, ""]
+
+
+def learned(folder: Path) -> bool:
+    """Whether a checkpoint after the start was the best on dev: else the student is the untrained one."""
+    dev = json.loads((folder / "manifest.json").read_text())["dev"]
+    return int(max(dev, key=lambda step: dev[step])) > 0
 
 
 def best_step(values: dict[str, Any]) -> str:
