@@ -22,7 +22,37 @@ if TYPE_CHECKING:
 KEPT_VECTORS = 200_000  # document vectors held in memory at most
 
 
-class BiEncoderTeacher(PairTeacher):
+class EncoderTeacher(PairTeacher):
+    """What teachers that load an encoder have in common: where it runs, and what names it."""
+
+    model_name: str
+    scale: float
+    max_length: int | None
+    precision: Precision
+    _device_name: str | None
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self._device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def fingerprint(self) -> str:
+        settings = self.describe()
+        del settings["model"]
+        return fingerprint({**settings, "revision": resolve_model(self.model_name).revision})
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "model": self.model_name,
+            "scale": self.scale,
+            "max_length": self.max_length,
+            "precision": resolve_precision(self.device, self.precision),
+        }
+
+
+class BiEncoderTeacher(EncoderTeacher):
     """Any sentence-transformers model; the score of a pair is a product of its two vectors.
 
     Args:
@@ -54,26 +84,8 @@ class BiEncoderTeacher(PairTeacher):
         self._model: DenseModel | None = None
         self._kept: dict[bytes, np.ndarray] = {}
 
-    @property
-    def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def fingerprint(self) -> str:
-        settings = self.describe()
-        del settings["model"]
-        return fingerprint({**settings, "revision": resolve_model(self.model_name).revision})
-
     def describe(self) -> dict[str, Any]:
-        return {
-            "type": self.type,
-            "model": self.model_name,
-            "similarity": self.similarity,
-            "scale": self.scale,
-            "max_length": self.max_length,
-            "precision": resolve_precision(self.device, self.precision),
-        }
+        return super().describe() | {"similarity": self.similarity}
 
     def load(self) -> DenseModel:
         """The model, loaded once.

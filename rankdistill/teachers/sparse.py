@@ -14,12 +14,11 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.students.models import resolve_model
-from rankdistill.students.token_batches import Precision, resolve_precision
+from rankdistill.students.token_batches import Precision
 from rankdistill.teachers.base import PairTeacher
+from rankdistill.teachers.bi_encoder import EncoderTeacher
 
 if TYPE_CHECKING:
-    import torch
-
     from rankdistill.collections import Collection
     from rankdistill.students.sparse import SparseModel
 
@@ -122,7 +121,7 @@ class BM25Teacher(TermWeightTeacher):
         return self.engine
 
 
-class SparseEncoderTeacher(TermWeightTeacher):
+class SparseEncoderTeacher(TermWeightTeacher, EncoderTeacher):
     """Any SparseEncoder of sentence-transformers (SPLADE, inference-free): a product of term weights.
 
     Args:
@@ -148,26 +147,6 @@ class SparseEncoderTeacher(TermWeightTeacher):
         self.precision: Precision = precision
         self._device_name = device
         self._model: SparseModel | None = None
-
-    @property
-    def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def fingerprint(self) -> str:
-        settings = self.describe()
-        del settings["model"]
-        return fingerprint({**settings, "revision": resolve_model(self.model_name).revision})
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "type": self.type,
-            "model": self.model_name,
-            "scale": self.scale,
-            "max_length": self.max_length,
-            "precision": resolve_precision(self.device, self.precision),
-        }
 
     def load(self) -> SparseModel:
         """The model, loaded once.
