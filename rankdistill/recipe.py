@@ -149,7 +149,7 @@ class Training(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
     loader_processes: int = Field(0, ge=0)
-    device: str | None = None
+    device: str | None = Field(None, description="of the student alone; the recipe's unless given")
 
 
 class Extrapolation(Section):
@@ -179,6 +179,9 @@ class Recipe(Section):
     name: str = "run"
     description: str = ""
     seed: int = 42
+    device: str | None = Field(
+        None, description="cpu, cuda, cuda:1 ...: where all of it runs; a GPU if there is one unless given"
+    )
     collection: str
     candidates: Candidates = Field(default_factory=Candidates)
     teacher: Teacher | None = None
@@ -190,6 +193,10 @@ class Recipe(Section):
     )
     indexes: list[str] = Field(default_factory=lambda: ["flat"], description="specifications: files or shipped names")
     evaluation: Evaluate = Field(default_factory=Evaluate)
+
+    @property
+    def student_device(self) -> str | None:
+        return self.training.device or self.device
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

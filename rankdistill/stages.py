@@ -28,6 +28,7 @@ from rankdistill.artifacts import (
     write_atomically,
 )
 from rankdistill.collections import Collection, open_collection
+from rankdistill.devices import command_device, use_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import duration, launched, say, warn
 from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
@@ -78,6 +79,7 @@ class Workspace:
                 )
             recipe = check_recipe(read_yaml(saved), str(saved))
         self.recipe = recipe
+        use_device(recipe.device)
         self.store_path = store
         self._teachers: dict[str, Any] = {}
 
@@ -202,7 +204,7 @@ class Workspace:
             return
         candidates, _ = self.mine()
         path = self.path / name
-        values = {**settings, **teacher.training_inputs(), "seed": self.recipe.seed}
+        values = {**unplaced(settings), **teacher.training_inputs(), "seed": self.recipe.seed}
         inputs = {"candidates": candidates.fingerprint}
         print_ = fingerprint([values, inputs])
         with locked(path):
@@ -334,7 +336,9 @@ class Workspace:
         from rankdistill.training.processes import run_together
 
         store = ["--store", str(self.store_path)] if self.store_path is not None else []
-        arguments = ["train", str(self.path / RECIPE), "--out", str(self.path), "--student", name, *store]
+        place = command_device()
+        device = ["--device", place] if place is not None else []
+        arguments = ["train", str(self.path / RECIPE), "--out", str(self.path), "--student", name, *store, *device]
         run_together(processes, arguments)
         return open_artifact(self.student_folder(name), "student")
 
@@ -368,11 +372,11 @@ class Workspace:
         recipe = self.recipe if name == UNTRAINED else self.recipe_of(name)
         maker = build("student", recipe.student.settings(), "student")
         if name == UNTRAINED:
-            model: StudentModel = maker.create(recipe.training.device)
+            model: StudentModel = maker.create(recipe.student_device)
             model.prepare(self.collection, self.path / "prepared")  # as its training begins
         else:
             artifact = open_artifact(self.student_folder(name), "student")
-            model = maker.open(artifact.path / "model", recipe.training.device)
+            model = maker.open(artifact.path / "model", recipe.student_device)
         return model
 
     # -- index --------------------------------------------------------------------------------------------------------
@@ -449,7 +453,7 @@ class Workspace:
 
     def _open_student(self, folder: Path) -> StudentModel:
         maker = build("student", self.recipe.student.settings(), "student")
-        model: StudentModel = maker.open(folder, self.recipe.training.device)
+        model: StudentModel = maker.open(folder, self.recipe.student_device)
         return model
 
     def searched(self, index: FaissIndex | BuiltSparseIndex, student: Any) -> DenseEngine | SparseEngine:
@@ -627,6 +631,13 @@ class Workspace:
             for specification in filter(self._learned, self.recipe.indexes):
                 for path in (self.path / "indexes").rglob(f"{self.index_file(specification).name}*"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def unplaced(settings: Any) -> Any:
+    """A method's settings without the devices that it and its parts are given: they decide no content."""
+    if isinstance(settings, Mapping):
+        return {key: None if key == "device" else unplaced(value) for key, value in settings.items()}
+    return [unplaced(value) for value in settings] if isinstance(settings, list) else settings
 
 
 def _lists(candidates: Artifact) -> Iterator[Ranking]:

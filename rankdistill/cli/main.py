@@ -34,6 +34,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warni
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder (or file) to write.")]
 Store = Annotated[Path | None, typer.Option("--store", help="Folder of the score store; default: the user's cache.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...: where all of it runs; default: a GPU if any.")
+]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")]
 
 
@@ -64,10 +67,11 @@ def run(
     force: Annotated[list[str] | None, typer.Option(help="Do this stage again.", metavar="STAGE")] = None,
     store: Store = None,
     as_json: Json = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Walk a recipe: mine, teach, score, train, index, evaluate. Finished stages are not run again."""
-    _begin(quiet or as_json)
+    _begin(quiet or as_json, device)
     from rankdistill.recipe import load_recipe
     from rankdistill.stages import Workspace
 
@@ -160,10 +164,11 @@ def mine(
     depth: Annotated[int, typer.Option(help="Documents a query.")] = 100,
     positives: Annotated[bool, typer.Option(help="Put the labelled positives first.")] = True,
     trec: Annotated[Path | None, typer.Option(help="Also write a TREC run file.")] = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Mine candidates for a collection's queries."""
-    _begin(quiet)
+    _begin(quiet, device)
     import yaml
 
     from rankdistill.collections import open_collection
@@ -208,10 +213,11 @@ def score(
         ),
     ] = None,
     store: Store = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Score candidates with a teacher, or import scores; they go to the store, each pair once."""
-    _begin(quiet)
+    _begin(quiet, device)
     import yaml
 
     from rankdistill.cli.spending import limited, print_estimate
@@ -253,10 +259,11 @@ def train(
         int | None, typer.Option("--nproc", help="Train in so many processes (training.processes).", min=1)
     ] = None,
     store: Store = None,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe's student, with the stages before it where they are missing."""
-    _begin(quiet)
+    _begin(quiet, device)
     from rankdistill.progress import launched
     from rankdistill.recipe import load_recipe
     from rankdistill.stages import Workspace
@@ -286,10 +293,11 @@ def index(
     ] = None,
     recall_at: Annotated[int, typer.Option(help="Documents of which recall counts.", min=1)] = 10,
     as_json: Json = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Export a run's student to an index: a file that plain FAISS opens, or a sparse student's inverted index."""
-    _begin(quiet or as_json)
+    _begin(quiet or as_json, device)
     from rankdistill.cli.searching import refuse_for_sparse
     from rankdistill.collections import open_collection
 
@@ -347,10 +355,11 @@ def quantize(
     ] = None,
     out: Out = None,
     as_json: Json = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Learn codebooks that keep the ranking, and write an index that plain FAISS opens."""
-    _begin(quiet or as_json)
+    _begin(quiet or as_json, device)
     from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
     wanted = any_specification(spec, changes or [])
@@ -388,10 +397,11 @@ def search(
         typer.Option(help="Fuse with `bm25`, or the student of another run's folder; again for more.", metavar="WITH"),
     ] = None,
     as_json: Json = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Search a run's collection with its student."""
-    _begin(quiet or as_json)
+    _begin(quiet or as_json, device)
     from rankdistill.cli.searching import refuse_for_sparse, searching_workspace
 
     workspace = searching_workspace(folder)
@@ -433,10 +443,11 @@ def evaluate(
     fetch: Annotated[bool, typer.Option(help="Look for sets that are not on this machine.")] = True,
     out: Out = None,
     as_json: Json = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a run: BM25, the student before and after, baselines, the teacher, each index."""
-    _begin(quiet or as_json)
+    _begin(quiet or as_json, device)
     _show(_workspace(folder).evaluate(suite, out, local=local, fetch=fetch), as_json)
 
 
@@ -451,10 +462,11 @@ def folds(
     buckets: Annotated[int, typer.Option(help="Clusters, and so runs.", min=2)] = 5,
     store: Store = None,
     as_json: Json = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure extrapolation: run a recipe once for each part of the queries held out, and pool per query."""
-    _begin(quiet or as_json)
+    _begin(quiet or as_json, device)
     from rankdistill.cli.folds import run_folds
     from rankdistill.evaluation.table import extrapolation_table, print_tables
     from rankdistill.recipe import load_recipe
@@ -485,10 +497,11 @@ def serve(
     ] = None,
     depth: Annotated[int, typer.Option(help="Documents a column.", min=1, max=50)] = 10,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """A local page that shows BM25, the student, its indexes and the teacher side by side for a query you type."""
-    _begin(quiet)
+    _begin(quiet, device)
     import webbrowser
 
     from rankdistill.cli.serve import search_page
@@ -601,10 +614,12 @@ def doctor(
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _begin(quiet: bool) -> None:
+def _begin(quiet: bool, device: str | None = None) -> None:
+    from rankdistill.devices import use_device
     from rankdistill.progress import set_quiet
 
     set_quiet(quiet)
+    use_device(device, command=True)
     # Libraries' own bars and advice would drown ours; ours say what is going on.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The CPU library keeps a kernel for each shape it has met: by default a thousand, which took gigabytes.

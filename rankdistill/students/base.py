@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Side = Literal["query", "document"]
 Features = dict[str, Any]
+Device = str | torch.device | None  # see devices.py
 ENCODE_CHUNK = 2048  # texts tokenised and sorted by length together
 ENCODE_BUDGET = 8192  # padded tokens in one forward pass
 WIDTH_STEP = 16  # padded lengths are multiples of this
@@ -86,8 +87,8 @@ class StudentModel(nn.Module, ABC):
         return self.similarities(queries, documents)
 
     @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[texts, dimension] float32."""
@@ -126,11 +127,11 @@ class Student(ABC):
     type: ClassVar[str]
 
     @abstractmethod
-    def create(self, device: str | None = None) -> StudentModel:
+    def create(self, device: Device = None) -> StudentModel:
         """The starting model, before any training."""
 
     @abstractmethod
-    def open(self, folder: Path, device: str | None = None) -> StudentModel:
+    def open(self, folder: Path, device: Device = None) -> StudentModel:
         """A model saved by this kind of student."""
 
 
@@ -199,9 +200,3 @@ def _is_row(value: Any, rows: int) -> bool:
 
 def to_device(features: Features, device: torch.device) -> Features:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
-
-
-def pick_device(device: str | None) -> str:
-    if device is not None:
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

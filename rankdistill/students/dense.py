@@ -15,9 +15,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers
-from rankdistill.students.base import Features, Side, Student, StudentModel, pick_device
+from rankdistill.students.base import Device, Features, Side, Student, StudentModel
 from rankdistill.students.models import folder_revision, resolve_model
 from rankdistill.students.token_batches import Precision, autocast
 
@@ -48,7 +49,7 @@ class DenseModel(StudentModel):
         super().__init__()
         self.model = model
         self.similarity = similarity
-        self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
+        self.scale = nn.Parameter(torch.tensor(float(scale), device=model.device), requires_grad=learn_scale)
         self.precision = precision
         dimension = model.get_embedding_dimension()
         if dimension is None:
@@ -57,10 +58,6 @@ class DenseModel(StudentModel):
         first = model[0]
         lengths = [getattr(first, name, None) for name in ("query_length", "document_length")]
         self.fingerprint = fingerprint([source, similarity, lengths, model.prompts, precision])
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
 
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
         prompt = self.model.prompts.get(side)
@@ -90,7 +87,7 @@ class _SentenceStudent(Student):
     learn_scale: bool
     precision: Precision
 
-    def open(self, folder: Path, device: str | None = None) -> DenseModel:
+    def open(self, folder: Path, device: Device = None) -> DenseModel:
         settings_path = folder / SETTINGS_FILE
         settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
         model = load_sentence_transformer(folder, device)
@@ -153,7 +150,7 @@ class DenseStudent(_SentenceStudent):
         self.prompts = {"query": query_prompt, "document": document_prompt}
         self.precision = precision
 
-    def create(self, device: str | None = None) -> DenseModel:
+    def create(self, device: Device = None) -> DenseModel:
         source = resolve_model(self.model)
         model = load_sentence_transformer(source.path, device)
         transformer = model[0]
@@ -224,7 +221,7 @@ class StaticStudent(_SentenceStudent):
         self.document_length = document_length
         self.precision = precision
 
-    def create(self, device: str | None = None) -> DenseModel:
+    def create(self, device: Device = None) -> DenseModel:
         from tokenizers import Tokenizer
 
         source = resolve_model(self.model)
@@ -241,7 +238,7 @@ class StaticStudent(_SentenceStudent):
             modules.append(Normalize())
         model = SentenceTransformer(
             modules=modules,
-            device=pick_device(device),
+            device=str(resolve_device(device)),
             similarity_fn_name="cosine" if self.similarity == "cos" else "dot",
         )
         return self._model(model, [source.revision, self.start, self.dimension, self.document_length])
@@ -275,12 +272,13 @@ class StaticStudent(_SentenceStudent):
         return np.concatenate(rows)
 
 
-def load_sentence_transformer(folder: Path, device: str | None = None) -> SentenceTransformer:
+def load_sentence_transformer(folder: Path, device: Device = None) -> SentenceTransformer:
     """Load a folder (a bare transformer gets mean pooling); weights in float32, safetensors only."""
+    place = str(resolve_device(device))
     try:
         with quiet_transformers():
             return SentenceTransformer(
-                str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
+                str(folder), device=place, local_files_only=True, model_kwargs={"use_safetensors": True}
             )
     except (OSError, ValueError, KeyError) as error:
         raise RankdistillError(

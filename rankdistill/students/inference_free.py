@@ -15,6 +15,7 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from rankdistill.artifacts import file_digest
 from rankdistill.errors import UsageError
 from rankdistill.progress import say
+from rankdistill.students.base import Device
 from rankdistill.students.masked_language import WarmUp
 from rankdistill.students.models import resolve_model
 from rankdistill.students.sparse import (
@@ -96,7 +97,7 @@ class InferenceFreeStudent(SparseStudent):
         self.most_terms = {"query": query_terms, "document": document_terms}
         self.warm_up = WarmUp.model_validate(warm_up)
 
-    def create(self, device: str | None = None) -> SparseModel:
+    def create(self, device: Device = None) -> SparseModel:
         documents, made, new = self._encoder(self.model)
         transformer: Any = documents[0]
         size = len(transformer.tokenizer.get_vocab())
@@ -119,7 +120,7 @@ class InferenceFreeStudent(SparseStudent):
         student.idf_learning_rate = self.idf_learning_rate
         return student
 
-    def open(self, folder: Path, device: str | None = None) -> SparseModel:
+    def open(self, folder: Path, device: Device = None) -> SparseModel:
         model = super().open(folder, device)
         if model.static is not None:
             model.static.weight.requires_grad_(self.train_idf)

@@ -19,14 +19,15 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers, say
 from rankdistill.students.base import (
+    Device,
     Features,
     Side,
     Student,
     StudentModel,
-    pick_device,
     to_device,
 )
 from rankdistill.students.dense import (
@@ -72,7 +73,7 @@ class MultiVectorModel(StudentModel):
     ) -> None:
         super().__init__()
         self.model = model
-        self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=learn_scale)
+        self.scale = nn.Parameter(torch.tensor(float(scale), device=model.device), requires_grad=learn_scale)
         self.precision = precision
         self.storage = storage
         dimension = model.get_embedding_dimension()
@@ -88,10 +89,6 @@ class MultiVectorModel(StudentModel):
         self.fingerprint = fingerprint(
             ["multi_vector", source, self.normalised, self.mean, lengths, model.prompts, settings, precision, storage]
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
 
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
         """As the base class has it; `attention_mask` marks the tokens that count, also those that expand a query and
@@ -237,7 +234,7 @@ class MultiVectorStudent(Student):
         self.skip_punctuation = skip_punctuation
         self.precision, self.storage = precision, storage
 
-    def create(self, device: str | None = None) -> MultiVectorModel:
+    def create(self, device: Device = None) -> MultiVectorModel:
         source = resolve_model(self.model)
         ready = is_multi_vector(source.path)
         if ready:
@@ -276,11 +273,11 @@ class MultiVectorStudent(Student):
         scale = self.scale if self.scale is not None else saved_scale(source.path) if ready else 1.0
         return MultiVectorModel(model, scale, self.learn_scale, made, self.precision, self.storage)
 
-    def open(self, folder: Path, device: str | None = None) -> MultiVectorModel:
+    def open(self, folder: Path, device: Device = None) -> MultiVectorModel:
         model, revision = load_multi_vector(folder, device), folder_revision(folder)
         return MultiVectorModel(model, saved_scale(folder), self.learn_scale, revision, self.precision, self.storage)
 
-    def _with_head(self, transformer: Transformer, device: str | None) -> MultiVectorEncoder:
+    def _with_head(self, transformer: Transformer, device: Device) -> MultiVectorEncoder:
         """The encoder's token vectors, projected, those that count marked."""
         width = int(transformer.get_embedding_dimension())
         modules: list[nn.Module] = [transformer]
@@ -309,7 +306,7 @@ class MultiVectorStudent(Student):
             )
         skipped = list(string.punctuation) if self.skip_punctuation is not False else []
         modules += [MultiVectorMask(skiplist_words=skipped), Normalize(module_input_name=TOKENS)]
-        return MultiVectorEncoder(modules=modules, device=pick_device(device), similarity_fn_name="maxsim")
+        return MultiVectorEncoder(modules=modules, device=str(resolve_device(device)), similarity_fn_name="maxsim")
 
     def _set_lengths(self, transformer: Transformer, ready: bool) -> None:
         limit = position_limit(transformer, transformer.max_seq_length or 10**9)
@@ -353,7 +350,7 @@ def saved_scale(folder: Path) -> float:
     return float(json.loads(path.read_text()).get("scale", 1.0)) if path.is_file() else 1.0
 
 
-def load_multi_vector(folder: Path, device: str | None = None) -> MultiVectorEncoder:
+def load_multi_vector(folder: Path, device: Device = None) -> MultiVectorEncoder:
     """Load a multi-vector model's folder; weights in float32, safetensors only.
 
     Raises:
@@ -363,10 +360,11 @@ def load_multi_vector(folder: Path, device: str | None = None) -> MultiVectorEnc
         raise RankdistillError(
             "this is no multi-vector model", where=str(folder), fix="train one: student.type: multi_vector"
         )
+    place = str(resolve_device(device))
     try:
         with quiet_transformers():
             return MultiVectorEncoder(
-                str(folder), device=pick_device(device), local_files_only=True, model_kwargs={"use_safetensors": True}
+                str(folder), device=place, local_files_only=True, model_kwargs={"use_safetensors": True}
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RankdistillError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.base import Features, Side, Student
+from rankdistill.students.base import Device, Features, Side, Student
 from rankdistill.students.dense import (
     SETTINGS_FILE,
     DenseModel,
@@ -46,7 +46,7 @@ class DocumentModel:
         known: dimension, similarity and fingerprint, where they were recorded; the model is loaded for them else.
     """
 
-    def __init__(self, settings: dict[str, Any], device: str | None, known: dict[str, Any] | None = None) -> None:
+    def __init__(self, settings: dict[str, Any], device: Device, known: dict[str, Any] | None = None) -> None:
         self.settings, self.device = settings, device
         self._model: DenseModel | None = None
         if known is None:
@@ -222,7 +222,7 @@ class QueryTowerStudent(Student):
             "precision": precision,
         }
 
-    def create(self, device: str | None = None) -> QueryTowerModel:
+    def create(self, device: Device = None) -> QueryTowerModel:
         documents = DocumentModel(self.document_settings, device)
         encoder = self._encoder(device)
         width, wanted = encoder.get_embedding_dimension(), int(documents.known["dimension"])
@@ -236,7 +236,7 @@ class QueryTowerStudent(Student):
         source = [resolve_model(self.model).revision, self.encoder, self.layers, self.pooling, self.projection]
         return self._tower(encoder, documents, source)
 
-    def open(self, folder: Path, device: str | None = None) -> QueryTowerModel:
+    def open(self, folder: Path, device: Device = None) -> QueryTowerModel:
         """The query encoder; the document model is not loaded until a document has to be encoded.
 
         Raises:
@@ -254,7 +254,7 @@ class QueryTowerStudent(Student):
         model = load_sentence_transformer(folder, device)
         return self._tower(model, documents, folder_revision(folder), settings.get("scale"))
 
-    def _encoder(self, device: str | None) -> SentenceTransformer:
+    def _encoder(self, device: Device) -> SentenceTransformer:
         """The query encoder without normalisation."""
         if self.encoder == "static":
             length = self.query_length or 256

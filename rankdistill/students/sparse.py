@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers
-from rankdistill.students.base import Features, Side, Student, StudentModel, pick_device
+from rankdistill.students.base import Device, Features, Side, Student, StudentModel
 from rankdistill.students.dense import keep_layers, position_limit, set_dropout
 from rankdistill.students.masked_language import SmallHead, WarmUp, load_masked_language, warm_up
 from rankdistill.students.models import resolve_model
@@ -127,10 +128,6 @@ class SparseModel(StudentModel):
                 fix="two encoders of one vocabulary",
             )
         return sizes["document"]
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
 
     @property
     def static(self) -> SparseStaticEmbedding | None:
@@ -399,7 +396,7 @@ def is_sparse(folder: Path) -> bool:
     return bool(settings.get("model_type") == "SparseEncoder")
 
 
-def load_sparse(folder: Path, device: str | None = None) -> SparseEncoder:
+def load_sparse(folder: Path, device: Device = None) -> SparseEncoder:
     """Load a SparseEncoder's folder; weights in float32, safetensors only.
 
     Raises:
@@ -408,9 +405,10 @@ def load_sparse(folder: Path, device: str | None = None) -> SparseEncoder:
     if not is_sparse(folder):
         raise RankdistillError("this is no SparseEncoder", where=str(folder), fix="train one: student.type: splade")
     options: Any = {"use_safetensors": True, "dtype": torch.float32}
+    place = str(resolve_device(device))
     try:
         with quiet_transformers():
-            return SparseEncoder(str(folder), device=pick_device(device), local_files_only=True, model_kwargs=options)
+            return SparseEncoder(str(folder), device=place, local_files_only=True, model_kwargs=options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RankdistillError(
             f"this is no model that sentence-transformers can load: {error}", where=str(folder)
@@ -433,7 +431,7 @@ class SparseStudent(Student):
     most_terms: dict[str, int]
     warm_up: WarmUp
 
-    def open(self, folder: Path, device: str | None = None) -> SparseModel:
+    def open(self, folder: Path, device: Device = None) -> SparseModel:
         """A saved model, ours or anybody's SparseEncoder."""
         path = folder / SETTINGS_FILE
         saved = json.loads(path.read_text()) if path.is_file() else {}
@@ -479,8 +477,8 @@ class SparseStudent(Student):
         transformer.document_length = min(self.lengths["document"] or limit, limit)
         transformer.max_seq_length = transformer.document_length
 
-    def _model(self, modules: Sequence[nn.Module], device: str | None) -> SparseEncoder:
-        model = SparseEncoder(modules=list(modules), device=pick_device(device), similarity_fn_name="dot")
+    def _model(self, modules: Sequence[nn.Module], device: Device) -> SparseEncoder:
+        model = SparseEncoder(modules=list(modules), device=str(resolve_device(device)), similarity_fn_name="dot")
         for side, prompt in self.prompts.items():
             if prompt is not None:
                 model.prompts[side] = prompt
@@ -550,7 +548,7 @@ class SpladeStudent(SparseStudent):
         self.most_terms = {"query": query_terms, "document": document_terms}
         self.warm_up = WarmUp.model_validate(warm_up)  # a recipe's is a mapping
 
-    def create(self, device: str | None = None) -> SparseModel:
+    def create(self, device: Device = None) -> SparseModel:
         documents, made, new = self._encoder(self.model)
         modules, queries = documents, made
         start = Start(self.warm_up, [(documents[0], new, made)])

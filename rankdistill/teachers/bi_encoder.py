@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.devices import resolve_device
 from rankdistill.errors import UsageError
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
@@ -33,9 +34,7 @@ class EncoderTeacher(PairTeacher):
 
     @property
     def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return resolve_device(self._device_name)
 
     def fingerprint(self) -> str:
         settings = self.describe()
@@ -107,7 +106,7 @@ class BiEncoderTeacher(EncoderTeacher):
                 query_length=self.max_length,
                 document_length=self.max_length,
                 precision=self.precision,
-            ).create(str(self.device))
+            ).create(self.device)
         return self._model
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:

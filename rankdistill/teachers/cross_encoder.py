@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers, warn
 from rankdistill.students.models import resolve_model
@@ -183,9 +184,7 @@ class CrossEncoderTeacher(PairTeacher):
 
     @property
     def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self._device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return resolve_device(self._device_name)
 
     def load(self) -> CrossEncoder:
         """The model, loaded once.

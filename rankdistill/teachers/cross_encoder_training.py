@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from rankdistill.devices import place_training
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import progress, quiet_transformers
 from rankdistill.students.token_batches import resolve_precision
@@ -168,6 +169,7 @@ def fine_tune(
         disable_tqdm=True,
         dataloader_pin_memory=device.type != "cpu",
     )
+    place_training(arguments, device)
     with progress("training the cross-encoder", steps, "steps") as bar:
 
         class ResumableTrainer(SafeCheckpoints, CrossEncoderTrainer):

@@ -29,6 +29,7 @@ from rankdistill.artifacts import (
     open_artifact,
     write_artifact,
 )
+from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError, require
 from rankdistill.progress import progress, quiet_transformers, say, warn
 from rankdistill.runs import iter_run
@@ -377,7 +378,7 @@ def fine_tune(
     if not settings.ranking_weight and not settings.text_weight:
         raise UsageError("both losses have a weight of 0", where="train", fix="ranking_weight or text_weight above 0")
     started = time.monotonic()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = resolve_device(device)
     precision = resolve_precision(place, settings.precision)
     chat = Chat(load_tokenizer(start), chat_template, template_options)
     torch.manual_seed(seed)  # adapters start at random
@@ -479,6 +480,7 @@ def _run_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type != "cpu",
     )
+    place_training(arguments, device)
     with progress("training the listwise ranker", steps, "steps") as bar:
 
         class Advance(TrainerCallback):

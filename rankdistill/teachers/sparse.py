@@ -162,7 +162,7 @@ class SparseEncoderTeacher(TermWeightTeacher, EncoderTeacher):
                 raise UsageError(
                     f"{self.model_name!r} is no SparseEncoder", where="teacher.model", fix="type: bi_encoder"
                 )
-            self._model = SpladeStudent(precision=self.precision).open(folder, str(self.device))
+            self._model = SpladeStudent(precision=self.precision).open(folder, self.device)
             if self.max_length is not None:
                 _cut(self._model, self.max_length)
         return self._model

@@ -27,6 +27,7 @@ from rankdistill.artifacts import (
     partial_folder,
     write_artifact,
 )
+from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.engines import prepare_student
@@ -314,18 +315,19 @@ def train_student(
     values = training_fingerprint_values(recipe, {"lists": lists.fingerprint, **(inputs or {})})
     prepared = prepared or out.parent / "prepared"
     processes = launched()[1]
+    device = resolve_device(recipe.student_device)
     if processes > 1:
-        training_arguments(settings, 1, out, recipe.seed)  # this makes the group of processes
+        training_arguments(recipe, 1, out)  # this makes the group of processes
     with trained_together(out, fingerprint(values), values, inputs) as artifact:
         work = artifact.path
         set_seed(recipe.seed)
         student_settings: Student = build("student", recipe.student.settings(), "student")
-        student = student_settings.create(settings.device)
+        student = student_settings.create(device)
         prepare_student(student, collection, prepared)
         prepare_regularisers(losses, student, collection, prepared)
         batch_teacher = None
         if batch_teacher_settings is not None:
-            model = build("student", batch_teacher_settings, "training.batch_teacher").create(settings.device)
+            model = build("student", batch_teacher_settings, "training.batch_teacher").create(device)
             read = any(isinstance(loss, BatchLoss) and loss.needs_batch_teacher for loss in losses.values())
             batch_teacher = BatchTeacher(model, collection, settings.batch_teacher_vectors, documents=read)
             batch_teacher.prepare(lists, prepared)
@@ -336,7 +338,7 @@ def train_student(
         share = settings.accumulation * processes
         per_epoch = max(1, len(batches.epoch(len(members), recipe.seed, 0)))
         steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch / share))
-        arguments = training_arguments(settings, steps, work, recipe.seed)
+        arguments = training_arguments(recipe, steps, work)
         stream = BatchStream(
             lists,
             collection,
@@ -470,11 +472,11 @@ def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[
     return {"seed": recipe.seed, "student": student, "training": training, **inputs}
 
 
-def training_arguments(settings: Training, steps: int, folder: Path, seed: int) -> TrainingArguments:
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def training_arguments(recipe: Recipe, steps: int, folder: Path) -> TrainingArguments:
+    settings, device = recipe.training, resolve_device(recipe.student_device)
     precision = resolve_precision(device, settings.precision)
     every = max(1, steps // settings.checkpoints)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=1,  # an item of the stream is a batch
@@ -501,8 +503,10 @@ def training_arguments(settings: Training, steps: int, folder: Path, seed: int) 
         ddp_backend="gloo" if device.type == "cpu" and launched()[1] > 1 else None,
         ddp_find_unused_parameters=True,  # encoders carry heads that no loss reads
         disable_tqdm=True,
-        seed=seed,
+        seed=recipe.seed,
     )
+    place_training(arguments, device)
+    return arguments
 
 
 def _reporters() -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers, warn
 from rankdistill.students.models import ModelSource, resolve_model
@@ -98,9 +99,7 @@ class TransformersBackend(Backend):
 
     @property
     def device(self) -> torch.device:
-        import torch
-
-        return torch.device(self.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return resolve_device(self.device_name)
 
     def fingerprint(self) -> str:
         return fingerprint(
