@@ -1,6 +1,7 @@
 # make quickstart   environment, then the whole way on real text: runs/quickstart
 # make test         environment, then all tests            (ARGS="tests/losses -x" for some of them)
 # make lint         ruff and mypy
+# make fuzz         foreign input of every kind, mutated, for as long as you like (MINUTES=30)
 # make bench        side by side with peers: eval/results  (BENCH=eval/benchmarks/startup.py for one, with ARGS)
 #
 # The environment is .venv, made once and made again when pyproject.toml or the constraints change.
@@ -19,7 +20,7 @@ BENCH ?= $(wildcard eval/benchmarks/*.py)
 # Libraries that start threads in every process of a pool, and print advice about it.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint fuzz bench clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -32,6 +33,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	@for script in $(BENCH); do \

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rankdistill.plain import shown
+
 _quiet = False
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 
@@ -34,13 +36,13 @@ def say(text: str) -> None:
     """One line for the user (a stage begins, a file was written); silent with `--quiet`, and in all but the first of
     several processes."""
     if not _quiet and launched()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text, len(text)), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """One line that must be seen, also with `--quiet`."""
     if launched()[0] == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {shown(text, len(text))}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +77,7 @@ class Progress:
             return
         seconds = time.monotonic() - self.started
         rate = self.done / seconds if seconds else 0.0
-        line = f"{self.label}: {self.done:,}"
+        line = f"{shown(self.label)}: {self.done:,}"
         if self.total:
             line += f"/{self.total:,}"
         line += f" {self.unit}, {rate:,.1f}/s"

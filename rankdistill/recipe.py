@@ -21,10 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from rankdistill.errors import UsageError
+from rankdistill.plain import DEEPEST, Name, NotPlain, Section, parse_mapping, parse_yaml, shown
+from rankdistill.plain import read_yaml as read_yaml
 
 M = typing.TypeVar("M", bound=BaseModel)
 
@@ -38,10 +39,6 @@ KINDS = {
     "weighting": "rankdistill.losses.weighting",
     "backend": "rankdistill.teachers.llm",
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Method(BaseModel):
@@ -176,9 +173,9 @@ class Evaluate(Section):
 class Recipe(Section):
     """One reproducible run."""
 
-    name: str = "run"
+    name: Name = "run"
     description: str = ""
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=1 << 32)
     device: str | None = Field(
         None, description="cpu, cuda, cuda:1 ...: where all of it runs; a GPU if there is one unless given"
     )
@@ -187,7 +184,7 @@ class Recipe(Section):
     teacher: Teacher | None = None
     student: Student
     training: Training = Field(default_factory=Training)
-    baselines: dict[str, dict[str, Any]] = Field(
+    baselines: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="name → changes to this recipe: trained on the same data, seed and budget and measured beside it",
     )
@@ -197,6 +194,13 @@ class Recipe(Section):
     @property
     def student_device(self) -> str | None:
         return self.training.device or self.device
+
+    @field_validator("baselines")
+    @classmethod
+    def _own_names(cls, baselines: dict[str, Any]) -> dict[str, Any]:
+        if taken := {"student", "untrained"} & baselines.keys():
+            raise ValueError(f"{min(taken)!r} is what the recipe's own student is called: choose another name")
+        return baselines
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -242,7 +246,7 @@ def method_class(kind: str, name: str, where: str = "type") -> type[Any]:
     names = method_names(kind)
     if name not in names:
         raise UsageError(
-            f"there is no {kind} of type {name!r}",
+            f"there is no {kind} of type {shown(name)!r}",
             where=where,
             fix=nearest(name, names) or "see `rankdistill recipes schema`",
         )
@@ -260,7 +264,10 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[name] = (hints.get(name, Any), default)
     return create_model(
-        cls.__name__, __config__=ConfigDict(extra="forbid", protected_namespaces=()), __doc__=cls.__doc__, **fields
+        cls.__name__,
+        __config__=ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False),
+        __doc__=cls.__doc__,
+        **fields,
     )
 
 
@@ -270,18 +277,20 @@ def check_method(kind: str, settings: Mapping[str, Any], where: str) -> dict[str
     Raises:
         UsageError: an unknown type or key, or a value of the wrong type.
     """
-    if "type" not in settings:
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("type"), str):
         raise UsageError(
             f"a {kind} needs a `type`", where=where, fix=f"one of: {', '.join(sorted(method_names(kind)))}"
         )
-    cls = method_class(kind, str(settings["type"]), f"{where}.type")
+    cls = method_class(kind, settings["type"], f"{where}.type")
     values = {key: value for key, value in settings.items() if key != "type"}
     model = check_values(parameters_model(cls), values, where)
     return {"type": settings["type"], **model.model_dump()}
 
 
-def build(kind: str, settings: Mapping[str, Any], where: str = "") -> Any:
-    """Make a method from its settings, checked."""
+def build(kind: str, settings: Mapping[str, Any] | str, where: str = "") -> Any:
+    """Make a method from its settings, checked; as text they are YAML."""
+    if isinstance(settings, str):
+        settings = parse_mapping(settings, where or kind)
     checked = check_method(kind, settings, where or kind)
     return method_class(kind, checked.pop("type"))(**checked)
 
@@ -310,7 +319,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 def check_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A checked recipe with every default filled in, those of methods too."""
     recipe = check_values(Recipe, dict(values), where)
-    filled = _fill_methods(recipe.resolved(), Recipe, where)
+    filled = _fill_methods(recipe.model_dump(), Recipe, where)  # as JSON, NaN would be null
     recipe = Recipe.model_validate(filled)
     for name in recipe.baselines:
         recipe.baseline(name)
@@ -350,14 +359,16 @@ def check_values(model: type[M], values: Any, where: str) -> M:
         return model.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        path = ".".join(str(part) for part in problem["loc"])
-        key = str(problem["loc"][-1]) if problem["loc"] else ""
+        path = shown(".".join(str(part) for part in problem["loc"]))
+        key = shown(problem["loc"][-1]) if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
             known = _known_keys(model, problem["loc"][:-1])
             what, fix = f"unknown key {key!r}", nearest(key, known)
         else:
-            what, fix = f"{path}: {problem['msg'].lower()}" if path else problem["msg"], None
-        raise UsageError(what, where=f"{where}: {path}" if path else where, fix=fix) from None
+            said = problem["msg"].removeprefix("Value error, ")
+            said = f"{said[:1].lower()}{said[1:]}"
+            what, fix = f"{path}: {said}" if path else said, None
+        raise UsageError(shown(what, 400), where=f"{where}: {path}" if path else where, fix=fix) from None
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
@@ -388,12 +399,16 @@ def override_value(values: dict[str, Any], override: str) -> None:
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UsageError("an override has the form key=value", where=f"--set {override}")
+        raise UsageError("an override has the form key=value", where=f"--set {shown(override)}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+        value = parse_yaml(text, f"--set {shown(override)}")
+    except NotPlain:
+        raise
+    except UsageError:
+        value = text  # `description=a: b` is no YAML, and meant as it stands
     *parents, last = key.split(".")
+    if len(parents) > DEEPEST or not shown(key, len(key) + 1) == key:
+        raise UsageError("there is no such key", where=f"--set {shown(override)}")
     place: Any = values
     for parent in parents:
         if isinstance(place, list):
@@ -401,7 +416,7 @@ def override_value(values: dict[str, Any], override: str) -> None:
         else:
             place = place.setdefault(parent, {})
             if not isinstance(place, (dict, list)):
-                raise UsageError(f"{parent!r} holds a value, not keys", where=f"--set {override}")
+                raise UsageError(f"{shown(parent)!r} holds a value, not keys", where=f"--set {shown(override)}")
     if isinstance(place, list):
         _item(place, last, override)
         place[int(last)] = value
@@ -410,8 +425,8 @@ def override_value(values: dict[str, Any], override: str) -> None:
 
 
 def _item(items: list[Any], index: str, override: str) -> Any:
-    if not index.isdigit() or int(index) >= len(items):
-        raise UsageError(f"{index!r} is not one of the {len(items)} entries", where=f"--set {override}")
+    if not (index.isascii() and index.isdigit()) or len(index) > 9 or int(index) >= len(items):
+        raise UsageError(f"{shown(index)!r} is not one of the {len(items)} entries", where=f"--set {shown(override)}")
     return items[int(index)]
 
 
@@ -429,21 +444,6 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         else:
             result[key] = value
     return result
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, read safely.
-
-    Raises:
-        UsageError: the file is not YAML or not a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"not valid YAML: {error}", where=str(path)) from None
-    if not isinstance(values, dict):
-        raise UsageError("the file should hold keys and values", where=str(path))
-    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,14 +468,17 @@ def find_declaration(folder: str, name: str) -> Path:
     Raises:
         UsageError: neither; the nearest shipped name is offered.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
     known = shipped(folder)
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, `~nobody`
+        path = Path("?")
     if path.stem in known and path.suffix in ("", ".yaml") and str(path.parent) in (".", folder):
         return known[path.stem]
     raise UsageError(
-        f"there is no file and no shipped declaration {name!r}", where=folder, fix=nearest(path.stem, known)
+        f"there is no file and no shipped declaration {shown(name, 300)!r}", where=folder, fix=nearest(path.stem, known)
     )
 
 

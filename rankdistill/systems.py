@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import open_artifact
 from rankdistill.errors import UsageError
+from rankdistill.plain import file_name
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -169,7 +170,7 @@ def _teacher_row(
     """The teacher re-ranking the top of a source of candidates; its scores go to the store."""
     from rankdistill.indexes.mining import FILE, Source, mine
 
-    path = run.path / "candidates" / f"{collection.name}-{split}{suffix}"
+    path = run.path / "candidates" / file_name(f"{collection.name}-{split}{suffix}")
     # The engine alone: quotas and ranks of the recipe say what a training list holds.
     first_stage = Source(source.engine)
     candidates = mine(collection, [first_stage], path, depth=depth, split=split, include_positives=False)

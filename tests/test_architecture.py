@@ -22,7 +22,7 @@ ROWS = [
     {"teachers", "training", "quantization", "evaluation"},
     {"students", "losses", "sampling", "indexes", "scores"},
     {"collections", "runs", "artifacts", "recipe"},
-    {"errors", "progress", "devices"},
+    {"errors", "plain", "progress", "devices"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 LONGEST = 700  # lines a file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankdistill import __version__
-from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.errors import UsageError
 
 if TYPE_CHECKING:
     from rankdistill.stages import Workspace
@@ -161,7 +162,7 @@ def mine(
         typer.Option(help="A source of candidates as YAML, e.g. '{type: bm25, quota: 50}'.", metavar="SOURCE"),
     ] = None,
     split: Annotated[str, typer.Option(help="Whose queries.")] = "train",
-    depth: Annotated[int, typer.Option(help="Documents a query.")] = 100,
+    depth: Annotated[int, typer.Option(help="Documents a query.", min=1)] = 100,
     positives: Annotated[bool, typer.Option(help="Put the labelled positives first.")] = True,
     trec: Annotated[Path | None, typer.Option(help="Also write a TREC run file.")] = None,
     device: Device = None,
@@ -169,16 +170,14 @@ def mine(
 ) -> None:
     """Mine candidates for a collection's queries."""
     _begin(quiet, device)
-    import yaml
-
     from rankdistill.collections import open_collection
     from rankdistill.indexes.mining import Source, export_trec
     from rankdistill.indexes.mining import mine as mine_candidates
     from rankdistill.recipe import build
 
+    settings = [build("source", text, "--source") for text in source or ["{type: bm25}"]]
     opened = open_collection(spec)
-    settings = [yaml.safe_load(text) for text in source or ["{type: bm25}"]]
-    sources = [Source.of(build("source", one, "--source"), opened, out / "engines") for one in settings]
+    sources = [Source.of(one, opened, out / "engines") for one in settings]
     artifact = mine_candidates(
         opened, sources, out / "candidates", depth=depth, split=split, include_positives=positives
     )
@@ -218,8 +217,6 @@ def score(
 ) -> None:
     """Score candidates with a teacher, or import scores; they go to the store, each pair once."""
     _begin(quiet, device)
-    import yaml
-
     from rankdistill.cli.spending import limited, print_estimate
     from rankdistill.collections import open_collection
     from rankdistill.recipe import build
@@ -235,7 +232,7 @@ def score(
         raise UsageError("nothing to score", fix="give --teacher and --candidates, or --import FILE")
     else:
         run_file = candidates / "candidates.parquet" if candidates.is_dir() else candidates
-        live = limited(build("teacher", yaml.safe_load(teacher), "--teacher"), budget)
+        live = limited(build("teacher", teacher, "--teacher"), budget)
         if dry_run:
             print_estimate(live, opened, iter_run(run_file), ScoreStore(store))
             return
@@ -403,6 +400,7 @@ def search(
     """Search a run's collection with its student."""
     _begin(quiet or as_json, device)
     from rankdistill.cli.searching import refuse_for_sparse, searching_workspace
+    from rankdistill.plain import shown
 
     workspace = searching_workspace(folder)
     if memory_map:
@@ -429,8 +427,8 @@ def search(
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
     for result in results:
-        text = " ".join(str(result["text"]).split())
-        print(f"{result['rank']:3}  {result['score']:8.4f}  {result['doc_id']}  {text[:100]}")
+        doc_id, text = shown(result["doc_id"]), shown(" ".join(str(result["text"]).split()), 100)
+        print(f"{result['rank']:3}  {result['score']:8.4f}  {doc_id}  {text}")
 
 
 @app.command()
@@ -662,11 +660,11 @@ def _outline(value: Any, depth: int = 0) -> str:
 
 def main() -> None:
     """The entry point: exit 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted (resumable)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show is no failure
     try:
         app()
-    except RankdistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
     except SystemExit as ending:
         if ending.code == INTERRUPTED:
             print("interrupted: run the same command again to go on from here", file=sys.stderr)
@@ -674,6 +672,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except Exception as error:  # nothing below is to end in a traceback
+        from rankdistill.cli.net import report as report_error
+
+        raise SystemExit(report_error(error)) from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rankdistill.artifacts import cache_dir, find_artifact, fingerprint, locked,
 from rankdistill.collections.collection import Collection
 from rankdistill.collections.storage import IdIndex, IdIndexWriter, Table, TableWriter
 from rankdistill.errors import RankdistillError
+from rankdistill.plain import file_name
 from rankdistill.progress import progress, warn
 
 SCHEMA = 1  # of the files above; a change makes every cached collection stale
@@ -283,10 +284,10 @@ def imported(key: Mapping[str, Any], load: Callable[[CollectionWriter], None], *
     Args:
         key: what decides the content (digests of the source files, a revision, versions); becomes the fingerprint.
         load: writes the records; called only when the cache does not hold the collection.
-        name: what to call it.
+        name: what to call it; folders of runs are called after it.
         spec: what the user asked for.
     """
-    mark = fingerprint(["collection", SCHEMA, key])
+    mark, name = fingerprint(["collection", SCHEMA, key]), file_name(name)
     folder = cache_dir() / "collections" / mark
     if find_artifact(folder, "collection", mark) is None:
         with locked(folder):

@@ -19,19 +19,19 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
 from rankdistill.evaluation.cost import Step
 from rankdistill.indexes.base import Engine, Hits, ranked
+from rankdistill.plain import Section
 from rankdistill.runs import Run, read_run
 
 
-class Fusion(BaseModel):
+class Fusion(Section):
     """How rankings become one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     method: Literal["rrf", "weighted_sum"] = Field(
         "rrf",
         description="rrf: the sum of weight / (k + rank) (Cormack et al. 2009); weighted_sum: of weight × normalised"

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.fusion import Fusion
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, parse_metric
-from rankdistill.recipe import declarations, find_declaration, nearest, read_yaml
+from rankdistill.plain import Name, Section, read_yaml
+from rankdistill.recipe import check_values, declarations, find_declaration
 
 FOLDER = "eval/suites"
 REFERENCE_FOLDER = "eval/reference"
 OWN = "own"
 
-M = TypeVar("M", bound="_Declaration")
+M = TypeVar("M", bound=Section)
 SystemKind = Literal["bm25", "lucene_bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"]
 
 
-class _Declaration(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EvaluationSet(_Declaration):
+class EvaluationSet(Section):
     """One set of a suite."""
 
-    name: str = Field(description="How tables call it; a local folder of this name is used before `collection`.")
+    name: Name = Field(description="How tables call it; a local folder of this name is used before `collection`.")
     collection: str = Field(OWN, description="A collection, or `own`: the one the run was trained on.")
     split: str | None = Field(None, description="Default: test, or the only split with judgments.")
     relevance_level: int = Field(1, ge=1, description="Least judgment that counts in binary metrics (TREC DL: 2).")
@@ -56,13 +54,13 @@ class FusedRow(Fusion):
         return self
 
 
-class Suite(_Declaration):
+class Suite(Section):
     """What to evaluate."""
 
-    name: str
+    name: Name
     description: str = ""
     sets: list[EvaluationSet] = Field(min_length=1)
-    metrics: list[str] = list(DEFAULT_METRICS)
+    metrics: list[str] = Field(list(DEFAULT_METRICS), min_length=1)
     depth: int = Field(1000, ge=1, description="Documents retrieved for each query.")
     systems: list[SystemKind] = Field(
         ["bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"],
@@ -92,8 +90,10 @@ class Suite(_Declaration):
     @field_validator("sets")
     @classmethod
     def _named_once(cls, sets: list[EvaluationSet]) -> list[EvaluationSet]:
-        if len({one.name for one in sets}) < len(sets):
-            raise ValueError("two sets have the same name")
+        if len({re.sub(r"[^\w.+-]+", "-", one.name).lower() for one in sets}) < len(
+            sets
+        ):  # each has a folder of its own
+            raise ValueError("two sets have the same name, or names that differ in signs alone")
         return sets
 
     @field_validator("fusion")
@@ -109,7 +109,7 @@ class Suite(_Declaration):
     __str__ = __repr__
 
 
-class ReferenceFigure(_Declaration):
+class ReferenceFigure(Section):
     """Published figures of one system."""
 
     system: str
@@ -118,7 +118,7 @@ class ReferenceFigure(_Declaration):
     note: str = ""
 
 
-class Reference(_Declaration):
+class Reference(Section):
     """Published figures on one set; printed beside measured ones and marked, never mixed with them."""
 
     set: str = Field(description="The name of the set in suites, or `macro:NAME` for an average.")
@@ -152,20 +152,10 @@ def load_references(set_name: str, folder: Path | None = None) -> list[Reference
 
 def _validated(model: type[M], values: Any, path: Path) -> M:
     try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        at = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            parts: dict[str, type[BaseModel]] = {"sets": EvaluationSet, "fusion": FusedRow, "figures": ReferenceFigure}
-            owner: type[BaseModel] = next((part for name, part in parts.items() if name in problem["loc"]), model)
-            what, fix = f"unknown key {key!r}", nearest(key, owner.model_fields)
-        else:
-            what, fix = f"{at}: {problem['msg'].lower()}", None
-        raise UsageError(what, where=f"{path}: {at}", fix=fix) from None
-    except UsageError as error:  # a metric of another name
-        raise UsageError(error.what, where=f"{path}: metrics", fix=error.fix) from None
+        return check_values(model, values, str(path))
+    except UsageError as error:  # a metric of another name has no place of its own
+        where = f"{path}: metrics" if (error.where or "").startswith("metrics") else error.where
+        raise UsageError(error.what, where=where, fix=error.fix) from None
 
 
 class Judged(Protocol):

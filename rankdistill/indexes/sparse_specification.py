@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from rankdistill.plain import Name, Section
 
 
-class SparseSpecification(BaseModel):
+class SparseSpecification(Section):
     """What the specifications of all inverted indexes share; a YAML file in indexes/."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
+    name: Name
     description: str = ""
 
 

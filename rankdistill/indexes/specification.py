@@ -8,26 +8,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
+from rankdistill.plain import Name, Section, read_yaml, shown
 from rankdistill.recipe import (
     Loss,
     Method,
     check_method,
     check_values,
     find_declaration,
+    nearest,
     override_value,
-    read_yaml,
     shipped,
 )
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(Section):
     """How an index is searched; stored in the file where FAISS does, so that plain FAISS searches alike."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     nprobe: int | None = Field(default=None, ge=1, description="lists visited (IVF)")
     efSearch: int | None = Field(default=None, ge=1, description="breadth of the graph search (HNSW)")
     k_factor: float | None = Field(default=None, ge=1, description="refine: hits re-scored for each one returned")
@@ -35,12 +35,11 @@ class SearchSettings(BaseModel):
     rescore: int | None = Field(default=None, ge=1, description="binary: hits re-scored for each one returned")
 
 
-class IndexSpecification(BaseModel):
+class IndexSpecification(Section):
     """One index a student can be exported to; a YAML file in indexes/."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["faiss"] = Field(default="faiss")
-    name: str
+    name: Name
     description: str = ""
     factory: str = Field(description="FAISS factory string; {lists}, {subspaces} and {dimension} are filled in")
     metric: Literal["inner_product", "l2"] = "inner_product"
@@ -56,7 +55,7 @@ class IndexSpecification(BaseModel):
     training_sample: int | None = Field(
         default=None, ge=1, description="vectors to train on; unless given 256 a list, at least 65536"
     )
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=1 << 31)
     search: SearchSettings = SearchSettings()
 
     def resolve(self, count: int, dimension: int) -> str:
@@ -121,9 +120,14 @@ def any_specification(
         values, where = {"name": path.stem, **read_yaml(path)}, str(path)
     for change in changes:
         override_value(values, change)
-    if values.get("type") in SPARSE:
-        return check_values(SPARSE[values["type"]], values, where)
-    if values.get("type") != "distill_vq":
+    kind = values.get("type", "faiss")
+    if not isinstance(kind, str) or kind not in (*SPARSE, "faiss", "distill_vq"):
+        known = ("faiss", "distill_vq", *SPARSE)
+        fix = nearest(str(kind), known)
+        raise UsageError(f"there is no index of type {shown(kind)!r}", where=f"{where}: type", fix=fix)
+    if kind in SPARSE:
+        return check_values(SPARSE[kind], values, where)
+    if kind != "distill_vq":
         return check_values(IndexSpecification, values, where)
     learned = check_values(QuantizerSpecification, values, where)
     losses = [check_method("loss", loss.settings(), f"{where}: losses.{n}") for n, loss in enumerate(learned.losses)]
@@ -171,20 +175,18 @@ def _check_subspaces(factory: str, dimension: int, where: str) -> None:
 # Learned quantisation
 
 
-class SampledQueries(BaseModel):
+class SampledQueries(Section):
     """Whose rankings the quantiser learns to keep. Judgments are not needed for any of them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     given: float = Field(default=1, ge=0, description="share drawn from the training queries, where there are any")
     pseudo: float = Field(default=1, ge=0, description="... from titles and first sentences, encoded as queries")
     documents: float = Field(default=1, ge=0, description="... from the document vectors themselves")
     most: int = Field(default=20_000, ge=1, description="of each kind at most so many, drawn by the seed")
 
 
-class SampledDocuments(BaseModel):
+class SampledDocuments(Section):
     """Which documents a query's list holds in a training step."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     top: int = Field(default=200, ge=0, description="the teacher's best documents for the query")
     live: bool = Field(default=False, description="... found again with the codes of the moment (JPQ), not once")
     labelled: bool = Field(
@@ -198,12 +200,11 @@ class SampledDocuments(BaseModel):
     limit: int = Field(default=8192, ge=2, description="different documents in a step at most")
 
 
-class QuantizerSpecification(BaseModel):
+class QuantizerSpecification(Section):
     """A product-quantised index whose codebooks are learned to keep the ranking; a YAML file in indexes/."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["distill_vq"] = Field(default="distill_vq")
-    name: str
+    name: Name
     description: str = ""
     subspaces: int | Literal["auto"] = Field(default="auto", description="codes a document; auto: one for 8 dimensions")
     bits: Literal[4, 8] = 8
@@ -253,7 +254,7 @@ class QuantizerSpecification(BaseModel):
     held_out: int = Field(default=200, ge=0, description="queries kept apart to measure agreement with float search")
     training_sample: int | None = Field(default=None, ge=1, description="vectors that FAISS starts from")
     refine: str | None = Field(default=None, description="second stage that re-scores: Flat, SQ8, SQfp16 …")
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=1 << 31)
     search: SearchSettings = SearchSettings()
 
     def started(self, dimension: int) -> IndexSpecification:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from rankdistill.plain import Section
 
 
-class Ramp(BaseModel):
+class Ramp(Section):
     """From `start` to `end`, then constant."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     start: float = Field(0.0, description="value at the first step")
     end: float = Field(..., description="value from the end of the ramp on")
     over: float = Field(1.0, gt=0, description="length: share of the training's steps up to 1, else steps")

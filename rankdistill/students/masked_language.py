@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules import Transformer
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.plain import Section
 from rankdistill.progress import progress, quiet_transformers, warn
 from rankdistill.students.base import Features, to_device
 from rankdistill.students.term_head import largest_logits
@@ -38,10 +39,8 @@ WEIGHTS = "model.safetensors"
 NEVER = -100.0  # bias of tokens that are no words
 
 
-class WarmUp(BaseModel):
+class WarmUp(Section):
     """What a sparse student's head learns from a collection's texts before any training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(0, ge=0, description="of masked-language training; 0: none")
     learning_rate: float = Field(5e-4, gt=0)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.plain import Section
 from rankdistill.progress import quiet_transformers, warn
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, autocast, resolve_precision, token_budget_batches
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
 PAD_MULTIPLE = 8  # rows are padded to multiples of this many tokens: full tiles for AMX and tensor cores
 
 
-class CrossEncoderTraining(BaseModel):
+class CrossEncoderTraining(Section):
     """How a cross-encoder is fine-tuned before it teaches."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss: Literal["bce", "listnet", "lambda"] = Field(
         "bce", description="binary cross-entropy (positives weighted by the number of negatives), or over whole lists"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rankdistill.artifacts import (
     Artifact,
@@ -31,6 +31,7 @@ from rankdistill.artifacts import (
 )
 from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError, require
+from rankdistill.plain import Section
 from rankdistill.progress import progress, quiet_transformers, say, warn
 from rankdistill.runs import iter_run
 from rankdistill.scores.lists import ScoredLists
@@ -51,10 +52,8 @@ CHECKPOINTS = 4  # over a training
 LONG = "word " * 4096  # a text longer than any budget
 
 
-class Lora(BaseModel):
+class Lora(Section):
     """Low-rank adapters instead of all weights (Hu et al. 2021); merged into the weights that are saved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
@@ -62,10 +61,8 @@ class Lora(BaseModel):
     layers: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the layers that get one")
 
 
-class ListwiseTraining(BaseModel):
+class ListwiseTraining(Section):
     """How a listwise ranker is trained; the defaults are FIRST's, but for the batch."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     orders: str = Field(description="the teacher's orders: a run file, or a folder of scored lists")
     ranking_weight: float = Field(10.0, ge=0, description="of RankNet on the first identifiers' logits; 0: text alone")

@@ -77,6 +77,18 @@ def test_every_verb_has_a_help_of_its_own(tmp_path: Path) -> None:
         (["run", "margin_mse", "--until", "trian"], "there is no stage 'trian'"),
         (["search", "RUN", "  "], "the query is empty"),
         (["mine", "COLLECTION", "--out", "x", "--source", "{type: bm26}"], "did you mean 'bm25'?"),
+        *(
+            (["mine", "COLLECTION", "--out", "x", "--source", text], words)
+            for text, words in (
+                ("{type: bm25", "not valid YAML"),
+                ("5", "keys and values"),
+                ("null", "keys and values"),
+            )
+        ),
+        *(
+            (["score", "COLLECTION", "--candidates", "x.trec", "--teacher", text], words)
+            for text, words in (("{type: bi_encoder, model: [}", "not valid YAML"), ("", "keys and values"))
+        ),
         (["score", "COLLECTION"], "nothing to score"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

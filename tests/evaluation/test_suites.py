@@ -75,6 +75,10 @@ def test_every_reference_has_a_source_and_a_metric_that_exists() -> None:
         ("name: x\nsets: [{name: a}]\nbase_line: BM25", "unknown key 'base_line'.*did you mean 'baseline'"),
         ("name: x\nsets: [{name: a}]\ncorrection: bonferroni", "correction"),
         ("name: x\nsets: [{name: a}]\nalpha: 2", "alpha"),
+        ("name: x\nsets: [{name: a}]\nalpha: .nan", "no number"),
+        ("name: .\nsets: [{name: a}]", "would be a path"),
+        ("name: x\nsets: [{name: ../a}]", "would be a path"),
+        ("name: x\nsets: [{name: a b}, {name: a-b}]", "differ in signs"),
     ],
 )
 def test_a_wrong_suite_names_the_key_and_the_nearest_right_one(tmp_path: Path, text: str, message: str) -> None:

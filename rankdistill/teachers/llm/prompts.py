@@ -15,10 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.plain import Section
 from rankdistill.recipe import check_values, find_declaration, nearest, read_yaml
 from rankdistill.teachers.llm.base import Decoding, Request
 
@@ -43,7 +44,7 @@ _ANGLE = re.compile(r"<(?=[|｜/!<\w])")
 _BRACKET = re.compile(r"[\[［【〔]([^\[\]［］【】〔〕]{0,24})[\]］】〕]")
 
 
-class Prompt(BaseModel):
+class Prompt(Section):
     """A template; every text may hold placeholders in braces.
 
     Args:
@@ -59,8 +60,6 @@ class Prompt(BaseModel):
         begins: text that the answer is made to begin with where identifiers are read from one step (`first`) or may
             alone be generated (`constrained`); by default what stands before the identifier in `item`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
     description: str = ""
