@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from pydantic import Field
@@ -38,7 +38,7 @@ from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
-from rankdistill.teachers.llm.local import load_causal_lm
+from rankdistill.teachers.llm.local import abilities, load_causal_lm
 from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
 
 if TYPE_CHECKING:
@@ -422,8 +422,6 @@ def _run_trainer(
     seed: int,
 ) -> dict[str, Any]:
     """Losses of the last steps."""
-    import inspect
-
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -432,8 +430,7 @@ def _run_trainer(
     from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 
     ranking = RankNet(weighting="rank")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    known = abilities(model)
     recent: list[tuple[float, float]] = []
 
     class FirstTrainer(SafeCheckpoints, Trainer):
@@ -441,16 +438,24 @@ def _run_trainer(
             inputs = dict(inputs)
             ids, attention = inputs.pop("input_ids"), inputs.pop("attention_mask")
             kept = inputs["answers"].shape[1] + 1
-            positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-            options = {"logits_to_keep": kept} if keeps else {}
-            result = model(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
+            options: dict[str, Any] = {"logits_to_keep": kept} if known.logits_to_keep else {}
+            if known.position_ids:
+                options["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
+            result = model(input_ids=ids, attention_mask=attention, **options)
             text, ranks = first_loss(result.logits[:, -kept:], **inputs, ranking=ranking)
             recent.append((float(text.detach()), float(ranks.detach())))
             del recent[: -20 * settings.accumulation]
             return settings.text_weight * text + settings.ranking_weight * ranks
 
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(examples)  # the windows are in a random order
+        def get_train_dataloader(self) -> Any:
+            # Not shuffled: the windows are in a random order.
+            loader = torch.utils.data.DataLoader(
+                cast("torch.utils.data.Dataset[Any]", examples),
+                batch_size=settings.batch_size,
+                collate_fn=collate,
+                pin_memory=device.type != "cpu",
+            )
+            return self.accelerator.prepare(loader)
 
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -474,8 +479,6 @@ def _run_trainer(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type != "cpu",
     )
     place_training(arguments, device)
     with progress("training the listwise ranker", steps, "steps") as bar:

@@ -6,6 +6,7 @@ the checkpoint before, nothing else.
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from rankdistill.errors import RankdistillError
 
 WEIGHTS = "model.safetensors"
 OPTIMISER = "optimizer"
@@ -31,6 +34,17 @@ class SafeCheckpoints:
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Refuse a Trainer that calls these by other names: it would write pickles."""
+        super().__init_subclass__(**settings)
+        replaced = [name for name, value in vars(SafeCheckpoints).items() if inspect.isfunction(value)]
+        unknown = [name for name in replaced if not hasattr(super(SafeCheckpoints, cls), name)]
+        if unknown:
+            raise RankdistillError(
+                f"this version of transformers saves checkpoints in another way (no {', '.join(unknown)})",
+                fix="install an earlier version of transformers",
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

@@ -8,12 +8,12 @@ the same pass as the choice before them.
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -142,12 +142,17 @@ class TransformersBackend(Backend):
             if not self.device_map:
                 self._model.to(self.device)
             self._model.eval()
-            if "past_key_values" not in inspect.signature(self._model.forward).parameters:
-                raise RankdistillError(
-                    f"{self.model_name} keeps no cache of keys and values: what it has read cannot be gone on from",
-                    fix="a model with attention, or a server for this one (backend: {type: openai, ...})",
-                )
         return self._model
+
+    @cached_property
+    def _abilities(self) -> Abilities:
+        found = abilities(self.load())
+        if found.cache is None:
+            raise RankdistillError(
+                f"{self.model_name} keeps no cache of keys and values: what it has read cannot be gone on from",
+                fix="a model with attention, or a server for this one (backend: {type: openai, ...})",
+            )
+        return found
 
     @cached_property
     def context(self) -> int:
@@ -165,13 +170,10 @@ class TransformersBackend(Backend):
             )
         return int(self.max_context or own or 1 << 30)
 
-    @cached_property
-    def _layers(self) -> set[str]:
+    @property
+    def _layers(self) -> frozenset[str]:
         """Kinds of layers of the model's cache: what may be padded and shared depends on them."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.load().config.get_text_config())
-        return {type(layer).__name__ for layer in cache.layers} or {"DynamicLayer"}
+        return self._abilities.layers
 
     # -- answering ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +259,7 @@ class TransformersBackend(Backend):
         rows = [row for row in rows if not row.done]
         if not rows:
             return
-        state = _State(self.load(), int(self.chat.tokenizer.pad_token_id or 0))
+        state = _State(self.load(), self._abilities, int(self.chat.tokenizer.pad_token_id or 0))
         shared = self._shared([row.prompt for row in rows])
         if shared:
             state.feed([rows[0].prompt[:shared]])
@@ -343,19 +345,67 @@ def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
         raise RankdistillError(f"the model cannot be loaded: {error}", where=str(folder)) from None
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What a causal language model's `forward` can do.
+
+    Args:
+        cache: the name under which it returns what it keeps of the tokens read, and takes it to go on; None where it
+            keeps nothing, or nothing that rows can be selected of.
+        layers: kinds of layers of that cache.
+        logits_to_keep: it computes the last positions' logits alone.
+        position_ids: it can be told at which positions the tokens stand.
+    """
+
+    cache: str | None
+    layers: frozenset[str]
+    logits_to_keep: bool
+    position_ids: bool
+
+
+def abilities(model: Any) -> Abilities:
+    """Find out by a pass over two tokens. Names of parameters tell less: they change between versions (transformers
+    5.24 made `past_key_values` `cache`), and `**kwargs` takes what the model then ignores."""
+    import torch
+    from transformers import Cache
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    options = {"logits_to_keep": 1, "position_ids": torch.arange(2, device=ids.device)[None]}
+    training = model.training
+    model.eval()  # dropout would draw random numbers
+    try:
+        while True:
+            try:
+                with torch.no_grad():
+                    result = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
+                break
+            except TypeError as error:
+                refused = [name for name in options if name in str(error)]
+                if not refused:
+                    raise
+                del options[refused[0]]
+    finally:
+        model.train(training)
+    name = next((name for name, value in result.items() if isinstance(value, Cache)), None)
+    layers = getattr(result[name], "layers", ()) if name else ()
+    return Abilities(
+        cache=name,
+        layers=frozenset(type(layer).__name__ for layer in layers),
+        logits_to_keep=result.logits.shape[1] == 1,
+        position_ids="position_ids" in options,
+    )
+
+
 class _State:
     """A batch under way: the model's cache, and which of its places hold a token of each row."""
 
-    def __init__(self, model: Any, padding: int) -> None:
+    def __init__(self, model: Any, known: Abilities, padding: int) -> None:
         import torch
 
-        self.model, self.padding = model, padding
+        self.model, self.known, self.padding = model, known, padding
         self.device = model.get_input_embeddings().weight.device
         self.cache: Any = None
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
-        known = inspect.signature(model.forward).parameters
-        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self.positions = "position_ids" in known
 
     def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Tokens that each row goes on with, padded on the left; float32 [rows, vocabulary] of what follows them.
@@ -368,13 +418,12 @@ class _State:
         ids = torch.tensor([[self.padding] * (width - len(row)) + list(row) for row in rows], device=self.device)
         fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
         self.mask = torch.cat([self.mask, fresh], dim=1) if self.mask.numel() else fresh
-        options = dict(self.options)
-        if self.positions:
+        options: dict[str, Any] = {"logits_to_keep": 1} if self.known.logits_to_keep else {}
+        if self.known.position_ids:
             options["position_ids"] = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
-        result = self.model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
-        )
-        self.cache = result.past_key_values
+        options[str(self.known.cache)] = self.cache
+        result = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **options)
+        self.cache = result[self.known.cache]
         return result.logits[:, -1].float()
 
     def repeat(self, times: int) -> None:

@@ -15,7 +15,7 @@ from causal_lm import WORDS, make_causal_lm, make_tokenizer
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import build
 from rankdistill.teachers.llm.base import Answer, Decoding, Request
-from rankdistill.teachers.llm.local import TransformersBackend
+from rankdistill.teachers.llm.local import TransformersBackend, abilities
 
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRST")
 NUMBERS = tuple(str(number) for number in range(1, 21))
@@ -80,6 +80,60 @@ def test_first_gives_the_logits_of_a_plain_pass(backend: TransformersBackend) ->
             assert value == pytest.approx(float(logits[ways].max()), abs=2e-4)
         assert answer.text == max(answer.logits, key=lambda name: answer.logits[name])
         assert answer.usage.prompt == ids.shape[1] == backend.count_tokens(one) and answer.usage.answer == 1
+
+
+def test_abilities_are_tried_and_not_read_off_names() -> None:
+    """A library renames what `forward` takes and returns, and takes options that it ignores."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import ModelOutput
+
+    class Renamed(LlamaForCausalLM):
+        def forward(self, input_ids: Any, memory: Any = None, **others: Any) -> Any:  # type: ignore[override]
+            if "position_ids" in others:
+                raise TypeError("Renamed.forward() got an unexpected keyword argument 'position_ids'")
+            others.pop("logits_to_keep", None)
+            result = super().forward(input_ids, **{name: memory}, **others)
+            return ModelOutput(logits=result.logits, memory=result[name])
+
+    small = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(small).train()
+    name = abilities(model).cache
+    assert model.training and abilities(model).logits_to_keep and abilities(model).position_ids
+    assert abilities(model).layers == {"DynamicLayer"}
+    renamed = abilities(Renamed(small))
+    assert (renamed.cache, renamed.logits_to_keep, renamed.position_ids) == ("memory", False, False)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Bloom", "Mamba"])
+def test_models_of_other_kinds_answer_as_a_plain_pass_or_are_refused(kind: str, tmp_path: Path) -> None:
+    """Learnt positions; none; and recurrent layers, which versions of transformers that keep another cache refuse."""
+    import transformers
+
+    tokenizer = make_tokenizer()
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, n_head=2
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    backend = TransformersBackend(str(tmp_path), precision="fp32")
+    asked = [request("generate", NUMBERS[:3], seed=seed, words=2 + 3 * seed, max_tokens=4) for seed in range(3)]
+    if abilities(model).cache is None:
+        with pytest.raises(RankdistillError, match="keeps no cache of keys and values"):
+            answers(backend, asked)
+        assert kind == "Mamba"
+        return
+    for one, answer in zip(asked, answers(backend, asked), strict=True):
+        text = tokenizer.apply_chat_template(list(one.messages), tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = list(ids)
+        for _ in range(4):
+            with torch.no_grad():
+                whole.append(int(model(torch.tensor([whole])).logits[0, -1].argmax()))
+            if whole[-1] == 2:
+                break
+        assert answer.text == tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
 
 
 def test_the_first_place_is_what_greedy_generation_begins_with(eager: TransformersBackend) -> None:

@@ -422,7 +422,6 @@ def transformers_server(tiny_causal_lm: Path, tmp_path_factory: pytest.TempPathF
     command = [
         str(program),
         "serve",
-        str(tiny_causal_lm),
         "--host",
         "127.0.0.1",
         "--port",
