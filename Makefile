@@ -1,17 +1,20 @@
 # make quickstart   environment, then the whole way on real text: runs/quickstart
 # make test         environment, then all tests            (ARGS="tests/losses -x" for some of them)
+# make test-newest  the same in .venv-newest: the newest libraries that pip finds today
+# make test-lowest  the same in .venv-lowest: each library in the lowest version that pyproject.toml admits
 # make lint         ruff and mypy
 # make fuzz         foreign input of every kind, mutated, for as long as you like (MINUTES=30)
 # make bench        side by side with peers: eval/results  (BENCH=eval/benchmarks/startup.py for one, with ARGS)
+# make lock         renews constraints.txt and constraints-lowest.txt: after every change of a requirement
 #
-# The environment is .venv, made once and made again when pyproject.toml or the constraints change.
-#   make GPU=1 ...            torch as the registry gives it (CUDA), not the version of constraints-cpu.txt
-#   make CONSTRAINTS= ...     the same without a GPU: where the registry does not have that version
+# The environment is .venv, made once and made again when pyproject.toml or the constraints change: exactly the
+# versions of constraints.txt, which were tested, and the CPU build of torch that constraints-cpu.txt names.
+#   make GPU=1 ...            torch as the registry gives it (CUDA), for a machine with a GPU
 #   make PYTHON=python3.12 ...
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(name))))
-CONSTRAINTS ?= $(if $(GPU),,constraints-cpu.txt)
+TORCH := $(if $(GPU),,constraints-cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
@@ -20,7 +23,7 @@ BENCH ?= $(wildcard eval/benchmarks/*.py)
 # Libraries that start threads in every process of a pool, and print advice about it.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint fuzz bench clean
+.PHONY: quickstart test test-newest test-lowest lint fuzz bench lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -28,6 +31,13 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-newest:
+	$(call install,.venv-newest,.[dev],$(TORCH),--upgrade --upgrade-strategy eager)
+	.venv-newest/bin/python -m pytest $(ARGS)
+
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,28 +52,44 @@ bench: $(VENV)/.installed-dev
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
 
+# What uv is to resolve stands in pyproject.toml, under tool.uv.
+lock:
+	$(or $(PYTHON),python3) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -qq --disable-pip-version-check --upgrade uv
+	.venv-lock/bin/uv pip compile -q --upgrade --universal -c constraints-cpu.txt pyproject.toml -o constraints.txt
+	.venv-lock/bin/uv pip compile -q --upgrade --resolution lowest-direct -c constraints-cpu.txt pyproject.toml \
+		-o constraints-lowest.txt
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lowest .venv-lock build dist *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find rankdistill tests eval -name __pycache__ -type d -exec rm -rf {} +
 
 # A stamp is touched last: an install that failed or was interrupted leaves none and is begun again.
-$(VENV)/.installed: pyproject.toml constraints-cpu.txt
-	$(call install,.)
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-cpu.txt
+	$(call install,$(VENV),.,constraints.txt $(TORCH))
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt
-	$(call install,.[dev])
+$(VENV)/.installed-dev: pyproject.toml constraints.txt constraints-cpu.txt
+	$(call install,$(VENV),.[dev],constraints.txt $(TORCH))
 	@touch $(VENV)/.installed $@
 
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt constraints-cpu.txt
+	$(call install,.venv-lowest,.[dev],constraints-lowest.txt $(TORCH))
+	@touch $@
+
+# $(call install,ENVIRONMENT,WHAT,CONSTRAINTS,OPTIONS): the variables hold the tools that build a package to the
+# constraints too (the second is how pip 25.3 and later are told).
 define install
 	@$(or $(PYTHON),python3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "error: rankdistill needs Python 3.11 or newer; $(or $(PYTHON),python3) is" \
 			"$$($(or $(PYTHON),python3) --version 2>&1 || echo missing). Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@rm -f $(VENV)/.installed $(VENV)/.installed-dev
-	@echo "installing into $(VENV) (some minutes the first time)"
-	@$(or $(PYTHON),python3) -m venv $(VENV) || { \
+	@rm -f $(1)/.installed $(1)/.installed-dev
+	@echo "installing into $(1) (some minutes the first time)"
+	@$(or $(PYTHON),python3) -m venv $(1) || { \
 		echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 2; }
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '$(1)' || { \
-		echo "error: the installation failed.$(if $(CONSTRAINTS), If the registry in use does not have the torch of $(CONSTRAINTS):" \
-			"make CONSTRAINTS= $(or $(MAKECMDGOALS),quickstart))" >&2; exit 1; }
+	@PIP_CONSTRAINT='$(strip $(3))' PIP_BUILD_CONSTRAINT='$(strip $(3))' $(1)/bin/python -m pip install -qq \
+		--disable-pip-version-check $(4) -e '$(2)' || { \
+		echo "error: the installation failed. 'conflict' above: pyproject.toml and $(3) disagree, which 'make lock' mends." \
+			"$(if $(TORCH),No such torch above: 'make GPU=1 $(or $(MAKECMDGOALS),quickstart)' takes the registry's.)" >&2; exit 1; }
 endef

@@ -28,13 +28,13 @@ from rankdistill.errors import RankdistillError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: the user's limit on a file's size
+FAISS_BUILDS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss")  # old ones; the last: conda's
 LIBRARIES = (
     "rankdistill",
     "torch",
     "transformers",
     "sentence-transformers",
-    "faiss-cpu",
-    "faiss-gpu",
+    *FAISS_BUILDS,
     "bm25s",
     "pyserini",
     "pyseismic-lsr",

@@ -215,6 +215,12 @@ class Recipe(Section):
 # Methods
 
 
+# What a type that is no more, or is looked for in vain, is done with.
+INSTEAD = {
+    ("backend", "vllm"): "type: openai with the base_url of a running `vllm serve`, prefill: vllm and constraint: vllm",
+}
+
+
 @lru_cache
 def method_names(kind: str) -> dict[str, tuple[str, str]]:
     """type → (module, class) of every method of a kind, read from the sources without importing them."""
@@ -248,7 +254,7 @@ def method_class(kind: str, name: str, where: str = "type") -> type[Any]:
         raise UsageError(
             f"there is no {kind} of type {shown(name)!r}",
             where=where,
-            fix=nearest(name, names) or "see `rankdistill recipes schema`",
+            fix=INSTEAD.get((kind, name)) or nearest(name, names) or "see `rankdistill recipes schema`",
         )
     module, class_name = names[name]
     return typing.cast("type[Any]", getattr(importlib.import_module(module), class_name))

@@ -14,6 +14,9 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import rankdistill
 
@@ -73,7 +76,7 @@ def test_the_wheel_carries_every_declaration(wheel: Path) -> None:
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
-    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+    project = PROJECT["project"]
     with zipfile.ZipFile(wheel) as archive:
         (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(path).decode().splitlines()
@@ -138,12 +141,63 @@ def test_every_public_name_is_there() -> None:
         _ = rankdistill.opn_collection
 
 
+PROJECT = tomllib.loads((SOURCE / "pyproject.toml").read_text())
+
+
+def asked_for(python: str) -> list[Requirement]:
+    """What `pip install .[dev]` asks for by name, on Linux."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    found, waiting = [], [*PROJECT["project"]["dependencies"], *extras["dev"]]
+    for entry in waiting:
+        requirement = Requirement(entry)
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        if requirement.name == "rankdistill":
+            waiting += chain.from_iterable(extras[extra] for extra in requirement.extras)
+        else:
+            found.append(requirement)
+    return found
+
+
+def pinned(file: str, python: str) -> dict[str, Version]:
+    """name → the version that a file of constraints holds it to."""
+    entries = [Requirement(line) for line in (SOURCE / file).read_text().splitlines() if not line.startswith("#")]
+    system = {"python_version": python, "python_full_version": f"{python}.5", "sys_platform": "linux"}
+    chosen = [entry for entry in entries if not entry.marker or entry.marker.evaluate(system)]
+    assert len({entry.name for entry in chosen}) == len(chosen), "a package is pinned twice"
+    return {entry.name: Version(str(entry.specifier).removeprefix("==")) for entry in chosen}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_is_that_of_the_declared_requirements(python: str) -> None:
+    pins = pinned("constraints.txt", python) | pinned("constraints-cpu.txt", python)
+    asked = asked_for(python)
+    assert len(asked) > 30
+    for requirement in asked:
+        name = canonicalize_name(requirement.name)
+        assert name in pins and requirement.specifier.contains(pins[name]), f"{requirement}: run `make lock`"
+
+
+def test_every_floor_is_what_the_lowest_environment_runs() -> None:
+    pins = pinned("constraints-lowest.txt", "3.11") | pinned("constraints-cpu.txt", "3.11")
+    for requirement in [*asked_for("3.11"), *map(Requirement, PROJECT["build-system"]["requires"])]:
+        (floor,) = (Version(each.version) for each in requirement.specifier if each.operator in (">=", "=="))
+        assert pins[canonicalize_name(requirement.name)] == floor, f"{requirement}: run `make lock`, raise the floor"
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
+def test_a_lock_names_versions_alone(file: str) -> None:
+    text = (SOURCE / file).read_text()
+    assert "://" not in text and "--" not in text
+    assert not re.findall(r"^(?:torch|triton|nvidia|cuda)\b.*", text, re.MULTILINE), "a GPU set-up chooses these itself"
+
+
 OPTIONAL = {"tensorboard"}  # used when installed, asked for by nobody
 
 
 def test_every_imported_distribution_is_declared() -> None:
     """What the package imports must come with it, not by luck with another's dependencies."""
-    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+    project = PROJECT["project"]
     declared = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
     names = {re.split(r"[\[>=<~! ]", entry)[0].lower().replace("_", "-") for entry in declared}
     owners_of = packages_distributions()

@@ -68,6 +68,11 @@ def test_a_resolved_recipe_has_every_default_and_is_the_same_again() -> None:
         ({"teacher": {"type": "cross_encoder", "model": "m", "train": {"stepz": 4}}}, "train.stepz", "'steps'"),
         ({"student": {"type": "densse"}}, "student.type", "did you mean 'dense'?"),
         ({"training": {"losses": [{"type": "margin_msee"}]}}, "losses.0.type", "did you mean 'margin_mse'?"),
+        (
+            {"teacher": {"type": "listwise", "backend": {"type": "vllm", "model": "m"}}},
+            "backend.type",
+            "type: openai with the base_url of a running `vllm serve`",
+        ),
         ({"baselines": {"labels": {"training": {"lossses": []}}}}, "baselines.labels: training.lossses", "'losses'"),
     ],
 )

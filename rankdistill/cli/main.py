@@ -22,7 +22,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     help="Distil expensive rankers into retrievers that can be served.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -664,7 +663,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show is no failure
     try:
-        app()
+        app(prog_name="rankdistill")
     except SystemExit as ending:
         if ending.code == INTERRUPTED:
             print("interrupted: run the same command again to go on from here", file=sys.stderr)

@@ -203,12 +203,11 @@ class CrossEncoderTeacher(PairTeacher):
             model.eval()
             # The head in float32: near 6, bf16 has only steps of 0.03. It is one row a pair, so it costs nothing.
             body = getattr(model.model, "base_model_prefix", "")
-            head = _head_layers(model, body)
-            model.set_keep_in_fp32_modules(head)
+            has_head = _keep_head_in_float32(model, body)
             # The body's weights are converted once; autocast, which converts activations again and again, took a fifth
             # longer here. It remains the way for models without a separable head.
             self._formats = resolve_precision(self.device, self.precision)
-            if head and self._formats != "fp32":
+            if has_head and self._formats != "fp32":
                 getattr(model.model, body).to(torch.bfloat16 if self._formats == "bf16" else torch.float16)
                 self._formats = "fp32"
             self._model = model
@@ -411,17 +410,28 @@ def _is_cross_encoder(folder: Path) -> bool:
     return any(str(name).endswith(("ForSequenceClassification", "ForCausalLM")) for name in names)
 
 
-def _head_layers(model: CrossEncoder, body: str) -> list[str]:
-    """Paths of the linear layers after the encoder (not its body, not a language model's vocabulary)."""
+def _keep_head_in_float32(model: CrossEncoder, body: str) -> bool:
+    """Make the weights float32, and have the layers after the encoder take float32 from it in whatever format it gives.
+
+    False, and nothing is changed, where there is no such layer; a language model's vocabulary is none.
+    (sentence-transformers' `set_keep_in_fp32_modules` is experimental, new in 6.2, and leaves norms between the
+    layers in the format they were stored in.)
+    """
     from torch import nn
 
     if not body or not hasattr(model.model, body):
-        return []
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and f".{body}." not in name and module.out_features <= 4096
+        return False
+    encoder = set(getattr(model.model, body).modules())
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module not in encoder and module.out_features <= 4096
     ]
+    if layers:
+        model.float()
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    return bool(layers)
 
 
 def _plain_pairs(model: CrossEncoder) -> bool:

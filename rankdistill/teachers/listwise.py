@@ -50,7 +50,7 @@ class ListwiseTeacher(AskingTeacher):
     Documents with the same text are shown once and share a score. A list of one document is not asked for.
 
     Args:
-        backend: the engine: its `type` (transformers, openai, vllm) and keys.
+        backend: the engine: its `type` (transformers, openai) and keys.
         prompt: a template of kind listwise: a file, or a shipped name; by default listwise_letters for decoding first,
             else listwise.
         window: passages a prompt.

@@ -33,7 +33,7 @@ class PairwiseTeacher(AskingTeacher):
     and share a score.
 
     Args:
-        backend: the engine: its `type` (transformers, openai, vllm) and keys.
+        backend: the engine: its `type` (transformers, openai) and keys.
         prompt: a template of kind pairwise: a file, or a shipped name.
         pairs: all: every pair of the list's first `top` documents, the others get no score; passes: neighbours are
             compared from the end of the list to its beginning and swapped where both orders say so, `top` times, after

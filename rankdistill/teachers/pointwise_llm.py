@@ -33,7 +33,7 @@ class PointwiseTeacher(AskingTeacher):
     gets no score, and is counted too.
 
     Args:
-        backend: the engine: its `type` (transformers, openai, vllm) and keys.
+        backend: the engine: its `type` (transformers, openai) and keys.
         prompt: a template of kind pointwise: a file, or a shipped name. The first of its identifiers says yes.
         passage_tokens: passages are cut to so many tokens, and so is a query.
         budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50.

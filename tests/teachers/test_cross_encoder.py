@@ -90,6 +90,45 @@ def test_bf16_scores_are_nearer_to_fp32_than_those_of_predict(cross_encoder: Pat
     assert (rounded != scores["bf16"]).mean() > 0.9
 
 
+def test_a_model_stored_in_half_precision_scores(
+    cross_encoder: Path, tiny_collection: Collection, tmp_path: Path
+) -> None:
+    """ModernBERT has a norm between its head's layers, which takes no float32 while its own weights are fp16."""
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoTokenizer, ModernBertConfig, ModernBertForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(str(cross_encoder))
+    torch.manual_seed(5)
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = ModernBertForSequenceClassification(config)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.5)
+    model.half().save_pretrained(str(tmp_path))
+    tokenizer.save_pretrained(str(tmp_path))
+    peer = CrossEncoder(str(tmp_path), device="cpu", model_kwargs={"dtype": torch.float32})
+    lists = lists_of(tiny_collection, queries=3)
+    pairs = [(item.query, document) for item in lists for document in item.documents]
+    expected = peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+    for precision, allowed in (("fp32", 1e-4), ("bf16", 0.3)):
+        teacher = CrossEncoderTeacher(str(tmp_path), precision=precision, device="cpu")
+        found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
+        np.testing.assert_allclose(found, expected, atol=allowed * expected.std())
+
+
 def test_each_pair_is_scored_once(
     cross_encoder: Path, tiny_collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
