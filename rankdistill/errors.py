@@ -5,6 +5,16 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+LONGEST = 600  # characters of a line of an error
+
+
+def _cut(text: str) -> str:
+    lines = [
+        line if len(line) <= LONGEST else f"{line[: LONGEST - 200]} … [{len(line):,} characters] … {line[-150:]}"
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines if len(lines) <= 60 else [*lines[:50], f"… [{len(lines):,} lines]"])
+
 
 class RankdistillError(Exception):
     """A failure a user can act on (exit code 1).
@@ -18,7 +28,8 @@ class RankdistillError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
-        self.what, self.where, self.fix = what, where, fix
+        # Errors quote what others wrote: a field of 20 kB is named by its beginning and its end.
+        self.what, self.where, self.fix = _cut(what), where and _cut(where), fix and _cut(fix)
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:

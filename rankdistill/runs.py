@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from rankdistill.artifacts import disk_errors
 from rankdistill.collections.identifiers import IdCodes, text_ids, text_keys
+from rankdistill.collections.text_files import LONGEST_LINE, is_header, long_line, open_text
 from rankdistill.errors import RankdistillError
 
 SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
@@ -378,9 +379,7 @@ def _batches(path: Path) -> Iterator[Batch]:
         raise RankdistillError("there is no such run file", where=str(path))
     with open(path, "rb") as stream:
         magic = stream.read(4)
-    if magic == b"PAR1":
-        return _parquet_batches(path)
-    return _trec_batches(path, gzipped=magic[:2] == b"\x1f\x8b")
+    return _parquet_batches(path) if magic == b"PAR1" else _trec_batches(path)
 
 
 def _parquet_batches(path: Path) -> Iterator[Batch]:
@@ -429,10 +428,10 @@ class _LazyKeys(Sequence[str]):
         return len(self.query_ids)
 
 
-def _trec_batches(path: Path, gzipped: bool) -> Iterator[Batch]:
+def _trec_batches(path: Path) -> Iterator[Batch]:
     """Blocks of whole lines, parsed by Arrow; a block Arrow does not take is parsed line by line, naming errors."""
     first_line, rest, delimiter = 1, b"", None
-    with open(path, "rb") as file, gzip.open(file) if gzipped else contextlib.nullcontext(file) as stream:
+    with open_text(path) as stream:
         while True:
             try:
                 block = stream.read(BLOCK)
@@ -445,6 +444,8 @@ def _trec_batches(path: Path, gzipped: bool) -> Iterator[Batch]:
             if block:
                 end = lines.rfind(b"\n") + 1
                 lines, rest = lines[:end], lines[end:]
+                if len(rest) > LONGEST_LINE:
+                    raise long_line(f"{path}, after line {first_line + lines.count(10) - 1}")
             if lines:
                 delimiter = delimiter or ("\t" if b"\t" in lines.split(b"\n", 1)[0] else " ")
                 batch = _parse_quickly(lines, delimiter) or _parse_carefully(lines, path, first_line)
@@ -502,6 +503,8 @@ def _parse_carefully(lines: bytes, path: Path, first_line: int) -> Batch:
         where = f"{path}:{number}"
         if len(fields) != 6:
             raise RankdistillError(f"{len(fields)} columns instead of 6", where=where, fix=TREC_FIX)
+        if number == 1 and is_header(line.decode(errors="replace").split(), 4):
+            continue
         try:
             query_id, doc_id = fields[0].decode(), fields[2].decode()
         except UnicodeDecodeError as error:

@@ -54,4 +54,4 @@ def open_collection(spec: str | Collection) -> Collection:
 
 
 def _format_of(folder: Path) -> str:
-    return "msmarco" if any(folder.glob("collection.tsv*")) else "beir"
+    return "msmarco" if (folder / "collection.tsv").exists() or (folder / "collection.tsv.gz").exists() else "beir"

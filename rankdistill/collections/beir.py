@@ -12,23 +12,26 @@ from pathlib import Path
 from rankdistill.artifacts import file_digest
 from rankdistill.collections.collection import Collection
 from rankdistill.collections.text_files import (
-    distinct_files,
+    data_files,
     existing_folder,
     identifier,
     plain_or_gzip,
     read_json_lines,
     read_qrels,
+    refuse_one_split,
     stem,
     text_of,
 )
-from rankdistill.collections.writer import CollectionWriter, imported
+from rankdistill.collections.writer import CollectionWriter, imported, stamps
 from rankdistill.errors import RankdistillError
 
 
 def open_source(argument: str, spec: str) -> Collection:
     folder = existing_folder(argument, "beir")
     corpus, queries = _required(folder, "corpus.jsonl"), _required(folder, "queries.jsonl")
-    qrels = distinct_files(folder.glob("qrels/*.tsv*"))
+    qrels = data_files(folder / "qrels", "*", (".tsv", ".tsv.gz"))
+    refuse_one_split((stem(path), path) for path in qrels)
+    files = stamps([corpus, queries, *qrels])
     key = {
         "loader": "beir",
         "corpus": file_digest(corpus),
@@ -52,7 +55,7 @@ def open_source(argument: str, spec: str) -> Collection:
             for judgement in read_qrels(path):
                 writer.judgement(stem(path), *judgement)
 
-    return imported(key, load, name=folder.resolve().name, spec=spec)
+    return imported(key, load, name=folder.resolve().name, spec=spec, files=files)
 
 
 def _required(folder: Path, name: str) -> Path:

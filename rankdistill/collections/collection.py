@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rankdistill.artifacts import Artifact
-from rankdistill.collections.storage import IdIndex, Rows, Table, id_hash
+from rankdistill.collections.storage import IdIndex, Rows, Table, id_hash, readable
 from rankdistill.errors import RankdistillError
 
 # Names under which collections publish what is one thing here: what one tunes on.
@@ -55,15 +55,19 @@ class Collection:
         self.unlabelled = dict(unlabelled or {})
         self.path: Path = artifact.path
         self.fingerprint: str = artifact.fingerprint
-        self.document_count = int(artifact.counts["documents"])
-        self.query_count = int(artifact.counts["queries"])
-        self.splits: tuple[str, ...] = tuple(artifact.manifest["splits"])
-        self.problems: list[str] = list(artifact.manifest["problems"])
+        with readable(self.path):
+            self.document_count = int(artifact.counts["documents"])
+            self.query_count = int(artifact.counts["queries"])
+            self.splits: tuple[str, ...] = tuple(artifact.manifest["splits"])
+            self.problems: list[str] = list(artifact.manifest["problems"])
         self._documents = Table(self.path / "documents.arrow")
         self._document_index = IdIndex(self.path, "documents", self._documents, "doc_id")
         self._queries = Table(self.path / "queries.arrow")
         self._query_index = IdIndex(self.path, "queries", self._queries, "query_id")
         self._tables: dict[str, Table] = {}
+        if (len(self._documents), len(self._queries)) != (self.document_count, self.query_count):
+            with readable(self.path):
+                raise ValueError("the tables have other lengths than the manifest")
 
     def __reduce__(self) -> tuple[type[Collection], tuple[Artifact, str, str, dict[str, str]]]:
         # Data loader workers open the files anew.

@@ -21,17 +21,19 @@ from typing import Any, NamedTuple
 
 from rankdistill.artifacts import cache_dir, file_digest, fingerprint, write_atomically
 from rankdistill.collections.collection import Collection
-from rankdistill.collections.text_files import identifier, text_of
-from rankdistill.collections.writer import CollectionWriter, imported
+from rankdistill.collections.text_files import data_files, grade, identifier, text_of
+from rankdistill.collections.writer import CollectionWriter, Stamps, imported, stamps
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import say
 
 SCHEMA = 1
+ROWS = 1024  # of a Parquet file held at a time
 SECONDS = 5.0  # the hub answers within this, or counts as unreachable
 DOCUMENT_ID = ("_id", "id", "doc_id", "docid", "corpus-id", "corpus_id", "pid")
 QUERY_ID = ("_id", "id", "query_id", "query-id", "qid")
 DOCUMENT_TEXT, QUERY_TEXT = ("text", "contents", "passage"), ("text", "query")
 JUDGED = (("query-id", "query_id", "qid"), ("corpus-id", "corpus_id", "doc_id", "docid", "pid"))
+PARQUET = (".parquet",)
 RELEVANCE = ("score", "relevance", "label")
 
 
@@ -47,17 +49,38 @@ class _Part(NamedTuple):
         yield from datasets.load_dataset(**self.settings)
 
 
+class _File(NamedTuple):
+    """A local Parquet file; nested columns (vectors, lists) are not read."""
+
+    label: str
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.label, pre_buffer=False) as file:
+                columns = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+                for batch in file.iter_batches(ROWS, columns=columns):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise RankdistillError(
+                f"the Parquet file is damaged ({str(error).splitlines()[0]})", where=self.label, fix="fetch it again"
+            ) from None
+
+
 class _Layout(NamedTuple):
-    corpus: list[_Part]
-    queries: list[_Part]
-    qrels: list[tuple[str, _Part]]
+    corpus: list[_Part] | list[_File]
+    queries: list[_Part] | list[_File]
+    qrels: list[tuple[str, _Part]] | list[tuple[str, _File]]
 
 
 def open_source(argument: str, spec: str) -> Collection:
     folder = Path(argument).expanduser()
     if folder.is_dir():
-        key, layout = _local(folder)
-        return imported(key, lambda writer: _load(writer, layout), name=folder.resolve().name, spec=spec)
+        key, layout, files = _local(folder)
+        name = folder.resolve().name
+        return imported(key, lambda writer: _load(writer, layout), name=name, spec=spec, files=files)
     if argument.startswith(("/", ".", "~")):
         raise RankdistillError("there is no such folder", where=str(folder), fix="give hf:NAME or hf:FOLDER")
     key = _hub_key(argument, spec)
@@ -86,10 +109,8 @@ def _load(writer: CollectionWriter, layout: _Layout) -> None:
             where = f"{part.label}, row {number}"
             query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
             # NanoBEIR has no such column: it lists relevant pairs alone.
-            grade = next((row[name] for name in RELEVANCE if name in row), 1)
-            if not isinstance(grade, int | float) or grade != grade or int(grade) != grade:
-                raise RankdistillError(f"the relevance {grade!r} is not a whole number", where=where)
-            writer.judgement(split, query_id, doc_id, int(grade), number)
+            relevance = next((row[name] for name in RELEVANCE if name in row), 1)
+            writer.judgement(split, query_id, doc_id, grade(relevance, where), number)
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
@@ -102,11 +123,11 @@ def _field(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
 # A local folder
 
 
-def _local(folder: Path) -> tuple[dict[str, Any], _Layout]:
-    def files(name: str) -> list[Path]:
-        return sorted([*folder.glob(f"{name}*.parquet"), *folder.glob(f"{name}/*.parquet")])
+def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
+    def parts(name: str) -> list[Path]:
+        return [*data_files(folder, f"{name}*", PARQUET), *data_files(folder / name, "*", PARQUET)]
 
-    corpus, queries = files("corpus"), files("queries")
+    corpus, queries = parts("corpus"), parts("queries")
     for name, found in (("corpus", corpus), ("queries", queries)):
         if not found:
             raise RankdistillError(
@@ -115,10 +136,13 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout]:
                 fix="beside corpus and queries, judgements go to qrels/SPLIT.parquet",
             )
     qrels: list[tuple[str, Path]] = []
-    for path in sorted([*folder.glob("qrels/*.parquet"), *folder.glob("qrels/*/*.parquet")]):
+    judged = [path for path in (folder / "qrels").glob("*") if path.is_dir() and path.name[0] != "."]
+    for path in sorted(file for place in (folder / "qrels", *judged) for file in data_files(place, "*", PARQUET)):
         name = path.stem if path.parent.name == "qrels" else path.parent.name
         qrels.append((re.sub(r"-\d+-of-\d+$", "", name), path))
-    _check_parquet([*corpus, *queries, *(path for _, path in qrels)])
+    paths = [*corpus, *queries, *(path for _, path in qrels)]
+    _check_parquet(paths)
+    files = stamps(paths)
     key = {
         "loader": "hf",
         "schema": SCHEMA,
@@ -127,16 +151,11 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout]:
         "qrels": [[split, file_digest(path)] for split, path in qrels],
     }
     layout = _Layout(
-        [_parquet(path) for path in corpus],
-        [_parquet(path) for path in queries],
-        [(split, _parquet(path)) for split, path in qrels],
+        [_File(str(path)) for path in corpus],
+        [_File(str(path)) for path in queries],
+        [(split, _File(str(path))) for split, path in qrels],
     )
-    return key, layout
-
-
-def _parquet(path: Path) -> _Part:
-    settings = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
-    return _Part(str(path), settings)
+    return key, layout, files
 
 
 def _check_parquet(paths: list[Path]) -> None:
@@ -146,7 +165,7 @@ def _check_parquet(paths: list[Path]) -> None:
     for path in paths:
         try:
             pq.read_metadata(path)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise RankdistillError(
                 f"this is not a whole parquet file ({str(error).splitlines()[0]})",
                 where=str(path),

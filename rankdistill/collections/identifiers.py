@@ -13,7 +13,7 @@ from rankdistill.errors import RankdistillError
 
 
 def text_ids(ids: pa.Array, where: str) -> pa.Array:
-    """Ids as large_string: text as it is, whole numbers in digits.
+    """Ids as large_string: text without white space around it, as collections have it; whole numbers in digits.
 
     Raises:
         RankdistillError: they are of another type (numbers that are not whole, truth values).
@@ -28,7 +28,7 @@ def text_ids(ids: pa.Array, where: str) -> pa.Array:
     kind = pa.types
     if not any(check(ids.type) for check in (kind.is_integer, kind.is_string, kind.is_large_string, kind.is_binary)):
         raise RankdistillError(f"ids are {ids.type}, not text", where=where, fix="write ids as text or whole numbers")
-    return ids.cast(pa.large_string())
+    return pc.utf8_trim_whitespace(ids.cast(pa.large_string()))
 
 
 def text_keys(given: Mapping[Any, Mapping[Any, Any]], where: str) -> tuple[Mapping[str, Mapping[str, Any]], int]:

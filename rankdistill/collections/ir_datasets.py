@@ -38,13 +38,13 @@ def open_source(argument: str, spec: str) -> Collection:
         with _clear_errors(argument, spec):
             writer.source = argument
             for document in next(iter(parts.values())).docs_iter():
-                writer.document(document.doc_id, *title_and_text(document))
+                writer.document(document.doc_id.strip(), *title_and_text(document))
             for split, dataset in parts.items():
                 writer.source = _name_of(argument, split)
                 for query in dataset.queries_iter():
-                    writer.query(query.query_id, plain_text(query))
+                    writer.query(query.query_id.strip(), plain_text(query))
                 for qrel in dataset.qrels_iter():
-                    writer.judgement(split, qrel.query_id, qrel.doc_id, int(qrel.relevance))
+                    writer.judgement(split, qrel.query_id.strip(), qrel.doc_id.strip(), int(qrel.relevance))
 
     return imported(key, load, name=argument.replace("/", "-"), spec=spec)
 

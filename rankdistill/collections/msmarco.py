@@ -25,18 +25,21 @@ from rankdistill.artifacts import file_digest
 from rankdistill.collections.collection import Collection
 from rankdistill.collections.storage import Rows, id_hashes
 from rankdistill.collections.text_files import (
-    distinct_files,
+    data_files,
     existing_folder,
+    is_header,
     plain_or_gzip,
     read_lines,
     read_pairs,
     read_qrels,
+    refuse_one_split,
     stem,
 )
-from rankdistill.collections.writer import CollectionWriter, imported
+from rankdistill.collections.writer import CollectionWriter, imported, stamps
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 
+TSV = (".tsv", ".tsv.gz")
 CHUNK = 4096  # triples resolved at once
 REMEMBERED = 1 << 18  # hashes of recent texts; only saves disk during import, repeats are settled there
 
@@ -53,23 +56,17 @@ def open_source(argument: str, spec: str) -> Collection:
     corpus = plain_or_gzip(folder, "collection.tsv")
     if corpus is None:
         return _from_triples(folder, name, spec)
-    queries = [path for path in _files(folder, "queries", ".tsv") if "qrels" not in path.name]
+    queries = [path for path in data_files(folder, "*queries*", TSV) if "qrels" not in path.name]
     if not queries:
         raise RankdistillError("there is no queries*.tsv", where=str(folder), fix="its lines are `id<tab>text`")
-    qrels = _files(folder, "qrels", ".tsv") + _files(folder, "qrels", ".txt")
-    splits = {path: split_name(path) for path in qrels}
-    if len(set(splits.values())) < len(qrels):
-        same = next(p for p in qrels if list(splits.values()).count(splits[p]) > 1)
-        raise RankdistillError(
-            f"two qrels files define the split {splits[same]!r}",
-            where=", ".join(str(path) for path in qrels if splits[path] == splits[same]),
-            fix="rename or remove one",
-        )
+    splits = {path: split_name(path) for path in data_files(folder, "*qrels*", (*TSV, ".txt", ".txt.gz"))}
+    refuse_one_split((split, path) for path, split in splits.items())
+    stamped = stamps([corpus, *queries, *splits])
     key = {
         "loader": "msmarco",
         "collection": file_digest(corpus),
         "queries": [file_digest(path) for path in queries],
-        "qrels": {splits[path]: file_digest(path) for path in qrels},
+        "qrels": {split: file_digest(path) for path, split in splits.items()},
     }
 
     def load(writer: CollectionWriter) -> None:
@@ -81,16 +78,12 @@ def open_source(argument: str, spec: str) -> Collection:
             writer.source = str(path)
             for line, query_id, text in read_pairs(path):
                 writer.query(query_id, text, line)
-        for path in qrels:
+        for path, split in splits.items():
             writer.source = str(path)
             for judgement in read_qrels(path):
-                writer.judgement(splits[path], *judgement)
+                writer.judgement(split, *judgement)
 
-    return imported(key, load, name=name, spec=spec)
-
-
-def _files(folder: Path, word: str, ending: str) -> list[Path]:
-    return distinct_files(itertools.chain(folder.glob(f"*{word}*{ending}"), folder.glob(f"*{word}*{ending}.gz")))
+    return imported(key, load, name=name, spec=spec, files=stamped)
 
 
 def split_name(path: Path) -> str:
@@ -105,7 +98,7 @@ def text_id(text: str) -> str:
 
 
 def _from_triples(folder: Path, name: str, spec: str) -> Collection:
-    files = _files(folder, "triples", ".tsv")
+    files = data_files(folder, "*triples*", TSV)
     if not files:
         raise RankdistillError(
             "there is neither collection.tsv nor a triples*.tsv by text",
@@ -119,6 +112,7 @@ def _from_triples(folder: Path, name: str, spec: str) -> Collection:
                     "the triples name ids, so their texts are needed: collection.tsv is missing", where=str(path)
                 )
             break
+    stamped = stamps(files)
     key = {"loader": "msmarco-triples", "triples": [file_digest(path) for path in files]}
 
     def load(writer: CollectionWriter) -> None:
@@ -140,12 +134,16 @@ def _from_triples(folder: Path, name: str, spec: str) -> Collection:
                     writer.judgement("train", query_id, passage_ids[0], 1, line)
                 recent.update((f"q{query_id}", *passage_ids, f"{query_id} {passage_ids[0]}"))
 
-    return imported(key, load, name=name, spec=spec)
+    return imported(key, load, name=name, spec=spec, files=stamped)
 
 
 def _triple_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    first = True
     for line, text in read_lines(path):
         fields = text.split("\t")
+        header, first = first and is_header(fields), False
+        if header:
+            continue
         if len(fields) != 3 or not all(field.strip() for field in fields):
             raise RankdistillError(
                 f"expected three columns (query, positive, negative), found {len(fields)}: {text[:80]!r}",

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rankdistill.artifacts import disk_errors
+from rankdistill.errors import RankdistillError
 
 Rows = npt.NDArray[np.int64]
 
@@ -83,16 +84,49 @@ class TableWriter:
         self._stream.close()
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a damaged file of the cache raises into an error that says how to be rid of it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise RankdistillError(
+            f"a file of the cache is missing or damaged ({reason})",
+            where=str(path),
+            fix=f"delete {path if path.is_dir() else path.parent} and run the same command again",
+        ) from error
+
+
 class Table:
-    """An Arrow IPC file through a memory map: pages come in when they are touched and can be given back."""
+    """An Arrow IPC file through a memory map: pages come in when they are touched and can be given back.
+
+    Raises:
+        RankdistillError: it is damaged; a batch is looked through before it is first read, since a wrong offset in it
+            would be read as an address.
+    """
 
     def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.schema = reader.schema
-        self.batches: list[pa.RecordBatch] = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.path = path
+        with readable(path):
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self.schema = reader.schema
+            self._batches: list[pa.RecordBatch] = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._valid = np.zeros(len(self._batches), bool)
         self.starts: Rows = np.concatenate(
-            [np.zeros(1, np.int64), np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)]
+            [np.zeros(1, np.int64), np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)]
         )
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        if not self._valid[number]:
+            with readable(self.path):
+                self._batches[number].validate(full=True)
+            self._valid[number] = True
+        return self._batches[number]
+
+    @property
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return map(self.batch, range(len(self._batches)))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -116,7 +150,7 @@ class Table:
         for group in np.split(order, np.flatnonzero(np.diff(batch_of[order])) + 1):
             batch = int(batch_of[group[0]])
             local = wanted[group] - self.starts[batch]
-            values = self.batches[batch].column(place).take(pa.array(local)).to_pylist()
+            values = self.batch(batch).column(place).take(pa.array(local)).to_pylist()
             for position, value in zip(group.tolist(), values, strict=True):
                 found[position] = value
         return found
@@ -126,7 +160,7 @@ class Table:
         batch = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             end = min(stop, start + size, int(self.starts[batch + 1]))
-            yield start, self.batches[batch].slice(start - int(self.starts[batch]), end - start)
+            yield start, self.batch(batch).slice(start - int(self.starts[batch]), end - start)
             start = end
             batch += int(start >= self.starts[batch + 1])
 
@@ -230,14 +264,21 @@ def _npy(path: Path, dtype: np.dtype[Any], count: int) -> Iterator[IO[bytes]]:
         os.fsync(stream.fileno())
 
 
+def _load(path: Path, mapped: bool) -> Any:
+    with readable(path):
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+
+
 class IdIndex:
     """Finds the row of an id: binary search for its hash on disk, then the real id is compared."""
 
     def __init__(self, folder: Path, name: str, table: Table, column: str) -> None:
         self._table, self._column = table, column
         empty = len(table) == 0
-        self._hashes = np.load(folder / f"{name}.hashes.npy", mmap_mode=None if empty else "r", allow_pickle=False)
-        self._rows = np.load(folder / f"{name}.rows.npy", mmap_mode=None if empty else "r", allow_pickle=False)
+        self._hashes, self._rows = (_load(folder / f"{name}.{part}.npy", not empty) for part in ("hashes", "rows"))
+        if not len(self._hashes) == len(self._rows) == len(table):
+            with readable(folder):
+                raise ValueError(f"{name}.hashes.npy does not fit {name}.arrow")
 
     def lookup(self, identifiers: Sequence[str]) -> Rows:
         """int64 rows, -1 where an id is unknown."""
@@ -253,6 +294,9 @@ class IdIndex:
             if not len(open_):
                 return found
             rows = self._rows[at[open_]]
+            if rows.min() < 0 or rows.max() >= len(self._table):
+                with readable(self._table.path):
+                    raise ValueError("the index of ids names rows that are not there")
             same = np.array(
                 [identifiers[i] == real for i, real in zip(open_, self._table.take(self._column, rows), strict=True)]
             )

@@ -1,57 +1,116 @@
-"""Reading text files that others wrote: every mistake is named by file and line."""
+"""Reading text files that others wrote: every mistake is named by file and line. All text comes in through here."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from rankdistill.errors import RankdistillError
+from rankdistill.progress import say
 
 GZIP_MAGIC = b"\x1f\x8b"
+LONGEST_LINE = 64 << 20  # bytes; what is longer is no line but damage, and would fill the memory
+FOREIGN = {  # first bytes → what such a file is, and what to do
+    b"BZh": ("compressed with bzip2", "bunzip2 FILE; plain text and gzip are read"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "unxz FILE; plain text and gzip are read"),
+    b"PK\x03\x04": ("a zip archive", "unzip FILE; plain text and gzip are read"),
+    b"(\xb5/\xfd": ("compressed with zstd", "unzstd FILE; plain text and gzip are read"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it; plain text and gzip are read"),
+    b"PAR1": ("Parquet, not text", "give a text file here"),
+    b"\x93NUMPY": ("a NumPy array, not text", "give a text file here"),
+    b"\xff\xfe": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE"),
+    b"\xfe\xff": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE"),
+}
+# What columns of judgments and scores are called.
+VALUE_NAME = re.compile(
+    r"(.*[-_ .])?(score|relevance|rel|label|grade|judge?ment|rating|gain|logit|similarity|sim|value|qrel)s?"
+)
+QUERY_NAMES = {"query", "queries", "queryid", "qid", "topic", "topicid", "question", "questionid"}
+DOCUMENT_NAMES = {
+    *("document", "doc", "docid", "docno", "documentid", "did", "corpusid", "passage", "passageid", "pid", "id"),
+    *("positive", "negative", "pos", "neg", "positiveid", "negativeid", "posid", "negid"),
+}
+TEXT_NAMES = {"text", "contents", "content", "body", "passage", "document", "query", "question", "title"}
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open for reading; gzip is known by its first bytes, not by the name."""
-    with open(path, "rb") as stream:
-        compressed = stream.read(2) == GZIP_MAGIC
-    return cast(IO[bytes], gzip.open(path, "rb")) if compressed else open(path, "rb")
+def open_text(path: Path) -> IO[bytes]:
+    """Open for reading; gzip is known by its first bytes, not by the name.
+
+    Raises:
+        RankdistillError: it cannot be opened, or is no text: otherwise compressed, UTF-16, binary.
+    """
+    try:
+        with open(path, "rb") as probe:
+            zipped = probe.read(2) == GZIP_MAGIC
+        stream: Any = gzip.open(path, "rb") if zipped else open(path, "rb")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise RankdistillError(f"the file cannot be read: {error.strerror}", where=str(path)) from None
+    try:
+        head: bytes = stream.peek(64)[:64]
+    except (EOFError, OSError, zlib.error):
+        return cast(IO[bytes], stream)  # damaged: said where it is read
+    for magic, (what, fix) in FOREIGN.items():
+        if head.startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
+            stream.close()
+            raise RankdistillError(f"the file is {what}", where=str(path), fix=fix.replace("FILE", path.name))
+    if head and head.count(0) * 4 >= len(head):
+        stream.close()
+        raise RankdistillError(
+            "the file is full of NUL bytes: UTF-16 text, or damaged",
+            where=str(path),
+            fix=f"iconv -f UTF-16 -t UTF-8 {path.name}, or fetch it again",
+        )
+    return cast(IO[bytes], stream)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end); blank lines are passed over.
 
     Raises:
-        RankdistillError: a line is not UTF-8, or the gzip stream is cut off or damaged.
+        RankdistillError: a line is not UTF-8 or longer than 64 MB, or the gzip stream is cut off or damaged.
     """
-    number = 0
-    with open_bytes(path) as stream:
+    path, number = Path(path), 0
+    with open_text(path) as stream:
         while True:
+            where = f"{path}:{number + 1}"
             try:
-                raw = stream.readline()
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raw = stream.readline(LONGEST_LINE + 1)
+            except (EOFError, OSError, zlib.error) as error:
                 raise RankdistillError(
                     f"the gzip file is cut off or damaged ({error})",
-                    where=f"{path}:{number + 1}",
+                    where=where,
                     fix="fetch or compress the file again",
                 ) from None
             if not raw:
                 return
+            if len(raw) > LONGEST_LINE:
+                raise long_line(where)
             number += 1
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise RankdistillError(
                     f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line is not UTF-8",
-                    where=f"{path}:{number}",
+                    where=where,
                     fix="convert the file to UTF-8 (for example: iconv -f LATIN1 -t UTF-8)",
                 ) from None
             line = line.rstrip("\r\n")
             if line and not line.isspace():
                 yield number, line
+
+
+def long_line(where: str) -> RankdistillError:
+    return RankdistillError(
+        f"the line is longer than {LONGEST_LINE >> 20} MB",
+        where=where,
+        fix="does the file lack line ends, or is it damaged? A text of that length must be split",
+    )
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -78,16 +137,17 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def identifier(value: Any, key: str, where: str) -> str:
-    """An id as a string: strings as they are, whole numbers in digits.
+    """An id as a string: strings without white space around them, whole numbers in digits.
 
     Raises:
         RankdistillError: it is missing, empty or of another type.
     """
-    if isinstance(value, str) and value:
-        return value
+    if isinstance(value, str) and value.strip():
+        return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    problem = "is missing or empty" if value in (None, "") else f"is a {type(value).__name__}, not a string"
+    empty = value is None or isinstance(value, str)
+    problem = "is missing or empty" if empty else f"is a {type(value).__name__}, not a string"
     raise RankdistillError(f"the id {key!r} {problem}", where=where)
 
 
@@ -104,6 +164,43 @@ def text_of(value: Any, key: str, where: str) -> str:
     return value
 
 
+def to_number(text: str) -> float:
+    """
+    Raises:
+        ValueError: it is no number as files have it: Python itself would take `1_000` and digits of other scripts.
+    """
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return float(text)
+
+
+def split_columns(line: str) -> list[str]:
+    """A line with a tab is split at tabs (ids may hold spaces then), any other at white space."""
+    return [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+
+
+def is_header(fields: Sequence[str], value: int = -1) -> bool:
+    """Whether a first line names columns: the value's, or the query's. Data is never passed over.
+
+    Args:
+        value: the place of the column of relevance or score.
+    """
+    names = [re.sub(r"[^a-z]", "", field.lower()) for field in fields]
+    if len(fields) < 3 or any(re.search(r"\d", field) for field in fields if field not in ("0", "Q0", "q0")):
+        return False
+    named = VALUE_NAME.fullmatch(fields[value].lower().strip("\"'"))
+    return bool(named) or names[0] in QUERY_NAMES
+
+
+def odd_columns(fields: Sequence[str]) -> str | None:
+    """What to do about a line with a wrong number of columns, where it can be told."""
+    if len(fields) > 1 and (not fields[0] or fields[0].startswith("Unnamed:")):
+        return "the first column has no name: it is pandas' index, leave it out (to_csv(..., index=False))"
+    if len(fields) == 1 and "," in fields[0]:
+        return "write tabs between columns, not commas"
+    return None
+
+
 class Judgement(NamedTuple):
     query_id: str
     doc_id: str
@@ -111,48 +208,63 @@ class Judgement(NamedTuple):
     line: int
 
 
+def grade(value: Any, where: str) -> int:
+    """A relevance as a whole number of 32 bits; digits as text count, as do 1.0 and "1.0".
+
+    Raises:
+        RankdistillError: it is none.
+    """
+    try:
+        found = to_number(value) if isinstance(value, str) else float(value)
+        if isinstance(value, bool) or found != int(found):
+            raise ValueError
+    except (ValueError, OverflowError, TypeError):
+        raise RankdistillError(f"the relevance {value!r} is not a whole number", where=where) from None
+    if not -(2**31) <= found < 2**31:
+        raise RankdistillError(f"the relevance {value!r} is beyond 32 bits", where=where)
+    return int(found)
+
+
 def read_qrels(path: Path) -> Iterator[Judgement]:
     """Judgements in TREC form (`query 0 document relevance`, spaces or tabs) or three columns, header or none.
 
-    A line with a tab is split at tabs (ids may hold spaces then), any other at white space.
-
     Raises:
-        RankdistillError: a line has another number of columns or its relevance is no whole number.
+        RankdistillError: a line has another number of columns or its relevance is no whole number. A first line is a
+            header only where its words say so (see `is_header`).
     """
     first = True
-    for number, line in read_lines(path):
-        fields = line.split("\t") if "\t" in line else line.split()
-        where = f"{path}:{number}"
-        if len(fields) not in (3, 4) or not fields[0].strip() or not fields[-2].strip():
+    for line_number, line in read_lines(path):
+        fields, where = split_columns(line), f"{path}:{line_number}"
+        if len(fields) not in (3, 4) or not fields[0] or not fields[-2]:
             raise RankdistillError(
-                f"expected 3 or 4 columns (query, [0,] document, relevance), found {len(fields)}: {line[:80]!r}",
+                f"expected 3 or 4 columns (query, [0,] document, relevance), found {len(fields)}: {line[:80]!r}"
+                if len(fields) not in (3, 4)
+                else f"a column is empty: {line[:80]!r}",
                 where=where,
+                fix=odd_columns(fields),
             )
-        try:
-            grade = float(fields[-1])
-            relevance = int(grade)
-            if relevance != grade or not -(2**31) <= relevance < 2**31:
-                raise ValueError
-        except (ValueError, OverflowError):
-            if first:  # a header
-                first = False
-                continue
-            raise RankdistillError(f"the relevance {fields[-1]!r} is not a whole number", where=where) from None
+        if not (first and is_header(fields)):
+            yield Judgement(fields[0], fields[-2], grade(fields[-1], where), line_number)
         first = False
-        yield Judgement(fields[0].strip(), fields[-2].strip(), relevance, number)
 
 
 def read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, id, text) of a two-column TSV; further tabs belong to the text.
+    """(line number, id, text) of a two-column TSV, header or none; further tabs belong to the text.
 
     Raises:
         RankdistillError: a line has no tab, or an empty id.
     """
-    for number, line in read_lines(path):
+    first = True
+    for line_number, line in read_lines(path):
         identity, tab, text = line.partition("\t")
+        where = f"{path}:{line_number}"
         if not tab:
-            raise RankdistillError(f"expected `id<tab>text`, found no tab: {line[:80]!r}", where=f"{path}:{number}")
-        yield number, identifier(identity.strip(), "id", f"{path}:{number}"), text
+            raise RankdistillError(f"expected `id<tab>text`, found no tab: {line[:80]!r}", where=where)
+        names = [re.sub(r"[^a-z]", "", word.lower()) for word in (identity, text)]
+        header = first and names[0] in QUERY_NAMES | DOCUMENT_NAMES and names[1] in TEXT_NAMES
+        if not header:
+            yield line_number, identifier(identity, "id", where), text
+        first = False
 
 
 def plain_or_gzip(folder: Path, name: str) -> Path | None:
@@ -168,10 +280,35 @@ def stem(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).stem
 
 
-def distinct_files(paths: Iterator[Path]) -> list[Path]:
-    """Sorted files; of `x` and `x.gz` only `x`."""
-    files = {path for path in paths if path.is_file()}
-    return sorted(path for path in files if path.suffix != ".gz" or path.with_suffix("") not in files)
+def data_files(folder: Path, pattern: str, endings: tuple[str, ...]) -> list[Path]:
+    """Sorted files of a folder that match a pattern and end in one of `endings`.
+
+    Hidden files (macOS writes `._x`, editors `.x.swp`) and other endings (`x.bak`, `x~`, `x.bz2`) are no data; those
+    that look alike are named to the user.
+    """
+    alike = [path for path in folder.iterdir() if any(end in path.name for end in endings)] if folder.is_dir() else []
+    alike = [path for path in alike if fnmatch(path.name.lstrip("._"), pattern) and path.is_file()]
+    found = sorted(path for path in alike if path.name[0] != "." and path.name.endswith(endings))
+    ignored = sorted(path.name for path in set(alike) - set(found))
+    if ignored:
+        names = ", ".join(ignored[:5]) + (" …" if len(ignored) > 5 else "")
+        say(f"{folder}: ignored {names} (what is read ends in {' or '.join(endings)})")
+    return found
+
+
+def refuse_one_split(splits: Iterable[tuple[str, Path]]) -> None:
+    """
+    Raises:
+        RankdistillError: two files of judgments would be one split.
+    """
+    seen: dict[str, Path] = {}
+    for split, path in splits:
+        if seen.setdefault(split, path) != path:
+            raise RankdistillError(
+                f"two qrels files define the split {split!r}",
+                where=f"{seen[split]}, {path}",
+                fix="rename or remove one",
+            )
 
 
 def existing_folder(folder: str, loader: str) -> Path:

@@ -10,7 +10,7 @@ Files of the artifact (kind "collection"):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from rankdistill.errors import RankdistillError
 from rankdistill.plain import file_name
 from rankdistill.progress import progress, warn
 
-SCHEMA = 1  # of the files above; a change makes every cached collection stale
+SCHEMA = 2  # of the files above and of how sources are read; a change makes every cached collection stale
 STRING, INT64 = pa.string(), pa.int64()
 DOCUMENTS = pa.schema([("doc_id", STRING), ("title", STRING), ("text", STRING)])
 QUERIES = pa.schema([("query_id", STRING), ("text", STRING)])
@@ -164,7 +164,7 @@ class CollectionWriter:
         table, sources = self._judgements[split], self._judgement_sources[split]
         if not sources or sources[-1][1] != self.source:
             sources.append((table.rows, self.source))
-        table.add(query_id, doc_id, relevance, line)
+        table.add(self._id(query_id, line), self._id(doc_id, line), relevance, line)
         self._bar.advance()
 
     def _clean(self, text: str) -> str:
@@ -278,7 +278,23 @@ class CollectionWriter:
             writer.abandon()
 
 
-def imported(key: Mapping[str, Any], load: Callable[[CollectionWriter], None], *, name: str, spec: str) -> Collection:
+Stamps = dict[Path, tuple[int, ...]]
+
+
+def stamps(paths: Iterable[Path]) -> Stamps:
+    """What changes when a file does, though it be put back: taken before its digest, compared when it was read."""
+    stats = {path: path.stat() for path in paths}
+    return {path: (one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for path, one in stats.items()}
+
+
+def imported(
+    key: Mapping[str, Any],
+    load: Callable[[CollectionWriter], None],
+    *,
+    name: str,
+    spec: str,
+    files: Stamps | None = None,
+) -> Collection:
     """The collection of that key: from the cache, or imported into it once.
 
     Args:
@@ -286,23 +302,32 @@ def imported(key: Mapping[str, Any], load: Callable[[CollectionWriter], None], *
         load: writes the records; called only when the cache does not hold the collection.
         name: what to call it; folders of runs are called after it.
         spec: what the user asked for.
+        files: `stamps` of the source files from before their digests were taken.
+
+    Raises:
+        RankdistillError: a file changed while it was read: its digest is not of what was read.
     """
     mark, name = fingerprint(["collection", SCHEMA, key]), file_name(name)
     folder = cache_dir() / "collections" / mark
     if find_artifact(folder, "collection", mark) is None:
         with locked(folder):
             if find_artifact(folder, "collection", mark) is None:  # another process may have been faster
-                _import(folder, mark, key, load, name)
+                _import(folder, mark, key, load, name, files or {})
     return Collection(open_artifact(folder, "collection"), name, spec)
 
 
 def _import(
-    folder: Path, mark: str, key: Mapping[str, Any], load: Callable[[CollectionWriter], None], name: str
+    folder: Path, mark: str, key: Mapping[str, Any], load: Callable[[CollectionWriter], None], name: str, files: Stamps
 ) -> None:
     with write_artifact(folder, kind="collection", fingerprint=mark, settings=dict(key)) as artifact:
         writer = CollectionWriter(artifact.path, name)
         try:
             load(writer)
+            changed = [str(path) for path, stamp in files.items() if not path.exists() or stamps([path])[path] != stamp]
+            if changed:
+                raise RankdistillError(
+                    "the file changed while it was read", where=", ".join(changed), fix="run the same command again"
+                )
             artifact.counts.update(writer.finish())
             artifact.notes.update(splits=writer.splits, problems=writer.problems, words=writer.words())
         finally:

@@ -27,7 +27,7 @@ from rankdistill.runs import Run, read_run
 if TYPE_CHECKING:
     from rankdistill.evaluation.suites import Judged
 
-RUN_FILES = ("*.trec", "*.trec.gz", "*.run", "*.run.gz", "*.parquet")
+RUN_FILES = (".trec", ".trec.gz", ".run", ".run.gz", ".parquet")
 RESULTS = "results.json"
 FORMS = ("text", "markdown", "latex", "json")
 
@@ -194,12 +194,14 @@ def _folder(folder: Path) -> Iterator[_Given]:
     if evaluations:
         yield from _evaluated(evaluations[0])
         return
-    files = sorted({path for pattern in RUN_FILES for path in folder.glob(pattern)})
+    from rankdistill.collections.text_files import data_files
+
+    files = data_files(folder, "*", RUN_FILES)
     if not files:
         raise UsageError(
             "the folder holds neither an evaluation nor run files",
             where=str(folder),
-            fix=f"a folder of runs holds {', '.join(RUN_FILES)}",
+            fix=f"the names of run files end in {', '.join(RUN_FILES)}",
         )
     for path in files:
         yield _Given(_stem(path), path, folder, None)
@@ -360,6 +362,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
     import pyarrow.parquet as pq
 
     from rankdistill.collections.identifiers import text_ids
+    from rankdistill.collections.text_files import grade
 
     columns = ["query_id", "doc_id", "relevance"]
     try:
@@ -369,11 +372,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
             has = ", ".join(table.column_names)
             raise RankdistillError(f"the judgments have no column {', '.join(sorted(missing))} (they have {has})",
                                    where=str(path))  # fmt: skip
-        if any(table[name].null_count for name in columns):
+        if any(table[name].null_count for name in columns[:2]):
             raise RankdistillError("the judgments have empty cells", where=str(path))
         ids = [text_ids(table[name].combine_chunks(), str(path)).to_pylist() for name in columns[:2]]
-        relevance = table["relevance"].cast(pa.int32()).to_pylist()
+        relevance = table["relevance"].to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise RankdistillError(f"the Parquet judgments cannot be read: {error}", where=str(path)) from None
     for row, (query_id, doc_id, level) in enumerate(zip(*ids, relevance, strict=True), 1):
-        yield query_id, doc_id, level, f"{path}, row {row}"
+        where = f"{path}, row {row}"
+        yield query_id, doc_id, grade(level, where), where

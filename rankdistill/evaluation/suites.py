@@ -216,6 +216,8 @@ def locate(
         fetch: open a declared collection that may have to be downloaded.
         opener: opens a specification; default `rankdistill.collections.open_collection`.
     """
+    from rankdistill.collections.text_files import plain_or_gzip
+
     if opener is None:
         from rankdistill.collections import open_collection
 
@@ -223,9 +225,9 @@ def locate(
     candidate: Any = None
     folder = local / one.name if local is not None else None
     try:
-        if folder is not None and any(folder.glob("corpus.jsonl*")):
+        if folder is not None and plain_or_gzip(folder, "corpus.jsonl"):
             candidate = opener(f"beir:{folder}")
-        elif folder is not None and any(folder.glob("collection.tsv*")):
+        elif folder is not None and plain_or_gzip(folder, "collection.tsv"):
             candidate = opener(f"msmarco:{folder}")
         elif folder is not None and (any(folder.glob("corpus*.parquet")) or any(folder.glob("corpus/*.parquet"))):
             candidate = opener(f"hf:{folder}")

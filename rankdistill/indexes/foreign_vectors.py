@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import disk_errors, file_digest, fingerprint, locked, write_atomically
+from rankdistill.collections.text_files import DOCUMENT_NAMES, QUERY_NAMES, data_files, read_lines
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import allocate_array
 from rankdistill.indexes.vectors import check_vectors
@@ -116,13 +118,13 @@ def open_foreign_vectors(
         plain = stored.dtype == np.float32 and stored.flags.c_contiguous and stored.dtype.isnative
         source: NDArray[Any] | list[Path] = stored
     else:
-        files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+        files = [path] if path.is_file() else data_files(path, "*", (".parquet", ".pq"))
         if not files or any(file.suffix not in {".parquet", ".pq"} for file in files):
             raise UsageError("vectors come as .npy or Parquet", where=str(path), fix="np.save(FILE, vectors)")
         if ids is not None:
             raise UsageError(f"a Parquet file holds its ids itself, in the column {column}", where=str(path))
         known = _ids_of_parquet(files, column)
-        digest = fingerprint([file_digest(file) for file in files])
+        digest = _digest_of_files(files)
         plain, source = False, files
     if not len(known):
         raise RankdistillError("there are no vectors in this file", where=str(path))
@@ -132,10 +134,16 @@ def open_foreign_vectors(
         record = _record(record_file, digest, None if plain else copy)
         if not record:
             record = {"source": digest, **_look_through(source, copy if not plain else None, known, path)}
+            if digest != (file_digest(path) if isinstance(source, np.ndarray) else _digest_of_files(source)):
+                raise RankdistillError("the vectors changed while they were read", where=str(path), fix="run it again")
             write_atomically(record_file, json.dumps(record, indent=2) + "\n")
     vectors = np.load(path if plain else copy, mmap_mode="r", allow_pickle=False)
     made = fingerprint([record["vectors"], _digest_of(known)])
     return ForeignVectors(path, known, vectors, made, int(record["zero_rows"]), bool(record["unit_length"]))
+
+
+def _digest_of_files(files: Sequence[Path]) -> str:
+    return fingerprint([file_digest(file) for file in files])
 
 
 def _open_npy(path: Path) -> NDArray[Any]:
@@ -166,10 +174,9 @@ def _ids_beside(path: Path, given: str | Path | None, column: str, count: int) -
     if file.suffix in {".parquet", ".pq"}:
         found = _ids_of_parquet([file], column)
     else:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise RankdistillError(f"the ids are not UTF-8 text: {error}", where=str(file)) from None
+        lines = [line.strip() for _, line in read_lines(file)]
+        if len(lines) == count + 1 and re.sub("[^a-z]", "", lines[0].lower()) in QUERY_NAMES | DOCUMENT_NAMES:
+            del lines[0]  # a header
         found = _checked_ids(pa.chunked_array([pa.array(lines, pa.string())]), [file])
     if len(found) != count:
         raise RankdistillError(

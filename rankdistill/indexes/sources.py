@@ -228,6 +228,8 @@ class RecordedRun:
             )
         if unknown:
             warn(f"{file}: {unknown} of {total} documents are not in {collection.name} (first: {first_unknown!r})")
+        if fingerprint(["run", file_digest(file), collection.fingerprint]) != digest:
+            raise RankdistillError("the run changed while it was read", where=str(file), fix="run the command again")
         for made, path in zip(temporary, files, strict=True):
             os.replace(made, path)  # the mapping follows; another process keeps the file it has mapped
         return cls(str(file), digest, offsets, rows, scores)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rankdistill.collections.collection import DEV_NAMES, held_out
+from rankdistill.collections.text_files import read_lines
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import warn
 from rankdistill.sampling.base import generator
@@ -42,8 +43,7 @@ def with_unlabelled(collection: Collection, recipe: Recipe) -> Collection:
     else:
         if not Path(source).is_file():
             raise UsageError(f"there is no file {source!r}", where=WHERE, fix="queries, titles, or a text file")
-        with open(source, encoding="utf-8") as stream:
-            texts = _without_judged(collection, [line.strip() for line in stream], source)
+        texts = _without_judged(collection, [line.strip() for _, line in read_lines(source)], source)
     texts = [text for text in texts if text]
     if len(set(texts)) < 2:
         raise UsageError(f"{source} gives fewer than two queries", where=WHERE)

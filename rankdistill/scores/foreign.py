@@ -2,7 +2,7 @@
 
 | format  | a line |
 |---|---|
-| tsv     | query_id, doc_id, score (a header line is allowed) |
+| tsv     | query_id, doc_id, score; a header is one whose last column says so |
 | triples | score⁺, score⁻, query_id, id⁺, id⁻ (the published Margin-MSE files) |
 | trec    | a TREC run: its score is the teacher's |
 | jsonl   | query, pos, neg, pos_scores, neg_scores (sentence-transformers and BGE), by id or by text |
@@ -13,19 +13,27 @@ Text files may be gzipped. A line that cannot be read, and a NaN or infinite sco
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from rankdistill.collections.text_files import (
+    identifier,
+    is_header,
+    odd_columns,
+    read_json_lines,
+    read_lines,
+    split_columns,
+    to_number,
+)
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.runs import iter_run
 from rankdistill.scores.store import read_part
 
 Format = Literal["auto", "tsv", "triples", "trec", "jsonl", "parquet"]
+FLOAT32 = float(np.finfo(np.float32).max)
 FORMATS = ("tsv", "triples", "trec", "jsonl", "parquet")
 
 
@@ -55,30 +63,21 @@ def iter_foreign(
             for doc_id, score in zip(doc_ids, scores.tolist(), strict=True):
                 yield ForeignScore(query_id, doc_id, score)
     elif kind == "parquet":
-        table = read_part(path, {"collection": collection_fingerprint} if collection_fingerprint else None)
+        own = {"collection": collection_fingerprint} if collection_fingerprint else None
+        table = read_part(path, own, fix="give a Parquet file with the columns query_id, doc_id and score")
         for batch in table.to_batches(max_chunksize=65_536):
             columns = batch.to_pydict()
             for values in zip(columns["query_id"], columns["doc_id"], columns["score"], strict=True):
                 yield ForeignScore(*values)
+    elif kind in _READERS:
+        for where, found in _READERS[kind](path):
+            for one in found:
+                if not abs(one.score) <= FLOAT32:
+                    what = f"the score {one.score} of document {one.document!r} is not finite as a float32 number"
+                    raise _bad(kind, what, where)
+                yield one
     else:
-        parsers: dict[str, Callable[[str, bool], list[ForeignScore]]] = {
-            "tsv": _tsv,
-            "triples": _triples,
-            "jsonl": _jsonl,
-        }
-        if kind not in parsers:
-            raise UsageError(f"unknown format of scores {kind!r}", fix=", ".join(FORMATS))
-        for number, line in _lines(path):
-            if not line.strip():
-                continue
-            try:
-                found = parsers[kind](line, number == 1)
-                for item in found:
-                    if not math.isfinite(item.score):
-                        raise ValueError(f"the score {item.score} of document {item.document[:60]!r} is not finite")
-            except ValueError as error:
-                raise RankdistillError(f"bad line: {error}", where=f"{path}:{number}", fix=_SHAPES[kind]) from None
-            yield from found
+        raise UsageError(f"unknown format of scores {kind!r}", fix=", ".join(FORMATS))
 
 
 _SHAPES = {
@@ -88,112 +87,115 @@ _SHAPES = {
 }
 
 
+Scores = Iterator[tuple[str, list[ForeignScore]]]  # where, the scores there
+
+
 def detect_format(path: Path) -> Format:
     """The format by content: Parquet's magic bytes, a brace, or the columns of the first line."""
     with open(path, "rb") as stream:
         if stream.read(4) == b"PAR1":
             return "parquet"
-    line = next((line for _, line in _lines(path) if line.strip()), "")
+    line = next((line for _, line in read_lines(path)), "")
     if line.lstrip().startswith("{"):
         return "jsonl"
-    fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+    fields = split_columns(line)
     if len(fields) == 6:
         return "trec"
-    if len(fields) == 5 and _is_number(fields[0]) and _is_number(fields[1]):
+    if len(fields) == 5 and (is_header(fields, 0) or all(_is_number(field) for field in fields[:2])):
         return "triples"
     if len(fields) == 3:
         return "tsv"
     raise RankdistillError(
         f"the format of this score file cannot be told: its first line has {len(fields)} fields",
         where=f"{path}:1",
-        fix=f"name it: {', '.join(FORMATS)}",
+        fix=odd_columns(fields) or f"name it: {', '.join(FORMATS)}",
     )
 
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        to_number(text)
     except ValueError:
         return False
     return True
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, "rb") as probe:
-        zipped = probe.read(2) == b"\x1f\x8b"
-    number = 0
+def _bad(kind: str, what: str, where: str, fix: str | None = None) -> RankdistillError:
+    return RankdistillError(f"bad line: {what}", where=where, fix=fix or _SHAPES[kind])
+
+
+def _columns(path: Path, kind: str, count: int, value: int) -> Iterator[tuple[str, list[str]]]:
+    """(where, fields) of each line but a header; `value`: the column of a score."""
+    for number, line in read_lines(path):
+        fields, where = split_columns(line), f"{path}:{number}"
+        if len(fields) != count:
+            raise _bad(kind, f"{len(fields)} fields instead of {count}", where, odd_columns(fields))
+        if not all(fields):
+            raise _bad(kind, "an empty field", where)
+        if number > 1 or not is_header(fields, value):
+            yield where, fields
+
+
+def _tsv(path: Path) -> Scores:
+    for where, (query_id, doc_id, score) in _columns(path, "tsv", 3, -1):
+        yield where, [ForeignScore(query_id, doc_id, _score(score, "tsv", where))]
+
+
+def _triples(path: Path) -> Scores:
+    for where, (first, second, query_id, positive, negative) in _columns(path, "triples", 5, 0):
+        pairs = ((positive, first), (negative, second))
+        yield where, [ForeignScore(query_id, doc_id, _score(score, "triples", where)) for doc_id, score in pairs]
+
+
+def _score(text: str, kind: str, where: str) -> float:
     try:
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                try:
-                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise RankdistillError(
-                        f"not UTF-8: byte {raw[error.start]:#04x}", where=f"{path}:{number}", fix="convert it to UTF-8"
-                    ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RankdistillError(
-            f"the gzip file is damaged or cut short: {error}", where=f"{path}:{number + 1}", fix="fetch it again"
-        ) from None
-
-
-def _fields(line: str, count: int) -> list[str]:
-    text = line.rstrip("\r\n")
-    fields = text.split("\t") if "\t" in text else text.split()
-    if len(fields) != count:
-        raise ValueError(f"{len(fields)} fields instead of {count}")
-    if not all(fields):
-        raise ValueError("an empty field")
-    return fields
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
+        return to_number(text)
     except ValueError:
-        raise ValueError(f"{text[:40]!r} is not a score") from None
+        raise _bad(kind, f"{text!r} is not a score", where) from None
 
 
-def _tsv(line: str, first: bool) -> list[ForeignScore]:
-    query_id, doc_id, score = _fields(line, 3)
-    if first and not _is_number(score):
-        return []  # a header
-    return [ForeignScore(query_id, doc_id, _number(score))]
+def _jsonl(path: Path) -> Scores:
+    for number, record in read_json_lines(path):
+        where = f"{path}:{number}"
+        try:
+            yield where, _record(record, where)
+        except (ValueError, OverflowError) as error:
+            raise _bad("jsonl", str(error), where) from None
 
 
-def _triples(line: str, first: bool) -> list[ForeignScore]:
-    positive_score, negative_score, query_id, positive, negative = _fields(line, 5)
-    return [
-        ForeignScore(query_id, positive, _number(positive_score)),
-        ForeignScore(query_id, negative, _number(negative_score)),
-    ]
-
-
-def _jsonl(line: str, first: bool) -> list[ForeignScore]:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    query = record.get("query_id", record.get("query"))
-    if not isinstance(query, str):
+def _record(record: dict[str, Any], where: str) -> list[ForeignScore]:
+    """
+    Raises:
+        ValueError: the record is not of the form.
+    """
+    named = "query_id" in record
+    query = identifier(record["query_id"], "query_id", where) if named else _text(record.get("query"))
+    if not query:
         raise ValueError("no query")
     found = []
     for side in ("pos", "neg"):
         by_id = f"{side}_ids" in record
         documents = record.get(f"{side}_ids", record.get(side, []))
         scores = record.get(f"{side}_scores", [])
-        documents = [documents] if isinstance(documents, str) else documents
-        scores = [scores] if isinstance(scores, (int, float)) else scores
+        documents = [documents] if isinstance(documents, str | int) else documents
+        scores = [scores] if isinstance(scores, int | float) else scores
         if not isinstance(documents, list) or not isinstance(scores, list):
             raise ValueError(f"{side} or {side}_scores is not a list")
         if len(documents) != len(scores):
             raise ValueError(f"{len(documents)} {side} but {len(scores)} {side}_scores")
         for document, score in zip(documents, scores, strict=True):
-            if not isinstance(document, str) or isinstance(score, bool) or not isinstance(score, (int, float)):
-                raise ValueError(f"{side} must hold strings and {side}_scores numbers, not {document!r}: {score!r}")
-            found.append(ForeignScore(query, document, float(score), by_text=not (by_id and "query_id" in record)))
+            document = identifier(document, f"{side}_ids", where) if by_id else _text(document)
+            if document is None or isinstance(score, bool) or not isinstance(score, int | float):
+                raise ValueError(f"{side} must hold strings and {side}_scores numbers, not {score!r}")
+            found.append(ForeignScore(query, document, float(score), by_text=not (by_id and named)))
     if not found:
         raise ValueError("no scores")
     return found
+
+
+def _text(value: Any) -> str | None:
+    """A text, or an id that stands where a text may: whole numbers in digits."""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+_READERS: dict[str, Callable[[Path], Scores]] = {"tsv": _tsv, "triples": _triples, "jsonl": _jsonl}

@@ -112,11 +112,15 @@ class PairTable:
         return found
 
 
-def read_part(path: Path, metadata: Mapping[str, str] | None = None) -> pa.Table:
+DELETE = "delete this file and run the same command again: only the pairs in it are scored once more"
+
+
+def read_part(path: Path, metadata: Mapping[str, str] | None = None, fix: str = DELETE) -> pa.Table:
     """Read a part or an exported score file and check it: columns, finite scores, and whose scores they are.
 
     Args:
         metadata: what the file's own `teacher`, `collection` and `score_kind` must be.
+        fix: what to do about a file that cannot be read.
 
     Raises:
         RankdistillError: it is damaged, holds NaN or infinity, or belongs to another teacher or collection.
@@ -131,9 +135,9 @@ def read_part(path: Path, metadata: Mapping[str, str] | None = None) -> pa.Table
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RankdistillError(
-            f"a part of the teacher scores cannot be read: {reason}",
+            f"the teacher scores cannot be read: {reason}",
             where=str(path),
-            fix="delete this file and run the same command again: only the pairs in it are scored once more",
+            fix=fix,
         ) from None
     for name, wanted in (metadata or {}).items():
         if own.get(name, wanted) != wanted:
@@ -143,8 +147,10 @@ def read_part(path: Path, metadata: Mapping[str, str] | None = None) -> pa.Table
                 fix="score this collection with this teacher, or import scores made for it",
             )
     scores = table["score"].to_numpy()
-    if table["query_id"].null_count or table["doc_id"].null_count or not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0]) if not np.isfinite(scores).all() else 0
+    if table["query_id"].null_count or table["doc_id"].null_count:
+        raise RankdistillError("the teacher scores have empty ids", where=str(path), fix=fix)
+    if not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise RankdistillError(
             f"a teacher score is {scores[bad]} (query {table['query_id'][bad]}, document {table['doc_id'][bad]})",
             where=f"{path}, row {bad + 1}",

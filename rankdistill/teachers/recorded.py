@@ -32,9 +32,20 @@ class _FileTeacher(Teacher):
 
     def __init__(self) -> None:
         self._table: PairTable | None = None
+        self._known_digest = ""
 
     def _digest(self) -> str:
-        return _digest(self.file)
+        """
+        Raises:
+            RankdistillError: there is no such file, or it changed since it was first asked for.
+        """
+        found = _digest(self.file)
+        self._known_digest = self._known_digest or found
+        if found != self._known_digest:
+            raise RankdistillError(
+                "the file changed while it was read", where=self.file, fix="run the same command again"
+            )
+        return found
 
     @abstractmethod
     def _pairs(self) -> Iterator[ForeignScore]: ...
@@ -48,6 +59,7 @@ class _FileTeacher(Teacher):
                     keys = pair_keys(hash_ids([item.query for item in block]), hash_ids([i.document for i in block]))
                     table.add(keys, np.array([item.score for item in block], dtype=np.float32))
                     bar.advance(len(block))
+            self._digest()  # still that of the fingerprint
             self._table = table
         return self._table
 
@@ -239,6 +251,7 @@ def import_scores(
                     scores.reused += len(rows) - new
                 start = end
             bar.advance(len(block))
+        teacher.fingerprint()  # refuses a file that changed, before its last scores are written
     if unknown_queries:
         warn(f"{file}: {len(unknown_queries):,} queries are not in {collection.name}, e.g. {min(unknown_queries)!r}")
     if unknown_documents:

@@ -96,7 +96,7 @@ def test_no_network_is_said_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_network_an_imported_collection_opens_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, layout = hf._local(folder)
+    key, layout, _ = hf._local(folder)
     hf.imported(key, lambda writer: hf._load(writer, layout), name="before", spec="before")
     write_atomically(cache_dir() / "collections" / f"hub-{fingerprint('org/name')}.json", hf.json.dumps(key))
     monkeypatch.setattr(socket, "getaddrinfo", no_network)

@@ -142,7 +142,7 @@ def test_bad_arrays_and_ids_are_named(tmp_path: Path) -> None:
     refused(f"{COUNT} vectors but 2 ids", ids=tmp_path / "ids.txt")
     refused("there are no ids here", ids=tmp_path / "none.txt")
     (tmp_path / "ids.txt").write_bytes(b"\xff\xfe\n")
-    refused("not UTF-8", ids=tmp_path / "ids.txt")
+    refused("UTF-16", ids=tmp_path / "ids.txt")
     path.write_bytes(b"\x93NUMPY")
     refused("no array of numbers", None)
     path = tmp_path / "none.npy"

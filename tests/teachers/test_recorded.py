@@ -65,12 +65,12 @@ def test_foreign_formats_are_told_apart_and_imported(
         ("tsv", "q\td\t1\nq\t\t2\n", 2, "empty field"),
         ("triples", TRIPLES + "1\t2\tq-iron\td-iron\n", 4, "4 fields instead of 5"),
         ("triples", TRIPLES + "1\tinf\tq-iron\td-iron\td-bat\n", 4, "not finite"),
-        ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": [1]}\n{"query": "a", "pos"\n', 2, "not JSON"),
+        ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": [1]}\n{"query": "a", "pos"\n', 2, "not valid JSON"),
         ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": [NaN]}\n', 1, "not finite"),
         ("jsonl", '{"query": "a", "pos": ["b", "c"], "pos_scores": [1]}\n', 1, "2 pos but 1 pos_scores"),
         ("jsonl", '{"query": "a", "pos": ["b"], "pos_scores": ["1"]}\n', 1, "numbers"),
         ("jsonl", '{"query": "a"}\n', 1, "no scores"),
-        ("jsonl", "[1]\n", 1, "not a JSON object"),
+        ("jsonl", "[1]\n", 1, "not an object"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, format: str, content: str, line: int, message: str) -> None:
