@@ -149,6 +149,26 @@ class Training(Section):
     device: str | None = Field(None, description="of the student alone; the recipe's unless given")
 
 
+class Alignment(Section):
+    """A student's vectors brought near to a teacher's before it learns from lists; see training/warm_up.py."""
+
+    teacher: Student | None = Field(None, description="the encoder that the student was cut from unless given")
+    documents: int = Field(20_000, ge=2, description="documents read at most, each giving a pseudo-query too")
+    batch_size: int = Field(32, ge=1, description="queries a step, with twice as many documents")
+    steps: int | None = Field(None, ge=1, description="optimiser steps; instead of epochs")
+    epochs: float = Field(1.0, gt=0, description="times each query is seen")
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the learning rate rises")
+    checkpoints: int = Field(2, ge=1, description="how often, over the training, to save")
+
+    @field_validator("teacher")
+    @classmethod
+    def _checked(cls, teacher: Method | None) -> Method | None:
+        checked = check_method("student", teacher.settings(), "student.warm_up.teacher") if teacher else None
+        return Method.model_validate(checked) if checked else None
+
+
 class Extrapolation(Section):
     """How test queries are parted into those near the training queries and those far from them."""
 

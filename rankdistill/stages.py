@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from rankdistill.students.base import StudentModel
     from rankdistill.teachers.base import Teacher
     from rankdistill.teachers.ensemble import EnsembleTeacher
+    from rankdistill.training.warm_up import WarmUpTraining
 
 STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
 RECIPE = "recipe.yaml"
@@ -309,6 +310,9 @@ class Workspace:
         _, dev = self.mine()
         inputs = {"lists": lists.fingerprint, "dev": dev.fingerprint}
         recipe = self.recipe_of(name)
+        warm_up = self.warm_up(recipe)
+        if warm_up is not None:
+            inputs["start"] = warm_up.fingerprint
         path = self.student_folder(name)
         print_ = fingerprint(training_fingerprint_values(recipe, inputs))
         rank, processes = launched()
@@ -318,6 +322,7 @@ class Workspace:
             found = find_artifact(path, "student", print_)
             if found is not None:
                 return found
+            start = warm_up.run(self.warm_up_folder, self.path).path / "model" if warm_up is not None else None
             say(f"train: {name}")
             dev_lists = self.dev_lists()
             return train_student(
@@ -330,7 +335,26 @@ class Workspace:
                 inputs=inputs,
                 agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
                 prepared=self.path / "prepared",
+                start=start,
+                encoded=self.path,
             )
+
+    def warm_up(self, recipe: Recipe) -> WarmUpTraining | None:
+        """The warm-up of a recipe's student, if it has one."""
+        from rankdistill.students.dense import ALIGNED
+        from rankdistill.training.warm_up import WarmUpTraining
+
+        student = recipe.student.settings()
+        if student["type"] not in ALIGNED or not student["warm_up"]:
+            return None
+        return WarmUpTraining(recipe, self.collection, self.queries[0])
+
+    @property
+    def warm_up_folder(self) -> Path:
+        """Beside the score store: other seeds, in other folders, start from the same."""
+        from rankdistill.scores.store import ScoreStore
+
+        return ScoreStore(self.store_path).root / "warm-up"
 
     def _train_together(self, name: str, processes: int) -> Artifact:
         from rankdistill.training.processes import run_together
@@ -364,7 +388,7 @@ class Workspace:
         )
 
     def student(self, name: str = STUDENT) -> StudentModel:
-        """A trained student, loaded; `untrained` is the one it started from.
+        """A trained student, loaded; `untrained` is the one it started from, warmed up where the recipe says so.
 
         Raises:
             RankdistillError: it has not been trained yet.
@@ -372,7 +396,9 @@ class Workspace:
         recipe = self.recipe if name == UNTRAINED else self.recipe_of(name)
         maker = build("student", recipe.student.settings(), "student")
         if name == UNTRAINED:
-            model: StudentModel = maker.create(recipe.student_device)
+            warm_up, device = self.warm_up(recipe), recipe.student_device
+            start = warm_up.run(self.warm_up_folder, self.path).path / "model" if warm_up is not None else None
+            model: StudentModel = maker.create(device) if start is None else maker.open(start, device)
             model.prepare(self.collection, self.path / "prepared")  # as its training begins
         else:
             artifact = open_artifact(self.student_folder(name), "student")

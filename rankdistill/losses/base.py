@@ -3,7 +3,7 @@
 Losses are sorted by what they read, so that a trainer needs one call a kind:
     ListLoss    scores of each query's own list, [lists, documents]
     BatchLoss   scores of every query against every document of the batch, [lists, distinct documents]
-    QueryLoss   embeddings of the queries beside those of a teacher, [lists, dimension]
+    VectorLoss  embeddings of one side beside those of a teacher, [texts, dimension]
     Regulariser embeddings of one side alone, [texts, dimension]
 """
 
@@ -105,15 +105,20 @@ class BatchLoss(Loss):
         """
 
 
-class QueryLoss(Loss):
-    """A loss between the student's query embeddings and a teacher's, for students that search the teacher's index."""
+class VectorLoss(Loss):
+    """A loss between the student's embeddings and a batch teacher's of the same texts; its mean over `sides`."""
 
     type: ClassVar[str]  # type: ignore[assignment]
+    needs_teacher = False
     needs_batch_teacher = True
+    sides: ClassVar[tuple[Literal["query", "document"], ...]]
+
+    def fit(self, student: int, teacher: int) -> None:
+        """Told the widths of both models' vectors before a training."""
 
     @abstractmethod
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of a batch: embeddings [lists, dimension] of the same queries, float32; a scalar."""
+        """The loss of one side of a batch: embeddings [texts, dimension] of the same texts, float32; a scalar."""
 
 
 class Regulariser(Loss):

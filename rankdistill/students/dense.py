@@ -18,11 +18,13 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers
+from rankdistill.recipe import Alignment
 from rankdistill.students.base import Device, Features, Side, Student, StudentModel
 from rankdistill.students.models import folder_revision, resolve_model
 from rankdistill.students.token_batches import Precision, autocast
 
 SETTINGS_FILE = "rankdistill.json"
+ALIGNED = ("dense", "static")  # types of student whose `warm_up` is an alignment with a teacher's vectors
 
 
 class DenseModel(StudentModel):
@@ -119,6 +121,8 @@ class DenseStudent(_SentenceStudent):
         dropout: share of units dropped in training; the model's own unless given. 0 suits distillation, whose targets
             are no labels to overfit, and spares a CPU a third of each step.
         precision: of encoding; `auto` is bf16 where the device gains from it.
+        warm_up: bring the vectors near to a teacher's, by default to those of the encoder that the student was cut
+            from, before it learns from lists (see training/warm_up.py).
     """
 
     type = "dense"
@@ -137,6 +141,7 @@ class DenseStudent(_SentenceStudent):
         document_prompt: str | None = None,
         dropout: float | None = None,
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        warm_up: Alignment | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -197,6 +202,7 @@ class StaticStudent(_SentenceStudent):
         learn_scale: train the factor along.
         document_length: tokens a text is cut to.
         precision: of encoding.
+        warm_up: as of a dense student; its teacher is the encoder.
     """
 
     type = "static"
@@ -211,6 +217,7 @@ class StaticStudent(_SentenceStudent):
         learn_scale: bool = False,
         document_length: int = 256,
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+        warm_up: Alignment | None = None,
     ) -> None:
         self.model = model
         self.start = start

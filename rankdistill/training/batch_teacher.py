@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
 from rankdistill.indexes.engines import prepare_student
+from rankdistill.indexes.vectors import find_vectors
 from rankdistill.progress import progress
 from rankdistill.students.base import ENCODE_BUDGET, Side, StudentModel, split_by_length, to_device
 from rankdistill.students.token_batches import autocast
@@ -53,8 +54,12 @@ class BatchTeacher:
         self._query_rows: dict[str, int] = {}
         self._document_rows = np.zeros(0, dtype=np.int64)
 
-    def prepare(self, lists: ScoredLists, folder: Path) -> None:
-        """Embed the lists' queries, and documents where they are read, unless that is done or the teacher runs live."""
+    def prepare(self, lists: ScoredLists, folder: Path, encoded: Path | None = None) -> None:
+        """Embed the lists' queries, and documents where they are read, unless that is done or the teacher runs live.
+
+        Args:
+            encoded: folder below which the model's vectors of the collection may lie already.
+        """
         prepare_student(self.model, self.collection, folder)
         if self.vectors == "live":
             return
@@ -63,20 +68,25 @@ class BatchTeacher:
         inputs = {"lists": lists.fingerprint}
         print_ = fingerprint(["batch-teacher", settings, inputs])
         query_ids = lists.query_ids
+        made = find_vectors(encoded, self.model, self.collection) if encoded and self.documents else None
+        if made is not None:
+            settings["documents"] = False  # read, not made
+            print_ = fingerprint(["batch-teacher", settings, inputs])
         if self.documents:
-            self._document_rows = np.unique(lists.doc_rows).astype(np.int64)
+            used = np.unique(lists.doc_rows) if made is None else np.arange(self.collection.document_count)
+            self._document_rows = used.astype(np.int64)
         with locked(path):
             if find_artifact(path, "batch-teacher", print_) is None:
                 with write_artifact(
                     path, kind="batch-teacher", fingerprint=print_, settings=settings, inputs=inputs
                 ) as artifact:
                     self._write(artifact.path / "queries", "query", self.collection.query_texts(query_ids))
-                    if self.documents:
+                    if settings["documents"]:
                         self._write(artifact.path / "documents", "document", self._document_rows)
                     artifact.counts = {"queries": len(query_ids), "documents": len(self._document_rows)}
         self._query_rows = {query_id: row for row, query_id in enumerate(query_ids)}
         self._queries = _Embeddings(path / "queries")
-        self._documents = _Embeddings(path / "documents") if self.documents else None
+        self._documents = _Embeddings((made or path) / "documents") if self.documents else None
 
     def features(self, query_ids: Sequence[str], queries: Sequence[str], rows: NDArray[np.int64]) -> dict[str, Any]:
         """What `embed` needs of a batch: called where batches are made, which may be another process."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rankdistill.losses.base import BatchLoss, ListLoss, Loss, QueryLoss, Regulariser
+from rankdistill.losses.base import BatchLoss, ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
 from rankdistill.students.base import Features, Side, StudentModel, split_rows
@@ -153,6 +153,10 @@ class Distiller(nn.Module):
             elif isinstance(loss, Regulariser):
                 parts[name] = loss(batch.queries if loss.side == "query" else batch.documents)
             else:
-                assert isinstance(loss, QueryLoss)
-                parts[name] = loss(batch.queries, batch.teacher_queries)
+                assert isinstance(loss, VectorLoss)
+                sides = {
+                    "query": (batch.queries, batch.teacher_queries),
+                    "document": (batch.documents, batch.teacher_documents),
+                }
+                parts[name] = torch.stack([loss(*sides[side]) for side in loss.sides]).mean()
         return parts

@@ -31,13 +31,14 @@ from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.engines import prepare_student
-from rankdistill.losses.base import BatchLoss, Loss, Regulariser
+from rankdistill.losses.base import Loss, Regulariser, VectorLoss
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.base import Student, StudentModel
+from rankdistill.students.dense import ALIGNED, SETTINGS_FILE
 from rankdistill.students.models import resolve_model
 from rankdistill.students.sparse import SparseModel
 from rankdistill.students.token_batches import resolve_precision
@@ -287,6 +288,8 @@ def train_student(
     inputs: dict[str, str] | None = None,
     agreement: Agreement | None = None,
     prepared: Path | None = None,
+    start: Path | None = None,
+    encoded: Path | None = None,
 ) -> Artifact:
     """Train the recipe's student on scored lists and save the best checkpoint by the dev metric.
 
@@ -297,6 +300,8 @@ def train_student(
     Args:
         prepared: folder for what is made once and serves several trainings (clusters of queries, a batch teacher's
             embeddings); beside `out` unless given.
+        start: folder of the model to start from, which `inputs` names (a warmed-up one); else the settings make it.
+        encoded: folder below which a batch teacher's vectors of the collection may lie already.
 
     Raises:
         RankdistillError: no list has what the losses need, or the loss stops being a number.
@@ -321,16 +326,20 @@ def train_student(
     with trained_together(out, fingerprint(values), values, inputs) as artifact:
         work = artifact.path
         set_seed(recipe.seed)
-        student_settings: Student = build("student", recipe.student.settings(), "student")
-        student = student_settings.create(device)
+        maker: Student = build("student", recipe.student.settings(), "student")
+        student = maker.create(device) if start is None else maker.open(start, device)
         prepare_student(student, collection, prepared)
         prepare_regularisers(losses, student, collection, prepared)
         batch_teacher = None
         if batch_teacher_settings is not None:
-            model = build("student", batch_teacher_settings, "training.batch_teacher").create(device)
-            read = any(isinstance(loss, BatchLoss) and loss.needs_batch_teacher for loss in losses.values())
+            model = _batch_model(batch_teacher_settings, device)
+            asking = [loss for loss in losses.values() if loss.needs_batch_teacher]
+            read = any(not isinstance(loss, VectorLoss) or "document" in loss.sides for loss in asking)
             batch_teacher = BatchTeacher(model, collection, settings.batch_teacher_vectors, documents=read)
-            batch_teacher.prepare(lists, prepared)
+            batch_teacher.prepare(lists, prepared, encoded)
+            for loss in asking:
+                if isinstance(loss, VectorLoss):
+                    loss.fit(student.dimension, model.dimension)
         documents = build("sampler", settings.lists.settings())
         members = usable_lists(lists, documents)
         batches = build("sampler", settings.batches.settings())
@@ -368,6 +377,13 @@ def train_student(
             card = model_card(recipe, collection, artifact.counts, artifact.notes)
             (work / MODEL / "README.md").write_text(card)
     return Artifact(out, json.loads((out / "manifest.json").read_text()))
+
+
+def _batch_model(settings: dict[str, Any], device: torch.device) -> StudentModel:
+    """A batch teacher's model; a student of this program as its own run opens it."""
+    maker: Student = build("student", settings, "training.batch_teacher")
+    folder = resolve_model(settings["model"]).path
+    return maker.open(folder, device) if (folder / SETTINGS_FILE).is_file() else maker.create(device)
 
 
 def _finish(trainer: StudentTrainer, recipe: Recipe, artifact: ArtifactWriter) -> None:
@@ -467,8 +483,12 @@ def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[
             student[key] = resolve_model(student[key]).revision
     if student.get("idf") and Path(student["idf"]).expanduser().is_file():
         student["idf"] = file_digest(Path(student["idf"]).expanduser())
+    if student["type"] in ALIGNED:
+        student.pop("warm_up")  # the start it gives is among the inputs
     student.pop("document_vectors", None)  # where they lie; the document model decides what they are
     training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
+    if training["batch_teacher"] is not None:
+        training["batch_teacher"]["model"] = resolve_model(training["batch_teacher"]["model"]).revision
     return {"seed": recipe.seed, "student": student, "training": training, **inputs}
 
 

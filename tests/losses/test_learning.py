@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankdistill.losses.base import BatchLoss, ListLoss, Loss, QueryLoss, Regulariser
+from rankdistill.losses.base import BatchLoss, ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.recipe import build, method_class, method_names
 
 QUERIES, DOCUMENTS, WIDTH = 64, 8, 6
@@ -89,7 +89,7 @@ def train(loss: Loss, data: Planted) -> Tensor:
         elif isinstance(loss, BatchLoss):
             value = loss(vectors @ documents.flatten(0, 1).T, every, index, labels, mask)
         else:
-            assert isinstance(loss, QueryLoss)
+            assert isinstance(loss, VectorLoss)
             value = loss(vectors, data.queries @ data.hidden)
         optimiser.zero_grad()
         value.backward()

@@ -1,0 +1,114 @@
+"""A warm-up: the cut student comes near to its teacher, is kept for all seeds, and goes on exactly after a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from sentence_transformers import SentenceTransformer
+
+from rankdistill.errors import UsageError
+from rankdistill.recipe import build
+from rankdistill.training.trainer import LogFile
+from rankdistill.training.warm_up import WarmUpTraining
+
+if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
+    from rankdistill.collections import Collection
+    from rankdistill.recipe import Recipe
+
+SETTINGS = {"steps": 24, "batch_size": 8, "learning_rate": 3e-3, "documents": 20}
+MakeWarmUp = Callable[..., WarmUpTraining]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny encoder with layers that do something: one that lost some is no longer what it was."""
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    for name, parameter in model.named_parameters():
+        if ".layer." in name and parameter.ndim == 2:
+            parameter.data *= 6
+    folder = tmp_path_factory.mktemp("deep")
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.fixture
+def make_warm_up(make_recipe: Callable[..., Recipe], tiny_collection: Collection, encoder: Path) -> MakeWarmUp:
+    def make(seed: int = 42, student: dict[str, Any] | None = None, **changes: Any) -> WarmUpTraining:
+        own = {"model": str(encoder), "layers": [1], "similarity": "keep", **(student or {})}
+        student = {**own, "warm_up": {**SETTINGS, **changes}}
+        recipe = make_recipe(student=student, seed=seed)
+        return WarmUpTraining(recipe, tiny_collection, tiny_collection.query_ids("train"))
+
+    return make
+
+
+def weights(artifact: Artifact) -> dict[str, np.ndarray]:
+    return dict(load_file(artifact.path / "model" / "model.safetensors"))
+
+
+def test_a_cut_student_comes_near_to_the_encoder_it_was_cut_from(
+    make_warm_up: MakeWarmUp, tiny_collection: Collection, tmp_path: Path
+) -> None:
+    warm_up = make_warm_up()
+    artifact = warm_up.run(tmp_path)
+    maker = build("student", warm_up.recipe.student.settings())
+    teacher = build("student", warm_up.recipe.training.batch_teacher.settings()).create()
+    assert warm_up.recipe.training.batch_teacher.settings()["layers"] is None
+    texts = tiny_collection.query_texts(tiny_collection.query_ids("test"))  # none of them was read
+    wanted = teacher.encode_queries(texts)
+
+    def apart(student: Any) -> float:
+        return float(np.square(student.encode_queries(texts) - wanted).sum(axis=1).mean())
+
+    assert apart(maker.open(artifact.path / "model")) < 0.5 * apart(maker.create())
+    assert artifact.counts["steps"] == 24
+
+
+def test_a_stopped_warm_up_goes_on_exactly(
+    make_warm_up: MakeWarmUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(make_warm_up().run(tmp_path / "whole"))
+    original, steps = LogFile.on_step_end, {5, 17}
+
+    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if state.global_step in steps:
+            steps.remove(state.global_step)
+            raise InterruptedError
+
+    monkeypatch.setattr(LogFile, "on_step_end", on_step_end)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            make_warm_up().run(tmp_path / "stopped")
+    again = weights(make_warm_up().run(tmp_path / "stopped"))
+    assert whole.keys() == again.keys()
+    assert all(whole[name].tobytes() == again[name].tobytes() for name in whole)
+
+
+def test_one_warm_up_serves_all_seeds_and_other_settings_have_their_own(
+    make_warm_up: MakeWarmUp, tmp_path: Path
+) -> None:
+    first = make_warm_up(seed=1)
+    assert make_warm_up(seed=2).fingerprint == first.fingerprint
+    others = [make_warm_up(steps=25), make_warm_up(student={"layers": [0]}), make_warm_up(documents=19)]
+    assert len({first.fingerprint, *(one.fingerprint for one in others)}) == 4
+    made = first.run(tmp_path)
+    written = (made.path / "manifest.json").stat().st_mtime_ns
+    assert make_warm_up(seed=2).run(tmp_path).path == made.path
+    assert (made.path / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_a_whole_student_has_nothing_to_warm_up(make_warm_up: MakeWarmUp) -> None:
+    with pytest.raises(UsageError, match="its own teacher"):
+        make_warm_up(student={"layers": None})
+
+
+def test_a_teacher_of_another_type_is_checked_with_the_recipe(make_warm_up: MakeWarmUp) -> None:
+    with pytest.raises(UsageError, match="did you mean 'layers'"):
+        make_warm_up(teacher={"type": "dense", "layer": [0]})
