@@ -36,6 +36,7 @@ from rankdistill.teachers.llm.signals import (
     shown_order,
 )
 from rankdistill.teachers.llm.windows import reorder, windows
+from rankdistill.teachers.reports import added
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -47,7 +48,9 @@ class ListwiseTeacher(AskingTeacher):
     """A listwise language model.
 
     A document's score depends on the list it is in, so a list is scored whole or not at all (see `reads_lists`).
-    Documents with the same text are shown once and share a score. A list of one document is not asked for.
+    Documents with the same text are shown once and share a score. A list of one document is not asked for. A list
+    none of whose answers could be read, or of which a prompt was refused, gets no score; of several orders those count
+    that have an answer.
 
     Args:
         backend: the engine: its `type` (transformers, openai) and keys.
@@ -86,7 +89,7 @@ class ListwiseTeacher(AskingTeacher):
         step: int = 10,
         passes: int = 1,
         decoding: Decoding = "generate",
-        orders: list[Order] = ["given"],  # noqa: B006 (a recipe's default; copied below)
+        orders: Sequence[Order] = ("given",),
         signal: Signal = "reciprocal",
         confidence: bool = False,
         passage_tokens: int = 200,
@@ -115,7 +118,7 @@ class ListwiseTeacher(AskingTeacher):
         self.queries_at_once = queries_at_once
         self._check()
         self.score_kind: ScoreKind = "logit" if signal in ("logits", "plackett_luce") else "rank"
-        self._report = _Report()
+        self._report: dict[str, Any] = {}
 
     def _check(self) -> None:
         """Refuse settings that cannot be kept, before anything is paid for."""
@@ -253,19 +256,19 @@ class ListwiseTeacher(AskingTeacher):
         jobs = [_Job(self, item) for item in lists if item.doc_ids]
         for job in jobs:
             if job.done:
-                yield job.result()
+                yield from job.result()
         chains = [chain for job in jobs for chain in job.chains]
         while active := [chain for chain in chains if not chain.done]:
             for number, answer in self.asking.ask([(at, chain.request()) for at, chain in enumerate(active)]):
                 chain = active[number]
                 chain.take(answer)
                 if chain.job.done:
-                    yield chain.job.result()
+                    yield from chain.job.result()
 
     # -- what was counted ---------------------------------------------------------------------------------------------
 
     def take_report(self) -> dict[str, Any]:
-        report, self._report = self._report.to_json(), _Report()
+        report, self._report = self._report, {}
         return report
 
     def report_lines(self, report: dict[str, Any]) -> list[str]:
@@ -280,7 +283,8 @@ class _Job:
         # An id that comes twice is one document; ids of one text are shown once.
         texts: dict[str, int] = {}
         self.documents = {d: texts.setdefault(text, len(texts)) for d, text in zip(item.doc_ids, item.documents)}
-        report = teacher._report
+        self.refused = False
+        self.report = report = _Report()  # handed on with the scores: a list without them is asked again
         report.counts["lists"] += 1
         report.counts["same_text"] += len(self.documents) - len(texts)
         self.query = ""
@@ -301,9 +305,14 @@ class _Job:
     def done(self) -> bool:
         return all(chain.done for chain in self.chains)
 
-    def result(self) -> tuple[str, list[str], np.ndarray]:
-        teacher, orders = self.teacher, [chain.ranking for chain in self.chains]
-        self._count(orders)
+    def result(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """The list's scores; none where no answer said anything of them."""
+        teacher, chains = self.teacher, [chain for chain in self.chains if chain.readable or not chain.plan]
+        orders = [chain.ranking for chain in chains]
+        if self.refused or not orders or (teacher.confidence and len(orders) < 2):
+            return
+        self._count(chains)
+        teacher._report = added(teacher._report, self.report.to_json())
         if teacher.signal == "logits":
             scores = joined_logits(self.logits, self.count)
         elif teacher.signal == "plackett_luce":
@@ -315,15 +324,15 @@ class _Job:
         doc_ids = list(self.documents)
         values = scores[list(self.documents.values())].astype(np.float32)
         check_finite(self.item.query_id, doc_ids, values, teacher.type)
-        return self.item.query_id, doc_ids, values
+        yield self.item.query_id, doc_ids, values
 
-    def _count(self, orders: list[list[int]]) -> None:
-        report = self.teacher._report
+    def _count(self, chains: list[_Chain]) -> None:
+        report, orders = self.report, [chain.ranking for chain in chains]
         if len(orders) > 1 and self.count > 1:
             report.agreement += agreement(orders)
             report.counts["agreement_lists"] += 1
             # The first window of every chain holds the same passages.
-            firsts = [chain.first for chain in self.chains]
+            firsts = [chain.first for chain in chains]
             report.bias.add_repeats(np.stack([shown for shown, _ in firsts]), np.stack([place for _, place in firsts]))
 
 
@@ -334,12 +343,13 @@ class _Chain:
         self.job, self.number, self.order, self.plan = job, number, order, plan
         self.ranking = list(range(job.count))
         self.position = 0
+        self.readable = False  # an answer said something of the list
         self.first: tuple[np.ndarray, np.ndarray]  # of the first window, by passage: place shown, place answered
         self._asked: tuple[Request, list[int]]
 
     @property
     def done(self) -> bool:
-        return self.position >= len(self.plan)
+        return self.position >= len(self.plan) or self.job.refused
 
     def request(self) -> Request:
         """What the next window is asked."""
@@ -348,15 +358,20 @@ class _Chain:
         names = (self.job.item.query, self.number, self.position)
         shown = shown_order(self.order, end - start, teacher.seed, *names)
         passages = [self.job.passages[self.ranking[start + at]] for at in shown]
-        self._asked = teacher_request(teacher, self.job.query, passages, self.number), shown
+        self._asked = teacher_request(teacher, self.job.query, passages, self.number, self.job.report.counts), shown
         return self._asked[0]
 
     def take(self, answer: Answer) -> None:
         """Put the window in the order of its answer."""
         teacher, (request, shown) = self.job.teacher, self._asked
         reading = read_answer(answer, request, teacher.prompt)
+        teacher.asking.see(answer, reading.readable)
+        self.readable |= reading.readable
+        if answer.refused:
+            self.job.refused = True
+            return
         start, _ = self.plan[self.position]
-        if reading.logits is not None:
+        if reading.logits is not None and reading.readable:
             self.job.logits.append(([self.ranking[start + at] for at in shown], reading.logits))
         if self.position == 0:
             places, answered = np.empty(len(shown)), np.empty(len(shown))
@@ -365,15 +380,17 @@ class _Chain:
             self.first = places, answered
         reorder(self.ranking, start, [shown[at] for at in reading.order])
         self.position += 1
-        report = teacher._report
+        report = self.job.report
         report.counts["answers"] += 1
         report.counts["clean"] += not reading.repairs
         report.repairs.update(reading.repairs)
         report.bias.add(reading.order)
 
 
-def teacher_request(teacher: ListwiseTeacher, query: str, passages: list[str], number: int) -> Request:
-    """A window's request, its passages cut further where the whole prompt would be too long.
+def teacher_request(
+    teacher: ListwiseTeacher, query: str, passages: list[str], number: int, counts: Counter[str]
+) -> Request:
+    """A window's request, its passages cut further where the whole prompt would be too long, which is counted.
 
     Raises:
         UsageError: the prompt is too long even with passages of a token.
@@ -392,7 +409,7 @@ def teacher_request(teacher: ListwiseTeacher, query: str, passages: list[str], n
     request, backend = render(), teacher.asking.backend
     if teacher.prompt_tokens is None or backend.count_tokens(request) <= teacher.prompt_tokens:
         return request
-    teacher._report.counts["prompts_shortened"] += 1
+    counts["prompts_shortened"] += 1
     tokens = min(teacher.passage_tokens, max(backend.count_text(passages)))
     while (excess := backend.count_tokens(request) - teacher.prompt_tokens) > 0:
         if tokens <= 1:
@@ -418,9 +435,6 @@ class _Report:
         self.bias = PositionBias()
 
     def to_json(self) -> dict[str, Any]:
-        """Empty where nothing was scored."""
-        if not self.counts["lists"]:
-            return {}
         return {
             "counts": {name: count for name, count in self.counts.items() if count},
             "repairs": dict(self.repairs),

@@ -30,7 +30,7 @@ class PairwiseTeacher(AskingTeacher):
     """A language model asked which of two passages answers the query better, in both orders.
 
     A document's score depends on the list it is in (see `reads_lists`). Documents with the same text are compared once
-    and share a score.
+    and share a score. A document of which no answer could be read gets none.
 
     Args:
         backend: the engine: its `type` (transformers, openai) and keys.
@@ -104,28 +104,26 @@ class PairwiseTeacher(AskingTeacher):
             jobs = [_Job(self, item) for item in lists[start : start + self.queries_at_once] if item.doc_ids]
             for job in jobs:
                 if job.done:
-                    yield job.result()
+                    yield from job.result()
             while any(not job.done for job in jobs):
                 asked = [(job, pair) for job in jobs for pair in job.open]
                 requests = ((at, job.request(pair)) for at, (job, pair) in enumerate(asked))
                 for number, answer in self.asking.ask(requests):
                     job, pair = asked[number]
-                    job.take(pair, self._winner(job.request(pair), answer))
+                    job.take(pair, *self._winner(job.request(pair), answer))
                     if job.done:
-                        yield job.result()
+                        yield from job.result()
 
-    def _winner(self, request: Request, answer: Answer) -> int | None:
-        """0 or 1, the place of the passage preferred; None where the answer says neither."""
+    def _winner(self, request: Request, answer: Answer) -> tuple[int | None, bool]:
+        """0 or 1, the place of the passage preferred, None where the answer says neither; whether it could be read."""
         reading = read_answer(answer, request, self.prompt)
+        self.asking.see(answer, reading.readable)
+        if not reading.readable:
+            return None, False
         if reading.logits is not None:
             first, second = np.where(np.isnan(reading.logits), -np.inf, reading.logits)
-            winner = None if first == second else int(second > first)
-        else:
-            winner = None if reading.repairs.get("missing") == 2 else reading.order[0]
-        self._counts["answers"] += 1
-        self._counts["undecided"] += winner is None
-        self._counts["first_shown"] += winner == 0
-        return winner
+            return (None if first == second else int(second > first)), True
+        return reading.order[0], True
 
     # -- what was counted ---------------------------------------------------------------------------------------------
 
@@ -167,8 +165,9 @@ class _Job:
         self.passages, cut = fit_passages(kept, teacher.passage_tokens, count, delimiters)
         (self.query,), _ = fit_passages([item.query], teacher.passage_tokens, count, delimiters)
         self.documents = {doc_id: at for doc_id, at in self.documents.items() if at < self.count}
-        teacher._counts["passages_cut"] += cut
-        teacher._counts["below_top"] += len(set(item.doc_ids)) - len(self.documents)
+        self.counts = Counter(passages_cut=cut)  # handed on with the scores: a list without them is asked again
+        self.counts["below_top"] += len(set(item.doc_ids)) - len(self.documents)
+        self.known: set[int] = set()  # documents of which an answer could be read
         self.votes: dict[Pair, int | None] = {}  # (shown first, shown second) → the place of the winner
         self.open: dict[Pair, None] = {}
         self.ranking = list(range(self.count))
@@ -206,17 +205,26 @@ class _Job:
         passages = [self.passages[at] for at in pair]
         return self.teacher.prompt.render(self.query, passages, decoding=self.teacher.decoding)
 
-    def take(self, pair: Pair, winner: int | None) -> None:
+    def take(self, pair: Pair, winner: int | None, readable: bool) -> None:
         self.votes[pair] = winner
         del self.open[pair]
+        self.known.update(pair if readable else ())
+        self.counts["answers"] += 1
+        self.counts["undecided"] += winner is None
+        self.counts["first_shown"] += winner == 0
         if pair[::-1] in self.votes:
-            self.teacher._counts["pairs"] += 1
+            self.counts["pairs"] += 1
             # The same place twice is one passage once and the other the other time.
-            self.teacher._counts["disagreed"] += winner is not None and winner == self.votes[pair[::-1]]
+            self.counts["disagreed"] += winner is not None and winner == self.votes[pair[::-1]]
         if not self.open:
             self._go_on()
 
-    def result(self) -> tuple[str, list[str], np.ndarray]:
+    def result(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """The list's scores, of the documents of which something is known."""
+        doc_ids = [doc_id for doc_id, at in self.documents.items() if at in self.known or not self.votes]
+        if not doc_ids:
+            return
+        self.teacher._counts.update(self.counts)
         signal = self.teacher.signal
         if signal == "rank":
             scores = np.empty(self.count)
@@ -230,7 +238,6 @@ class _Job:
             scores = np.array(
                 [sum(self.better(a, b) for b in range(self.count) if b != a) / others for a in range(self.count)]
             )
-        values = scores[list(self.documents.values())].astype(np.float32)
-        doc_ids = list(self.documents)
+        values = scores[[self.documents[doc_id] for doc_id in doc_ids]].astype(np.float32)
         check_finite(self.item.query_id, doc_ids, values, self.teacher.type)
-        return self.item.query_id, doc_ids, values
+        yield self.item.query_id, doc_ids, values

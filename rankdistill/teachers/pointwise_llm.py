@@ -7,7 +7,7 @@ usually the weakest: the model never sees what the others have to offer (Zhuang 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.store import ScoreKind
 from rankdistill.teachers.base import TextList, check_finite
 from rankdistill.teachers.llm.asking import AskingTeacher
-from rankdistill.teachers.llm.base import Request
+from rankdistill.teachers.llm.base import Answer, Request
 from rankdistill.teachers.llm.budget import BudgetReached
 from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
 
@@ -30,7 +30,7 @@ class PointwiseTeacher(AskingTeacher):
     A document's score does not depend on its list, so only pairs that the store lacks are asked for. A server that
     reports only the likeliest words may leave out one of the two: it gets all the probability that the other leaves,
     but not more than the other has (which bounds it from above), and is counted; a document for which both are absent
-    gets no score, and is counted too.
+    gets no score, which is said.
 
     Args:
         backend: the engine: its `type` (transformers, openai) and keys.
@@ -86,7 +86,7 @@ class PointwiseTeacher(AskingTeacher):
         try:
             for number, answer in self.asking.ask(enumerate(self._requests(lists))):
                 row, column = places[number]
-                scores[row][column] = self._read(answer.logits)
+                scores[row][column] = self._read(answer)
         except BudgetReached as error:
             reached = error
         for item, values in zip(lists, scores, strict=True):
@@ -108,15 +108,17 @@ class PointwiseTeacher(AskingTeacher):
             for passage in passages:
                 yield self.prompt.render(query, [passage], decoding="first")
 
-    def _read(self, logits: Mapping[str, float] | None) -> float:
+    def _read(self, answer: Answer) -> float:
         """logit(yes) - logit(no); NaN where neither was reported."""
+        logits = {} if answer.refused else answer.logits
         if logits is None:
             raise RankdistillError(
                 "the backend gave no logits of the identifiers", fix="a server with logprobs, or type: pairwise_llm"
             )
         yes, no = (logits.get(name, np.nan) for name in self.prompt.names(1))
-        if np.isnan(yes) and np.isnan(no):
-            self._counts["unscored"] += 1
+        known = not (np.isnan(yes) and np.isnan(no))
+        self.asking.see(answer, known)
+        if not known:
             return np.nan
         if np.isnan(yes) or np.isnan(no):
             self._counts["one_absent"] += 1
@@ -136,7 +138,6 @@ class PointwiseTeacher(AskingTeacher):
         texts = {
             "passages_cut": "passages were cut to their token budget",
             "one_absent": "answers reported one of the two words: the other is bounded by it",
-            "unscored": "answers reported neither of the two words: these documents have no score",
         }
         return [f"{report[name]:,} {text}" for name, text in texts.items() if report.get(name)]
 

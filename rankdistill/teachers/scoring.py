@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from rankdistill.artifacts import fingerprint
+from rankdistill.artifacts import MANIFEST, fingerprint
 from rankdistill.progress import progress, say, warn
 from rankdistill.scores.store import ScoreStore, TeacherScores
 from rankdistill.teachers.base import Teacher, TextList
 from rankdistill.teachers.ensemble import EnsembleTeacher
-from rankdistill.teachers.llm.asking import AskingTeacher
+from rankdistill.teachers.llm.asking import AskingTeacher, Health
 from rankdistill.teachers.reports import keep_report
 
 if TYPE_CHECKING:
@@ -48,8 +50,10 @@ def score_candidates(
         The scores; `.scored` pairs are new, `.reused` were in the store, `.unscored` got none from this teacher.
     """
     store = store or ScoreStore()
+    health = Health()
     if isinstance(teacher, AskingTeacher):
         teacher.asking.use_store(store.root)
+        teacher.asking.health = health
     key = teacher.fingerprint()
     if teacher.reads_lists:
         candidates = [(query_id, list(dict.fromkeys(doc_ids)), np.empty(0)) for query_id, doc_ids, _ in candidates]
@@ -60,6 +64,8 @@ def score_candidates(
         teacher.score_kind,
         describe={"teacher": teacher.describe(), "collection": collection.name},
     )
+    if isinstance(teacher, AskingTeacher):
+        warn_of_another_server(teacher, scores)
     unknown = 0
     with scores, _reporting(teacher, scores), progress("scoring", total, "pairs") as bar:
         chunk: list[tuple[str, list[str]]] = []
@@ -92,6 +98,7 @@ def score_candidates(
             doc_ids = list(dict.fromkeys(given))
             absent = scores.missing(query_id, doc_ids)
             scores.reused += len(doc_ids) - len(absent)
+            health.earlier += len(absent) < len(doc_ids)
             bar.advance(len(doc_ids) - len(absent))
             known = (
                 [d for d, row in zip(absent, collection.doc_rows(absent), strict=True) if row >= 0] if absent else []
@@ -111,8 +118,26 @@ def score_candidates(
     if scores.unscored:
         warn(f"the teacher has no score for {scores.unscored:,} of the candidates asked for")
     if isinstance(teacher, AskingTeacher) and teacher.asking.estimate is None:
+        for line in health.lines():
+            warn(line)
         say(f"spent: {teacher.asking.budget.line()}")
+        health.finish()
     return scores
+
+
+def warn_of_another_server(teacher: AskingTeacher, scores: TeacherScores) -> None:
+    """Servers name models freely (`default`): where no revision tells two apart, they would share scores."""
+    now = teacher.asking.backend.describe()
+    try:
+        then = json.loads((scores.path / MANIFEST).read_text())["description"]["teacher"]["backend"]
+        old, new = (urlsplit(str(one["base_url"])).netloc for one in (then, now))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if old != new and not now.get("revision"):
+        warn(
+            f"these scores were begun with {now['model']} at {old}, and now it is at {new}: if that is another model, "
+            "give backend.revision"
+        )
 
 
 def prepared_folder(store: ScoreStore) -> Path:

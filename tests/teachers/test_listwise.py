@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from rankdistill.errors import UsageError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import check_method
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import TextList
@@ -40,6 +41,7 @@ class Overlap(Backend):
     def __init__(self, spoil: str = "") -> None:
         self.spoil = spoil
         self.asked: list[Request] = []
+        self.says: dict[str, Answer] = {}  # query → what it answers, whatever is asked
 
     def fingerprint(self) -> str:
         return f"overlap{self.spoil}"
@@ -63,14 +65,16 @@ class Overlap(Backend):
             scores = {name: float(merit(query, passage)) for name, passage in shown}
             best = sorted(scores, key=lambda name: -scores[name])
             usage = Usage(self.count_tokens(request), len(best))
-            if request.decoding == "first":
+            if query in self.says:
+                yield number, replace(self.says[query], usage=usage)
+            elif request.decoding == "first":
                 # As a softmax leaves them: a constant away from anything another window says.
                 logits = {name: score - max(scores.values()) for name, score in scores.items()}
                 if self.spoil == "absent":
                     logits = {name: logits[name] for name in best[: len(best) // 2]}
                 yield number, Answer(best[0], logits, usage)
-            elif self.spoil == "prose":
-                yield number, Answer("Sorry, I cannot say.", None, usage)
+            elif self.spoil == "half":
+                yield number, Answer(f"The best is [{best[0]}].", None, usage)
             elif self.spoil == "copy":
                 yield number, Answer(" > ".join(f"[{name}]" for name in request.identifiers), None, usage)
             else:
@@ -169,20 +173,20 @@ def test_documents_that_come_twice_and_equal_texts() -> None:
 def test_repairs_are_counted_and_said(
     tiny_collection: Collection, store: ScoreStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher, _ = make("prose")
+    teacher, _ = make("half")
     ids = ["d-oak", "d-iron", "d-moon"]
     candidates = [(query, ids, np.zeros(3)) for query in ("q-iron", "q-oak")]
     scores = score_candidates(teacher, tiny_collection, candidates, store)
-    np.testing.assert_allclose(scores.scores_of("q-iron", ids), [1, 1 / 2, 1 / 3])  # the old order stays
+    np.testing.assert_allclose(scores.scores_of("q-iron", ids), [1 / 2, 1, 1 / 3])  # the others keep their order
     report = read_report(scores.path)
     assert report["counts"] == {"lists": 2, "passages": 6, "answers": 2}
-    assert report["repairs"] == {"no_identifier": 2, "missing": 6}
+    assert report["repairs"] == {"other_text": 2, "missing": 4}
     said = capsys.readouterr().err
-    assert "2 answers, 0 of them (0%) needed no repair" in said and "6 passages not named" in said
+    assert "2 answers, 0 of them (0%) needed no repair" in said and "4 passages not named" in said
     # A second command adds to the report; one that asks nothing leaves it.
-    score_candidates(make("prose")[0], tiny_collection, candidates, store)
+    score_candidates(make("half")[0], tiny_collection, candidates, store)
     assert read_report(scores.path) == report
-    assert keep_report(scores.path, report)["repairs"] == {"no_identifier": 4, "missing": 12}
+    assert keep_report(scores.path, report)["repairs"] == {"other_text": 4, "missing": 8}
     assert (
         json.loads((scores.path / "manifest.json").read_text())["description"]["teacher"]["prompt"]["kind"]
         == "listwise"
@@ -353,7 +357,7 @@ def test_settings_that_nothing_could_keep_are_refused(settings: dict[str, Any], 
 
 def test_recipes_know_the_teacher() -> None:
     checked = check_method("teacher", {"type": "listwise", "backend": {"type": "openai"}}, "teacher")
-    assert checked["orders"] == ["given"] and checked["window"] == 20
+    assert checked["orders"] == ("given",) and checked["window"] == 20
     with pytest.raises(UsageError, match="window"):
         check_method("teacher", {"type": "listwise", "backend": {}, "windw": 3}, "teacher")
 
@@ -362,6 +366,82 @@ def test_one_list_now() -> None:
     teacher, _ = make()
     scores = score_list(teacher, TextList("", "iron rusts", ["a", "b"], ["gold", "iron rusts"]))
     assert scores.tolist() == [0.5, 1.0]
+
+
+UNREADABLE = {
+    "no content": Answer(""),
+    "cut while it reasons": Answer("", finished=False),
+    "prose": Answer("Ranking: Passage 3 > Passage 1"),
+    "other passages": Answer("[7] > [9]"),
+    "endless reasoning": Answer("<think>[2] or [1]", finished=False),
+    "no logits": Answer("", {}),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_list_without_a_readable_answer_has_no_score(
+    kind: str, tiny_collection: Collection, store: ScoreStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoding = "first" if kind == "no logits" else "generate"
+    ids = ["d-oak", "d-iron", "d-moon"]
+    candidates = [(query, ids, np.zeros(3)) for query in ("q-iron", "q-oak", "q-bee")]
+    texts = dict(zip(("q-iron", "q-oak", "q-bee"), tiny_collection.query_texts(["q-iron", "q-oak", "q-bee"])))
+    teacher, engine = make(decoding=decoding)
+    engine.says = {texts["q-oak"]: UNREADABLE[kind]}
+    scores = score_candidates(teacher, tiny_collection, candidates, store)
+    assert (scores.scored, scores.unscored) == (6, 3) and len(scores.missing("q-oak", ids)) == 3
+    assert "warning: 1 answers could not be read" in capsys.readouterr().err
+    assert read_report(scores.path)["counts"]["lists"] == 2
+    # It is asked again, which the cache answers; the report does not grow.
+    again, engine = make(decoding=decoding)
+    assert score_candidates(again, tiny_collection, candidates, store).scored == 0 and engine.asked == []
+    assert read_report(scores.path)["counts"]["lists"] == 2
+    # Where it is most of the answers, the job ends with the reason.
+    others = [(query, ["d-oak", "d-moon"], np.zeros(2)) for query in texts]
+    teacher, engine = make(decoding=decoding)
+    engine.says = {texts[query]: UNREADABLE[kind] for query in ("q-oak", "q-bee")}
+    with pytest.raises(RankdistillError, match="2 of 3 answers name no passage") as caught:
+        score_candidates(teacher, tiny_collection, others, store)
+    assert "max_tokens" in str(caught.value.fix)
+
+
+def test_a_job_stops_before_it_has_paid_for_many_answers_that_say_nothing() -> None:
+    teacher, engine = make(queries_at_once=1)
+    engine.says = {"which": Answer("")}
+    with pytest.raises(RankdistillError, match="answers name no passage"):
+        scored(teacher, *(planted(5, seed)[0] for seed in range(50)))
+    assert len(engine.asked) == 8
+
+
+def test_a_refused_prompt_leaves_its_list_without_a_score(
+    tiny_collection: Collection, store: ScoreStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tiny_collection.doc_ids(range(6))
+    candidates = [(query, ids, np.zeros(6)) for query in ("q-iron", "q-oak", "q-bee")]
+    (oak,) = tiny_collection.query_texts(["q-oak"])
+    for run in range(3):
+        teacher, engine = make(window=4, step=2)
+        engine.says = {oak: Answer("", refused="400: content_filter")}
+        scores = score_candidates(teacher, tiny_collection, candidates, store)
+        assert len(engine.asked) == (5 if run == 0 else 1), "a window after the refused one is not asked"
+        assert scores.unscored == 6 and len(scores.missing("q-iron", ids)) == len(scores.missing("q-bee", ids)) == 0
+        assert read_report(scores.path)["counts"]["lists"] == 2, "failed tries are not counted as lists"
+        assert "1 prompts were refused and are asked again next time: 400: content_filter" in capsys.readouterr().err
+    teacher, engine = make(window=4, step=2)
+    assert score_candidates(teacher, tiny_collection, candidates, store).scored == 6
+
+
+def test_an_order_without_a_readable_answer_does_not_vote() -> None:
+    class Reversed(Overlap):
+        def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+            for number, answer in super().answer(requests):
+                yield number, (answer if number == 0 else Answer("Sorry."))
+
+    teacher, _ = make(orders=["given", "reversed"])
+    teacher.asking.backend = Reversed()
+    item, merits = planted(5)
+    ((_, scores),) = scored(teacher, item).values()
+    np.testing.assert_allclose(scores, 1 / (5 - merits), rtol=1e-6)
 
 
 @pytest.mark.parametrize("decoding", ["generate", "first", "constrained"])
@@ -374,12 +454,15 @@ def test_a_real_model_scores_a_collection(
     teacher = ListwiseTeacher(backend, "listwise_letters", orders=["given", "shuffled"], **settings)
     ids = tiny_collection.doc_ids(range(7))
     candidates = [(query, ids, np.zeros(7)) for query in ("q-iron", "q-bee")]
+    if decoding == "generate":  # it writes what nobody can read
+        with pytest.raises(RankdistillError, match="8 of 8 answers name no passage, 8 were cut at max_tokens"):
+            score_candidates(teacher, tiny_collection, candidates, store)
+        return
     scores = score_candidates(teacher, tiny_collection, candidates, store)
     report = read_report(scores.path)
     # windows(7, 4, 2) are three; in two orders, for two lists
     assert report["counts"]["answers"] == 12 == teacher.asking.budget.spent.calls
-    if decoding != "generate":
-        assert report["repairs"] == {}
+    assert report["repairs"] == {}
     for query in ("q-iron", "q-bee"):
         found = scores.scores_of(query, ids)
         assert np.isfinite(found).all() and found.sum() == pytest.approx(sum(1 / r for r in range(1, 8)), rel=1e-5)

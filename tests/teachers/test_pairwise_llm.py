@@ -133,14 +133,28 @@ def test_passes_over_as_many_as_there_are_sort_the_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("says", "decoding"), [("Sorry, I cannot say.", "generate"), ("nothing", "first")])
-def test_answers_that_say_nothing_leave_the_order(tmp_path: Path, says: str, decoding: Any) -> None:
-    teacher, _ = make(Judge(says=says), decoding=decoding, top=3)
-    assert set(scored(teacher, planted([1, 5, 9]), tmp_path).values()) == {0.5}
-    report = teacher.take_report()
-    assert (report["undecided"], report.get("disagreed", 0)) == (6, 0)
-    teacher, _ = make(Judge(says=says), decoding=decoding, pairs="passes", signal="rank")
-    found = scored(teacher, planted([1, 5, 9]), tmp_path)
-    assert sorted(found, key=lambda d: -found[d]) == ["d1", "d5", "d9"]
+@pytest.mark.parametrize("settings", [{"top": 3}, {"pairs": "passes", "signal": "rank"}, {"signal": "bradley_terry"}])
+def test_answers_that_say_nothing_give_no_score(
+    tmp_path: Path, says: str, decoding: Any, settings: dict[str, Any]
+) -> None:
+    teacher, _ = make(Judge(says=says), decoding=decoding, **settings)
+    teacher.asking.use_store(tmp_path)
+    assert list(teacher.score([planted([1, 5, 9])])) == [] and teacher.take_report() == {}
+    assert teacher.asking.health.unread == 6 if settings.get("pairs") != "passes" else 4
+
+
+def test_a_document_of_which_nothing_was_said_has_no_score(tmp_path: Path) -> None:
+    class Silent(Judge):
+        """Says nothing of the worst."""
+
+        def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+            asked = list(requests)
+            silent = {number for number, request in asked if "merit1" in request.messages[-1]["content"]}
+            for number, answer in super().answer(asked):
+                yield number, (Answer("", {}, refused="no" if number % 2 else "") if number in silent else answer)
+
+    teacher, _ = make(Silent(), decoding="first")
+    assert scored(teacher, planted([1, 5, 9]), tmp_path) == {"d5": 0.25, "d9": 0.75}
 
 
 def test_short_lists_and_repeated_texts(tmp_path: Path) -> None:

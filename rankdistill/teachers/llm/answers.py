@@ -9,7 +9,8 @@ The rules, in turn:
 3. An identifier that comes again is dropped, and so is one that names no passage.
 4. Passages that were not named follow in their old order.
 
-So whatever the answer, the result is a permutation of the passages.
+So whatever the answer, the result is a permutation of the passages; whether it says anything at all of them is
+`Reading.readable`, and a list none of whose answers does has no score.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class Reading:
     repairs: Mapping[str, int]
     logits: np.ndarray | None = None
 
+    @property
+    def readable(self) -> bool:
+        """The answer says something of at least one passage."""
+        return self.repairs.get("missing", 0) + self.repairs.get("absent", 0) < len(self.order)
+
 
 def read_answer(answer: Answer, request: Request, prompt: Prompt) -> Reading:
     """The order that an answer gives, read as its request was decoded.
@@ -68,6 +74,9 @@ def read_answer(answer: Answer, request: Request, prompt: Prompt) -> Reading:
     Raises:
         RankdistillError: `first` was asked for and the engine gave no logits.
     """
+    if answer.refused:
+        count = len(request.identifiers)
+        return Reading(tuple(range(count)), {"missing": count})
     if request.decoding == "first":
         if answer.logits is None:
             raise RankdistillError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 from rankdistill.errors import RankdistillError
 from rankdistill.recipe import build
 from rankdistill.teachers.base import Teacher
-from rankdistill.teachers.llm.base import Answer, Backend, Request
+from rankdistill.teachers.llm.base import Answer, Backend, Request, printable
 from rankdistill.teachers.llm.budget import Budget, Spending
 from rankdistill.teachers.llm.cache import AnswerCache, answers_root
+
+MANY = 8  # answers that tell nothing, before a job may stop for them
 
 
 def ask(
@@ -26,8 +28,8 @@ def ask(
 ) -> Iterator[tuple[int, Answer]]:
     """Answer numbered requests, in any order, each once: first those in the cache, then the others, paid.
 
-    A new answer is in the cache before it is handed on. The requests of one call are held in memory, so ask by chunks.
-    The same prompt twice is paid for once.
+    A new answer is in the cache before it is handed on; a refusal is handed on and not kept. The requests of one call
+    are held in memory, so ask by chunks. The same prompt twice is paid for once.
 
     Args:
         requests: (number, request); the numbers are the caller's and distinct.
@@ -39,12 +41,11 @@ def ask(
         UsageError: the engine does not honour a request's decoding; nothing was paid for.
         RankdistillError: the engine failed, or the disk is full; answers that came before are kept.
     """
-    engine = backend.fingerprint()
     cache.refresh()
     numbers: dict[str, list[int]] = {}  # key → who asked
     missing: list[tuple[str, Request]] = []
     for number, request in requests:
-        key = request.key(engine)
+        key = backend.answer_key(request)
         known = cache.find(key)
         if known is not None:
             budget.reused += 1
@@ -91,7 +92,8 @@ def ask(
                         raise RankdistillError(f"the backend {backend.type} answered what it was not asked, or twice")
                     under_way.discard(at)
                     key = missing[at][0]
-                    cache.add(key, answer)
+                    if not answer.refused:
+                        cache.add(key, answer)
                     budget.pay(at, answer.usage)
                     for number in numbers[key]:
                         yield number, answer
@@ -134,10 +136,9 @@ class Estimate:
         self, backend: Backend, requests: Iterable[tuple[int, Request]], cache: AnswerCache
     ) -> Iterator[tuple[int, Answer]]:
         """Count requests instead of making them; those in the cache are answered from it and cost nothing."""
-        engine = backend.fingerprint()
         checked: set[str] = set()
         for number, request in requests:
-            key = request.key(engine)
+            key = backend.answer_key(request)
             known = cache.find(key)
             if known is not None:
                 self.reused += 1
@@ -191,6 +192,84 @@ def _unchanged(request: Request) -> Answer:
     return Answer(names[0] if names else "")
 
 
+@dataclass
+class Health:
+    """How many answers told something. A job most of whose answers tell nothing stops: its scores would be few, and
+    what is wrong with one answer is wrong with the next.
+
+    Args:
+        earlier: lists that had scores before; they speak for the settings.
+        cut: of the unread answers, those that ended at their longest.
+        fresh: refusals and unread answers that did not come from the cache.
+        words: of the first refusal, or else of the first answer that was not read.
+    """
+
+    earlier: int = 0
+    read: int = 0
+    unread: int = 0
+    cut: int = 0
+    refused: int = 0
+    fresh: int = 0
+    words: str = ""
+
+    def see(self, answer: Answer, readable: bool) -> None:
+        """Count an answer.
+
+        Raises:
+            RankdistillError: `MANY` new ones told nothing, and they are the most.
+        """
+        if readable:
+            self.read += 1
+            return
+        if answer.refused and not self.refused:
+            self.words = answer.refused
+        elif not answer.refused and not self.unread + self.refused:
+            self.words = printable(answer.text, 80) or "nothing"
+        self.refused += bool(answer.refused)
+        self.unread += not answer.refused
+        self.cut += not answer.refused and not answer.finished
+        self.fresh += not answer.kept
+        if self.fresh >= MANY and self.fresh > self.earlier + self.read:
+            raise self.failure()
+
+    def finish(self) -> None:
+        """The job is done.
+
+        Raises:
+            RankdistillError: the most of its answers told nothing.
+        """
+        if self.refused + self.unread > self.earlier + self.read:
+            raise self.failure()
+
+    def lines(self) -> list[str]:
+        """For a person, also where little is asked to be said."""
+        lines = []
+        if self.refused:
+            lines.append(f"{self.refused:,} prompts were refused and are asked again next time: {self.words}")
+        if self.unread:
+            longest = f", {self.cut:,} of them cut at max_tokens" if self.cut else ""
+            lines.append(f"{self.unread:,} answers could not be read{longest}: what has none that can gets no score")
+        return lines
+
+    def failure(self) -> RankdistillError:
+        """The error that ends the job."""
+        total = self.read + self.unread + self.refused
+        if self.refused > self.unread:
+            return RankdistillError(
+                f"{self.refused:,} of {total:,} prompts were refused: {self.words}",
+                fix="look at what the server says; scores so far are kept, and what was refused is asked again",
+            )
+        longest = f", {self.cut:,} were cut at max_tokens" if self.cut else ""
+        return RankdistillError(
+            f"{self.unread:,} of {total:,} answers name no passage{longest} (the first: {self.words})",
+            where="the language model's answers",
+            fix="a larger max_tokens: a model that reasons spends them before it answers (or switch that off, backend: "
+            "{extra: ...})"
+            if self.cut or self.words == "nothing"
+            else "a prompt, a prefill or a decoding that this model follows; of one that reasons, a larger max_tokens",
+        )
+
+
 class Asking:
     """A teacher's language model as its recipe gives it: engine, cache of answers, budget.
 
@@ -209,6 +288,7 @@ class Asking:
         self.backend: Backend = build("backend", backend, "teacher.backend")
         self.budget = Budget(budget, prices)
         self.estimate: Estimate | None = None
+        self.health = Health()
         self._root = answers_root()
 
     def use_store(self, root: str | Path) -> None:
@@ -224,7 +304,16 @@ class Asking:
 
     @cached_property
     def cache(self) -> AnswerCache:
-        return AnswerCache(self._root / self.backend.fingerprint())
+        return AnswerCache(self._root / self.backend.answered_by())
+
+    def see(self, answer: Answer, readable: bool) -> None:
+        """Told by the teacher of each answer whether it could read it.
+
+        Raises:
+            RankdistillError: most answers cannot be read; see `Health`.
+        """
+        if self.estimate is None:
+            self.health.see(answer, readable)
 
     def dry_run(self) -> Estimate:
         """From now on count and ask nothing."""

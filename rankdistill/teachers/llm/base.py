@@ -66,6 +66,7 @@ class Answer:
         text: the answer; for `first` the best identifier.
         logits: identifier → logit or log-probability of the one step (`first`); absent ones were not reported.
         finished: False where the answer was cut at `max_tokens`.
+        refused: the engine's words where it refused this prompt (a content filter): no answer, and none is kept.
     """
 
     text: str
@@ -73,6 +74,15 @@ class Answer:
     usage: Usage = field(default_factory=Usage)
     seconds: float = 0.0
     finished: bool = True
+    refused: str = ""
+    kept: bool = field(default=False, compare=False)  # from the cache: it costs nothing now
+
+
+def printable(text: str, most: int) -> str:
+    """Foreign words in one line that any terminal and any encoding takes: no control characters, no half pairs."""
+    text = " ".join(text.split())
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[: most + 1])
+    return text if len(text) <= most else text[:most] + " ..."
 
 
 class Backend(ABC):
@@ -85,6 +95,14 @@ class Backend(ABC):
     def fingerprint(self) -> str:
         """A hash of what decides the answers (model revision, number format, template), of no key, path or address."""
 
+    def answered_by(self) -> str:
+        """A hash of what decides the answer to a given prompt; answers are kept in a folder of this name."""
+        return self.fingerprint()
+
+    def answer_key(self, request: Request) -> str:
+        """Names the answer to a request; covers what decides it and nothing else, so that none is paid for twice."""
+        return request.key(self.answered_by())
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The settings, for manifests; no keys."""
@@ -96,6 +114,8 @@ class Backend(ABC):
     @abstractmethod
     def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
         """Answer numbered requests, in any order, each once; requests are drawn only as fast as they can be worked on.
+
+        A prompt that the engine refuses gets an answer that is `refused`; the others go on.
 
         Raises:
             RankdistillError: the engine cannot be reached or refuses, after bounded retries. Answers given before are

@@ -63,21 +63,27 @@ class AnswerCache:
         self._looked = time.monotonic()
         for segment in sorted(self.folder.glob("segment-*.jsonl")):
             start = self._read.get(segment, 0)
-            if segment.stat().st_size <= start:
-                continue
-            with open(segment, "rb") as stream:
-                stream.seek(start)
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break  # being written, or cut by a kill
-                    try:
-                        key = str(_record(line)["key"])
-                        self._at.setdefault(key, (segment, start))
-                    except (ValueError, KeyError, TypeError):
-                        self.damaged += 1
-                        warn(f"an answer cannot be read and is asked again ({segment}, byte {start})")
-                    start += len(line)
+            try:
+                if segment.stat().st_size <= start:
+                    continue
+                with open(segment, "rb") as stream:
+                    stream.seek(start)
+                    for line in stream:
+                        if not line.endswith(b"\n"):
+                            break  # being written, or cut by a kill
+                        try:
+                            self._at.setdefault(_record(line)["key"], (segment, start))
+                        except ValueError:
+                            self._damage(segment, start)
+                        start += len(line)
+            except OSError as error:
+                self.damaged += 1
+                warn(f"answers cannot be read and are asked again: {error}")
             self._read[segment] = start
+
+    def _damage(self, segment: Path, start: int) -> None:
+        self.damaged += 1
+        warn(f"an answer cannot be read and is asked again ({segment}, byte {start})")
 
     def find(self, key: str) -> Answer | None:
         """The answer of that key, or None."""
@@ -93,19 +99,10 @@ class AnswerCache:
                 record = _record(stream.readline())
             if record["key"] != key:
                 raise ValueError("another key")
-            return Answer(
-                text=str(record["text"]),
-                logits={str(name): float(value) for name, value in record["logits"].items()}
-                if record["logits"] is not None
-                else None,
-                usage=Usage(**record["usage"]),
-                seconds=float(record["seconds"]),
-                finished=bool(record["finished"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return _answer(record)
+        except (OSError, ValueError):
             # Deleted or changed under us: the answer is asked again.
-            self.damaged += 1
-            warn(f"an answer cannot be read and is asked again ({segment}, byte {start})")
+            self._damage(segment, start)
             del self._at[key]
             return None
 
@@ -169,7 +166,41 @@ class AnswerCache:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
-    if not isinstance(record, dict):
+    """A line of a segment.
+
+    Raises:
+        ValueError: it is no record with a key.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
         raise ValueError("not a record")
     return record
+
+
+def _answer(record: dict[str, Any]) -> Answer:
+    """The answer that `AnswerCache.add` wrote.
+
+    Raises:
+        ValueError: something is missing or of another kind.
+    """
+    try:
+        logits, usage = record["logits"], record["usage"]
+        numbers = [usage[name] for name in ("prompt", "answer", "cached", "calls")]
+        values = [] if logits is None else [float(value) for value in logits.values()]
+        if not isinstance(record["text"], str) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("not an answer")
+        if not all(map(math.isfinite, [*values, float(record["seconds"])])):
+            raise ValueError("not a number")
+        return Answer(
+            text=record["text"],
+            logits=None if logits is None else dict(zip(logits, values, strict=True)),
+            usage=Usage(**usage),
+            seconds=float(record["seconds"]),
+            finished=bool(record["finished"]),
+            kept=True,
+        )
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"not an answer: {error}") from None

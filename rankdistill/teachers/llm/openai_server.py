@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from queue import SimpleQueue
@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError, require
+from rankdistill.students.models import resolve_model
 from rankdistill.teachers.llm.answers import identifier_logits
-from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
-from rankdistill.teachers.llm.chat import separators
+from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage, printable
+from rankdistill.teachers.llm.chat import load_tokenizer, separators
 
 HOSTED = "https://api.openai.com/v1"
 HOSTED_KEY = "OPENAI_API_KEY"
@@ -29,6 +30,34 @@ LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait; longer is an e
 LONGEST_PAUSE = 60.0  # seconds between two tries
 AGAIN = (408, 409, 425, 429)  # and 500 and above: worth another try
 STEP_TOKENS = 8  # of one identifier
+TRIED = 3  # prompts that are refused before any is answered: then it is taken for the settings
+OF_PROMPT = re.compile(
+    r"content[ _-]?(filter|policy|management)|content_filtered|moderation|flagged|safety|guardrail|usage polic"
+    r"|context[ _]length|context window|too long|too large|maximum context|prompt.{0,20}(block|reject)",
+    re.IGNORECASE,
+)
+# A server's words about a key of the call → what to do about it.
+SETTINGS = {
+    "temperature": "this model takes its own temperature only: temperature: 1 of a listwise teacher, or of the backend "
+    "extra: {temperature: 1}",
+    "max_tokens|max_completion_tokens": "length_key of the backend: max_completion_tokens (or max_tokens), and "
+    "max_tokens of the teacher",
+    "logprobs": "a smaller `logprobs` of the backend, or decoding: generate",
+    "continue_final_message|add_generation_prompt|prefill": "another `prefill` of the backend, or none",
+    "structured_outputs|guided|grammar": "another `constraint` of the backend, or decoding: generate",
+}
+
+
+class Refused(RankdistillError):
+    """The server refuses a call as it is (400, 413, 422): for its prompt, or for settings that all calls share.
+
+    Args:
+        of_prompt: the server's words speak of the prompt.
+    """
+
+    def __init__(self, what: str, *, where: str, fix: str, of_prompt: bool) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.of_prompt = of_prompt
 
 
 class OpenAIBackend(Backend):
@@ -102,14 +131,25 @@ class OpenAIBackend(Backend):
         self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
         self.logprobs, self.prefill, self.constraint = logprobs, prefill, constraint
         self.tokenizer, self.extra, self.length_key = tokenizer, dict(extra or {}), length_key
+        self._answered = self._has_logprobs = False  # this server has given an answer, log-probabilities
         self._not_before = 0.0  # a rate limit holds for all calls, not for the one that met it
         self._jitter = random.Random()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Of the model's name and revision and of what changes answers; the server's address does not."""
+        """Of the model's name and revision and of what changes answers or prompts; the server's address does not."""
+        tokenizer = resolve_model(self.tokenizer).revision if self.tokenizer is not None else None
+        return fingerprint([self.answered_by(), tokenizer, self.logprobs])
+
+    def answered_by(self) -> str:
+        """Without what changes prompts alone: an answer stays paid for when only the tokenizer is another."""
         return fingerprint([self.type, self.model, self.revision, self.prefill, self.constraint, self.extra])
+
+    def answer_key(self, request: Request) -> str:
+        return request.key(
+            fingerprint([self.answered_by(), self.logprobs]) if request.decoding == "first" else self.answered_by()
+        )
 
     def describe(self) -> dict[str, Any]:
         """The settings; of the key the variable's name alone."""
@@ -122,6 +162,7 @@ class OpenAIBackend(Backend):
             "prefill": self.prefill,
             "constraint": self.constraint,
             "logprobs": self.logprobs,
+            "tokenizer": self.tokenizer,
             "extra": self.extra,
         }
 
@@ -151,15 +192,7 @@ class OpenAIBackend(Backend):
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             return None
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        except (OSError, ValueError) as error:
-            raise RankdistillError(
-                f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-                where=f"backend.tokenizer: {self.tokenizer}",
-            ) from None
+        return load_tokenizer(resolve_model(self.tokenizer).path)
 
     def count_text(self, texts: Sequence[str]) -> list[int]:
         if self._tokenizer is None:
@@ -221,6 +254,7 @@ class OpenAIBackend(Backend):
         source = iter(requests)
         failure: BaseException | None = None
         under_way, drawn_out = 0, False
+        refusals: list[tuple[int, Refused]] = []  # of prompts, or of settings: not known before one is answered
 
         def work(number: int, request: Request) -> None:
             try:
@@ -230,7 +264,7 @@ class OpenAIBackend(Backend):
 
         try:
             while True:
-                while failure is None and not drawn_out and under_way < self.concurrency:
+                while failure is None and not drawn_out and under_way < self.concurrency and len(refusals) < TRIED:
                     item = next(source, None)
                     if item is None:
                         drawn_out = True
@@ -243,13 +277,19 @@ class OpenAIBackend(Backend):
                     break
                 number, result = results.get()
                 under_way -= 1
-                if isinstance(result, BaseException):
+                if isinstance(result, Refused):
+                    refusals.append((number, result))
+                elif isinstance(result, BaseException):
                     failure = failure or result
                     stop.set()  # no more tries
                 else:
+                    self._answered = True
                     yield number, result
-            if failure is not None:
-                raise failure
+                if refusals and (self._answered or refusals[0][1].of_prompt):
+                    yield from ((number, Answer("", refused=refusal.what)) for number, refusal in refusals)
+                    refusals.clear()
+            if failure is not None or refusals:
+                raise failure or refusals[0][1]
         finally:
             stop.set()
 
@@ -271,8 +311,8 @@ class OpenAIBackend(Backend):
         if request.decoding == "constrained":
             answer = self._one_by_one(client, request, stop)
         else:
-            response = self._call(client, self._body(request), stop)
-            answer = self._first(request, response) if request.decoding == "first" else self._text(request, response)
+            reply = self._call(client, self._body(request), stop)
+            answer = self._first(request, reply) if request.decoding == "first" else self._text(request, reply)
         return replace(answer, seconds=time.monotonic() - started)
 
     def _body(self, request: Request) -> dict[str, Any]:
@@ -293,38 +333,36 @@ class OpenAIBackend(Backend):
             body["extra_body"] = more
         return body
 
-    def _text(self, request: Request, response: Any) -> Answer:
-        choice = response.choices[0]
-        text = choice.message.content or ""
+    def _text(self, request: Request, reply: Reply) -> Answer:
+        text = reply.text
         # The answer is what follows the given beginning, whether the server repeats it, was given it or neither.
         if request.before and text.lstrip().startswith(request.before.strip()):
             text = text.lstrip()[len(request.before.strip()) :]
-        return Answer(text, usage=self._usage(request, response), finished=choice.finish_reason != "length")
+        return Answer(text, usage=self._usage(request, reply), finished=reply.finished)
 
-    def _first(self, request: Request, response: Any) -> Answer:
+    def _first(self, request: Request, reply: Reply) -> Answer:
         """Log-probabilities of the identifiers at the step behind the given beginning."""
-        choice = response.choices[0]
-        steps = getattr(choice.logprobs, "content", None) if choice.logprobs is not None else None
-        if not steps:
+        self._has_logprobs |= bool(reply.steps)
+        if not self._has_logprobs:
             raise UsageError(
                 "the server reports no log-probabilities, which decoding: first reads",
                 where=f"backend: {self.model} at {self.base_url}",
                 fix="decoding: generate works with any server; constrained with `constraint: vllm` or `llama_cpp`",
             )
         wanted = request.before.strip() if self.prefill == "none" else ""
-        said, found = "", None
-        for step in steps:
+        said = ""
+        found: Sequence[tuple[str, float]] = ()
+        for token, tokens in reply.steps:
             if said.strip() == wanted:
-                found = step
-            said += step.token
-            if said.strip() != wanted and found is not None:
+                found = tokens
+            said += token
+            if said.strip() != wanted and found:
                 break
-        tokens = [*found.top_logprobs, found] if found is not None else []
         # -9999 is how some servers write minus infinity.
-        values = [(token.token, float(token.logprob)) for token in tokens if -9000 < float(token.logprob) < math.inf]
+        values = [(token, logarithm) for token, logarithm in found if -9000 < logarithm < math.inf]
         logits = identifier_logits(values, request.identifiers)
         best = max(logits, key=lambda name: logits[name], default="")
-        return Answer(best, logits, self._usage(request, response))
+        return Answer(best, logits, self._usage(request, reply))
 
     def _one_by_one(self, client: Any, request: Request, stop: threading.Event) -> Answer:
         """One identifier after the other, of those that are left; the last one needs no call."""
@@ -341,8 +379,8 @@ class OpenAIBackend(Backend):
             else:
                 held = {"grammar": "root ::= " + " | ".join(json.dumps(name) for name in left)}
             body["extra_body"] = {**body.get("extra_body", {}), **held}
-            response = self._call(client, body, stop)
-            name = self._text(step, response).text.strip()
+            reply = self._call(client, body, stop)
+            name = self._text(step, reply).text.strip()
             if name not in left:
                 raise RankdistillError(
                     f"the server answered {name[:40]!r} where it was held to {', '.join(left)}",
@@ -351,7 +389,7 @@ class OpenAIBackend(Backend):
                 )
             left.remove(name)
             given.append(name)
-            paid = self._usage(step, response)
+            paid = self._usage(step, reply)
             usage = Usage(
                 usage.prompt + paid.prompt,
                 usage.answer + paid.answer,
@@ -361,18 +399,14 @@ class OpenAIBackend(Backend):
             )
         return Answer(separator.join([*given, *left]) + end, usage=usage)
 
-    def _usage(self, request: Request, response: Any) -> Usage:
-        usage = response.usage
-        if usage is None or usage.prompt_tokens is None:
-            text = response.choices[0].message.content or ""
-            return Usage(self.count_tokens(request), self.count_text([text])[0], estimated=True)
-        details = getattr(usage, "prompt_tokens_details", None)
-        cached = getattr(details, "cached_tokens", None) or 0
-        return Usage(usage.prompt_tokens, usage.completion_tokens or 0, min(cached, usage.prompt_tokens))
+    def _usage(self, request: Request, reply: Reply) -> Usage:
+        if reply.usage is None:
+            return Usage(self.count_tokens(request), self.count_text([reply.text])[0], estimated=True)
+        return Usage(*reply.usage)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
-    def _call(self, client: Any, body: dict[str, Any], stop: threading.Event) -> Any:
+    def _call(self, client: Any, body: dict[str, Any], stop: threading.Event) -> Reply:
         """One call, tried again within bounds.
 
         Raises:
@@ -387,11 +421,12 @@ class OpenAIBackend(Backend):
                 break
             asked: float | None = None
             try:
-                response = client.chat.completions.create(**body)
-                # Anything may be sent with status 200; a whole answer has a choice with a message.
-                if getattr(response, "choices", None) and response.choices[0].message is not None:
-                    return response
-                failure = "the server's answer is no chat completion"
+                # The bytes: anything may be sent with status 200, which the client's own types would take as it comes.
+                return read_reply(client.chat.completions.with_raw_response.create(**body).content)
+            except Unreadable as error:
+                failure = self._clean(str(error))
+                if error.said and OF_PROMPT.search(failure):
+                    raise self._refused(failure) from None
             except openai.APIStatusError as error:
                 failure = f"the server answered {error.status_code}: {self._said(error)}"
                 self._refuse(error, failure)
@@ -400,8 +435,8 @@ class OpenAIBackend(Backend):
                 failure = f"the server did not answer within {self.timeout:g} seconds"
             except openai.APIConnectionError as error:
                 failure = self._clean(f"the server cannot be reached: {error.__cause__ or error}")
-            except (openai.APIResponseValidationError, ValueError) as error:
-                failure = self._clean(f"the server's answer cannot be read: {str(error).splitlines()[0]}")
+            except (openai.APIResponseValidationError, ValueError, RecursionError) as error:
+                failure = self._clean(f"the server's answer cannot be read: {error}")
             if asked is not None and asked > LONGEST_WAIT:
                 failure += f" (try again in {asked:.0f} seconds)"
                 break
@@ -423,6 +458,9 @@ class OpenAIBackend(Backend):
     def _refuse(self, error: Any, failure: str) -> None:
         """Raise what another try would not mend."""
         where = f"backend: {self.model} at {self.base_url}"
+        refused = error.status_code in (400, 413, 422)
+        if refused or (error.status_code == 403 and OF_PROMPT.search(failure)):
+            raise self._refused(failure + self._code(error)) from None
         if error.status_code in (401, 403):
             name = self._variable
             fix = f"look at the environment variable {name}" if name else "name the variable with the key: key: NAME"
@@ -431,6 +469,21 @@ class OpenAIBackend(Backend):
         if quota or (error.status_code < 500 and error.status_code not in AGAIN):
             fix = "look at the account" if quota else "look at the backend's model, base_url, prefill and extra"
             raise RankdistillError(failure, where=where, fix=fix) from None
+
+    def _refused(self, failure: str) -> Refused:
+        fixes = [fix for words, fix in SETTINGS.items() if re.search(rf"\b({words})", failure)]
+        return Refused(
+            failure,
+            where=f"backend: {self.model} at {self.base_url}",
+            fix="; ".join(fixes) or "look at the backend's model, base_url, prefill and extra",
+            of_prompt=not fixes and bool(OF_PROMPT.search(failure)),
+        )
+
+    def _code(self, error: Any) -> str:
+        """What the server calls the fault, where its words do not hold it: "content_filter"."""
+        body = error.body if isinstance(error.body, dict) else {}
+        names = [name for name in (body.get("code"), body.get("param")) if isinstance(name, str) and name]
+        return f" ({', '.join(self._clean(name) for name in names)})" if names else ""
 
     def _said(self, error: Any) -> str:
         body = error.body
@@ -443,8 +496,109 @@ class OpenAIBackend(Backend):
         secret = os.environ.get(self._variable or "", "").strip()
         if len(secret) > 3:
             text = text.replace(secret, "***")
-        text = " ".join(re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text).split())
-        return text if len(text) <= 300 else text[:300] + " ..."
+        return printable(re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text), 300)
+
+
+class Unreadable(ValueError):
+    """A body with status 200 that is no chat completion: worth another try. `said`: the server calls it an error."""
+
+    def __init__(self, what: str, said: bool = False) -> None:
+        super().__init__(what)
+        self.said = said
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What of a chat completion is read.
+
+    Args:
+        text: the answer, without what a model thought before it where the server tells the two apart.
+        finished: False where the answer was cut at its longest.
+        steps: (token, the likeliest tokens of its step and their log-probabilities) as far as they were reported.
+        usage: tokens of prompt, of answer, and of the prompt from the cache; None where the server does not say.
+    """
+
+    text: str
+    finished: bool
+    steps: tuple[tuple[str, list[tuple[str, float]]], ...]
+    usage: tuple[int, int, int] | None
+
+
+def read_reply(content: bytes) -> Reply:
+    """A chat completion out of whatever a server sent.
+
+    Raises:
+        Unreadable: it is none; with the server's words.
+    """
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        words = re.sub(r"<[^>]*>", " ", content[:4000].decode(errors="replace"))
+        raise Unreadable(f"the server's answer is no JSON: {' '.join(words.split())[:200] or 'nothing'}") from None
+    body = body if isinstance(body, dict) else {"": body}
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    text = _content(message.get("content")) if isinstance(message, dict) else None
+    if text is None or (not text and body.get("error")):
+        said = body.get("error") or body.get("message") or body.get("detail")
+        if isinstance(said, dict):
+            code = said.get("code") or said.get("type")
+            said = f"{said.get('message') or said}{f' ({code})' if code else ''}"
+        if said:
+            raise Unreadable(f"the server's answer is an error: {said}", said=True)
+        raise Unreadable(f"the server's answer is no chat completion: {json.dumps(body)[:200]}")
+    logprobs = choice.get("logprobs")
+    steps = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return Reply(
+        text,
+        finished=choice.get("finish_reason") != "length",
+        steps=tuple(_step(step) for step in steps if isinstance(step, dict)) if isinstance(steps, list) else (),
+        usage=_tokens(body.get("usage")),
+    )
+
+
+def _content(content: Any) -> str | None:
+    """A message's text: a string, or the text parts of a list (what a model thought is no part of its answer); None
+    for what is neither."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif not isinstance(part, dict):
+            return None
+        elif part.get("type", "text") in ("text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    return "".join(texts)
+
+
+def _step(step: dict[str, Any]) -> tuple[str, list[tuple[str, float]]]:
+    top = step.get("top_logprobs")
+    entries = [*(top if isinstance(top, list) else []), step]
+    return step["token"] if isinstance(step.get("token"), str) else "", [
+        (entry["token"], float(entry["logprob"]))
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("token"), str) and _is_number(entry.get("logprob"))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _tokens(usage: Any) -> tuple[int, int, int] | None:
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    counts = [
+        usage.get("prompt_tokens"),
+        usage.get("completion_tokens", 0),
+        details.get("cached_tokens") if isinstance(details, dict) else 0,
+    ]
+    prompt, answer, cached = (int(n) if _is_number(n) and 0 <= n < 2**40 else None for n in counts)
+    return None if prompt is None else (prompt, answer or 0, min(cached or 0, prompt))
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -265,7 +265,9 @@ def test_a_wait_beyond_reason_is_an_error_at_once() -> None:
 @pytest.mark.parametrize(
     ("status", "message", "fix"),
     [
-        (400, "context length exceeded", "model, base_url, prefill and extra"),
+        (400, "no such thing", "model, base_url, prefill and extra"),
+        (400, "Unsupported value: 'temperature' does not support 0.0", "extra: {temperature: 1}"),
+        (400, "'max_tokens' is not supported, use 'max_completion_tokens'", "length_key"),
         (401, "who are you", "name the variable"),
         (404, "no such model", "model, base_url"),
         (422, "unexpected field", "extra"),
@@ -293,17 +295,174 @@ def test_answers_under_way_are_handed_on_when_one_fails() -> None:
     def respond(body: Body, _: int) -> Any:
         if body["messages"][-1]["content"] == "bad":
             gate.set()
-            return failure(400, "bad prompt")
+            return failure(404, "no such model")
         gate.wait(5)
         time.sleep(0.1)
         return completion("good", body)
 
     asked = [(0, request("good one")), (1, request("bad")), (2, request("good two")), (3, request("never asked"))]
     got = []
-    with serving(respond) as server, pytest.raises(RankdistillError, match="bad prompt"):
+    with serving(respond) as server, pytest.raises(RankdistillError, match="no such model"):
         for number, _ in backend(server, concurrency=3).answer(asked):
             got.append(number)
     assert sorted(got) == [0, 2] and len(server.bodies) == 3
+
+
+# -- a prompt that is refused -----------------------------------------------------------------------------------------
+
+
+def refusing(words: str, status: int = 400) -> Callable[[Body, int], Any]:
+    return lambda body, _: (
+        failure(status, words) if "bad" in body["messages"][-1]["content"] else completion("good", body)
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, "The response was filtered due to the prompt triggering content management policy (content_filter)"),
+        (403, "Your input was flagged by moderation"),
+        (400, "This model's maximum context length is 8192 tokens"),
+        (400, "something else, about this prompt alone"),
+        (422, "no reason"),
+    ],
+)
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_refused_prompt_is_handed_on_and_the_others_go_on(
+    status: int, words: str, concurrency: int, tmp_path: Path
+) -> None:
+    asked = [(0, request("bad")), *((number, request(f"prompt {number}")) for number in range(1, 5))]
+    with serving(refusing(words, status)) as server:
+        cache = AnswerCache(tmp_path)
+        found = dict(ask(backend(server, concurrency=concurrency), asked, cache, Budget("10calls")))
+        assert {number for number, one in found.items() if one.refused} == {0} and words in found[0].refused
+        assert all(found[number].text == "good" for number in range(1, 5))
+        assert len(cache) == 4, "a refusal is no answer: it is asked again"
+
+
+def test_settings_that_no_prompt_passes_with_are_an_error_after_three() -> None:
+    with serving(refusing("unknown field")) as server, pytest.raises(RankdistillError, match="unknown field"):
+        list(backend(server, concurrency=1).answer((number, request(f"bad {number}")) for number in range(99)))
+    assert len(server.bodies) == 3
+
+
+def test_a_refusal_in_a_body_with_status_200() -> None:
+    def respond(body: Body, _: int) -> Any:
+        return {"error": {"message": "blocked by content policy", "code": "content_filter"}}
+
+    with serving(respond) as server:
+        assert "content_filter" in answer(backend(server), request()).refused
+        assert len(server.bodies) == 1
+
+
+# -- bodies of any shape ----------------------------------------------------------------------------------------------
+
+
+def shaped(**choice: Any) -> Callable[[Body, int], Any]:
+    def respond(body: Body, _: int) -> Any:
+        reply = completion("x", body)
+        reply["choices"][0] |= choice
+        return reply
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "thinking", "thinking": "A?"}, {"type": "text", "text": "[2] > [1]"}], "[2] > [1]"),
+        ([{"type": "text", "text": "[2]"}, {"type": "output_text", "text": " > [1]"}], "[2] > [1]"),
+        (["[2] >", " [1]"], "[2] > [1]"),
+        ({"type": "text", "text": "[2]"}, "[2]"),
+        ([{"type": "reasoning", "text": "[1]"}, {"type": "text", "text": None}], ""),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_content_in_parts(content: Any, text: str) -> None:
+    with serving(shaped(message={"role": "assistant", "content": content})) as server:
+        assert answer(backend(server), request()).text == text
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "logits"),
+    [
+        ({"content": [{"token": "A", "logprob": -0.5, "top_logprobs": None}]}, {"A": -0.5}),
+        ({"content": [{"token": "A", "logprob": None, "top_logprobs": [{"token": "B", "logprob": -1}]}]}, {"B": -1.0}),
+        ({"content": [{"token": None, "logprob": -1, "top_logprobs": [None, 3, {"token": "C"}]}]}, {}),
+        ({"content": [None, {"token": "A", "logprob": -0.25}]}, {"A": -0.25}),
+        ({"content": [{"token": "A", "logprob": float("nan"), "top_logprobs": "no"}]}, {}),
+        ({"content": None}, {}),
+        (None, {}),
+        ("no", {}),
+    ],
+)
+def test_logprobs_that_are_null_or_broken_count_as_absent(logprobs: Any, logits: dict[str, float]) -> None:
+    good = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": []}]}
+    replies = iter([good, logprobs])
+    with serving(lambda body, _: shaped(logprobs=next(replies))(body, 0)) as server:
+        engine = backend(server)
+        answer(engine, request("one", decoding="first"))
+        assert answer(engine, request("two", decoding="first")).logits == logits
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"null", b"3", b'"text"', b"[[]]", b'{"choices": null}', b'{"choices": {"0": 1}}', b'{"choices": [null]}',
+        b'{"choices": ["x"]}', b'{"choices": [{"message": "x"}]}', b'{"choices": [{"message": {"content": 7}}]}',
+        b'{"choices": [{"message": {"content": [[1]]}}]}', b"[" * 100_000, b"\xff\xfe\x00", b"1" * 5000,
+    ],
+)  # fmt: skip
+def test_a_body_of_another_shape_is_tried_again(body: bytes) -> None:
+    with serving(lambda sent, number: (200, {}, body) if number == 0 else completion("fine", sent)) as server:
+        assert answer(backend(server), request()).text == "fine"
+    with serving(lambda *_: (200, {}, body)) as server, pytest.raises(RankdistillError, match=r"\(2 tries\)") as caught:
+        answer(backend(server, retries=1), request())
+    str(caught.value).encode("utf-8")
+
+
+@pytest.mark.parametrize("usage", [None, 3, [], {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1}])
+def test_usage_of_another_shape_is_estimated(usage: Any) -> None:
+    with serving(lambda body, _: completion("x", body) | {"usage": usage}) as server:
+        assert answer(backend(server), request()).usage.estimated
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"error": {"message": "the model is loading", "code": 503}}', "the model is loading (503)"),
+        (b'{"error": "out of credit"}', "out of credit"),
+        (b'{"detail": "not found here"}', "not found here"),
+        (b"<html><body><h1>Sign in to the proxy</h1></body></html>", "Sign in to the proxy"),
+        (b'{"error": {"message": "half a pair \\ud800 \\u001b[31m"}}', "half a pair \ufffd \ufffd[31m"),
+    ],
+)
+def test_the_servers_words_are_in_the_error(body: bytes, words: str) -> None:
+    with serving(lambda *_: (200, {}, body)) as server, pytest.raises(RankdistillError) as caught:
+        answer(backend(server, retries=0), request())
+    assert words in caught.value.what
+    caught.value.what.encode("utf-8")
+
+
+# -- what answers and scores are kept by ------------------------------------------------------------------------------
+
+
+def test_what_decides_scores_and_what_decides_answers(tmp_path: Path) -> None:
+    from causal_lm import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path / "one")
+    make_tokenizer("other words here").save_pretrained(tmp_path / "two")
+    url = "http://127.0.0.1:9/v1"
+    plain = OpenAIBackend("m", url)
+    few = OpenAIBackend("m", url, logprobs=2)
+    one, two = (OpenAIBackend("m", url, tokenizer=str(tmp_path / name)) for name in ("one", "two"))
+    assert len({engine.fingerprint() for engine in (plain, few, one, two)}) == 4
+    text, first = request(), request(decoding="first")
+    # A tokenizer cuts passages, which stand in the prompt; logprobs are asked for in one step alone.
+    assert len({engine.answer_key(text) for engine in (plain, few, one, two)}) == 1
+    assert plain.answer_key(first) == one.answer_key(first) != few.answer_key(first)
+    assert OpenAIBackend("m", "http://127.0.0.1:10/v1").fingerprint() == plain.fingerprint()
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
