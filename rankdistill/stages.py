@@ -126,8 +126,9 @@ class Workspace:
 
         folder = self.path / "engines"
         settings = [build("source", method.settings()) for method in self.recipe.candidates.sources]
+        opened: dict[str, Any] = {}
         with locked(folder):
-            return [Source.of(one, collection, folder) for one in settings]
+            return [Source.of(one, collection, folder, opened) for one in settings]
 
     @cached_property
     def own_sources(self) -> list[Source]:
@@ -160,6 +161,7 @@ class Workspace:
             split=dev_split,
             query_ids=dev_ids,
             include_positives=False,
+            drop_same_texts=False,  # it is measured on what a search finds
         )
         return train, dev
 
@@ -265,7 +267,12 @@ class Workspace:
             return None
         _, dev_ids, split = self.queries
         some = dev_ids[:: -(-len(dev_ids) // most)]  # spread evenly: files are often sorted by topic
-        options: dict[str, Any] = {"depth": AGREEMENT_DEPTH, "split": split, "include_positives": False}
+        options: dict[str, Any] = {
+            "depth": AGREEMENT_DEPTH,
+            "split": split,
+            "include_positives": False,
+            "drop_same_texts": False,
+        }
         folder = self.path / "candidates" / "agreement"
         candidates = mine(self.collection, self.own_sources, folder, query_ids=some, **options)
         path = self.path / "dev-lists"

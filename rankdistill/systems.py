@@ -173,7 +173,8 @@ def _teacher_row(
     path = run.path / "candidates" / file_name(f"{collection.name}-{split}{suffix}")
     # The engine alone: quotas and ranks of the recipe say what a training list holds.
     first_stage = Source(source.engine)
-    candidates = mine(collection, [first_stage], path, depth=depth, split=split, include_positives=False)
+    measured: dict[str, Any] = {"split": split, "include_positives": False, "drop_same_texts": False}
+    candidates = mine(collection, [first_stage], path, depth=depth, **measured)
     scores = run.scores(collection, candidates)
 
     def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:

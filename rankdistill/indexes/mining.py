@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +30,11 @@ from rankdistill.artifacts import (
     open_artifact,
     write_artifact,
 )
+from rankdistill.collections.collection import joined
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Engine, Hits, Rows, Scores
 from rankdistill.indexes.sources import CandidateSource, RecordedRun
-from rankdistill.progress import progress
+from rankdistill.progress import progress, say
 from rankdistill.runs import SCHEMA, RunWriter, iter_run, write_trec
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from rankdistill.collections.collection import Query
 
 FILE = "candidates.parquet"
+SPARE = 8  # documents searched for in place of those whose text is the query's or a positive's
 BATCH = 256  # queries searched, and saved, at a time
 
 
@@ -54,10 +58,24 @@ class Source:
     relative_margin: float | None = None
 
     @classmethod
-    def of(cls, settings: CandidateSource, collection: Collection, folder: Path) -> Source:
-        """Open a recipe's source; what it needs is built below `folder`."""
+    def of(
+        cls,
+        settings: CandidateSource,
+        collection: Collection,
+        folder: Path,
+        opened: dict[str, Engine | RecordedRun] | None = None,
+    ) -> Source:
+        """Open a recipe's source; what it needs is built below `folder`.
+
+        Args:
+            opened: engines that are open already: sources that differ in their share alone use one.
+        """
+        opened = {} if opened is None else opened
+        key = settings.engine_key()
+        if key not in opened:
+            opened[key] = settings.open(collection, folder)
         return cls(
-            settings.open(collection, folder),
+            opened[key],
             settings.quota,
             settings.rank_from,
             settings.rank_to,
@@ -66,7 +84,7 @@ class Source:
         )
 
     def settings(self) -> dict[str, object]:
-        share = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "engine"}
+        share = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "engine"}
         return {"engine": self.engine.name, "fingerprint": self.engine.fingerprint, **share}
 
 
@@ -83,6 +101,7 @@ def mine(
     max_positives: int | None = None,
     margin: float | None = None,
     relative_margin: float | None = None,
+    drop_same_texts: bool = True,
     batch_size: int = BATCH,
 ) -> Artifact:
     """Mine candidates for a split's queries, or for any queries of the collection.
@@ -101,6 +120,8 @@ def mine(
         margin: default of the sources': drop a mined document that scores above best labelled score - margin …
         relative_margin: … or above (1 - relative_margin) · that score. Where a source does not find a labelled
             document, no margin applies to that query.
+        drop_same_texts: leave out unlabelled documents whose text is the query's (in some collections the queries are
+            documents) or that of a document labelled relevant: as negatives they would teach the opposite.
         batch_size: queries at a time.
 
     Raises:
@@ -130,6 +151,7 @@ def mine(
         "include_positives": include_positives,
         "exclude_positives": exclude_positives,
         "max_positives": max_positives,
+        "drop_same_texts": drop_same_texts,
         "batch_size": batch_size,
         "queries": None if query_ids is None else hashlib.sha256("\0".join(query_ids).encode()).hexdigest()[:16],
     }
@@ -137,7 +159,7 @@ def mine(
     total = len(set(query_ids) if query_ids is not None else collection.query_ids(split))
     if not total:
         raise RankdistillError("there are no queries to mine for", where=f"{collection.name}, split {split}")
-    miner = _Miner(collection, sources, depth, include_positives, exclude_positives, max_positives)
+    miner = _Miner(collection, sources, depth, include_positives, exclude_positives, max_positives, drop_same_texts)
     with locked(out):
         found = find_artifact(out, "candidates", wanted)
         if found is not None:
@@ -165,6 +187,11 @@ def mine(
                     parts.append(part)
                     bar.advance(len(queries))
                 _join(parts, writer.path / FILE)
+            if miner.dropped["documents"]:
+                say(
+                    f"mine: {miner.dropped['documents']:,} documents with the text of their query or of a relevant "
+                    f"document were left out, of {miner.dropped['queries']:,} queries"
+                )
             for part in writer.path.glob("part-*.parquet"):
                 part.unlink()
             rows = pq.read_metadata(writer.path / FILE).num_rows
@@ -214,16 +241,36 @@ class _Miner:
     include_positives: bool
     exclude_positives: bool
     max_positives: int | None
+    drop_same_texts: bool
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def lists(self, queries: Sequence[Query]) -> Iterator[tuple[str, list[str], Scores]]:
         """(query id, document ids, scores) of each query that has any candidate."""
         labels = [self._labels(query.relevant) for query in queries]
         most = max(len(label) for label in labels)
-        hits = [self._search(source, queries, most) for source in self.sources]
+        hits = self._search(queries, most)
         for place, query in enumerate(queries):
-            rows, scores = self._mix([found[place] for found in hits], labels[place])
+            found = [of_source[place] for of_source in hits]
+            same = self._same_texts(query, found, labels[place]) if self.drop_same_texts else set()
+            rows, scores = self._mix(found, labels[place], same)
             if len(rows):
                 yield query.query_id, self.collection.doc_ids(rows), scores
+
+    def _same_texts(self, query: Query, hits: Sequence[Hits], labels: dict[int, int]) -> set[int]:
+        """Rows of unlabelled documents whose text is the query's or a relevant document's, but for case and spaces."""
+        rows = {row for source, found in zip(self.sources, hits) for row in found.rows[source.rank_from - 1 :].tolist()}
+        unlabelled = sorted(rows - labels.keys())
+        taken = {_plain(query.text)}
+        for document in self.collection.documents(list(labels)):
+            taken.update((_plain(document.text), _plain(joined(document.title, document.text))))
+        taken.discard("")
+        same = {
+            row
+            for row, document in zip(unlabelled, self.collection.documents(unlabelled), strict=True)
+            if _plain(document.text) in taken or _plain(joined(document.title, document.text)) in taken
+        }
+        self.dropped.update(documents=len(same), queries=bool(same))
+        return same
 
     def _labels(self, relevant: dict[str, int]) -> dict[int, int]:
         """row → relevance of the documents labelled relevant."""
@@ -231,19 +278,36 @@ class _Miner:
         pairs = zip(self.collection.doc_rows(ids).tolist(), ids, strict=True)
         return {row: relevant[doc_id] for row, doc_id in pairs if row >= 0}
 
-    def _search(self, source: Source, queries: Sequence[Query], positives: int) -> list[Hits]:
-        """Deep enough that the quota can be filled after documents are passed over."""
+    def _search(self, queries: Sequence[Query], positives: int) -> list[list[Hits]]:
+        """For each source its hits of each query, deep enough that the quota can be filled after documents are passed
+        over. Sources of one engine share one search, as deep as the deepest of them needs."""
         taken = sum(other.quota or 0 for other in self.sources)
-        filtered = source.margin is not None or source.relative_margin is not None
-        depth = source.rank_to or source.rank_from - 1 + taken * (2 if filtered else 1) + positives
-        if isinstance(source.engine, RecordedRun):
-            return source.engine.recorded([query.query_id for query in queries], depth)
-        return source.engine.search([query.text for query in queries], depth)
+        depths = []
+        for source in self.sources:
+            filtered = source.margin is not None or source.relative_margin is not None
+            needed = source.rank_from - 1 + taken * (2 if filtered else 1) + positives
+            depths.append(source.rank_to or needed + SPARE * self.drop_same_texts)
+        deepest: dict[str, int] = {}
+        for source, depth in zip(self.sources, depths, strict=True):
+            deepest[source.engine.fingerprint] = max(depth, deepest.get(source.engine.fingerprint, 0))
+        found: dict[str, list[Hits]] = {}
+        for source in self.sources:
+            engine, mark = source.engine, source.engine.fingerprint
+            if mark in found:
+                continue
+            if isinstance(engine, RecordedRun):
+                found[mark] = engine.recorded([query.query_id for query in queries], deepest[mark])
+            else:
+                found[mark] = engine.search([query.text for query in queries], deepest[mark])
+        return [
+            [Hits(hits.rows[:depth], hits.scores[:depth]) for hits in found[source.engine.fingerprint]]
+            for source, depth in zip(self.sources, depths, strict=True)
+        ]
 
-    def _mix(self, hits: Sequence[Hits], labels: dict[int, int]) -> tuple[Rows, Scores]:
+    def _mix(self, hits: Sequence[Hits], labels: dict[int, int], same: Set[int]) -> tuple[Rows, Scores]:
         """One query's list: labelled documents first if wanted, then the sources' in turn."""
         first = self._first(hits, labels) if self.include_positives else []
-        passed_over = labels if self.include_positives or self.exclude_positives else {}
+        passed_over = same | labels.keys() if self.include_positives or self.exclude_positives else same
         offers = [
             self._offer(source, found, labels, passed_over) for source, found in zip(self.sources, hits, strict=True)
         ]
@@ -274,7 +338,7 @@ class _Miner:
         return order[: self.max_positives]
 
     def _offer(
-        self, source: Source, found: Hits, labels: dict[int, int], passed_over: dict[int, int]
+        self, source: Source, found: Hits, labels: dict[int, int], passed_over: Set[int]
     ) -> Iterator[tuple[int, float]]:
         """A source's documents that may be taken, best first."""
         rows, scores = found.rows.tolist(), found.scores.tolist()
@@ -289,6 +353,11 @@ class _Miner:
         for row, score in zip(rows[source.rank_from - 1 : end], scores[source.rank_from - 1 : end], strict=True):
             if row not in passed_over and (score <= limit or row in labels):
                 yield row, score
+
+
+def _plain(text: str) -> str:
+    """A text as it is compared: Unicode composed, without case, one space between words."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _join(parts: Sequence[Path], out: Path) -> None:

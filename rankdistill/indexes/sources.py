@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 
+SHARE = ("quota", "rank_from", "rank_to", "margin", "relative_margin")
+
+
 class CandidateSource(ABC):
     """A source's share of each list. Subclasses add `type` and the engine's settings."""
 
@@ -48,6 +51,11 @@ class CandidateSource(ABC):
             raise UsageError(f"ranks {rank_from} to {rank_to}", where=f"{self.type}.rank_from", fix="1 ≤ from ≤ to")
         self.quota, self.rank_from, self.rank_to = quota, rank_from, rank_to
         self.margin, self.relative_margin = margin, relative_margin
+
+    def engine_key(self) -> str:
+        """The same for sources that differ in their share of a list alone."""
+        own = {name: getattr(value, "settings", value) for name, value in vars(self).items() if name not in SHARE}
+        return fingerprint([self.type, own])
 
     @abstractmethod
     def open(self, collection: Collection, folder: Path) -> Engine | RecordedRun:

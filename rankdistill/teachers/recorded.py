@@ -33,6 +33,7 @@ class _FileTeacher(Teacher):
     def __init__(self) -> None:
         self._table: PairTable | None = None
         self._known_digest = ""
+        self._by_text = False  # some scores are of texts, not of ids
 
     def _digest(self) -> str:
         """
@@ -58,6 +59,7 @@ class _FileTeacher(Teacher):
                 for block in _blocks(self._pairs()):
                     keys = pair_keys(hash_ids([item.query for item in block]), hash_ids([i.document for i in block]))
                     table.add(keys, np.array([item.score for item in block], dtype=np.float32))
+                    self._by_text |= any(item.by_text for item in block)
                     bar.advance(len(block))
             self._digest()  # still that of the fingerprint
             self._table = table
@@ -67,13 +69,13 @@ class _FileTeacher(Teacher):
         """The recorded scores of each list, by ids, else by texts; documents without one are left out."""
         table = self.table()
         for item in lists:
-            documents = hash_ids(item.doc_ids)
-            texts = hash_ids(item.documents)
             scores = np.full(len(item.doc_ids), np.nan, dtype=np.float32)
-            for query, others in ((item.query_id, documents), (item.query, texts), (item.query, documents)):
-                absent = np.isnan(scores)
-                if absent.any():
-                    scores[absent] = table.find(pair_keys(hash_ids([query]), others[absent]))
+            by_text = ((item.query, item.documents), (item.query, item.doc_ids)) if self._by_text else ()
+            for query, names in ((item.query_id, item.doc_ids), *by_text):
+                absent = np.flatnonzero(np.isnan(scores))
+                if len(absent):  # texts are hashed only where ids have no score: hashing is what takes the time
+                    keys = pair_keys(hash_ids([query]), hash_ids([names[at] for at in absent]))
+                    scores[absent] = table.find(keys)
             known = np.flatnonzero(~np.isnan(scores))
             if len(known):
                 yield item.query_id, [item.doc_ids[at] for at in known], scores[known]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits
 from rankdistill.indexes.bm25 import BM25
@@ -204,3 +206,48 @@ def test_wrong_settings_are_named(collection: Collection, ascending: Fixed, tmp_
         build("source", {"type": "bm25", "quota": 0})
     with pytest.raises(UsageError, match="unknown key 'qouta'"):
         build("source", {"type": "bm25", "qouta": 3})
+
+
+def test_texts_of_the_query_and_of_positives_are_no_negatives(tmp_path: Path) -> None:
+    """The form of ArguAna and Quora: queries are documents; Cranfield's query 1 is not document 1."""
+    corpus = {
+        "d0": ("", "Why is the sky  blue?"),  # the query's own document
+        "d1": ("Sky", "Light is scattered."),  # relevant
+        "copy0": ("", "why is the SKY blue?"),  # the query's text under another id
+        "copy1": ("", "light is scattered."),  # a relevant text again
+        "d4": ("", "The sea is blue."),
+        "1": ("", "Wings and slipstreams."),  # the id of a query, another text
+    }
+    (tmp_path / "c" / "qrels").mkdir(parents=True)
+    lines = [json.dumps({"_id": name, "title": title, "text": text}) for name, (title, text) in corpus.items()]
+    (tmp_path / "c" / "corpus.jsonl").write_text("\n".join(lines))
+    (tmp_path / "c" / "queries.jsonl").write_text(
+        '{"_id": "d0", "text": "Why is the sky blue?"}\n{"_id": "1", "text": "why is the sea blue"}'
+    )
+    (tmp_path / "c" / "qrels" / "train.tsv").write_text("d0\td1\t1\n1\td4\t1\n")
+    collection = open_collection(f"beir:{tmp_path / 'c'}")
+    engine = Fixed("all", list(range(6)))
+
+    def lists(name: str, **options: Any) -> dict[str, list[str]]:
+        made = mine(collection, [Source(engine)], tmp_path / name, depth=3, **options)
+        return {query_id: ids for query_id, ids, _ in iter_run(made.path / FILE)}
+
+    assert lists("a", split="train") == {"d0": ["d1", "d4", "1"], "1": ["d4", "d0", "d1", "copy0"]}
+    assert lists("b")["d0"] == ["d1", "copy1", "d4"]  # without labels
+    assert lists("c", drop_same_texts=False)["d0"] == ["d0", "d1", "copy0"]
+
+
+def test_sources_of_one_engine_share_its_search(collection: Collection, ascending: Fixed, tmp_path: Path) -> None:
+    shares = [Source(ascending, quota=1), Source(ascending, quota=1, rank_from=5), Source(ascending, 2, 8, 10)]
+    lists = mined(mine(collection, shares, tmp_path / "a", depth=4))
+    assert lists["q4"] == [0, 4, 7, 8]
+    assert ascending.searched == collection.query_count
+
+
+def test_recipe_sources_of_one_encoder_open_it_once(tiny_collection: Collection, tmp_path: Path) -> None:
+    opened: dict[str, Any] = {}
+    settings = [DenseSource(quota=quota, rank_from=first) for quota, first in ((4, 1), (3, 10), (2, 20))]
+    bm25 = [BM25Source(quota=4), BM25Source(quota=2, rank_from=9), BM25Source(quota=2, k1=1.2)]
+    sources = [Source.of(one, tiny_collection, tmp_path, opened) for one in [*settings, *bm25]]
+    assert [sources.index(one) for one in sources] == list(range(6)) and len(opened) == 3
+    assert len({id(one.engine) for one in sources[:3]}) == 1
