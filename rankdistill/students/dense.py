@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import quiet_transformers
 from rankdistill.recipe import Alignment
 from rankdistill.students.base import Device, Features, Side, Student, StudentModel
-from rankdistill.students.models import folder_revision, resolve_model
+from rankdistill.students.loading import SAFE, fit_texts, opening, side_length
+from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings
 from rankdistill.students.token_batches import Precision, autocast
 
-SETTINGS_FILE = "rankdistill.json"
 ALIGNED = ("dense", "static")  # types of student whose `warm_up` is an alignment with a teacher's vectors
 
 
@@ -66,7 +65,7 @@ class DenseModel(StudentModel):
         return self.model.preprocess(list(texts), prompt=prompt or None, task=side)
 
     def embed(self, features: Features, side: Side) -> Tensor:
-        vectors: Tensor = self.model(dict(features))["sentence_embedding"]
+        vectors: Tensor = self.model(dict(features))["sentence_embedding"][..., : self.dimension]  # Matryoshka's cut
         # In float32 under autocast too: a bf16 norm would cost two digits.
         return nn.functional.normalize(vectors.float(), dim=-1) if self.similarity == "cos" else vectors.float()
 
@@ -90,13 +89,11 @@ class _SentenceStudent(Student):
     precision: Precision
 
     def open(self, folder: Path, device: Device = None) -> DenseModel:
-        settings_path = folder / SETTINGS_FILE
-        settings = json.loads(settings_path.read_text()) if settings_path.is_file() else {}
+        settings = saved_settings(folder)
         model = load_sentence_transformer(folder, device)
         # A folder made elsewhere says it in sentence-transformers' own way.
-        own: Literal["dot", "cos"] = "cos" if model.similarity_fn_name == "cosine" else "dot"
-        self.similarity = settings.get("similarity", own)
-        return self._model(model, folder_revision(folder), settings.get("scale"))
+        self.similarity = settings.similarity or own_similarity(model, folder)
+        return self._model(model, folder_revision(folder), settings.scale)
 
     def _model(self, model: SentenceTransformer, source: Any, scale: float | None = None) -> DenseModel:
         if scale is None:
@@ -114,8 +111,8 @@ class DenseStudent(_SentenceStudent):
         similarity: `cos`, `dot`, or `keep`: what the model came with.
         scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
         learn_scale: train the factor along.
-        query_length: tokens a query is cut to; the model's own limit if null.
-        document_length: tokens a document is cut to; the model's own limit if null.
+        query_length: tokens a query is cut to, its prompt not counted; the model's own limit if null.
+        document_length: tokens a document is cut to, its prompt not counted; the model's own limit if null.
         query_prompt: text put before each query (models such as E5 want one).
         document_prompt: text put before each document.
         dropout: share of units dropped in training; the model's own unless given. 0 suits distillation, whose targets
@@ -158,30 +155,29 @@ class DenseStudent(_SentenceStudent):
     def create(self, device: Device = None) -> DenseModel:
         source = resolve_model(self.model)
         model = load_sentence_transformer(source.path, device)
+        for side, prompt in self.prompts.items():
+            if prompt is not None:
+                model.prompts[side] = prompt
         transformer = model[0]
         if isinstance(transformer, Transformer):
             if self.layers is not None:
                 keep_layers(transformer, self.layers)
             if self.dropout is not None:
                 set_dropout(transformer.model, self.dropout)
-            longest = transformer.max_seq_length or 10**9
-            limit = position_limit(transformer, longest)
-            transformer.query_length = min(self.query_length or longest, limit)
-            transformer.document_length = min(self.document_length or longest, limit)
-            transformer.max_seq_length = transformer.document_length
+            lengths = {"query": self.query_length, "document": self.document_length}
+            set_lengths(transformer, lengths, model.prompts)
         elif self.layers is not None:
             raise UsageError(f"{self.model!r} has no transformer whose layers could be kept", where="student.layers")
         if self.pooling != "keep" and isinstance(model[1], Pooling):
             model[1] = Pooling(model[1].embedding_dimension, pooling_mode=self.pooling)
-        for side, prompt in self.prompts.items():
-            if prompt is not None:
-                model.prompts[side] = prompt
         normalised = isinstance(model[len(model) - 1], Normalize)
         if self._similarity == "keep":
-            self.similarity = "cos" if normalised or model.similarity_fn_name == "cosine" else "dot"
+            own = own_similarity(model, source.path)
+            # The dot product of vectors of length 1 is their cosine, unless they are cut after that.
+            self.similarity = "cos" if normalised and model.truncate_dim is None else own
         else:
             self.similarity = self._similarity
-        if self.similarity == "dot" and normalised:
+        if self._similarity == "dot" and normalised:
             del model[len(model) - 1]  # a dot-product student learns its own lengths
         if self.similarity == "cos" and not normalised:
             model.append(Normalize())
@@ -280,17 +276,36 @@ class StaticStudent(_SentenceStudent):
 
 
 def load_sentence_transformer(folder: Path, device: Device = None) -> SentenceTransformer:
-    """Load a folder (a bare transformer gets mean pooling); weights in float32, safetensors only."""
-    place = str(resolve_device(device))
-    try:
-        with quiet_transformers():
-            return SentenceTransformer(
-                str(folder), device=place, local_files_only=True, model_kwargs={"use_safetensors": True}
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise RankdistillError(
-            f"this is no model that sentence-transformers can load: {error}", where=str(folder)
-        ) from None
+    """Load a folder (a bare transformer gets mean pooling); weights in float32, safetensors only; see `opening`."""
+    with opening(folder):
+        model = SentenceTransformer(
+            str(folder), device=str(resolve_device(device)), model_kwargs={"use_safetensors": True}, **SAFE
+        )
+    fit_texts(model, folder)
+    return model
+
+
+def own_similarity(model: SentenceTransformer, folder: Path) -> Literal["dot", "cos"]:
+    """How a model's own configuration compares two vectors.
+
+    Raises:
+        UsageError: by a distance, which no index here searches.
+    """
+    name = model.similarity_fn_name
+    if name not in ("cosine", "dot"):
+        raise UsageError(
+            f"this model compares vectors by their {name} distance, which is not supported",
+            where=str(folder / "config_sentence_transformers.json"),
+            fix="similarity: cos or dot, which ranks otherwise than the model does; or another model",
+        )
+    return "cos" if name == "cosine" else "dot"
+
+
+def set_lengths(transformer: Transformer, lengths: dict[str, int | None], prompts: dict[str, Any]) -> None:
+    """Cut each side's texts to its length; see `side_length`."""
+    sides = {side: side_length(transformer, side, lengths[side], prompts.get(side)) for side in ("query", "document")}
+    transformer.query_length, transformer.document_length = sides["query"], sides["document"]
+    transformer.max_seq_length = transformer.document_length
 
 
 def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
@@ -328,15 +343,3 @@ def set_dropout(model: Any, share: float) -> None:
     for name, value in list(model.config.to_dict().items()):
         if "dropout" in name and isinstance(value, float):
             setattr(model.config, name, share)
-
-
-def position_limit(transformer: Transformer, longest: int) -> int:
-    """Tokens of the longest text that an encoder has positions for; `longest` where it has no such limit."""
-    positions = getattr(transformer.model.config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return longest
-    for name, module in transformer.model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding's.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(positions) - int(module.padding_idx) - 1
-    return int(positions)

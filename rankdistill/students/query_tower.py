@@ -21,14 +21,8 @@ from torch import Tensor, nn
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students.base import Device, Features, Side, Student
-from rankdistill.students.dense import (
-    SETTINGS_FILE,
-    DenseModel,
-    DenseStudent,
-    StaticStudent,
-    load_sentence_transformer,
-)
-from rankdistill.students.models import folder_revision, resolve_model
+from rankdistill.students.dense import DenseModel, DenseStudent, StaticStudent, load_sentence_transformer
+from rankdistill.students.models import SETTINGS_FILE, folder_revision, read_json, resolve_model, saved_settings
 from rankdistill.students.token_batches import Precision
 
 if TYPE_CHECKING:
@@ -160,7 +154,7 @@ class QueryTowerModel(DenseModel):
         """The query encoder alone, as a SentenceTransformer; the settings file says whose documents it searches."""
         super().save(folder)
         file = folder / SETTINGS_FILE
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
         settings[DOCUMENTS] = {**self.documents.settings, **self.documents.known}
         file.write_text(json.dumps(settings))
 
@@ -225,10 +219,11 @@ class QueryTowerStudent(Student):
     def create(self, device: Device = None) -> QueryTowerModel:
         documents = DocumentModel(self.document_settings, device)
         encoder = self._encoder(device)
+        kept, encoder.truncate_dim = encoder.truncate_dim, None  # the projection sees whole vectors
         width, wanted = encoder.get_embedding_dimension(), int(documents.known["dimension"])
         assert width is not None
         if self.projection == "linear" or (self.projection == "auto" and width != wanted):
-            encoder.append(_projection(width, wanted).to(encoder.device))
+            encoder.append(_projection(width, wanted, first=kept == wanted).to(encoder.device))
         cosine = documents.known["similarity"] == "cos"
         if cosine:
             encoder.append(Normalize())
@@ -242,17 +237,16 @@ class QueryTowerStudent(Student):
         Raises:
             RankdistillError: the folder holds another kind of student.
         """
-        file = folder / SETTINGS_FILE
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-        recorded = settings.get(DOCUMENTS)
-        if recorded is None:
+        settings = saved_settings(folder)
+        recorded = settings.documents or {}
+        if not {"dimension", "similarity", "fingerprint"} <= recorded.keys():
             raise RankdistillError(
                 "this model does not say whose documents it searches", where=str(folder), fix="a trained query_tower"
             )
         known = {name: recorded[name] for name in ("dimension", "similarity", "fingerprint")}
         documents = DocumentModel(self.document_settings, device, known)
         model = load_sentence_transformer(folder, device)
-        return self._tower(model, documents, folder_revision(folder), settings.get("scale"))
+        return self._tower(model, documents, folder_revision(folder), settings.scale)
 
     def _encoder(self, device: Device) -> SentenceTransformer:
         """The query encoder without normalisation."""
@@ -284,10 +278,14 @@ class QueryTowerStudent(Student):
         return QueryTowerModel(model, documents, scale, self.learn_scale, source, self.precision, self.document_vectors)
 
 
-def _projection(width: int, wanted: int) -> Dense:
-    """A linear map that keeps lengths and angles as far as the widths allow; the identity where they are equal."""
+def _projection(width: int, wanted: int, first: bool) -> Dense:
+    """A linear map that keeps lengths and angles as far as the widths allow; the identity where they are equal.
+
+    Args:
+        first: start from the first dimensions alone, as a Matryoshka model is cut.
+    """
     weight = np.eye(wanted, width)
-    if width != wanted:
+    if width != wanted and not first:
         random = np.random.default_rng(0).normal(size=(max(width, wanted), min(width, wanted)))
         orthogonal, _ = np.linalg.qr(random)
         weight = orthogonal if wanted > width else orthogonal.T

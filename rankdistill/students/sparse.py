@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from scipy.sparse import csr_matrix, vstack
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
@@ -23,16 +22,14 @@ from torch import Tensor, nn
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import quiet_transformers
 from rankdistill.students.base import Device, Features, Side, Student, StudentModel
-from rankdistill.students.dense import keep_layers, position_limit, set_dropout
+from rankdistill.students.dense import keep_layers, set_dropout, set_lengths
+from rankdistill.students.loading import SAFE, UNBOUNDED, fit_texts, opening
 from rankdistill.students.masked_language import SmallHead, WarmUp, load_masked_language, warm_up
-from rankdistill.students.models import resolve_model
+from rankdistill.students.models import SETTINGS_FILE, resolve_model, saved_settings, says
 from rankdistill.students.term_head import pool_terms
 from rankdistill.students.token_batches import Precision
 from rankdistill.students.token_weights import (
-    SETTINGS_FILE,
-    UNBOUNDED,
     TokenWeights,
     collection_idf,
     sparse_fingerprints,
@@ -391,9 +388,7 @@ def special_tokens(tokenizer: Any, size: int) -> list[int]:
 
 def is_sparse(folder: Path) -> bool:
     """Whether a folder holds a SparseEncoder."""
-    path = folder / "config_sentence_transformers.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return bool(settings.get("model_type") == "SparseEncoder")
+    return bool(says(folder, "config_sentence_transformers.json").get("model_type") == "SparseEncoder")
 
 
 def load_sparse(folder: Path, device: Device = None) -> SparseEncoder:
@@ -405,14 +400,10 @@ def load_sparse(folder: Path, device: Device = None) -> SparseEncoder:
     if not is_sparse(folder):
         raise RankdistillError("this is no SparseEncoder", where=str(folder), fix="train one: student.type: splade")
     options: Any = {"use_safetensors": True, "dtype": torch.float32}
-    place = str(resolve_device(device))
-    try:
-        with quiet_transformers():
-            return SparseEncoder(str(folder), device=place, local_files_only=True, model_kwargs=options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RankdistillError(
-            f"this is no model that sentence-transformers can load: {error}", where=str(folder)
-        ) from None
+    with opening(folder):
+        model = SparseEncoder(str(folder), device=str(resolve_device(device)), model_kwargs=options, **SAFE)
+    fit_texts(model, folder)
+    return model
 
 
 class SparseStudent(Student):
@@ -433,11 +424,17 @@ class SparseStudent(Student):
 
     def open(self, folder: Path, device: Device = None) -> SparseModel:
         """A saved model, ours or anybody's SparseEncoder."""
-        path = folder / SETTINGS_FILE
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        most = saved.get("terms", self.most_terms)
-        scale = saved.get("scale", self.scale)
-        model = SparseModel(load_sparse(folder, device), scale, self.learn_scale, None, self.precision, most)
+        saved = saved_settings(folder)
+        most = self.most_terms if saved.terms is None else saved.terms
+        scale = self.scale if saved.scale is None else saved.scale
+        encoder = load_sparse(folder, device)
+        if encoder.similarity_fn_name != "dot":
+            raise UsageError(
+                f"this SparseEncoder compares vectors by {encoder.similarity_fn_name}, which is not supported",
+                where=str(folder / "config_sentence_transformers.json"),
+                fix="a model whose similarity_fn_name is dot",
+            )
+        model = SparseModel(encoder, scale, self.learn_scale, None, self.precision, most)
         return model.named(*sparse_fingerprints(folder, [self.precision, model.most_terms]))
 
     def _encoder(self, name: str) -> tuple[list[Any], Any, bool]:
@@ -461,7 +458,7 @@ class SparseStudent(Student):
             keep_layers(transformer, self.layers)
         if self.dropout is not None:
             set_dropout(transformer.model, self.dropout)
-        self._set_lengths(transformer)
+        set_lengths(transformer, self.lengths, self.prompts)
         pooling = SpladePooling(
             pooling.pooling_strategy if self.pooling == "keep" else self.pooling,
             pooling.activation_function if self.activation == "keep" else self.activation,
@@ -470,12 +467,6 @@ class SparseStudent(Student):
         lengths = [transformer.query_length, transformer.document_length]
         made = [source.revision, self.layers, pooling.pooling_strategy, pooling.activation_function, lengths]
         return [transformer, pooling], made, not had_head
-
-    def _set_lengths(self, transformer: Any) -> None:
-        limit = position_limit(transformer, transformer.max_seq_length or 10**9)
-        transformer.query_length = min(self.lengths["query"] or limit, limit)
-        transformer.document_length = min(self.lengths["document"] or limit, limit)
-        transformer.max_seq_length = transformer.document_length
 
     def _model(self, modules: Sequence[nn.Module], device: Device) -> SparseEncoder:
         model = SparseEncoder(modules=list(modules), device=str(resolve_device(device)), similarity_fn_name="dot")
@@ -501,8 +492,8 @@ class SpladeStudent(SparseStudent):
         query_model: what a separate query encoder starts from; the same as documents' unless given.
         scale: factor on scores during training.
         learn_scale: train the factor along.
-        query_length: tokens a query is cut to; the model's own limit if null.
-        document_length: tokens a document is cut to; the model's own limit if null.
+        query_length: tokens a query is cut to, its prompt not counted; the model's own limit if null.
+        document_length: tokens a document is cut to, its prompt not counted; the model's own limit if null.
         query_prompt: text put before each query.
         document_prompt: text put before each document.
         dropout: share of units dropped in training; the model's own unless given.

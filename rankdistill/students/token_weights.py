@@ -24,16 +24,15 @@ from tokenizers import Tokenizer
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
-from rankdistill.students.models import folder_revision
+from rankdistill.students.loading import UNBOUNDED
+from rankdistill.students.models import AGAIN, SETTINGS_FILE, folder_revision, saved_settings, says
 from rankdistill.students.query_terms import QueryTerms
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-SETTINGS_FILE = "rankdistill.json"
 ROUTER_FILE = "router_config.json"
 STATIC = "SparseStaticEmbedding"
-UNBOUNDED = 10**9  # a tokenizer's longest text, where none is meant
 MOST_MISSING = 0.05  # share of a tokenizer's tokens that a table of weights may lack, and the other way round
 
 
@@ -80,21 +79,25 @@ class TokenWeights:
         """
         folder = Path(folder)
         side = folder / query_folder(folder)
-        settings = _json(folder / SETTINGS_FILE)
-        given = _json(folder / "config_sentence_transformers.json")
-        tokenizer = Tokenizer.from_file(str(side / "tokenizer.json"))
-        longest = _json(side / "tokenizer_config.json").get("model_max_length") or UNBOUNDED
+        settings = saved_settings(folder)
+        given = says(folder, "config_sentence_transformers.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(side / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            where = str(side / "tokenizer.json")
+            raise RankdistillError(f"the tokenizer cannot be read: {error}", where=where, fix=AGAIN) from None
+        longest = says(side, "tokenizer_config.json").get("model_max_length") or UNBOUNDED
         weights = _saved_weights(side, tokenizer)
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         if len(weights) < size:
             raise RankdistillError(
                 f"the query side has {len(weights):,} weights and its tokenizer {size:,} tokens", where=str(side)
             )
-        whole, documents = settings.get("fingerprint"), settings.get("document_fingerprint")
+        whole, documents = settings.fingerprint, settings.document_fingerprint
         if not (whole and documents):
             whole, documents = sparse_fingerprints(folder)
         prompt = (given.get("prompts") or {}).get("query") or ""
-        most = int((settings.get("terms") or {}).get("query") or 0)
+        most = (settings.terms or {}).get("query") or 0
         return cls(tokenizer, weights, whole, documents, prompt, int(min(longest, UNBOUNDED)), most)
 
     def encode_queries(self, texts: Sequence[str]) -> csr_matrix:
@@ -133,7 +136,7 @@ def query_folder(folder: Path) -> str:
     Raises:
         RankdistillError: none does.
     """
-    routes = _json(folder / ROUTER_FILE)
+    routes = says(folder, ROUTER_FILE)
     query = (routes.get("structure") or {}).get("query") or []
     if len(query) != 1 or not str((routes.get("types") or {}).get(query[0], "")).endswith(f".{STATIC}"):
         raise RankdistillError(
@@ -154,11 +157,11 @@ def sparse_fingerprints(folder: Path, settings: Any = None) -> tuple[str, str]:
         settings: what else decides vectors: number format and limits on terms.
     """
     whole = folder_revision(folder, without=SETTINGS_FILE)
-    routes = _json(folder / ROUTER_FILE).get("structure") or {}
+    routes = says(folder, ROUTER_FILE).get("structure") or {}
     parts = [str(part) for part in routes.get("document") or []]
     documents: Any = whole
     if parts and not set(parts) & set(routes.get("query") or []):
-        prompts = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        prompts = says(folder, "config_sentence_transformers.json").get("prompts") or {}
         documents = [[folder_revision(folder / part) for part in parts], prompts.get("document") or ""]
     return fingerprint(["sparse", whole, settings]), fingerprint(["sparse documents", documents, settings])
 
@@ -255,8 +258,8 @@ def _saved_weights(side: Path, tokenizer: Tokenizer) -> NDArray[np.float32]:
         if weights is None or weights.ndim != 1 or not np.isfinite(weights).all():
             raise RankdistillError("the query side must hold one finite weight a token", where=str(tensors))
         return weights.astype(np.float32)
-    named = _json(side / "config.json").get("path")
-    table = _json(side / Path(str(named)).name) if named else {}
+    named = says(side, "config.json").get("path")
+    table = says(side, Path(str(named)).name) if named else {}
     if not table:
         raise RankdistillError("there are no query weights here", where=str(tensors))
     weights = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), np.float32)
@@ -265,13 +268,3 @@ def _saved_weights(side: Path, tokenizer: Tokenizer) -> NDArray[np.float32]:
         if number is not None and _is_weight(weight):
             weights[number] = weight
     return weights
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RankdistillError(f"this is no JSON: {error}", where=str(path)) from None
-    return value if isinstance(value, dict) else {}

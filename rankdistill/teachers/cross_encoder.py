@@ -7,7 +7,6 @@ device gains from it while the last layer and the score stay in float32, and res
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,8 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.plain import Section
-from rankdistill.progress import quiet_transformers, warn
+from rankdistill.progress import warn
+from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_cross_encoder
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, autocast, resolve_precision, token_budget_batches
 from rankdistill.teachers.base import PairTeacher
@@ -195,7 +195,13 @@ class CrossEncoderTeacher(PairTeacher):
 
         if self._model is None:
             folder, _ = self._source()
-            model = _open_cross_encoder(folder, self.device, self.max_length)
+            if not is_cross_encoder(folder):
+                raise RankdistillError(
+                    "this model is an encoder, not a cross-encoder: it has no scoring head",
+                    where=str(folder),
+                    fix="give `train` settings to fine-tune a cross-encoder from it, or use type: bi_encoder",
+                )
+            model = load_cross_encoder(folder, self.device, self.max_length)
             if model.num_labels != 1:
                 raise RankdistillError(
                     f"this model gives {model.num_labels} numbers a pair, a teacher gives one", where=str(folder)
@@ -221,7 +227,7 @@ class CrossEncoderTeacher(PairTeacher):
     def limit(self) -> int:
         """Tokens a pair."""
         model = self._model or self.load()
-        return int(model.max_seq_length or 512)
+        return min(int(model.max_seq_length or UNBOUNDED), UNBOUNDED)
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
@@ -375,39 +381,6 @@ class CrossEncoderTeacher(PairTeacher):
         shutil.rmtree(work)
         self.use_trained(out)
         return report
-
-
-def _open_cross_encoder(folder: Path, device: torch.device, max_length: int | None) -> CrossEncoder:
-    from sentence_transformers import CrossEncoder
-
-    if not _is_cross_encoder(folder):
-        raise RankdistillError(
-            "this model is an encoder, not a cross-encoder: it has no scoring head",
-            where=str(folder),
-            fix="give `train` settings to fine-tune a cross-encoder from it, or use type: bi_encoder",
-        )
-    with quiet_transformers():
-        model: CrossEncoder = CrossEncoder(
-            str(folder),
-            device=str(device),
-            max_length=max_length,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},  # never a pickle
-        )
-    return model
-
-
-def _is_cross_encoder(folder: Path) -> bool:
-    """By what the folder says of itself; sentence-transformers would put a random head on an encoder instead."""
-    try:
-        saved = folder / "config_sentence_transformers.json"
-        if saved.is_file() and json.loads(saved.read_text()).get("model_type") == "CrossEncoder":
-            return True
-        config = folder / "config.json"
-        names = json.loads(config.read_text()).get("architectures") or [] if config.is_file() else []
-    except ValueError as error:
-        raise RankdistillError(f"the model's configuration cannot be read: {error}", where=str(folder)) from None
-    return any(str(name).endswith(("ForSequenceClassification", "ForCausalLM")) for name in names)
 
 
 def _keep_head_in_float32(model: CrossEncoder, body: str) -> bool:

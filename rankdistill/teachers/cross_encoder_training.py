@@ -107,7 +107,6 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Train and save `work`/model; see CrossEncoderTeacher.train."""
     import torch
-    from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import (
         CrossEncoderTrainer,
         CrossEncoderTrainingArguments,
@@ -117,6 +116,7 @@ def fine_tune(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from rankdistill.students.dense import set_dropout
+    from rankdistill.students.loading import load_cross_encoder, position_limit
     from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 
     started = time.monotonic()
@@ -124,16 +124,10 @@ def fine_tune(
     work.mkdir(parents=True, exist_ok=True)
     dataset = _write_texts(collection, lists, settings.loss != "bce", work / "texts.arrow")
     torch.manual_seed(seed)  # the scoring head starts at random
-    with quiet_transformers():
-        model = CrossEncoder(
-            str(start / _transformer_folder(start)),
-            num_labels=1,
-            max_length=max_length,
-            activation_fn=torch.nn.Identity(),
-            device=str(device),
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},
-        )
+    model = load_cross_encoder(
+        start / _transformer_folder(start), device, max_length, num_labels=1, activation_fn=torch.nn.Identity()
+    )
+    limit = position_limit(model.model)
     if settings.dropout is not None:
         set_dropout(model[0].model, settings.dropout)
     loss: torch.nn.Module
@@ -202,7 +196,7 @@ def fine_tune(
             fix="lower teacher.train.learning_rate, or train with precision: fp32",
         )
     if scoring_length is not None:
-        model.max_seq_length = scoring_length
+        model.max_seq_length = min(scoring_length, limit)
     with quiet_transformers():
         model.save_pretrained(str(work / "model"), create_model_card=False)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -35,6 +35,7 @@ from rankdistill.plain import Section
 from rankdistill.progress import progress, quiet_transformers, say, warn
 from rankdistill.runs import iter_run
 from rankdistill.scores.lists import ScoredLists
+from rankdistill.students.loading import position_limit
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
@@ -381,8 +382,7 @@ def fine_tune(
     torch.manual_seed(seed)  # adapters start at random
     # Adapters leave the weights as they are, so those may be in half precision; all weights are trained in float32.
     model = load_causal_lm(start, precision if settings.lora else "fp32").to(place)
-    config = model.config.get_text_config()
-    collate = Collator(chat, prompt, passage_tokens, int(getattr(config, "max_position_embeddings", None) or 1 << 30))
+    collate = Collator(chat, prompt, passage_tokens, position_limit(model))
     orders, counts = _choose(collection, settings, seed)
     widest = min(window, counts["longest"])
     collate.example(Window(LONG[:200], [LONG] * widest, np.arange(widest, dtype=np.float32)))  # now, not at step 9,000

@@ -38,8 +38,8 @@ from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.base import Student, StudentModel
-from rankdistill.students.dense import ALIGNED, SETTINGS_FILE
-from rankdistill.students.models import resolve_model
+from rankdistill.students.dense import ALIGNED
+from rankdistill.students.models import SETTINGS_FILE, resolve_model
 from rankdistill.students.sparse import SparseModel
 from rankdistill.students.token_batches import resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher

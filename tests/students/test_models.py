@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -72,3 +73,64 @@ def test_the_revision_depends_on_content_and_not_on_place_or_card(tiny_encoder: 
 def test_a_folder_without_model_files_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(RankdistillError, match="no model files"):
         folder_revision(tmp_path)
+
+
+def test_only_what_is_loaded_decides_the_revision(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
+    before = folder_revision(folder)
+    for name in (
+        *("checkpoint-10/trainer_state.json", "checkpoint-10/model.safetensors", "old/config.json", "runs/a.txt"),
+        *(
+            ".cache/huggingface/x.json",
+            "onnx/config.json",
+            "training_args.bin",
+            "pytorch_model.bin",
+            "eval.csv",
+            "LICENSE",
+        ),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+        assert folder_revision(folder) == before, name
+    for name in (
+        *("spiece.spm", "bpe.codes", "vocab.bpe", "qwen.tiktoken", "chat_template.jinja", "new.json"),
+        *("1_Pooling/model.safetensors", "additional_chat_templates/tool.jinja"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+        after = folder_revision(folder)
+        assert after != before, name
+        before = after
+
+
+def test_a_part_outside_the_folder_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = "../other"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(RankdistillError, match="lies outside its folder"):
+        folder_revision(folder)
+
+
+def test_the_base_model_of_an_adapter_decides_its_revision(tiny_encoder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_encoder, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = resolve_model(str(adapter)).revision
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert resolve_model(str(adapter)).revision != before
+    shutil.rmtree(base)
+    with pytest.raises(RankdistillError, match="the adapter's base model: there is no model folder here"):
+        resolve_model(str(adapter))
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter)}))
+    with pytest.raises(RankdistillError, match="names itself"):
+        resolve_model(str(adapter))
+
+
+def test_a_folder_of_anything_else_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text("{}")
+    with pytest.raises(RankdistillError, match="there is no model in this folder"):
+        resolve_model(str(tmp_path))

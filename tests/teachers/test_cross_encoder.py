@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from small_models import LONG, make_model
 
 from rankdistill.errors import RankdistillError
 from rankdistill.scores.store import ScoreStore
@@ -66,6 +67,54 @@ def test_scores_equal_those_of_predict(
     assert teacher._joiner is not None and found.dtype == np.float32
     assert expected.std() > 0.3
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+PAIRS = np.array([[q, d] for q in range(2) for d in range(4)])
+TEXTS = ["w1 w2", "w3 w4 w5 w6"], [LONG, "w7", "w8 w9 w1 " * 5, f"w7 {LONG}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_length", "limit"),
+    [("roberta", None, 64), ("roberta", 1024, 64), ("roberta", 20, 20), ("t5", None, 10**9), ("gpt2", None, 40)],
+)
+def test_pairs_are_cut_to_what_the_model_has_positions_for(
+    tmp_path: Path, kind: Any, max_length: int | None, limit: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same scores as `predict` gives with that limit, alone and in a batch, by models with and without padding."""
+    from sentence_transformers import CrossEncoder
+
+    folder = make_model(tmp_path / "model", kind, "ForSequenceClassification")
+    teacher = CrossEncoderTeacher(str(folder), max_length=max_length, precision="fp32", device="cpu")
+    found = teacher.score_pairs(*TEXTS, PAIRS)
+    assert teacher.limit == limit
+    assert ("1,024, but model has 64 positions" in capsys.readouterr().err) == (max_length == 1024)
+    peer = CrossEncoder(str(folder), device="cpu", max_length=min(limit, 1000))
+    peer.tokenizer.pad_token = peer.tokenizer.pad_token or "</s>"  # asked for, though a pair alone is not padded
+    pairs = [(TEXTS[0][q], TEXTS[1][d]) for q, d in PAIRS]
+    wanted = [peer.predict([pair], activation_fn=torch.nn.Identity(), show_progress_bar=False)[0] for pair in pairs]
+    assert np.std(wanted) > 0.01
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_model_that_pads_with_nothing_and_ends_pairs_in_its_end_token(tmp_path: Path) -> None:
+    """Padding with the end token would hide the pair's own: another one is taken, and none is an error."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    folder = make_model(tmp_path / "model", "gpt2", "ForSequenceClassification")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    ends = TemplateProcessing(single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    tokenizer.save_pretrained(folder)
+    teacher = CrossEncoderTeacher(str(folder), precision="fp32", device="cpu")
+    together = teacher.score_pairs(*TEXTS, PAIRS)
+    alone = [teacher.score_pairs(*TEXTS, PAIRS[at : at + 1])[0] for at in range(len(PAIRS))]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert teacher.load().tokenizer.pad_token == "<unk>"
+    tokenizer.unk_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(RankdistillError, match="has no padding token"):
+        CrossEncoderTeacher(str(folder), device="cpu").load()
 
 
 def test_bf16_scores_are_nearer_to_fp32_than_those_of_predict(cross_encoder: Path, tiny_collection: Collection) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.students.loading import SAFE, opening
 
 KNOWN = 10_000  # tokens of what follows a prompt's end are looked up, not computed again
 TAIL = 64  # characters of the prompt's end that decide how what follows is cut into tokens
@@ -28,10 +29,8 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise RankdistillError(f"the tokenizer cannot be read: {error}", where=str(folder)) from None
+    with opening(folder, "transformers"):
+        return AutoTokenizer.from_pretrained(str(folder), **SAFE)
 
 
 class Chat:

@@ -8,7 +8,6 @@ the same pass as the choice before them.
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.progress import quiet_transformers, warn
-from rankdistill.students.models import ModelSource, resolve_model
+from rankdistill.progress import warn
+from rankdistill.students.loading import SAFE, opening, position_limit
+from rankdistill.students.models import ModelSource, read_json, resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
@@ -161,14 +161,13 @@ class TransformersBackend(Backend):
         Raises:
             UsageError: `max_context` is more than the model was made for.
         """
-        config = self.load().config.get_text_config()
-        own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if self.max_context and own and self.max_context > own:
+        own = position_limit(self.load())
+        if self.max_context and self.max_context > own:
             raise UsageError(
                 f"max_context is {self.max_context:,}, but this model has {own:,} positions",
                 where="teacher.backend.max_context",
             )
-        return int(self.max_context or own or 1 << 30)
+        return self.max_context or own
 
     @property
     def _layers(self) -> frozenset[str]:
@@ -325,10 +324,7 @@ def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        names = json.loads((folder / "config.json").read_text()).get("architectures") or []
-    except (OSError, ValueError) as error:
-        raise RankdistillError(f"the model's configuration cannot be read: {error}", where=str(folder)) from None
+    names = read_json(folder / "config.json").get("architectures") or []
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise RankdistillError(
             f"this is no causal language model ({', '.join(map(str, names)) or 'it does not say what it is'})",
@@ -336,13 +332,10 @@ def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
             fix="give a model that generates text (its config.json names a ...ForCausalLM)",
         )
     formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    try:
-        with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=formats[precision], local_files_only=True, use_safetensors=True, **settings
-            )
-    except (OSError, ValueError) as error:
-        raise RankdistillError(f"the model cannot be loaded: {error}", where=str(folder)) from None
+    with opening(folder, "transformers"):
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=formats[precision], use_safetensors=True, **SAFE, **settings
+        )
 
 
 @dataclass(frozen=True)

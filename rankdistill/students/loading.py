@@ -1,0 +1,229 @@
+"""Opening models of any kind: one-line errors for what cannot be read, and how many tokens a text may have.
+
+Nothing of a model is executed or unpickled: weights are safetensors, code that a model brings along is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import quiet_transformers, warn
+from rankdistill.students.models import AGAIN, model_folders, read_json, says
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+UNBOUNDED = 10**9  # a tokenizer's longest text, where none is meant
+LEAST_ROOM = 8  # tokens that a prompt must leave for the text
+SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of every from_pretrained
+PICKLES = ("pytorch_model*.bin", "adapter_model*.bin")
+VOCABULARIES = (
+    *("tokenizer.json", "tekken.json", "vocab*", "spiece*", "*.model", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes"),
+)
+OBJECTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "config_sentence_transformers.json")
+BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # they need no vocabulary
+# It unpickles nothing but tensors (weights_only).
+CONVERT = (
+    'python -c "import sys, glob, torch; from safetensors.torch import save_file; p, n = sys.argv[1:]; save_file('
+    "{k: v.contiguous().clone() for f in sorted(glob.glob(p + '/' + n + '*.bin')) for k, v in torch.load(f, "
+    "map_location='cpu', weights_only=True).items()}, p + '/' + n.replace('pytorch_', '') + '.safetensors', "
+    "{'format': 'pt'})\" "
+)
+
+
+@contextmanager
+def opening(folder: Path, library: str = "sentence-transformers") -> Iterator[None]:
+    """Load a model of a folder inside this; whatever the libraries raise becomes one error that says what to do.
+
+    Raises:
+        RankdistillError: weights are pickles only, there is no tokenizer, a file is damaged, the model needs code of
+            its own, or it is none that the library can load.
+    """
+    for part in model_folders(folder):
+        _refuse_pickles(part)
+        _refuse_without_vocabulary(part)
+    try:
+        with quiet_transformers():
+            yield
+    except RankdistillError:
+        raise
+    except Exception as error:  # of whatever kind: each library, format and architecture has its own
+        raise _explained(folder, error, library) from error
+
+
+def _refuse_pickles(part: Path) -> None:
+    """Sentence-transformers unpickles a part's pytorch_model.bin where it finds nothing else."""
+    found = [path for pattern in PICKLES for path in part.glob(pattern)]
+    if found and not any(part.glob("*.safetensors")):
+        stem = "adapter_model" if found[0].name.startswith("adapter") else "pytorch_model"
+        raise RankdistillError(
+            "the weights are a pickle, which may hold any program; rankdistill reads safetensors alone",
+            where=str(found[0]),
+            fix=f"convert it: {CONVERT}{str(part)!r} {stem}",
+        )
+
+
+def _refuse_without_vocabulary(part: Path) -> None:
+    """Transformers makes up an empty tokenizer where the files are missing: every word would be unknown."""
+    config, tokenizer = says(part, "config.json"), says(part, "tokenizer_config.json")
+    if "model_type" not in config or tokenizer.get("tokenizer_class") in BYTES:
+        return
+    if not any(path.is_file() for pattern in VOCABULARIES for path in part.glob(pattern)):
+        raise RankdistillError(
+            "this model has no tokenizer (tokenizer.json, vocab.txt, *.model ...)",
+            where=str(part),
+            fix="copy the tokenizer's files from the model that it was made from",
+        )
+
+
+def _explained(folder: Path, error: Exception, library: str) -> RankdistillError:
+    """What is wrong with a folder that a library could not load."""
+    from safetensors import SafetensorError, safe_open
+
+    for part in model_folders(folder):
+        for path in sorted(part.glob("*.json")):
+            read_json(path, dict if path.name in OBJECTS else object)
+        for path in sorted(part.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as tensors:
+                    tensors.keys()
+            except (OSError, SafetensorError) as damage:
+                return RankdistillError(f"the weights are damaged: {damage}", where=str(path), fix=AGAIN)
+        modules = read_json(part / "modules.json", list) if (part / "modules.json").is_file() else []
+        foreign = [one["type"] for one in modules if not str(one.get("type")).startswith("sentence_transformers.")]
+        if foreign or any("auto_map" in says(part, name) for name in ("config.json", "tokenizer_config.json")):
+            code = f" ({foreign[0]})" if foreign else ""
+            return RankdistillError(
+                f"this model needs Python code of its own{code}, which is never run here",
+                where=str(part),
+                fix="a model of an architecture that transformers has itself; or score with the model's own program "
+                "and read its scores (teacher.type: recorded)",
+            )
+    if not any(path for part in model_folders(folder) for path in part.glob("*.safetensors")):
+        return RankdistillError("this is no model: it has no weights (*.safetensors)", where=str(folder), fix=AGAIN)
+    why = " ".join(str(error).split())[:300] or type(error).__name__
+    return RankdistillError(f"this is no model that {library} can load: {why}", where=str(folder))
+
+
+def is_cross_encoder(folder: Path) -> bool:
+    """By what the folder says of itself; sentence-transformers would put a random head on an encoder instead."""
+    if says(folder, "config_sentence_transformers.json").get("model_type") == "CrossEncoder":
+        return True
+    names = says(folder, "config.json").get("architectures") or []
+    return any(str(name).endswith(("ForSequenceClassification", "ForCausalLM")) for name in names)
+
+
+def load_cross_encoder(folder: Path, device: torch.device, max_length: int | None, **options: Any) -> CrossEncoder:
+    """A cross-encoder, or an encoder with a new head; pairs are cut to what it has positions for, and can be padded.
+
+    Args:
+        max_length: tokens a pair at most; the model's own limit if None.
+        options: of `CrossEncoder`.
+    """
+    from sentence_transformers import CrossEncoder
+
+    with opening(folder):
+        model: CrossEncoder = CrossEncoder(
+            str(folder),
+            device=str(device),
+            max_length=max_length,
+            model_kwargs={"use_safetensors": True},  # never a pickle
+            **SAFE,
+            **options,
+        )
+    fit_texts(model, folder)
+    limit = model.max_seq_length
+    if max_length is not None and limit is not None and max_length > limit:
+        warn(f"max_length is {max_length:,}, but {folder.name} has {limit:,} positions: pairs are cut to these")
+    return model
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------------
+
+
+def position_limit(model: Any, longest: int = UNBOUNDED) -> int:
+    """Tokens of the longest text that a model of transformers has positions for; `longest` where it has no limit."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not positions or positions < 0:
+        return longest
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(positions) - int(module.padding_idx) - 1
+    return int(positions)
+
+
+def text_limit(transformer: Any) -> int:
+    """Tokens of the longest text for a Transformer module: its positions, else what it came with, else UNBOUNDED."""
+    stated = transformer.max_seq_length or UNBOUNDED  # 10^30 where a tokenizer states none
+    return position_limit(transformer.model, min(int(stated), UNBOUNDED))
+
+
+def fit_texts(model: Any, folder: Path) -> None:
+    """Cut texts to what each encoder of a model has positions for, and let it pad: some tokenizers allow more tokens,
+    some state no limit, and those of many decoders have no padding token."""
+    from sentence_transformers.base.modules import Transformer
+
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            limit = text_limit(module)
+            for name in ("query_length", "document_length", "max_seq_length"):
+                if length := getattr(module, name, None):
+                    setattr(module, name, min(int(length), limit))
+            _make_padding(module, folder)
+
+
+def _make_padding(transformer: Any, folder: Path) -> None:
+    """Name a token to pad with where there is none.
+
+    Rankers find a text's last token as the last one that is no padding, so this is a token that no text ends in.
+    """
+    tokenizer, config = transformer.tokenizer, transformer.model.config.get_text_config()
+    given = getattr(config, "pad_token_id", None)
+    if tokenizer.pad_token_id is None:
+        last = tokenizer("a")["input_ids"][-1:]
+        known = [given, *(getattr(tokenizer, f"{name}_token_id") for name in ("eos", "unk", "bos", "sep"))]
+        fitting = [number for number in known if number is not None and number not in last]
+        if not fitting:
+            raise RankdistillError(
+                "this model's tokenizer has no padding token, and no other token that could serve as one",
+                where=str(folder),
+                fix='name one in its tokenizer_config.json: "pad_token": "..."',
+            )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
+    if given is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def side_length(transformer: Any, side: str, wanted: int | None, prompt: str | None) -> int:
+    """Tokens that a side's texts are cut to, special tokens and prompt included.
+
+    Args:
+        wanted: tokens without the prompt; as many as the model can take if None.
+
+    Raises:
+        UsageError: no room is left for the text.
+    """
+    limit = text_limit(transformer)
+    bare = transformer.preprocess(["a"])["input_ids"].shape[1]
+    if wanted is not None and wanted < bare:
+        raise UsageError(
+            f"{wanted} tokens hold no text: {bare - 1} are special tokens", where=f"student.{side}_length", fix="more"
+        )
+    if not prompt:
+        return min(wanted or limit, limit)
+    taken = transformer.preprocess(["a"], prompt=prompt)["input_ids"].shape[1] - bare
+    if limit - taken < min(wanted or LEAST_ROOM, LEAST_ROOM):
+        raise UsageError(
+            f"the {side} prompt takes {taken} of the {limit} tokens that the model can read: no room is left for the"
+            " text",
+            where=f"student.{side}_prompt",
+            fix="a shorter prompt, or a model with more positions",
+        )
+    return min(wanted + taken, limit) if wanted else limit
