@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from llm_server import Body, completion, serving
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import check_method
@@ -429,6 +430,23 @@ def test_a_refused_prompt_leaves_its_list_without_a_score(
         assert "1 prompts were refused and are asked again next time: 400: content_filter" in capsys.readouterr().err
     teacher, engine = make(window=4, step=2)
     assert score_candidates(teacher, tiny_collection, candidates, store).scored == 6
+
+
+@pytest.mark.parametrize(("revision", "warned"), [("", True), ("2026-11", False)])
+def test_scores_begun_at_another_server_are_pointed_out(
+    revision: str, warned: bool, tiny_collection: Collection, store: ScoreStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    candidates = [("q-iron", ["d-oak", "d-iron"], np.zeros(2))]
+
+    def respond(body: Body, _: int) -> Body:
+        return completion("[2] > [1]", body)
+
+    with serving(respond) as one, serving(respond) as other:
+        for server, said in ((one, False), (one, False), (other, warned)):
+            backend = {"type": "openai", "model": "default", "base_url": server.url, "revision": revision}
+            score_candidates(ListwiseTeacher(backend), tiny_collection, candidates, store)
+            assert ("give backend.revision" in capsys.readouterr().err) == said
+        assert (len(one.bodies), len(other.bodies)) == (1, 0)
 
 
 def test_an_order_without_a_readable_answer_does_not_vote() -> None:

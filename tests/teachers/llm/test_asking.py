@@ -127,6 +127,28 @@ def test_what_a_kill_leaves_is_read_as_far_as_it_is_whole(tmp_path: Path, capsys
             other.unlink()  # a new process writes to a segment of its own
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": 5}, {"text": None}, {"usage": None}, {"usage": {"prompt": "x"}}, {"usage": {"prompt": -1}},
+        {"logits": 3}, {"logits": {"A": "x"}}, {"logits": {"A": None}}, {"logits": {"A": float("nan")}},
+        {"logits": {"A": 10**400}}, {"seconds": []}, {"key": 7}, None,
+    ],
+)  # fmt: skip
+def test_a_line_of_another_shape_is_asked_again_and_said(
+    change: dict[str, Any] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
+    (segment,) = tmp_path.glob("segment-*.jsonl")
+    lines = segment.read_bytes().splitlines(keepends=True)
+    record = json.loads(lines[1])
+    lines[1] = b"[" * 3000 + b"\n" if change is None else json.dumps({**record, **change}).encode() + b"\n"
+    segment.write_bytes(b"".join(lines))
+    backend = Shout()
+    assert texts(ask(backend, requests(3), AnswerCache(tmp_path), Budget())) == {n: f"PROMPT {n}" for n in range(3)}
+    assert backend.asked == 1 and "cannot be read and is asked again" in capsys.readouterr().err
+
+
 def test_a_damaged_line_is_asked_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
     (segment,) = tmp_path.glob("segment-*.jsonl")
