@@ -6,9 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rankdistill.artifacts import open_artifact
 from rankdistill.errors import UsageError
 from rankdistill.plain import file_name
+from rankdistill.progress import warn
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -76,9 +79,11 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
             index = run.index(specification, student=student, collection=collection)
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
     if "teacher" in suite.systems and run.recipe.teacher is not None:
-        rows["teacher"] = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
+        row, system = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
+        rows |= {row: system} if system else {}
         if suite.rerank and sources[0].engine is not first.engine:
-            reranking["teacher"] = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
+            row, system = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
+            reranking |= {row: system} if system else {}
     rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
     return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(type(run)(folder), collection))
 
@@ -166,9 +171,14 @@ def _best_step(run: Workspace, name: str) -> str:
 
 def _teacher_row(
     run: Workspace, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
-) -> System:
-    """The teacher re-ranking the top of a source of candidates; its scores go to the store."""
+) -> tuple[str, System | None]:
+    """(the row's name, the teacher re-ranking the top of a source of candidates); its scores go to the store.
+
+    A recorded teacher may lack scores: where it has none there is no row (it would be the first stage's, under the
+    teacher's name), and where it knows some of the queries the row is of those, and says so.
+    """
     from rankdistill.indexes.mining import FILE, Source, mine
+    from rankdistill.runs import iter_run
 
     path = run.path / "candidates" / file_name(f"{collection.name}-{split}{suffix}")
     # The engine alone: quotas and ranks of the recipe say what a training list holds.
@@ -181,8 +191,23 @@ def _teacher_row(
         for item in lists:
             yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
 
+    part, listed, scored, total = set[str](), 0, 0, 0
+    for query_id, doc_ids, _ in iter_run(path / FILE):
+        known = int(np.isfinite(scores.scores_of(query_id, doc_ids)).sum())
+        part |= {query_id} if known else set()
+        listed, scored, total = listed + 1, scored + known, total + len(doc_ids)
+    queries = len(collection.query_ids(split))
+    if not scored:
+        warn(f"no row for the teacher on {collection.name}, {split}: it has no score for any of {total:,} candidates")
+        return "teacher", None
     note = f"the teacher re-ranks the first {depth} of {first_stage.engine.name}"
-    return _Recorded(recorded, path / FILE, depth, note, _served_teacher(run, collection, source.engine, depth))
+    if scored < total:
+        note += f"; it has scores for {scored:,} of {total:,} candidates, the others follow in the first stage's order"
+    system = _Recorded(recorded, path / FILE, depth, note, _served_teacher(run, collection, source.engine, depth))
+    if len(part) == listed or _live(run.teacher):
+        return "teacher", system
+    system.part = part
+    return f"teacher, on {len(part):,} of {queries:,} queries", system
 
 
 def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: int) -> Reranking | None:
@@ -195,7 +220,7 @@ def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: 
 
     teacher = run.teacher
     members = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
-    if not all(member.live for member in members) or not hasattr(engine, "search"):
+    if not _live(teacher) or not hasattr(engine, "search"):
         return None
 
     teacher.prepare(collection, prepared_folder(ScoreStore(run.store_path)))
@@ -209,6 +234,10 @@ def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: 
     return Reranking(engine, collection, score, models, depth)
 
 
+def _live(teacher: Any) -> bool:
+    return all(member.live for member in getattr(teacher, "members", [teacher]))
+
+
 class _Recorded:
     """The teacher's row from recorded scores: its speed is the scoring's, not the look-up's."""
 
@@ -220,6 +249,7 @@ class _Recorded:
         self._system = RerankSystem(scores, base, depth)
         self.note, self.served = note, served
         self.lowest = self._system.lowest
+        self.part: set[str] | None = None  # the queries that it has scores for, where they are not all
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Any:
         return self._system.run(collection, query_ids, texts, depth)

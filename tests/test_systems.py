@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.evaluate import evaluate_systems
 from rankdistill.evaluation.suites import load_suite
 from rankdistill.indexes.mining import Source
 from rankdistill.recipe import build, load_recipe
@@ -110,3 +111,32 @@ def test_lucene_s_bm25_is_a_row_of_its_own_or_the_row(done: Workspace, tmp_path:
     assert found == {"BM25": "d-iron", "BM25, Lucene": "d-iron"}
     mined = build("source", {"type": "lucene_bm25"}).open(collection, tmp_path)
     assert open_bm25(done, [Source(mined)], collection) is mined
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_teacher_without_scores_has_no_row_and_one_of_some_queries_has_theirs(
+    values: dict[str, Any], done: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], known: int
+) -> None:
+    """The first stage's figure under the teacher's name would be a figure of something else."""
+    test = done.collection.query_ids("test")
+    everything = done.collection.doc_ids(range(done.collection.document_count))
+    asked = [*done.collection.query_ids("train"), *test[:known]]
+    lines = [f"{query}\t{doc}\t{at}\n" for query in asked for at, doc in enumerate(everything)]
+    (tmp_path / "scores.tsv").write_text("".join(lines))
+    own = {"teacher": {"type": "recorded", "file": str(tmp_path / "scores.tsv")}, "baselines": {}}
+    workspace = Workspace(tmp_path / "run", load_recipe({**values, **own}), tmp_path / "store")
+    workspace.mine()
+    suite = load_suite("collection").model_copy(update={"systems": ["bm25", "teacher"], "rerank_depth": 32})
+    rows = workspace.systems(suite, workspace.collection, "test")
+    if not known:
+        assert set(rows) == {"BM25"}
+        assert "no row for the teacher" in capsys.readouterr().err
+        return
+    name = f"teacher, on 1 of {len(test)} queries"
+    assert set(rows) == {"BM25", name}
+    found = evaluate_systems(rows, workspace.collection, "test", ["ndcg@10"], 32, tmp_path / "out")
+    run = read_run(tmp_path / "out" / found[name].run)
+    assert run.query_ids == test[:1] and found[name].notes["queries"] == 1
+    assert "it has scores for" in found[name].note and not found[name].intervals
+    assert name not in found.significance.systems and "BM25" in found.significance.systems
+    assert name in repr(found)

@@ -44,7 +44,8 @@ class System(Protocol):
     """Anything that ranks documents for queries.
 
     Optional attributes: `bytes` (what is kept to search, on disk), `parameters`, `note` (shown below the table),
-    `timed` (False: the ranking was made elsewhere and its speed is not measured), and what `measure_costs` reads.
+    `timed` (False: the ranking was made elsewhere, its speed is not measured), `part` (the queries it can rank, where
+    they are not all: its row is of those, and not tested against others), and what `measure_costs` reads.
     """
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterable[Ranking]:
@@ -274,7 +275,7 @@ class Evaluation:
             notes={"missing_queries": missing} if missing else None,
         )
         for row in self.rows:
-            row.intervals = self.significance.intervals[row.system]
+            row.intervals = self.significance.intervals.get(row.system, {})
 
     def measure_cost(
         self, systems: Mapping[str, Any], collection: Judged, query_ids: Sequence[str], queries: int
@@ -335,6 +336,12 @@ def evaluate_systems(
     query_ids = collection.query_ids(split)
     if not query_ids:
         raise RankdistillError(f"the split {split!r} has no judged queries", where=collection.spec)
+    itself = 0 if drop_self_hits else _own_documents(collection, query_ids)
+    if itself:
+        warn(
+            f"{itself:,} of {len(query_ids):,} queries are documents of {collection.name} (same id, same text) and are "
+            "found first: with drop_self_hits: true in the suite they are left out"
+        )
     rows: list[Row] = []
     per_query: list[pa.Table] = []
     values: dict[str, dict[str, np.ndarray]] = {}
@@ -343,18 +350,24 @@ def evaluate_systems(
         system = RunSystem(given) if isinstance(given, Run | str | Path) else given
         file = out / "runs" / files[system_name]
         clock = _Clock(system)
+        part = getattr(system, "part", None)
+        ids = query_ids if part is None else [query_id for query_id in query_ids if query_id in part]
         if isinstance(system, RunSystem):
             run, clock.self_hits = system.cut(depth, drop_self_hits, system_name)
         else:
-            with progress(f"evaluate {system_name}", len(query_ids), "queries") as bar, RunWriter(file) as writer:
-                rankings = _rankings(system, collection, query_ids, depth + drop_self_hits, bar, clock)
+            with progress(f"evaluate {system_name}", len(ids), "queries") as bar, RunWriter(file) as writer:
+                rankings = _rankings(system, collection, ids, depth + drop_self_hits, bar, clock)
                 for ranking in _without_self_hits(rankings, depth, drop_self_hits, clock):
                     writer.add(*ranking)
             run = read_run(file, system_name)
-        found = evaluate_run(run, qrels, metrics, relevance_level=relevance_level)
+        judged = qrels if part is None else {query_id: qrels[query_id] for query_id in ids}
+        found = evaluate_run(run, judged, metrics, relevance_level=relevance_level)
         file = _as_trec(run, file)
         found.notes["self_hits_dropped"] = clock.self_hits
+        found.notes["self_documents"] = itself
         rows.append(_row(system_name, system, found, file.relative_to(out), clock))
+        if part is not None:
+            continue
         names = pa.array([system_name] * len(found.query_ids), pa.string())
         per_query.append(found.to_table().add_column(0, "system", names))
         values[system_name] = found.per_query
@@ -381,6 +394,18 @@ def evaluate_systems(
         evaluation.measure_cost(systems, collection, query_ids, latency_queries)
     _write(evaluation, per_query, out)
     return evaluation
+
+
+def _own_documents(collection: Judged, query_ids: list[str]) -> int:
+    """How many queries are documents of the collection: of the same id and the same text (see `mining`)."""
+    from rankdistill.indexes.mining import same_text
+
+    if not hasattr(collection, "documents"):  # judgments alone
+        return 0
+    rows = np.asarray(collection.doc_rows(query_ids))
+    at = np.flatnonzero(rows >= 0)
+    documents, texts = collection.documents(rows[at]), collection.query_texts([query_ids[place] for place in at])
+    return sum(same_text(text, document) for text, document in zip(texts, documents, strict=True))
 
 
 def _fidelity(

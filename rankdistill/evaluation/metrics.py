@@ -108,6 +108,7 @@ class Metrics:
             "ignored_queries": "{:,} queries of the run have no judgments and are left out",
             "tied_share": "{:.1%} of scores tied (order: document id descending)",
             "self_hits_dropped": "{:,} self hits dropped",
+            "self_documents": "{:,} queries are documents of the collection and are not left out (drop_self_hits)",
             "rank_contradictions": "{:,} queries whose ranks contradict their scores (scores decide)",
             "undefined": "{:,} undefined values count 0",
             "numeric_ids": "{:,} ids were numbers and are taken as text",

@@ -86,7 +86,9 @@ def _set_tables(evaluation: Evaluation, intervals: bool) -> list[Table]:
         + [rate_text(row.queries_per_second)] * has_rate
         for row in evaluation.rows
     ]
-    bold = _best(rows, len(evaluation.metrics))
+    most = max((row.notes["queries"] for row in evaluation.rows), default=0)
+    whole = [row.notes["queries"] == most for row in evaluation.rows]  # a row of some of the queries is no best one
+    bold = _best([cells if own else [""] * len(cells) for cells, own in zip(rows, whole)], len(evaluation.metrics))
     below = _notes(evaluation)
     if evaluation.significance is not None:
         _add_marks(rows, evaluation.metrics, evaluation.significance)

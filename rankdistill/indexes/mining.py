@@ -39,7 +39,7 @@ from rankdistill.runs import SCHEMA, RunWriter, iter_run, write_trec
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
-    from rankdistill.collections.collection import Query
+    from rankdistill.collections.collection import Document, Query
 
 FILE = "candidates.parquet"
 SPARE = 8  # documents searched for in place of those whose text is the query's or a positive's
@@ -353,6 +353,10 @@ class _Miner:
         for row, score in zip(rows[source.rank_from - 1 : end], scores[source.rank_from - 1 : end], strict=True):
             if row not in passed_over and (score <= limit or row in labels):
                 yield row, score
+
+
+def same_text(text: str, document: Document) -> bool:
+    return _plain(text) in (_plain(document.text), _plain(joined(document.title, document.text))) and bool(text.strip())
 
 
 def _plain(text: str) -> str:

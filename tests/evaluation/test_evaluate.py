@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.evaluate import (
     EngineSystem,
@@ -260,3 +261,22 @@ def test_agreement_is_with_what_the_teacher_scored(evaluation: Evaluation, tmp_p
     assert words["overlap@10"] == 1.0 and words["not_retrieved"] == 0.0
     assert json.loads((tmp_path / "out" / "fidelity.json").read_text()) == evaluation.fidelity.to_json()
     assert "agreement with the teacher" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_queries_that_are_documents_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By id and text: Cranfield's query 1 is not document 1."""
+    folder = tmp_path / "c"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {"d0": "why is the sky blue", "1": "wings", "d2": "light is scattered"}
+    (folder / "corpus.jsonl").write_text("".join(f'{{"_id": "{i}", "text": "{t}"}}\n' for i, t in texts.items()))
+    (folder / "queries.jsonl").write_text(
+        '{"_id": "d0", "text": "Why is the sky blue"}\n{"_id": "1", "text": "which wings"}'
+    )
+    (folder / "qrels" / "test.tsv").write_text("d0\td2\t1\n1\t1\t1\n")
+    run = Run.from_dict({"d0": {"d0": 2.0, "d2": 1.0}, "1": {"1": 1.0}})
+    collection = open_collection(f"beir:{folder}")
+    found = evaluate_systems({"a": run}, collection, "test", ["mrr@10"], 10, tmp_path / "a")
+    assert found["a"].notes["self_documents"] == 1 and "drop_self_hits" in repr(found)
+    assert "1 of 2 queries are documents of c (same id, same text)" in capsys.readouterr().err
+    dropped = evaluate_systems({"a": run}, collection, "test", ["mrr@10"], 10, tmp_path / "b", drop_self_hits=True)
+    assert not dropped["a"].notes["self_documents"] and "are documents" not in capsys.readouterr().err
