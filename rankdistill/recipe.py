@@ -91,6 +91,15 @@ class Candidates(Section):
     exclude_positives: bool = Field(False, description="leave documents labelled relevant out of the mined ones")
     margin: float | None = Field(None, description="keep mined documents scored at least this far below the positive")
     relative_margin: float | None = Field(None, description="... or at most (1 - this) times the positive's score")
+    negatives_below: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="leave unjudged documents out that the teacher scores above this share of the positive's score",
+    )
+    extra_positives: bool = Field(
+        False, description="unjudged documents that the teacher scores as high as the positive count as relevant"
+    )
     queries: int | None = Field(None, ge=1, description="use at most this many training queries, drawn by the seed")
     unlabelled: str | None = Field(
         None,
@@ -122,6 +131,9 @@ class Training(Section):
     steps: int | None = Field(None, ge=1, description="optimiser steps; instead of epochs")
     epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(2e-5, gt=0)
+    fit_scale: bool = Field(
+        False, description="before the first step, set the student's factor on scores to fit the teacher's margins"
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0)
@@ -139,6 +151,13 @@ class Training(Section):
     )
     token_budget: int = Field(4096, ge=64, description="padded tokens in one forward pass over a batch's documents")
     checkpoints: int = Field(5, ge=1, description="how often, over the training, to evaluate on dev and save")
+    average: int = Field(
+        1, ge=1, description="the trained student is the mean of the weights of its last so many checkpoints"
+    )
+    interpolate: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=list,
+        description="shares of the trained weights, the rest the start's, that are tried on dev too",
+    )
     metric: str = Field("ndcg@10", description="dev metric that picks the best checkpoint")
     dev_documents: int = Field(2000, ge=1, description="size of the dev pool: dev candidates, then random documents")
     agreement_queries: int = Field(

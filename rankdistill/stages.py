@@ -250,11 +250,15 @@ class Workspace:
         if self.recipe.teacher is not None:
             inputs["teacher"] = self.teacher.fingerprint()
         with locked(path):
-            expected = lists_fingerprint(self.collection, self.labels, inputs)
+            settings = self.recipe.candidates
+            look = {"negatives_below": settings.negatives_below, "extra_positives": settings.extra_positives}
+            look = {key: value for key, value in look.items() if value and self.recipe.teacher is not None}
+            expected = lists_fingerprint(self.collection, self.labels, inputs, look)
             if find_artifact(path, "lists", expected) is None:
                 # Without a teacher labels alone are read.
                 scores = self.scores(self.collection, candidates) if self.recipe.teacher is not None else None
-                build_lists(_lists(candidates), scores, self.collection, self.labels, path, inputs=inputs)
+                found = _lists(candidates)
+                build_lists(found, scores, self.collection, self.labels, path, inputs=inputs, settings=look, **look)
             return ScoredLists.open(path, self.collection)
 
     def dev_lists(self) -> ScoredLists | None:

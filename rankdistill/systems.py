@@ -166,6 +166,11 @@ def _best_step(run: Workspace, name: str) -> str:
     if not dev:
         return ""
     best = max(dev, key=lambda step: dev[step])
+    mixes = manifest.get("mixes") or {}
+    share = max(mixes, key=lambda share: mixes[share], default=None)
+    if share is not None and mixes[share] > dev[best]:
+        tried = f"the best of {len(dev)} checkpoints and {len(mixes)} mixes on dev"
+        return f"{tried}: {float(share):.0%} of the trained weights, the rest those it started from"
     return f"the best of {len(dev)} checkpoints on dev: step {best} of {manifest['counts']['steps']}"
 
 

@@ -83,6 +83,8 @@ def build_lists(
     *,
     inputs: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    negatives_below: float | None = None,
+    extra_positives: bool = False,
 ) -> ScoredLists:
     """Join candidates, teacher scores and the split's labels; memory does not grow with the number of queries.
 
@@ -97,13 +99,14 @@ def build_lists(
         split: whose qrels give the relevance; candidates of other queries are kept, unjudged (all, without a split).
         out: the artifact's folder.
         inputs: fingerprints of candidates and teacher; with the collection's they decide the lists' own.
+        negatives_below, extra_positives: see `second_look`; with what else shapes the lists they belong in `settings`.
     """
     qrels = collection.qrels(split) if split is not None else {}
     ensemble = scores if isinstance(scores, Ensemble) else None
     scores_of = scores if scores is None or callable(scores) else scores.scores_of
     counts = dict.fromkeys(
         ("lists", "documents", "positives", "without_score", "positives_without_score", "unknown_documents"), 0
-    ) | {"repeated_documents": 0, "short_lists": 0, "lists_without_positive": 0}
+    ) | dict.fromkeys(("repeated_documents", "short_lists", "lists_without_positive", "doubtful_negatives"), 0)
     with write_artifact(
         out,
         kind="lists",
@@ -137,7 +140,9 @@ def build_lists(
                 counts["without_score"] += int(unscored.sum())
                 counts["positives_without_score"] += int((unscored & (relevance > 0)).sum())
                 counts["unknown_documents"] += int(unknown.sum())
-                keep = ~(unscored | unknown)
+                relevance, doubtful = second_look(teacher, relevance, negatives_below, extra_positives)
+                counts["doubtful_negatives"] += int(doubtful.sum())
+                keep = ~(unscored | unknown | doubtful)
                 if keep.sum() < 2:
                     counts["short_lists"] += 1
                     continue
@@ -176,6 +181,32 @@ def build_lists(
     for problem in ensemble.problems() if ensemble is not None else ():
         warn(problem)
     return ScoredLists.open(out)
+
+
+def second_look(
+    scores: np.ndarray, relevance: np.ndarray, negatives_below: float | None = None, extra_positives: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unjudged documents of one list that its teacher likes nearly as much as the labelled positive, or more: labels
+    are incomplete, and many of these are relevant (positive-aware mining, de Souza P. Moreira et al. 2024,
+    arXiv:2407.15831).
+
+    Args:
+        scores, relevance: [documents]; the positive's score p is the highest of those labelled relevant.
+        negatives_below: leave out what scores above p - (1 - this) · |p|; of a negative p too a share below it.
+        extra_positives: label what scores p or more relevant (1), instead of leaving it out.
+
+    Returns:
+        The relevance of each document, and which are left out, bool. Both as they were where nothing is labelled.
+    """
+    labelled = scores[(relevance > 0) & ~np.isnan(scores)]
+    doubtful = np.zeros(len(scores), dtype=bool)
+    if len(labelled):
+        best, unjudged = labelled.max(), relevance < 0
+        if extra_positives:
+            relevance = np.where(unjudged & (scores >= best), 1, relevance).astype(relevance.dtype)
+        if negatives_below is not None:
+            doubtful = (relevance < 0) & (scores > best - (1 - negatives_below) * abs(best))
+    return relevance, doubtful
 
 
 class ScoredLists:

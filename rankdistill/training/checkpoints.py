@@ -113,18 +113,24 @@ class SafeCheckpoints:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint below `folder`, or None."""
+    return next(iter(checkpoints(folder)), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints below `folder`, the newest first."""
     numbered = [
         (int(path.name.rpartition("-")[2]), path)
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rpartition("-")[2].isdigit()
     ]
+    whole = []
     for _, path in sorted(numbered, reverse=True):
         try:
             json.loads((path / STATE).read_text())
         except (OSError, ValueError):
             continue
-        return path
-    return None
+        whole.append(path)
+    return whole
 
 
 def save_state(state: dict[str, Any], folder: Path, name: str) -> None:

@@ -37,17 +37,18 @@ from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.scores.lists import ScoredLists
-from rankdistill.students.base import Student, StudentModel
+from rankdistill.students.base import Student, StudentModel, to_device
 from rankdistill.students.dense import ALIGNED
 from rankdistill.students.models import SETTINGS_FILE, resolve_model
 from rankdistill.students.sparse import SparseModel
-from rankdistill.students.token_batches import resolve_precision
+from rankdistill.students.token_batches import autocast, resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm, teacher_judgments
 from rankdistill.training.distiller import Distiller
+from rankdistill.training.mixing import copy_of, mixes
 from rankdistill.training.sparsity import SparsityWatch
 
 if TYPE_CHECKING:
@@ -367,11 +368,16 @@ def train_student(
         trainer.remove_callback(_printer())
         if arguments.should_save:
             trainer.add_callback(LogFile(work / LOG, steps))
+        origin = copy_of(student) if settings.average > 1 or settings.interpolate else None
         resume = last_checkpoint(work)
+        if settings.fit_scale and resume is None:
+            fit_scale(student.eval(), stream)
         if resume is not None:
             say(f"{name}: going on from {resume.name}")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if arguments.should_save:  # the first process writes
+            if origin is not None:
+                artifact.notes["mixes"] = _mix(trainer, settings, origin, work)
             _finish(trainer, recipe, artifact)
             artifact.counts = {"lists": len(members), "steps": steps, "documents_a_list": stream.documents.size}
             card = model_card(recipe, collection, artifact.counts, artifact.notes)
@@ -386,6 +392,51 @@ def _batch_model(settings: dict[str, Any], device: torch.device) -> StudentModel
     return maker.open(folder, device) if (folder / SETTINGS_FILE).is_file() else maker.create(device)
 
 
+def fit_scale(student: StudentModel, stream: BatchStream, batches: int = 2) -> None:
+    """Set the student's factor on scores to what makes its margins those of the teacher, by least squares over the
+    first batches: a loss on margins is about order from the first step then, and not about scale.
+
+    Raises:
+        UsageError: this student has no such factor.
+    """
+    scale = getattr(student, "scale", None)
+    if not isinstance(scale, torch.Tensor):
+        raise UsageError("this student has no factor on its scores", where="training.fit_scale", fix="leave it out")
+    products = squares = 0.0
+    with torch.no_grad(), autocast(student.device, student.precision):
+        for number in range(min(batches, len(stream))):
+            batch = stream[number]
+            queries = student.embed(to_device(batch["queries"], student.device), "query")
+            parts = [student.embed(to_device(part, student.device), "document") for part in batch["documents"]]
+            own = student.score_lists(queries.float(), student.join(parts).float(), batch["index"].to(student.device))
+            mask = batch["mask"]
+            x, y = (
+                (scores - (scores * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True))[mask]
+                for scores in (own.cpu().double(), batch["teacher_scores"].double())
+            )
+            products, squares = products + float(x @ y), squares + float(x @ x)
+        if products <= 0:
+            warn(f"the student orders documents against its teacher: its scale stays {scale.item():.3g}")
+            return
+        scale.mul_(products / squares)
+    say(f"scale: {scale.item():.3g} makes the student's margins as wide as the teacher's")
+
+
+def _mix(trainer: StudentTrainer, settings: Training, start: dict[str, torch.Tensor], work: Path) -> dict[str, float]:
+    """Share of the trained weights → dev metric; the best is kept in `best` where it beats every checkpoint."""
+    found: dict[str, float] = {}
+    best = trainer.best_so_far()
+    if trainer.dev is None and settings.interpolate:
+        warn("there are no dev queries to choose a mix with the start by: the trained weights are kept")
+    for share in mixes(trainer.student, start, work, settings.average, settings.interpolate if trainer.dev else []):
+        if trainer.dev is not None:
+            found[f"{share:g}"] = value = trainer.dev.evaluate(trainer.student)
+            if value > best:
+                best = value
+                save_best(trainer.student, work / BEST)
+    return found
+
+
 def _finish(trainer: StudentTrainer, recipe: Recipe, artifact: ArtifactWriter) -> None:
     """The best student as `model/`, the notes of the manifest; leftovers of the training go."""
     student, dev, history = trainer.student, trainer.dev, trainer.state.log_history
@@ -396,7 +447,7 @@ def _finish(trainer: StudentTrainer, recipe: Recipe, artifact: ArtifactWriter) -
     else:
         final.mkdir()
         student.save(final)
-    artifact.notes = {
+    artifact.notes |= {
         # The last one logged: the Trainer's own mean forgets the steps before a resumption.
         "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
         "dev": curve(history, f"dev_{dev.metric}") if dev else {},
@@ -514,7 +565,7 @@ def training_arguments(recipe: Recipe, steps: int, folder: Path) -> TrainingArgu
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=max(2, settings.average),
         eval_on_start=True,
         dataloader_num_workers=settings.loader_processes,
         dataloader_pin_memory=device.type != "cpu",

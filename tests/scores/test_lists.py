@@ -9,7 +9,7 @@ import pytest
 
 from rankdistill.errors import RankdistillError
 from rankdistill.scores.ensemble import Ensemble
-from rankdistill.scores.lists import ScoredLists, build_lists
+from rankdistill.scores.lists import ScoredLists, build_lists, second_look
 from rankdistill.scores.store import ScoreStore
 
 if TYPE_CHECKING:
@@ -120,3 +120,34 @@ def test_lists_without_labels_or_without_a_teacher(tiny_collection: Collection, 
     assert unlabelled[0].relevance.tolist() == [-1, -1] and unlabelled[0].scores.tolist() == [2.0, 1.0]
     labels = build_lists(candidates, None, tiny_collection, "train", tmp_path / "labels")
     assert labels[0].relevance.tolist() == [1, -1] and labels[0].scores.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("below", "extra", "relevance", "left_out"),
+    [
+        (None, False, [1, -1, -1, -1, 0, -1], []),
+        (0.95, False, [1, -1, -1, -1, 0, -1], [1, 2]),  # 10, and 9.6 > 9.5; a judged document stays, whatever its score
+        (0.8, False, [1, -1, -1, -1, 0, -1], [1, 2, 3]),
+        (0.95, True, [1, 1, -1, -1, 0, -1], [2]),
+        (None, True, [1, 1, -1, -1, 0, -1], []),
+    ],
+)
+def test_what_the_teacher_likes_as_much_as_the_positive_is_no_negative(
+    below: float | None, extra: bool, relevance: list[int], left_out: list[int]
+) -> None:
+    scores = np.array([10.0, 10.0, 9.6, 9.0, 12.0, np.nan], np.float32)
+    found, doubtful = second_look(scores, np.array([1, -1, -1, -1, 0, -1], np.int32), below, extra)
+    assert found.tolist() == relevance and np.flatnonzero(doubtful).tolist() == left_out
+
+
+def test_a_negative_score_is_lowered_too_and_a_list_without_a_positive_stays() -> None:
+    scores, labels = np.array([-2.0, -2.05, -2.2], np.float32), np.array([1, -1, -1], np.int32)
+    assert second_look(scores, labels, 0.95)[1].tolist() == [False, True, False]
+    assert not second_look(scores, np.full(3, -1, np.int32), 0.5, True)[1].any()
+
+
+def test_lists_leave_doubtful_negatives_out_and_count_them(tiny_collection: Collection, tmp_path: Path) -> None:
+    candidates = [("q-iron", ["d-iron", "d-gold", "d-oak"], np.zeros(3))]
+    member = Member({"d-iron": 2.0, "d-gold": 1.95, "d-oak": 1.0})
+    lists = build_lists(candidates, member, tiny_collection, "train", tmp_path / "lists", negatives_below=0.95)
+    assert lists[0].scores.tolist() == [2.0, 1.0] and lists.artifact.counts["doubtful_negatives"] == 1
