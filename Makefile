@@ -52,13 +52,15 @@ bench: $(VENV)/.installed-dev
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
 
-# What uv is to resolve stands in pyproject.toml, under tool.uv.
+# torch is left out: which build of it and of CUDA a machine needs is its own affair.
+UV := .venv-lock/bin/uv pip compile -q --upgrade --python-version 3.11 --extra dev --no-emit-package torch --no-annotate \
+	--custom-compile-command "make lock" -c constraints-cpu.txt pyproject.toml
+
 lock:
 	$(or $(PYTHON),python3) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -qq --disable-pip-version-check --upgrade uv
-	.venv-lock/bin/uv pip compile -q --upgrade --universal -c constraints-cpu.txt pyproject.toml -o constraints.txt
-	.venv-lock/bin/uv pip compile -q --upgrade --resolution lowest-direct -c constraints-cpu.txt pyproject.toml \
-		-o constraints-lowest.txt
+	$(UV) --universal -o constraints.txt
+	$(UV) --resolution lowest-direct -o constraints-lowest.txt
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-lowest .venv-lock build dist *.egg-info \

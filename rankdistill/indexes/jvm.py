@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.error import URLError
 
 from rankdistill.errors import RankdistillError, UsageError, require
 from rankdistill.progress import warn
@@ -323,7 +324,17 @@ def pyserini_module(name: str) -> ModuleType:
     """Import a module of pyserini in spite of what it asks for; the environment is as before afterwards.
 
     pyserini (1.6) makes a client of OpenAI when `pyserini.encode` is imported, used or not, which wants OPENAI_API_KEY.
+
+    Raises:
+        RankdistillError: pyserini (2.4) fetches its list of prebuilt indexes on import, and there is no network.
     """
     start()
-    with environment(OPENAI_API_KEY=os.environ.get("OPENAI_API_KEY") or "none"):
-        return importlib.import_module(name)
+    try:
+        with environment(OPENAI_API_KEY=os.environ.get("OPENAI_API_KEY") or "none"):
+            return importlib.import_module(name)
+    except URLError as error:
+        raise RankdistillError(
+            f"pyserini fetches a list when it is imported, and that failed: {error.reason}",
+            where=name,
+            fix="a network; pyserini 1.6 (Python 3.11) needs none, nor do indexes that are built and searched here",
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,20 @@ def make_collection(tmp_path: Path) -> MakeCollection:
         return open_collection(f"beir:{folder}")
 
     return make
+
+
+@pytest.fixture
+def plain_pyserini(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`pyserini.search.lucene`, imported without a key."""
+    from rankdistill.errors import RankdistillError
+    from rankdistill.indexes.jvm import pyserini_module
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    try:
+        return pyserini_module("pyserini.search.lucene")
+    except RankdistillError as error:
+        assert "fetches a list when it is imported" in error.what and "Python 3.11" in str(error.fix)
+        pytest.skip(error.what)  # pyserini 2.4 without a network
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,7 +181,5 @@ if {own}:
     assert "does not survive" in ending.stdout
 
 
-def test_pyserini_is_imported_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    module = jvm.pyserini_module("pyserini.search.lucene")
-    assert hasattr(module, "LuceneSearcher") and "OPENAI_API_KEY" not in os.environ
+def test_pyserini_is_imported_without_a_key(plain_pyserini: Any) -> None:
+    assert hasattr(plain_pyserini, "LuceneSearcher") and "OPENAI_API_KEY" not in os.environ

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes import jvm, lucene
+from rankdistill.indexes import lucene
 from rankdistill.indexes.lucene import java_text
 from rankdistill.indexes.lucene_bm25 import FILES, LuceneBM25
 from rankdistill.recipe import build
@@ -93,9 +93,11 @@ def test_ties_go_by_row_also_at_the_cut(make_collection: Any, tmp_path: Path) ->
     assert len(engine.search(["same"], 0)[0].rows) == 0
 
 
-def test_plain_pyserini_opens_it_and_finds_the_same(tiny_collection: Collection, tmp_path: Path) -> None:
+def test_plain_pyserini_opens_it_and_finds_the_same(
+    plain_pyserini: Any, tiny_collection: Collection, tmp_path: Path
+) -> None:
     engine = opened(tiny_collection, tmp_path / "bm25")
-    searcher = jvm.pyserini_module("pyserini.search.lucene").LuceneSearcher(str(tmp_path / "bm25" / FILES))
+    searcher = plain_pyserini.LuceneSearcher(str(tmp_path / "bm25" / FILES))
     searcher.set_bm25(0.9, 0.4)
     queries = tiny_collection.query_texts(tiny_collection.query_ids())
     for query, hits in zip(queries, engine.search(queries, 10), strict=True):
