@@ -42,9 +42,9 @@ def step(token: str, top: dict[str, float]) -> Body:
 
 
 def by_number(body: Body) -> Body:
-    """Ranks the passages of a listwise prompt ("[3] ... 17") by the last number in each, largest first."""
-    passages = re.findall(r"^\[(\w+)\] .*?(\d+)\D*$", body["messages"][-1]["content"], re.MULTILINE)
-    ranked = sorted(passages, key=lambda item: -int(item[1]))
+    """Ranks the passages of a listwise prompt ("[3] ... 17") by the last number in each (none: 0), largest first."""
+    passages = re.findall(r"^\[(\w+)\] (.*)$", body["messages"][-1]["content"], re.MULTILINE)
+    ranked = sorted(passages, key=lambda item: -int((re.findall(r"\d+", item[1]) or ["0"])[-1]))
     if body.get("logprobs"):
         top = {name: -float(place) / 4 - 0.1 for place, (name, _) in enumerate(ranked[: body["top_logprobs"]])}
         return completion(f"[{ranked[0][0]}", body, [step("[", {"[": -0.01}), step(ranked[0][0], top)])
