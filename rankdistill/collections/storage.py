@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -84,12 +85,19 @@ class TableWriter:
         self._stream.close()
 
 
+# What Arrow and NumPy raise over damaged files; a .npy's header is Python's syntax.
+DAMAGE = (
+    *(pa.ArrowException, OSError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(SyntaxError, TokenError),
+)
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turn what a damaged file of the cache raises into an error that says how to be rid of it."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
+    except DAMAGE as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise RankdistillError(
             f"a file of the cache is missing or damaged ({reason})",

@@ -15,7 +15,12 @@ What grows while indexing: the vocabulary (three dictionaries of bm25s's tokeniz
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +31,19 @@ from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits
 from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
-from rankdistill.progress import progress
+from rankdistill.progress import progress, warn
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 # bm25s's file names
 DATA, INDICES, INDPTR = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
+TOKENS = 2  # of the way texts become terms; a change makes every index stale
+# Han and Hiragana are written without spaces: a character is a term, as in Lucene's StandardTokenizer (UAX 29).
+IDEOGRAPH = "\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LONG_TERM = 15  # characters: where half of a collection's terms have as many, they are clauses
+# Thai, Lao, Tibetan, Burmese and Khmer are written without spaces too, and no rule of characters parts their words.
+UNSPACED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]")
 VOCABULARY, PARAMETERS = "vocab.index.json", "params.index.json"
 
 
@@ -72,7 +83,7 @@ class BM25:
         return self._fingerprint
 
     def fingerprint_for(self, collection: Collection) -> str:
-        return fingerprint(["bm25", self.settings, collection.fingerprint])
+        return fingerprint(["bm25", TOKENS, self.settings, collection.fingerprint])
 
     @property
     def bytes(self) -> int:
@@ -137,6 +148,7 @@ class BM25:
             )
         self._sort_postings(raw, folder, frequencies, document_lengths)
         raw.unlink()
+        _warn_of_clauses(vocabulary, frequencies, collection.name)
         (folder / VOCABULARY).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         documents = len(document_lengths)
         parameters = {"k1": self.k1, "b": self.b, "delta": 0.5, "method": "lucene", "idf_method": "lucene"}
@@ -253,7 +265,7 @@ def _tokenizer(language: str, vocabulary: dict[str, int] | None = None) -> Any:
     from bm25s.tokenization import Tokenizer
 
     if language == "none":
-        tokenizer = Tokenizer(stopwords=None, stemmer=None)
+        tokenizer = Tokenizer(splitter=_splitter(), stopwords=None, stemmer=None)
     else:
         try:
             import Stemmer
@@ -269,13 +281,33 @@ def _tokenizer(language: str, vocabulary: dict[str, int] | None = None) -> Any:
                 fix=f"one of: none, {', '.join(sorted(Stemmer.algorithms()))}",
             )
         try:
-            tokenizer = Tokenizer(stopwords=language, stemmer=Stemmer.Stemmer(language))
+            tokenizer = Tokenizer(splitter=_splitter(), stopwords=language, stemmer=Stemmer.Stemmer(language))
         except ValueError:  # a stemmer, but no list of stop words
-            tokenizer = Tokenizer(stopwords=None, stemmer=Stemmer.Stemmer(language))
+            tokenizer = Tokenizer(splitter=_splitter(), stopwords=None, stemmer=Stemmer.Stemmer(language))
     if vocabulary is not None:
         target = tokenizer.word_to_id if tokenizer.stemmer is None else tokenizer.stem_to_sid
         target.update(vocabulary)
     return tokenizer
+
+
+@cache
+def _splitter() -> Callable[[str], list[str]]:
+    """bm25s's terms, two word characters or more, but with the marks that belong to them (vowel signs of Indic and Thai
+    script, accents that have no composed form, joiners), and ideographs one by one."""
+    marks = (code for code in range(0x300, sys.maxunicode) if unicodedata.category(chr(code))[0] == "M")
+    runs = [[code for _, code in run] for _, run in groupby(enumerate(marks), lambda pair: pair[1] - pair[0])]
+    word = r"\w\u200c\u200d" + "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
+    return re.compile(f"[{IDEOGRAPH}]|(?:(?![{IDEOGRAPH}])[{word}]){{2,}}").findall
+
+
+def _warn_of_clauses(vocabulary: dict[str, int], frequencies: NDArray[np.int64], name: str) -> None:
+    long = [term for term in vocabulary if len(term) >= LONG_TERM or (len(term) > 5 and UNSPACED.search(term))]
+    share = frequencies[[vocabulary[term] for term in long]].sum() / frequencies.sum() if long else 0
+    if share > 0.5:
+        warn(
+            f"BM25 of {name}: most terms are whole clauses, such as {long[0][:40]!r}: no spaces set words apart, so "
+            "queries will find little. Use the source lucene_bm25 with the language (thai, chinese, japanese ...)"
+        )
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:
@@ -284,6 +316,8 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], learn: bool) -> Iterator[list[int]]:
+    # Composed, so that é in one letter or in two is one term; lower case first, since İ comes apart there.
+    texts = [unicodedata.normalize("NFC", text.lower()) for text in texts]
     # allow_empty=False: otherwise an empty query would match every empty document on a token "".
     ids: Iterator[list[int]] = tokenizer.streaming_tokenize(texts, update_vocab=learn, allow_empty=False)
     return ids

@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import disk_errors, file_digest, fingerprint, locked, write_atomically
+from rankdistill.collections.storage import DAMAGE
 from rankdistill.collections.text_files import DOCUMENT_NAMES, QUERY_NAMES, data_files, read_lines
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import allocate_array
@@ -149,7 +151,7 @@ def _digest_of_files(files: Sequence[Path]) -> str:
 def _open_npy(path: Path) -> NDArray[Any]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGE as error:
         raise RankdistillError(f"this is no array of numbers: {error}", where=str(path)) from None
     if array.ndim != 2 or 0 in array.shape:
         raise RankdistillError(
@@ -187,6 +189,20 @@ def _ids_beside(path: Path, given: str | Path | None, column: str, count: int) -
     return found
 
 
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise RankdistillError(f"the Parquet file is damaged: {error}", where=str(file), fix="fetch it again") from None
+
+
+def _vector_batches(file: Path, size: int) -> Iterator[pa.Array]:
+    with _whole(file):
+        for batch in _open_parquet(file, [VECTOR_COLUMN]).iter_batches(batch_size=size, columns=[VECTOR_COLUMN]):
+            yield batch[VECTOR_COLUMN]
+
+
 def _open_parquet(file: Path, columns: Sequence[str]) -> pq.ParquetFile:
     try:
         opened = pq.ParquetFile(file)
@@ -205,7 +221,8 @@ def _open_parquet(file: Path, columns: Sequence[str]) -> pq.ParquetFile:
 def _ids_of_parquet(files: Sequence[Path], column: str) -> Ids:
     chunks: list[pa.Array] = []
     for file in files:
-        found = _open_parquet(file, [column]).read(columns=[column])[column]
+        with _whole(file):
+            found = _open_parquet(file, [column]).read(columns=[column])[column]
         if len(found) and not (
             pa.types.is_integer(found.type) or pa.types.is_string(found.type) or pa.types.is_large_string(found.type)
         ):
@@ -281,8 +298,8 @@ def _look_through(source: NDArray[Any] | list[Path], copy: Path | None, ids: Ids
 
 def _dimension(files: Sequence[Path]) -> int:
     for file in files:
-        for batch in _open_parquet(file, [VECTOR_COLUMN]).iter_batches(batch_size=1, columns=[VECTOR_COLUMN]):
-            first = batch[VECTOR_COLUMN][0].as_py()
+        for column in _vector_batches(file, 1):
+            first = column[0].as_py()
             if isinstance(first, list) and first:
                 return len(first)
             raise RankdistillError("the first row has no vector", where=f"{file}: row 0")
@@ -296,9 +313,9 @@ def _blocks(source: NDArray[Any] | list[Path], dimension: int, path: Path) -> It
         return
     for file in source:
         row = 0
-        for batch in _open_parquet(file, [VECTOR_COLUMN]).iter_batches(batch_size=BLOCK, columns=[VECTOR_COLUMN]):
-            yield _rows_of(batch[VECTOR_COLUMN], dimension, file, row)
-            row += len(batch)
+        for column in _vector_batches(file, BLOCK):
+            yield _rows_of(column, dimension, file, row)
+            row += len(column)
 
 
 def _rows_of(column: pa.Array, dimension: int, file: Path, first_row: int) -> NDArray[Any]:

@@ -11,6 +11,7 @@ out, is in it without changing a score.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,10 @@ FILES = "index"  # Lucene's files, in a folder of their own
 ANALYZERS = {
     "arabic": "ar.ArabicAnalyzer",
     "armenian": "hy.ArmenianAnalyzer",
+    "bengali": "bn.BengaliAnalyzer",
     "basque": "eu.BasqueAnalyzer",
     "catalan": "ca.CatalanAnalyzer",
+    "chinese": "cjk.CJKAnalyzer",
     "danish": "da.DanishAnalyzer",
     "dutch": "nl.DutchAnalyzer",
     "estonian": "et.EstonianAnalyzer",
@@ -47,14 +50,18 @@ ANALYZERS = {
     "indonesian": "id.IndonesianAnalyzer",
     "irish": "ga.IrishAnalyzer",
     "italian": "it.ItalianAnalyzer",
+    "japanese": "cjk.CJKAnalyzer",
+    "korean": "cjk.CJKAnalyzer",
     "lithuanian": "lt.LithuanianAnalyzer",
     "norwegian": "no.NorwegianAnalyzer",
+    "persian": "fa.PersianAnalyzer",
     "portuguese": "pt.PortugueseAnalyzer",
     "romanian": "ro.RomanianAnalyzer",
     "russian": "ru.RussianAnalyzer",
     "serbian": "sr.SerbianAnalyzer",
     "spanish": "es.SpanishAnalyzer",
     "swedish": "sv.SwedishAnalyzer",
+    "thai": "th.ThaiAnalyzer",
     "turkish": "tr.TurkishAnalyzer",
 }
 
@@ -101,7 +108,7 @@ class LuceneBM25:
         return self._fingerprint
 
     def fingerprint_for(self, collection: Collection) -> str:
-        return fingerprint([KIND, self.settings, collection.fingerprint])
+        return fingerprint([KIND, 2, self.settings, collection.fingerprint])
 
     @property
     def bytes(self) -> int:
@@ -139,7 +146,7 @@ class LuceneBM25:
                 for first, texts in collection.iter_documents():
                     ids = collection.doc_ids(range(first, first + len(texts)))
                     for doc_id, text in zip(ids, texts, strict=True):
-                        writer.add(doc_id, text)
+                        writer.add(doc_id, unicodedata.normalize("NFC", text))
                     bar.advance(len(texts))
         except BaseException:
             writer.abandon()
@@ -193,7 +200,7 @@ class LuceneBM25:
         k = min(k, max(1, self.document_count))
 
         def one(text: str) -> Hits:
-            return reader.hits(build(CONTENTS, analyzer, java_text(text)), k)
+            return reader.hits(build(CONTENTS, analyzer, java_text(unicodedata.normalize("NFC", text))), k)
 
         with jvm.calls(str(self.path)):
             return search_all(one, queries, self.threads)

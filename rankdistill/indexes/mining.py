@@ -34,7 +34,7 @@ from rankdistill.collections.collection import joined
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Engine, Hits, Rows, Scores
 from rankdistill.indexes.sources import CandidateSource, RecordedRun
-from rankdistill.progress import progress, say
+from rankdistill.progress import progress, say, warn
 from rankdistill.runs import SCHEMA, RunWriter, iter_run, write_trec
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 FILE = "candidates.parquet"
 SPARE = 8  # documents searched for in place of those whose text is the query's or a positive's
+MANY_EMPTY = 0.2  # of the queries without a hit: a source that finds nothing is named
 BATCH = 256  # queries searched, and saved, at a time
 
 
@@ -187,6 +188,12 @@ def mine(
                     parts.append(part)
                     bar.advance(len(queries))
                 _join(parts, writer.path / FILE)
+            for engine, count in miner.empty.items():
+                if count > MANY_EMPTY * total:
+                    hint = (
+                        ": is its language right? lucene_bm25 parts words of more scripts" if engine == "bm25" else ""
+                    )
+                    warn(f"mine: {engine} finds nothing for {count:,} of {total:,} queries{hint}")
             if miner.dropped["documents"]:
                 say(
                     f"mine: {miner.dropped['documents']:,} documents with the text of their query or of a relevant "
@@ -243,6 +250,7 @@ class _Miner:
     max_positives: int | None
     drop_same_texts: bool
     dropped: Counter[str] = field(default_factory=Counter)
+    empty: Counter[str] = field(default_factory=Counter)  # engine → queries it finds nothing for
 
     def lists(self, queries: Sequence[Query]) -> Iterator[tuple[str, list[str], Scores]]:
         """(query id, document ids, scores) of each query that has any candidate."""
@@ -299,6 +307,7 @@ class _Miner:
                 found[mark] = engine.recorded([query.query_id for query in queries], deepest[mark])
             else:
                 found[mark] = engine.search([query.text for query in queries], deepest[mark])
+            self.empty[engine.name] += sum(not len(hits.rows) for hits in found[mark])
         return [
             [Hits(hits.rows[:depth], hits.scores[:depth]) for hits in found[source.engine.fingerprint]]
             for source, depth in zip(self.sources, depths, strict=True)

@@ -166,9 +166,11 @@ def build_lists(
             (writer.path / DISAGREEMENT).unlink()
         if not counts["lists"]:
             raise RankdistillError(
-                "no list with two scored documents is left",
+                "no list with two scored documents is left" if scores_of else "no list of two documents is left",
                 where=str(out),
-                fix="score the candidates of this split with this teacher first",
+                fix="score the candidates of this split with this teacher first"
+                if counts["without_score"]
+                else "the sources find too few documents: see what `mine` said, and try another source or language",
             )
         writer.counts.update(counts)
     for name, text in (

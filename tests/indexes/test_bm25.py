@@ -11,6 +11,7 @@ import pytest
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes import bm25, postings
 from rankdistill.indexes.bm25 import BM25
+from rankdistill.indexes.mining import Source, mine
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -174,3 +175,45 @@ def test_nfcorpus_reaches_the_published_quality(shared_data: Path, tmp_path: Pat
     }
     measured = pytrec_eval.RelevanceEvaluator(collection.qrels("test"), {"ndcg_cut_10"}).evaluate(run)
     assert 0.317 <= sum(query["ndcg_cut_10"] for query in measured.values()) / len(ids) <= 0.325
+
+
+@pytest.mark.parametrize(
+    ("language", "texts", "queries"),
+    [
+        (
+            "none",
+            ["北京是中国的首都", "上海是最大的城市", "长城在北方", "我喜欢喝茶"],
+            ["首都", "城市", "长城", "喝茶"],
+        ),
+        ("hindi", ["दिल्ली भारत की राजधानी है", "मुंबई सबसे बड़ा शहर है", "गंगा एक नदी है"], ["राजधानी", "शहर", "नदी"]),
+        ("none", ["நதி நீளமானது", "மலை உயரமானது", "கடல் ஆழமானது"], ["நதி", "மலை", "கடல்"]),
+        ("none", ["cafe\u0301 noir", "the\u0301 vert", "eau"], ["caf\u00e9", "th\u00e9", "EAU"]),
+        ("none", ["caf\u00e9 noir", "th\u00e9 vert", "İstanbul"], ["CAFE\u0301", "the\u0301", "İstanbul"]),
+    ],
+)
+def test_marks_belong_to_words_and_ideographs_are_words(
+    make_collection: Any, tmp_path: Path, language: str, texts: list[str], queries: list[str]
+) -> None:
+    BM25(language=language).build(make_collection(texts), tmp_path / "bm25")
+    hits = BM25.open(tmp_path / "bm25").search(queries, 1)
+    assert [found.rows.tolist() for found in hits] == [[row] for row in range(len(queries))]
+
+
+def test_clauses_that_are_terms_are_warned_of(
+    make_collection: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BM25().build(make_collection(["ฉันชอบดื่มชาในตอนเช้า", "กรุงเทพเป็นเมืองหลวงของไทย"]), tmp_path / "th")
+    assert "most terms are whole clauses" in (said := capsys.readouterr().err) and "lucene_bm25" in said
+    BM25(language="german").build(
+        make_collection(["Donaudampfschifffahrt ist ein Wort unter vielen kurzen"]), tmp_path / "de"
+    )
+    assert "clauses" not in capsys.readouterr().err
+
+
+def test_a_source_that_finds_nothing_is_named(
+    make_collection: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collection = make_collection(["one word", "two words"], ["words", "nothing", "of it"])
+    BM25().build(collection, tmp_path / "bm25")
+    mine(collection, [Source(BM25.open(tmp_path / "bm25"))], tmp_path / "mined")
+    assert "bm25 finds nothing for 2 of 3 queries" in capsys.readouterr().err
