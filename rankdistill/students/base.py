@@ -6,16 +6,17 @@ A `Student` holds a recipe's settings and makes a `StudentModel`: the starting o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankdistill.students.token_batches import Precision, autocast, token_budget_batches
+from rankdistill.students.token_batches import Precision, TokenBudget, autocast, free_memory, token_budget_batches
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -24,8 +25,10 @@ Side = Literal["query", "document"]
 Features = dict[str, Any]
 Device = str | torch.device | None  # see devices.py
 ENCODE_CHUNK = 2048  # texts tokenised and sorted by length together
-ENCODE_BUDGET = 8192  # padded tokens in one forward pass
+ENCODE_BUDGET = 8192  # padded tokens in one forward pass on a CPU
 WIDTH_STEP = 16  # padded lengths are multiples of this
+Part = tuple[NDArray[np.int64], Features]  # places of texts, and their features
+T = TypeVar("T")
 
 
 class StudentModel(nn.Module, ABC):
@@ -90,6 +93,11 @@ class StudentModel(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @cached_property
+    def budget(self) -> TokenBudget:
+        """Of encoding."""
+        return TokenBudget(self.device, ENCODE_BUDGET)
+
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[texts, dimension] float32."""
         return self._encode(texts, "query")
@@ -115,10 +123,15 @@ class StudentModel(nn.Module, ABC):
             with torch.inference_mode(), autocast(self.device, self.precision):
                 for start in range(0, len(texts), ENCODE_CHUNK):
                     features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
-                    for rows, part in split_by_length(features, ENCODE_BUDGET):
-                        take(start + rows, self.embed(to_device(part, self.device), side))
+                    for rows, embedded in self.embed_parts(split_by_length(features, self.budget.tokens), side):
+                        take(start + rows, embedded)
         finally:
             self.train(training)
+
+    def embed_parts(self, parts: Iterable[Part], side: Side) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Places and embeddings of parts of texts; one that the memory does not hold comes in smaller ones."""
+        device = self.device
+        return in_parts(parts, self.budget, lambda part: self.embed(to_device(part, device), side))
 
 
 class Student(ABC):
@@ -135,7 +148,7 @@ class Student(ABC):
         """A model saved by this kind of student."""
 
 
-def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.int64], Features]]:
+def split_by_length(features: Features, budget: int) -> list[Part]:
     """Cut padded features into parts of texts of like length, so that little padding is computed.
 
     Args:
@@ -164,6 +177,28 @@ def split_by_length(features: Features, budget: int) -> list[tuple[NDArray[np.in
         }
         parts.append((rows, part))
     return parts
+
+
+def in_parts(
+    parts: Iterable[Part], budget: TokenBudget, compute: Callable[[Features], T]
+) -> Iterator[tuple[NDArray[np.int64], T]]:
+    """Places and results of parts; where the memory gives out the budget is halved, and this part and later ones are
+    cut to it. Only what has an `attention_mask` can be cut."""
+    for first in parts:
+        waiting = [first]
+        while waiting:
+            rows, part = waiting.pop()
+            count, width = part["attention_mask"].shape if "attention_mask" in part else (1, len(rows))
+            if count == 1 or count * width <= budget.tokens:
+                try:
+                    made = compute(part)
+                except RuntimeError as error:
+                    budget.halve(error, count, width)
+                else:
+                    yield rows, made
+                    continue
+                free_memory()
+            waiting += [(rows[places], less) for places, less in reversed(split_by_length(part, budget.tokens))]
 
 
 def cut(features: Features, length: int | None) -> Features:

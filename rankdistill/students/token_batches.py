@@ -1,4 +1,4 @@
-"""Batches by tokens, not by rows, and the number format that a device is fastest in."""
+"""Batches by tokens, not by rows; how many a device holds; and the number format that it is fastest in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,69 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rankdistill.errors import UsageError
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import warn
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GPU_TOKENS = 65_536  # padded tokens in one forward pass: a GPU wants enough rows to fill it
+# What torch says where it has no class for it: the CPU's allocator (Linux, Windows), cuBLAS, Metal.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+class TokenBudget:
+    """Padded tokens in one forward pass, halved where the device's memory gives out, which is said once.
+
+    Args:
+        device: a GPU takes GPU_TOKENS.
+        tokens: on a CPU.
+    """
+
+    def __init__(self, device: torch.device | str, tokens: int) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self.tokens = tokens if self.device.type == "cpu" else max(tokens, GPU_TOKENS)
+        self._said = False
+
+    def halve(self, error: RuntimeError, rows: int, width: int) -> None:
+        """Go on with half of the `rows` × `width` tokens that did not fit.
+
+        Raises:
+            RuntimeError: the error itself, where it is not for want of memory.
+            RankdistillError: no half is left: one text is too long.
+        """
+        if not out_of_memory(error):
+            raise error
+        if rows < 2:
+            raise RankdistillError(
+                f"a text of {width:,} tokens does not fit the memory",
+                where=str(self.device),
+                fix="a shorter length, precision: bf16, or another --device",
+            ) from None
+        self.tokens = max(1, min(self.tokens, rows * width) // 2)
+        if not self._said:
+            warn(f"the memory of {self.device} does not hold {rows * width:,} tokens at once: going on with fewer")
+            self._said = True
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed for want of memory, on any device."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
+
+
+def free_memory() -> None:
+    """Give back what a failed pass held; call it when its error is handled, as the error keeps its tensors."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def token_budget_batches(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from rankdistill.plain import Section
 from rankdistill.progress import warn
 from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_cross_encoder
 from rankdistill.students.models import resolve_model
-from rankdistill.students.token_batches import Precision, autocast, resolve_precision, token_budget_batches
+from rankdistill.students.token_batches import Precision, TokenBudget, autocast, resolve_precision, token_budget_batches
 from rankdistill.teachers.base import PairTeacher
 
 if TYPE_CHECKING:
@@ -235,6 +236,8 @@ class CrossEncoderTeacher(PairTeacher):
         """float32 [N] logits of pairs [N, 2]; see PairTeacher."""
         import torch
 
+        from rankdistill.students.base import in_parts, to_device
+
         model = self.load()
         scores = np.empty(len(pairs), dtype=np.float32)
         if not len(pairs):
@@ -246,17 +249,22 @@ class CrossEncoderTeacher(PairTeacher):
         device = self.device
         order: list[np.ndarray] = []
         logits: list[torch.Tensor] = []
+
+        def logits_of(features: dict[str, Any]) -> torch.Tensor:
+            return model(to_device(features, device))["scores"].float().reshape(-1)
+
         with torch.inference_mode(), autocast(device, self._formats):
-            for positions, features in batches:
-                moved = {name: value.to(device, non_blocking=True) for name, value in features.items()}
-                logits.append(model(moved)["scores"].float().reshape(-1))
+            for positions, found in in_parts(batches, self.budget, logits_of):
+                logits.append(found)
                 order.append(positions)
             scores[np.concatenate(order)] = torch.cat(logits).cpu().numpy()  # the only wait for the device
         return scores
 
-    def _budget(self) -> int:
-        # A core's caches hold a few thousand tokens' activations; a GPU wants enough rows to fill it.
-        return self.token_budget or (2048 if self.device.type == "cpu" else 65_536)
+    @cached_property
+    def budget(self) -> TokenBudget:
+        budget = TokenBudget(self.device, 2048)  # a core's caches hold a few thousand tokens' activations
+        budget.tokens = self.token_budget or budget.tokens
+        return budget
 
     def _joined_batches(
         self, joiner: PairJoiner, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray
@@ -281,7 +289,7 @@ class CrossEncoderTeacher(PairTeacher):
         wants = set(tokenizer.model_input_names)
         padding = int(tokenizer.pad_token_id)
         padding_type = int(getattr(tokenizer, "pad_token_type_id", 0) or 0)
-        for batch in token_budget_batches(lengths, self._budget(), multiple_of=PAD_MULTIPLE):
+        for batch in token_budget_batches(lengths, self.budget.tokens, multiple_of=PAD_MULTIPLE):
             longest = int(lengths[batch[0]])
             width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(self.limit, longest))
             ids = np.full((len(batch), width), padding, dtype=np.int64)
@@ -324,7 +332,7 @@ class CrossEncoderTeacher(PairTeacher):
         words = [len(text) for text in queries], [len(text) for text in documents]
         # About four characters a token; enough to sort by and to keep batches near the budget.
         lengths = np.array([min((words[0][q] + words[1][d]) // 4 + 8, self.limit) for q, d in pairs])
-        for batch in token_budget_batches(lengths, self._budget()):
+        for batch in token_budget_batches(lengths, self.budget.tokens):
             texts = [(queries[q], documents[d]) for q, d in pairs[batch]]
             yield batch, dict(model.preprocess(texts))
 

@@ -19,7 +19,7 @@ from rankdistill.artifacts import find_artifact, fingerprint, locked, write_arti
 from rankdistill.indexes.engines import prepare_student
 from rankdistill.indexes.vectors import find_vectors
 from rankdistill.progress import progress
-from rankdistill.students.base import ENCODE_BUDGET, Side, StudentModel, split_by_length, to_device
+from rankdistill.students.base import Side, StudentModel, split_by_length, to_device
 from rankdistill.students.token_batches import autocast
 from rankdistill.students.token_vectors import TokenVectors
 
@@ -97,12 +97,11 @@ class BatchTeacher:
             return found
         if not self.documents:
             return {"queries": self.model.preprocess(queries, "query"), "live": True}
-        parts = split_by_length(self.model.preprocess_documents(self.collection, rows), ENCODE_BUDGET)
+        parts = split_by_length(self.model.preprocess_documents(self.collection, rows), self.model.budget.tokens)
         return {
             "queries": self.model.preprocess(queries, "query"),
-            "documents": [part for _, part in parts],
+            "documents": parts,
             "live": True,
-            "order": torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts]))),
         }
 
     def embed(self, features: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -117,8 +116,9 @@ class BatchTeacher:
             queries = self.model.embed(to_device(features["queries"], device), "query")
             if not self.documents:
                 return queries.float(), None
-            parts = [self.model.embed(to_device(part, device), "document") for part in features["documents"]]
-            return queries.float(), self.model.join(parts)[features["order"]].float()
+            places, embedded = zip(*self.model.embed_parts(features["documents"], "document"), strict=True)
+            order = torch.from_numpy(np.argsort(np.concatenate(places))).to(device)
+            return queries.float(), self.model.join(embedded)[order].float()
 
     def score_all(self, queries: Tensor | None, documents: Tensor | None) -> Tensor:
         """[queries, documents] scores."""
@@ -140,9 +140,9 @@ class BatchTeacher:
         )
         found: list[Any] = [None] * len(texts)
         with torch.no_grad(), autocast(self.model.device, self.model.precision):
-            for rows, part in split_by_length(features, ENCODE_BUDGET):
-                embedded = self.model.embed(to_device(part, self.model.device), side).float().cpu().numpy()
-                for row, one in zip(rows.tolist(), embedded, strict=True):
+            parts = split_by_length(features, self.model.budget.tokens)
+            for rows, embedded in self.model.embed_parts(parts, side):
+                for row, one in zip(rows.tolist(), embedded.float().cpu().numpy(), strict=True):
                     found[row] = one if one.ndim == 1 else one[np.abs(one).sum(axis=1) > 0]
         bar.advance(len(texts))
         return found

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rankdistill.errors import RankdistillError
 from rankdistill.losses.base import BatchLoss, ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
+from rankdistill.progress import warn
 from rankdistill.students.base import Features, Side, StudentModel, split_rows
-from rankdistill.training.processes import Batch, whole_batch
+from rankdistill.students.token_batches import out_of_memory
+from rankdistill.training.processes import Batch, whole_batch, world_size
 
 if TYPE_CHECKING:
     from rankdistill.training.batch_teacher import BatchTeacher
@@ -32,7 +35,7 @@ class Distiller(nn.Module):
         batch_teacher: scores the whole batch for the losses that ask; it is no part of this module's state.
         gradient_cache: keep the activations of one part at a time: each part is embedded again when its gradient is
             due (after GradCache, Gao et al. 2021, arXiv:2101.06983). Same gradients, one more forward pass.
-        token_budget: padded tokens of a part of the queries, under the gradient cache.
+        token_budget: padded tokens of a part, under the gradient cache.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Distiller(nn.Module):
         self.weighting = weighting
         self.gradient_cache, self.token_budget = gradient_cache, token_budget
         self._batch_teacher = [batch_teacher]  # in a list: its weights are not saved with the student's
+        self._said = False  # that the memory gave out
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # the last batch's scores, for `check_scale`
 
     def _losses(self) -> dict[str, Loss]:
@@ -78,9 +82,8 @@ class Distiller(nn.Module):
 
         Returns `loss`, each part before its weight under its name, and `figures`: what else belongs in the log.
         """
-        query_parts = split_rows(queries, self.token_budget) if self.gradient_cache else [queries]
         batch = Batch(
-            queries=self._embed(query_parts, "query"),
+            queries=self._embed([queries], "query"),
             documents=self._embed(documents, "document"),
             rows=rows,
             index=index,
@@ -105,6 +108,33 @@ class Distiller(nn.Module):
                 figures[f"weight/{name}"] = total.new_tensor(strength)
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}, "figures": figures}
 
+    def use_less_memory(self, error: RuntimeError, batch: dict[str, Any]) -> None:
+        """Turn the gradient cache on, then halve its parts, where the error is for want of memory; same gradients.
+
+        Raises:
+            RuntimeError: the error itself, where it is of another kind.
+            RankdistillError: the batch came a text at a time already, or other processes wait for this one.
+        """
+        if not out_of_memory(error):
+            raise error
+        features = [batch["queries"], *batch["documents"]]
+        longest = max((one["attention_mask"].shape[1] for one in features if "attention_mask" in one), default=1 << 30)
+        if world_size() > 1 or (self.gradient_cache and self.token_budget <= longest):
+            raise RankdistillError(
+                "the memory does not hold a batch",
+                where=str(self.student.device),
+                fix="training.gradient_cache: true, a smaller training.token_budget, fewer lists a batch"
+                " (training.batches.size) with training.accumulation, or shorter documents",
+            ) from None
+        if self.gradient_cache:
+            self.token_budget = max(longest, self.token_budget // 2)
+        elif not self._said:
+            warn(
+                f"the memory of {self.student.device} does not hold a batch: going on in parts, each embedded again for"
+                " its gradient (training.gradient_cache), and smaller ones where it must be"
+            )
+        self.gradient_cache = self._said = True
+
     def check_scale(self) -> None:
         """Warn where the last batch's scores of student and teacher do not fit each other and the losses."""
         assert self._seen is not None
@@ -121,6 +151,8 @@ class Distiller(nn.Module):
         )
 
     def _embed(self, parts: Sequence[Features], side: Side) -> Tensor:
+        if self.gradient_cache:
+            parts = [less for part in parts for less in split_rows(part, self.token_budget)]
         if self.gradient_cache and torch.is_grad_enabled():
             embedded = [checkpoint(self.student.embed, part, side, use_reentrant=False) for part in parts]
         else:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -41,7 +42,7 @@ from rankdistill.students.base import Student, StudentModel, to_device
 from rankdistill.students.dense import ALIGNED
 from rankdistill.students.models import SETTINGS_FILE, resolve_model
 from rankdistill.students.sparse import SparseModel
-from rankdistill.students.token_batches import autocast, resolve_precision
+from rankdistill.students.token_batches import autocast, free_memory, resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
@@ -152,6 +153,9 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         self.overflows = 0  # batches in a row whose loss is not finite
         self.part_sums: dict[str, float] = {}
         self.part_count = 0
+        self.begun = -1  # the step whose batches so far are `batches`; `course` is what was known before them
+        self.batches: list[dict[str, Any]] = []
+        self.course: tuple[dict[str, Any], dict[str, float], int] = ({}, {}, 0)
 
     @property
     def student(self) -> StudentModel:
@@ -174,11 +178,36 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> torch.Tensor:
+        """As the base class does; where the memory gives out, the step's batches are done again in smaller parts."""
+        distiller: Distiller = self.accelerator.unwrap_model(model)
+        learned = nn.ModuleList([distiller.losses, *([distiller.weighting] if distiller.weighting else [])])
+        if self.begun != self.state.global_step:
+            distiller.at_step(self.state.global_step, self.state.max_steps)
+            known = {name: buffer.clone() for name, buffer in learned.named_buffers()}
+            self.begun, self.batches = self.state.global_step, []
+            self.course = (known, dict(self.part_sums), self.part_count)
+        self.batches.append(inputs)
+        waiting = [inputs]
+        while True:
+            try:
+                for batch in waiting:
+                    loss = super().training_step(model, batch, *rest, **options)
+                return loss
+            except RuntimeError as error:
+                distiller.use_less_memory(error, inputs)
+            # A backward pass that was cut short has left part of its gradients.
+            model.zero_grad()
+            free_memory()
+            for name, buffer in learned.named_buffers():
+                buffer.copy_(self.course[0][name])
+            self.part_sums, self.part_count = dict(self.course[1]), self.course[2]
+            waiting = self.batches
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         distiller: Distiller = self.accelerator.unwrap_model(model)
-        distiller.at_step(self.state.global_step, self.state.max_steps)
         outputs = model(**inputs)
         if not self.checked:
             self.checked = True

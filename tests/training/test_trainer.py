@@ -19,6 +19,7 @@ from forked import Forked
 from safetensors.numpy import load_file
 from scipy.stats import kendalltau
 from sentence_transformers import SentenceTransformer
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_hook
 
 from rankdistill.errors import RankdistillError
 from rankdistill.recipe import build
@@ -295,6 +296,56 @@ def test_the_token_budget_changes_rounding_only(train: Train, no_dropout: Path, 
         )
         norms.append(next(entry["grad_norm"] for entry in log(artifact) if "loss" in entry))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
+    train: Train, no_dropout: Path, tmp_path: Path, fails: str, accumulation: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same losses, gradients and course: the failed batch leaves nothing behind, half a backward pass neither."""
+    losses = [{"type": "taid", "momentum": 0.5}, {"type": "kl"}]
+    same: dict[str, Any] = {"student": {"model": str(no_dropout)}, "steps": 3, "checkpoints": 1, "losses": losses}
+    same |= {"accumulation": accumulation, "token_budget": 256}
+    expected = train(tmp_path / "plain", **same)
+    tried: list[int] = []
+
+    def forward(module: torch.nn.Module, given: Any) -> None:
+        # From the second batch on: it may be the second of an accumulated step.
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None and torch.is_grad_enabled():
+            tried.append(given[0].numel())
+            if fails == "forward" and len(tried) > 6 and tried[-1] > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def backward(module: torch.nn.Module, *_: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and len(tried) > 6 and tried[-1] > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes")
+
+    handles = [register_module_forward_pre_hook(forward)]
+    if fails == "backward":
+        handles.append(register_module_full_backward_hook(backward))
+    try:
+        found = train(tmp_path / "small", **same)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert max(tried[:6]) > 100 > max(tried[-3:]) and capsys.readouterr().err.count("does not hold a batch") == 1
+    for one, other in zip(log(found), log(expected), strict=True):
+        for key in {key for key in one if "loss" in key or "norm" in key or "dev" in key}:
+            assert one[key] == pytest.approx(other[key], rel=1e-3), key
+
+
+def test_a_batch_that_comes_a_text_at_a_time_and_does_not_fit_is_refused(train: Train, tmp_path: Path) -> None:
+    def check(module: torch.nn.Module, given: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = register_module_forward_pre_hook(check)
+    try:
+        with pytest.raises(RankdistillError, match="the memory does not hold a batch"):
+            train(tmp_path / "student", dev=None)
+    finally:
+        handle.remove()
 
 
 def test_bf16_runs_and_stays_near_fp32(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import warn
 from rankdistill.students.loading import SAFE, opening, position_limit
 from rankdistill.students.models import ModelSource, read_json, resolve_model
-from rankdistill.students.token_batches import Precision, resolve_precision
+from rankdistill.students.token_batches import Precision, free_memory, out_of_memory, resolve_precision
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
 
@@ -81,6 +81,7 @@ class TransformersBackend(Backend):
         self.chat_template: Literal["auto", "plain"] = chat_template
         self.template_options = dict(template_options or {})
         self.max_context = max_context
+        self._at_once = batch_size  # fewer where the memory gave out
         self._model: Any = None
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class TransformersBackend(Backend):
                 step, or an option that the decoding cannot honour.
         """
         waiting = iter(requests)
-        while batch := list(islice(waiting, self.batch_size)):
+        while batch := list(islice(waiting, self._at_once)):
             numbers = [number for number, _ in batch]
             rows = [self._prepared(request) for _, request in batch]
             yield from zip(numbers, self._answer_rows(rows), strict=True)
@@ -236,20 +237,29 @@ class TransformersBackend(Backend):
         try:
             with torch.inference_mode(), self._exact(sorted({token for row in rows for token in row.scored})):
                 self._decode(rows)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise RankdistillError(
-                    f"a prompt of {len(rows[0].prompt):,} tokens does not fit the device's memory",
-                    where=str(self.device_map or self.device),
-                    fix="a smaller window, precision: bf16, or device_map: auto",
-                ) from None
-            torch.cuda.empty_cache()
-            half = len(rows) // 2
-            return self._answer_rows([r.again() for r in rows[:half]]) + self._answer_rows(
-                [r.again() for r in rows[half:]]
-            )
-        seconds = (time.perf_counter() - began) / len(rows)
-        return [row.answer(seconds) for row in rows]
+        except RuntimeError as error:
+            self._fewer(error, rows)
+        else:
+            seconds = (time.perf_counter() - began) / len(rows)
+            return [row.answer(seconds) for row in rows]
+        free_memory()
+        rows = [row.again() for row in rows]
+        parts = [rows[at : at + self._at_once] for at in range(0, len(rows), self._at_once)]
+        return [answer for part in parts for answer in self._answer_rows(part)]
+
+    def _fewer(self, error: RuntimeError, rows: list[_Row]) -> None:
+        """Answer half as many prompts at once from now on, where the error is for want of memory."""
+        if not out_of_memory(error):
+            raise error
+        if len(rows) == 1:
+            raise RankdistillError(
+                f"a prompt of {len(rows[0].prompt):,} tokens does not fit the device's memory",
+                where=str(self.device_map or self.device),
+                fix="a smaller window, precision: bf16, or device_map: auto",
+            ) from None
+        if self._at_once == self.batch_size:
+            warn(f"the memory of {self.device} does not hold {len(rows)} prompts at once: going on with fewer")
+        self._at_once = min(self._at_once, len(rows)) // 2
 
     def _decode(self, rows: list[_Row]) -> None:
         """Feed the prompts, then what each row answers with, until all are done."""
