@@ -164,7 +164,7 @@ class Training(Section):
         64, ge=0, description="dev queries, 20 documents each, on which agreement with the teacher is measured; 0: none"
     )
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
-    loader_processes: int = Field(0, ge=0)
+    loader_processes: int = Field(0, ge=0, description="processes that read and tokenise batches ahead")
     device: str | None = Field(None, description="of the student alone; the recipe's unless given")
 
 

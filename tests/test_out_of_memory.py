@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,9 @@ def test_pairs_are_scored_in_smaller_parts(
     with memory_of(100) as tried:
         found = teacher.score_pairs(queries, documents, pairs)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert max(tried) > 100 and teacher.budget.tokens < 960 and capsys.readouterr().err.count("warning: the memory") == 1
+    assert (
+        max(tried) > 100 and teacher.budget.tokens < 960 and capsys.readouterr().err.count("warning: the memory") == 1
+    )
 
 
 def test_prompts_are_answered_fewer_at_once(tiny_causal_lm: Path, capsys: pytest.CaptureFixture[str]) -> None:

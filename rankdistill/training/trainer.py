@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -173,8 +174,14 @@ class StudentTrainer(SafeCheckpoints, Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         stream: Any = self.train_dataset
+        workers = self.args.dataloader_num_workers
         loader: DataLoader[Any] = DataLoader(
-            stream, batch_size=1, collate_fn=whole, num_workers=self.args.dataloader_num_workers
+            stream,
+            batch_size=1,
+            collate_fn=whole,
+            num_workers=workers,
+            worker_init_fn=_tokenise_alone,
+            multiprocessing_context="fork" if workers else None,  # they read what is open here, and touch no GPU
         )
         return self.accelerator.prepare(loader)
 
@@ -607,6 +614,11 @@ def training_arguments(recipe: Recipe, steps: int, folder: Path) -> TrainingArgu
     )
     place_training(arguments, device)
     return arguments
+
+
+def _tokenise_alone(_: int) -> None:
+    """In a loader's process: the tokenizers' threads are not there after a fork, and it would wait for them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _reporters() -> list[str]:

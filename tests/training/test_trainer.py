@@ -283,8 +283,19 @@ def test_two_batches_of_four_accumulated_are_one_of_eight(train: Train, no_dropo
         assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4), key
 
 
-def test_the_number_of_loader_processes_changes_nothing(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
-    assert_same_weights(weights(train(tmp_path / "student", loader_processes=1)), weights(undisturbed))
+@pytest.mark.parametrize("threads", ["false", "true"])  # of the tokenizers: a fork leaves them behind
+def test_the_number_of_loader_processes_changes_nothing(
+    undisturbed: Artifact, train: Train, tmp_path: Path, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", threads)
+    before = signal.signal(signal.SIGALRM, lambda *_: fail())
+    signal.alarm(120)  # a loader that waits for lost threads waits for ever
+    try:
+        artifact = train(tmp_path / "student", loader_processes=1)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert_same_weights(weights(artifact), weights(undisturbed))
 
 
 def test_the_token_budget_changes_rounding_only(train: Train, no_dropout: Path, tmp_path: Path) -> None:
