@@ -17,18 +17,32 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import say, warn
 
 MANIFEST = "manifest.json"
+CLAIM = ".rankdistill"  # in a folder of ours that has no manifest
+MOVE = "write to another place, or move it"
 SCHEMA_VERSION = 1
+# Kind → number of what this version makes of the same settings and inputs: raised when a stage's results change, so
+# that neither its older artifacts nor what was made of them is taken for new.
+SCHEMAS: dict[str, int] = {}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: the user's limit on a file's size
 FAISS_BUILDS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss")  # old ones; the last: conda's
+# A place that cannot be written to: read-only, below a file or /proc, a folder where a file is meant.
+NO_PLACE = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+MARKED = 1 << 14  # bytes at either end of a file, among which is who wrote it
+SMALL = 1 << 20  # bytes of a file that is hashed faster than a remembered digest is found
+LOOKED_AT = 64 << 20  # ... of one whose content is compared with the manifest each time its artifact is used
 LIBRARIES = (
     "rankdistill",
     "torch",
@@ -39,7 +53,10 @@ LIBRARIES = (
     "pyserini",
     "pyseismic-lsr",
     "ranx",
+    "tokenizers",
+    "PyStemmer",
 )
+DECIDING = ("torch", "transformers", "sentence-transformers", "tokenizers", "bm25s", "PyStemmer", "pyserini")
 
 
 def cache_dir() -> Path:
@@ -51,25 +68,47 @@ def cache_dir() -> Path:
 
 
 def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that depend on the JSON value alone (key order does not matter)."""
-    text = json.dumps([SCHEMA_VERSION, value], sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    """16 hexadecimal digits that depend on the JSON value alone (key order does not matter), and where it is a list
+    that begins with a kind of artifact, on that kind's number in SCHEMAS.
+
+    Raises:
+        RankdistillError: it is no JSON value.
+    """
+    kind = value[0] if isinstance(value, list) and value and isinstance(value[0], str) else ""
+    versions = [SCHEMA_VERSION, *([SCHEMAS[kind]] if kind in SCHEMAS else [])]
+    try:
+        text = json.dumps([*versions, value], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:  # `str` of an object would tell its address
+        raise RankdistillError(f"settings that are no plain values have no fingerprint: {error}") from None
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes; remembered in the cache folder by path, size and modification time."""
+    """SHA-256 of a file's bytes; a large file's is remembered in the cache folder by all that changes with the file.
+
+    The modification time can be put back (`touch -r`, `cp -p`); the time of the last change of any kind cannot.
+    """
     path = Path(path).resolve()
     stat = path.stat()
-    remembered = cache_dir() / "digests" / fingerprint([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    stamp = [str(path).encode(errors="surrogateescape").hex(), stat.st_size, stat.st_ino, stat.st_dev]
+    remembered = cache_dir() / "digests" / fingerprint([*stamp, stat.st_mtime_ns, stat.st_ctime_ns])
     # A file changed twice within the clock's tick would keep its stamp: only files at rest are remembered.
-    at_rest = time.time() - stat.st_mtime > 2
-    if at_rest and remembered.exists():
-        return remembered.read_text()
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    at_rest = stat.st_size > SMALL and time.time() - max(stat.st_mtime, stat.st_ctime) > 2
     if at_rest:
-        write_atomically(remembered, digest)
+        with suppress(OSError, UnicodeDecodeError):
+            known = remembered.read_text(encoding="utf-8")
+            if re.fullmatch("[0-9a-f]{64}", known):  # not what a power cut leaves
+                return known
+    digest = _digest(path)
+    if at_rest:
+        with suppress(OSError, RankdistillError):  # a cache that cannot be written costs time, no more
+            write_atomically(remembered, digest)
     return digest
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
@@ -88,16 +127,31 @@ def disk_errors(path: str | Path) -> Iterator[None]:
                 where=str(path),
                 fix="free some space and run the same command again: finished parts are kept",
             ) from error
-        if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise RankdistillError(f"cannot write: {error.strerror}", where=str(path)) from error
+        if isinstance(error, OSError) and number in NO_PLACE:
+            where = str(path) if error.filename is None else os.fsdecode(error.filename)
+            fix = "give another folder or file to write to"
+            raise RankdistillError(f"cannot write: {error.strerror}", where=where, fix=fix) from error
         raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        RankdistillError: there cannot be one (/proc says that it does not exist).
+    """
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise OSError(errno.EACCES, "no folder can be made here", str(path)) from error
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part; durable when it returns."""
     path = Path(path)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as stream:
@@ -105,6 +159,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -114,7 +169,7 @@ def locked(path: str | Path) -> Iterator[None]:
     """Hold an exclusive lock named after `path` (a second process waits; the lock dies with its process)."""
     lock = Path(path).with_name(f".{Path(path).name}.lock")
     with disk_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(lock.parent)
         descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -161,7 +216,8 @@ def open_artifact(path: str | Path, kind: str | None = None) -> Artifact:
     """Open a finished artifact.
 
     Raises:
-        RankdistillError: there is none, its manifest is unreadable, or it is of another kind.
+        RankdistillError: there is none, its manifest is unreadable, it is of another kind, or a file of it is not what
+            was written.
     """
     path = Path(path)
     manifest_path = path / MANIFEST
@@ -170,25 +226,140 @@ def open_artifact(path: str | Path, kind: str | None = None) -> Artifact:
             f"there is no {kind or 'artifact'} here", where=str(path), fix="give the folder that holds manifest.json"
         )
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not {"kind", "fingerprint"} <= manifest.keys():
             raise ValueError("kind or fingerprint is missing")
-    except ValueError as error:
-        raise RankdistillError(f"the manifest cannot be read: {error}", where=str(manifest_path)) from None
+    except (ValueError, RecursionError) as error:
+        fix = f"delete {path} and run the same command again"
+        raise RankdistillError(f"the manifest cannot be read: {error}", where=str(manifest_path), fix=fix) from None
     if kind is not None and manifest["kind"] != kind:
         raise RankdistillError(f"this is a {manifest['kind']} artifact, not {kind}", where=str(path))
-    return Artifact(path, manifest)
+    artifact = Artifact(path, manifest)
+    if (damage := damaged_file(artifact)) is not None:
+        raise RankdistillError(
+            f"a file of this {artifact.kind} artifact is damaged: it is not what was written",
+            where=str(path / damage),
+            fix=f"delete {path} and run the same command again, which makes it anew",
+        )
+    return artifact
+
+
+def damaged_file(artifact: Artifact, *, thorough: bool = False) -> str | None:
+    """The first file of an artifact that is not what its manifest says was written; None where all are.
+
+    Args:
+        thorough: read large files too, and trust no remembered digest (for what changed on the disk by itself).
+    """
+    for name, (size, digest) in dict(artifact.manifest.get("files", {})).items():
+        path = artifact.path / name
+        try:
+            if path.stat().st_size != size:
+                return str(name)
+            if thorough or size <= LOOKED_AT:
+                found = _digest(path) if thorough else file_digest(path)
+                if found != digest:
+                    return str(name)
+        except OSError:
+            return str(name)
+    return None
 
 
 def find_artifact(path: str | Path, kind: str, fingerprint: str) -> Artifact | None:
     """The artifact at `path` if it is whole, of that kind and has that fingerprint; else None."""
     if not (Path(path) / MANIFEST).is_file():
         return None
-    artifact = open_artifact(path)
-    return artifact if (artifact.kind, artifact.fingerprint) == (kind, fingerprint) else None
+    try:
+        artifact = open_artifact(path)
+    except RankdistillError as error:
+        warn(f"{error.what} ({error.where}); it is made again")
+        return None
+    if (artifact.kind, artifact.fingerprint) != (kind, fingerprint):
+        return None
+    _tell_versions(artifact)
+    return artifact
 
 
-def library_versions() -> dict[str, str]:
+def _tell_versions(artifact: Artifact) -> None:
+    """A line, once, where a library decides what an artifact holds and another major version of it made this one."""
+    made, here = artifact.manifest.get("libraries", {}), library_versions()
+    for name in DECIDING:
+        before, now = str(made.get(name, "")), here.get(name, "")
+        if before and now and before.split(".")[0] != now.split(".")[0] and (artifact.kind, name) not in _told:
+            _told.add((artifact.kind, name))
+            say(f"{artifact.kind}: made with {name} {before}, here is {now}, which may make it otherwise; it is kept")
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a place for an artifact where something lies that rankdistill did not write: it would be deleted.
+
+    Raises:
+        UsageError: there is a file, or a folder that holds something and no manifest of ours.
+    """
+    path = Path(path)
+    what = "folder" if path.is_dir() else "file"
+    if (path.is_dir() and (_ours(path) or not any(path.iterdir()))) or not os.path.lexists(path):
+        return
+    raise UsageError(
+        f"there is a {what} here that rankdistill did not write",
+        where=str(path),
+        fix="write to another place, or move it",
+    )
+
+
+def claim_folder(path: str | Path) -> None:
+    """Take a new or empty folder for files that are no artifact, or one that was taken before.
+
+    Raises:
+        UsageError: something lies there that rankdistill did not write.
+    """
+    path = Path(path)
+    if not (path / CLAIM).is_file():
+        check_place(path)
+        write_atomically(path / CLAIM, "The files here are written by rankdistill, and replaced when it runs again.\n")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a folder's manifest is one that `write_artifact` wrote, or the remains of one."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        return False
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        return b'"fingerprint": "' in content  # damaged
+    return isinstance(manifest, dict) and {"kind", "fingerprint", "schema", "libraries"} <= manifest.keys()
+
+
+def check_file(path: str | Path, ours: bool = False) -> None:
+    """Refuse to write a file over one that rankdistill did not write.
+
+    Args:
+        ours: known to be, by what lies beside it; else its first and last kilobytes have to name rankdistill.
+
+    Raises:
+        UsageError: there is a folder, or a file of another origin.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(
+            "there is a folder here, and a file is to be written", where=str(path), fix="name a file in it"
+        )
+    if not path.is_file() or ours or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as stream:
+        head = stream.read(MARKED)
+        stream.seek(max(0, path.stat().st_size - MARKED))
+        if b"rankdistill" in head + stream.read(MARKED):
+            return
+    raise UsageError("there is a file here that rankdistill did not write", where=str(path), fix=MOVE)
+
+
+@cache
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -196,6 +367,10 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def library_versions() -> dict[str, str]:
+    return dict(_versions())
 
 
 def partial_folder(path: Path, fingerprint: str) -> Path:
@@ -216,7 +391,7 @@ def write_artifact(
     """Write an artifact and publish it when the block ends without an exception.
 
     Args:
-        path: the final folder; what is there is replaced when the new one is complete.
+        path: the final folder; an artifact that is there is replaced when the new one is complete.
         fingerprint: of the content; the hidden folder carries it, so leftovers of other settings are never resumed.
         settings: the resolved part of the recipe.
         inputs: name → fingerprint of each input.
@@ -224,14 +399,18 @@ def write_artifact(
             Without it a failed attempt leaves nothing behind.
 
     The caller holds `locked(path)` when several processes may write the same artifact.
+
+    Raises:
+        UsageError: something lies at `path` that rankdistill did not write.
     """
     path = Path(path)
     partial = partial_folder(path, fingerprint)
     started = time.time()
     with disk_errors(path):
+        check_place(path)
         if partial.exists() and not resume:
             shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         writer = ArtifactWriter(partial)
         try:
             yield writer
@@ -246,6 +425,7 @@ def write_artifact(
                 "libraries": library_versions(),
                 "device": writer.device,
                 "seconds": round(time.time() - started, 3),
+                "files": _settled(partial),
             }
             write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
             _publish(partial, path)
@@ -255,14 +435,65 @@ def write_artifact(
             raise
 
 
+def _settled(folder: Path) -> dict[str, tuple[int, str]]:
+    """name → (bytes, SHA-256) of each file of a finished folder, all of them and their folders on the disk for good."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MANIFEST:
+            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, _digest(path))
+        _sync(path)
+    return files
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk, where it can."""
+    with suppress(OSError):  # some network file systems sync no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _publish(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`; an older artifact there is moved aside first and removed after."""
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    check_place(path)  # as it is by now
+    _sync(partial)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
+    _sync(path.parent)
     # What a kill in this function left, and leftovers of other settings' attempts, are worth nothing now.
     leftovers = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.(old|partial)")
     for entry in path.parent.iterdir():
         if leftovers.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def remove_artifacts(folder: Path) -> None:
+    """Delete an artifact, or the artifacts in a folder of them; whatever else lies there stays."""
+    for path in [folder, *(folder.iterdir() if folder.is_dir() else ())]:
+        if path.is_dir() and not path.is_symlink() and (_ours(path) or (path / CLAIM).is_file()):
+            shutil.rmtree(path)
+    with suppress(OSError):
+        folder.rmdir()  # where nothing else is in it
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that killed processes left below a folder: their process is gone, and nothing writes."""
+    for path in folder.rglob(".*.tmp"):
+        number = re.fullmatch(r"\..+\.(\d+)(\.\w+)?\.tmp", path.name)
+        with suppress(OSError):
+            if number and not _runs(int(number[1])) and time.time() - path.stat().st_mtime > 10:
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

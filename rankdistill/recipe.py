@@ -299,6 +299,25 @@ def method_class(kind: str, name: str, where: str = "type") -> type[Any]:
     return typing.cast("type[Any]", getattr(importlib.import_module(module), class_name))
 
 
+# What a number is called says within which bounds it can work, in every method that has it.
+BOUNDS = {
+    name: bounds
+    for names, bounds in (
+        ("query_length document_length max_length", Field(ge=3, le=1 << 20)),  # tokens: [CLS] word [SEP]
+        ("window top", Field(ge=2)),
+        ("size quota rank_from rank_to k dimension iterations step passes batch_size concurrency", Field(ge=1)),
+        ("passage_tokens prompt_tokens max_tokens max_context token_budget queries_at_once logprobs", Field(ge=1)),
+        ("retries backoff threads query_terms document_terms k1 temperature power rate", Field(ge=0)),
+        ("scale blur mu timeout", Field(gt=0)),
+        ("dropout momentum", Field(ge=0, lt=1)),
+        ("b start end", Field(ge=0, le=1)),
+        ("relative_margin", Field(le=1)),
+        ("seed", Field(ge=0, lt=1 << 32)),
+    )
+    for name in names.split()
+}
+
+
 def parameters_model(cls: type[Any]) -> type[BaseModel]:
     """The class's constructor parameters as a pydantic model (unknown keys forbidden)."""
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
@@ -307,7 +326,11 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
         if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[name] = (hints.get(name, Any), default)
+        hint = hints.get(name, Any)
+        plain = {hint, *typing.get_args(hint)} & {int, float} and typing.get_origin(hint) is not Annotated
+        if name in BOUNDS and plain:
+            hint = Annotated[hint, BOUNDS[name]]
+        fields[name] = (hint, default)
     return create_model(
         cls.__name__,
         __config__=ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False),

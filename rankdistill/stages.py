@@ -9,7 +9,6 @@ disk is not made again, so a stage can be asked for alone, and a killed run goes
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -20,6 +19,8 @@ import yaml
 
 from rankdistill.artifacts import (
     Artifact,
+    check_file,
+    claim_folder,
     find_artifact,
     fingerprint,
     locked,
@@ -35,6 +36,7 @@ from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
 from rankdistill.systems import STUDENT as STUDENT
 from rankdistill.systems import UNTRAINED as UNTRAINED
 from rankdistill.systems import open_bm25, run_systems
+from rankdistill.upkeep import check_run, forget
 
 if TYPE_CHECKING:
     from rankdistill.evaluation.evaluate import SuiteEvaluation, System
@@ -90,7 +92,11 @@ class Workspace:
 
     def save_recipe(self) -> None:
         """The resolved recipe, which reproduces the run."""
-        write_atomically(self.path / RECIPE, yaml.safe_dump(self.recipe.resolved(), sort_keys=False))
+        check_file(self.path / RECIPE)
+        text = yaml.safe_dump(self.recipe.resolved(), sort_keys=False, allow_unicode=True)
+        write_atomically(
+            self.path / RECIPE, f"# Written by rankdistill, and again by each run into this folder.\n{text}"
+        )
 
     @cached_property
     def collection(self) -> Collection:
@@ -398,11 +404,23 @@ class Workspace:
             training.metric,
         )
 
+    def trained(self, name: str = STUDENT) -> Artifact:
+        """A trained student's artifact.
+
+        Raises:
+            RankdistillError: it has not been trained yet, or under other settings than the recipe's.
+        """
+        from rankdistill.students.provenance import check_student
+
+        artifact = open_artifact(self.student_folder(name), "student")
+        check_student(artifact, self.recipe_of(name), self.path)
+        return artifact
+
     def student(self, name: str = STUDENT) -> StudentModel:
         """A trained student, loaded; `untrained` is the one it started from, warmed up where the recipe says so.
 
         Raises:
-            RankdistillError: it has not been trained yet.
+            RankdistillError: it has not been trained yet, or under other settings than the recipe's.
         """
         recipe = self.recipe if name == UNTRAINED else self.recipe_of(name)
         maker = build("student", recipe.student.settings(), "student")
@@ -412,8 +430,7 @@ class Workspace:
             model: StudentModel = maker.create(device) if start is None else maker.open(start, device)
             model.prepare(self.collection, self.path / "prepared")  # as its training begins
         else:
-            artifact = open_artifact(self.student_folder(name), "student")
-            model = maker.open(artifact.path / "model", recipe.student_device)
+            model = maker.open(self.trained(name).path / "model", recipe.student_device)
         return model
 
     # -- index --------------------------------------------------------------------------------------------------------
@@ -507,7 +524,7 @@ class Workspace:
         own = query_encoder_folder(index) if index.manifest.get("quantizer") else None
         return DenseEngine(self._open_student(own) if own else student, index, name=str(index.path))
 
-    def _learned(self, specification: str) -> bool:
+    def learned(self, specification: str) -> bool:
         from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
         return isinstance(any_specification(specification), QuantizerSpecification)
@@ -526,7 +543,7 @@ class Workspace:
         from rankdistill.indexes.engines import exhaustive_engine, open_index, query_side
 
         opened = open_index(index, memory_map=memory_map) if index is not None else None
-        model = open_artifact(self.student_folder(STUDENT), "student").path / "model"
+        model = self.trained().path / "model"
         vectors = self._vectors_folder(STUDENT, self.collection)
         student = query_side(self.recipe.student.type, model, index, self.collection, vectors) or self.student()
         if opened is None:
@@ -572,8 +589,12 @@ class Workspace:
             return run_splits(collection, split, pool, training, self.recipe, folder)
 
         own = self.collection
+        folders = {name: self.student_folder(name) for name in (STUDENT, *self.recipe.baselines)}
+        students = {name: self.trained(name).fingerprint for name, path in folders.items() if path.is_dir()}
+        claim_folder(out)
+        options: dict[str, Any] = {"local": local, "fetch": fetch, "students": students}
         with locked(out):  # two processes would write one file of rankings
-            return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, local=local, fetch=fetch)
+            return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, **options)
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
         """The rows of a suite's table that this run can fill, made ready to search a collection."""
@@ -598,9 +619,9 @@ class Workspace:
         for name in (until, *force):
             if name not in STAGES:
                 raise UsageError(f"there is no stage {name!r}", fix=f"stages: {', '.join(STAGES)}")
-        self.index_files()  # one that the student cannot have is refused before hours of training
+        check_run(self)
         for name in force:
-            self._forget(name)
+            forget(self, name)
         self.save_recipe()
         result = None
         for name in STAGES[: STAGES.index(until) + 1]:
@@ -626,7 +647,7 @@ class Workspace:
                 self.train(student)
             done = ", ".join(students)
         elif name in ("quantize", "index"):
-            wanted = [one for one in self.index_files() if self._learned(one) == (name == "quantize")]
+            wanted = [one for one in self.index_files() if self.learned(one) == (name == "quantize")]
             if not wanted and name == "quantize":
                 return None  # no learned index in this recipe: not a stage of it
             student_model = self.student()
@@ -651,23 +672,6 @@ class Workspace:
             times = {}
         times[stage] = round(times.get(stage, 0.0) + seconds, 1)
         write_atomically(path, json.dumps(times, indent=2) + "\n")
-
-    def _forget(self, stage: str) -> None:
-        folders = {
-            "mine": ["candidates", "engines"],
-            "teach": [path.name for path in self.path.glob("teacher*") if path.is_dir()],
-            "score": ["lists", "dev-lists"],
-            "train": [STUDENT, "baselines"],
-            "quantize": [],
-            "index": ["indexes", "vectors"],
-            "evaluate": ["evaluation"],
-        }
-        for folder in folders[stage]:
-            shutil.rmtree(self.path / folder, ignore_errors=True)
-        if stage == "quantize":
-            for specification in filter(self._learned, self.recipe.indexes):
-                for path in (self.path / "indexes").rglob(f"{self.index_file(specification).name}*"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def unplaced(settings: Any) -> Any:

@@ -14,17 +14,24 @@ import pytest
 from forked import Forked
 
 from rankdistill.artifacts import (
+    SMALL,
     cache_dir,
+    check_file,
+    check_place,
+    claim_folder,
+    damaged_file,
     disk_errors,
     file_digest,
     find_artifact,
     fingerprint,
     locked,
     open_artifact,
+    remove_artifacts,
+    remove_leftovers,
     write_artifact,
     write_atomically,
 )
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
 
 
 def write(path: Path, print_: str = "abc", resume: bool = False, content: str = "text") -> None:
@@ -104,7 +111,7 @@ def test_a_fingerprint_depends_on_content_alone() -> None:
     different = [{"a": 1}, {"a": "1"}, {"a": 1.5}, {"a": [1]}, {"b": 1}, [], {}, None, "", [["a", 1]]]
     assert len({fingerprint(value) for value in different}) == len(different)
     # The same in every process, whatever Python's hash seed: it names files that outlive them.
-    code = "from rankdistill.artifacts import fingerprint; print(fingerprint({'a': 1, 'b': {'c', }}))"
+    code = "from rankdistill.artifacts import fingerprint; print(fingerprint({'a': 1, 'b': ['c']}))"
     prints = {
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True
@@ -214,3 +221,191 @@ def test_a_kill_at_any_moment_leaves_a_whole_artifact_or_none(tmp_path: Path) ->
     assert open_artifact(path).fingerprint == "last"
     left = {entry.name for entry in tmp_path.iterdir()}
     assert left == {"a", ".a.lock", "out"}  # the next whole one sweeps up after the killed
+
+
+# -- what is not ours -------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "thesis": {"notes.txt": "mine"},
+    "extension": {"manifest.json": '{"kind": "extension", "fingerprint": "x"}', "code.js": "1"},
+    "broken": {"manifest.json": "{", "code.js": "1"},
+    "nested": {"deep/er/notes.txt": "mine"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_folder_of_another_origin_is_never_replaced(tmp_path: Path, name: str) -> None:
+    for file, content in OTHERS[name].items():
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).write_text(content)
+    with pytest.raises(UsageError, match="there is a folder here that rankdistill did not write"):
+        write(tmp_path / name)
+    with pytest.raises(UsageError, match="did not write"):
+        claim_folder(tmp_path / name)
+    remove_artifacts(tmp_path / name)
+    assert {file: (tmp_path / name / file).read_text() for file in OTHERS[name]} == OTHERS[name]
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_what_comes_there_while_an_artifact_is_written_stays(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UsageError, match="did not write"),
+        write_artifact(tmp_path / "a", kind="thing", fingerprint="abc", settings={}),
+    ):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+
+
+def test_new_empty_and_own_places_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "new"):
+        write(tmp_path / name)
+        check_place(tmp_path / name)
+    claim_folder(tmp_path / "results")
+    (tmp_path / "results" / "table.md").write_text("ours")
+    claim_folder(tmp_path / "results")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="there is a file here"):
+        write(tmp_path / "file")
+
+
+def test_a_file_is_written_over_only_where_it_is_ours(tmp_path: Path) -> None:
+    file = tmp_path / "table.md"
+    check_file(file)
+    file.write_text("")
+    check_file(file)
+    file.write_text("| a |\n" * 10_000 + "<!-- written by rankdistill -->")
+    check_file(file)
+    file.write_text("my notes")
+    with pytest.raises(UsageError, match="there is a file here that rankdistill did not write"):
+        check_file(file)
+    check_file(file, ours=True)
+    with pytest.raises(UsageError, match="there is a folder here, and a file is to be written"):
+        check_file(tmp_path)
+
+
+def test_removing_artifacts_leaves_what_lies_beside_them(tmp_path: Path) -> None:
+    write(tmp_path / "engines" / "bm25-1")
+    (tmp_path / "engines" / "notes.txt").write_text("mine")
+    write(tmp_path / "lists")
+    remove_artifacts(tmp_path / "engines")
+    remove_artifacts(tmp_path / "lists")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["engines", "notes.txt"]
+
+
+@pytest.mark.parametrize("place", ["/dev/null/below", "/proc/below", "file/below"])
+def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RankdistillError, match=r"cannot write|did not write|No such file") as caught:
+        write(Path(place) if place.startswith("/") else tmp_path / place)
+    assert "where" in str(caught.value)
+
+
+def test_leftovers_of_processes_that_are_gone_are_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = {
+        f".part-1.parquet.{gone.pid}.tmp": False,
+        f".part-2.parquet.{os.getpid()}.tmp": True,  # its process runs
+        ".notes.tmp": True,
+        "data.tmp": True,
+    }
+    for name in names:
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f".fresh.{gone.pid}.tmp").write_text("another machine may be writing it")
+    remove_leftovers(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
+    assert (tmp_path / f".fresh.{gone.pid}.tmp").exists()
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [100, SMALL + 100])
+def test_a_flipped_bit_is_found_when_an_artifact_is_used(
+    tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with write_artifact(tmp_path / "a", kind="thing", fingerprint="abc", settings={}) as writer:
+        (writer.path / "in").mkdir()
+        (writer.path / "in" / "file").write_bytes(b"x" * size)
+    artifact = open_artifact(tmp_path / "a")
+    assert damaged_file(artifact, thorough=True) is None
+    with open(tmp_path / "a/in/file", "r+b") as stream:
+        stream.seek(50)
+        stream.write(b"y")
+    assert damaged_file(artifact) == damaged_file(artifact, thorough=True) == "in/file"
+    with pytest.raises(RankdistillError, match="a file of this thing artifact is damaged") as caught:
+        open_artifact(tmp_path / "a")
+    assert "in/file" in str(caught.value.where) and "delete" in str(caught.value.fix)
+    assert find_artifact(tmp_path / "a", "thing", "abc") is None  # and so it is made again
+    assert "it is made again" in capsys.readouterr().err
+    (tmp_path / "a/in/file").unlink()
+    assert damaged_file(artifact) == "in/file"
+
+
+def test_a_change_whose_time_was_put_back_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * (SMALL + 1))
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    stat = path.stat()
+    time.sleep(2.1)  # since its last change of any kind: now it is remembered
+    before = file_digest(path)
+    assert any((cache_dir() / "digests").iterdir())
+    path.write_bytes(b"b" * (SMALL + 1))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and file_digest(path) != before
+
+
+def test_an_emptied_memory_of_digests_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * (SMALL + 1))
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    time.sleep(2.1)
+    digest = file_digest(path)
+    for remembered in (cache_dir() / "digests").iterdir():
+        remembered.write_text("")
+    assert file_digest(path) == digest
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKDISTILL_CACHE", "/dev/null/cache")
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * (SMALL + 1))
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    time.sleep(2.1)
+    assert len(file_digest(path)) == 64
+
+
+def test_everything_is_on_the_disk_before_an_artifact_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def noted_sync(descriptor: int) -> None:
+        order.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        sync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        order.append(f"rename {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", noted_sync)
+    monkeypatch.setattr("os.replace", noted_replace)
+    with write_artifact(tmp_path / "a", kind="thing", fingerprint="abc", settings={}) as writer:
+        (writer.path / "in").mkdir()
+        (writer.path / "in" / "file").write_text("x")
+    whole = order.index("rename a")
+    before = order[:whole]
+    assert {"sync file", "sync in", "sync .a.abc.partial"} <= set(before)
+    assert before.index("sync file") < before.index("rename manifest.json")
+    assert order[whole + 1] == f"sync {tmp_path.name}"
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"x", float("nan"), {"a": float("inf")}])
+def test_what_is_no_plain_value_has_no_fingerprint(value: object) -> None:
+    with pytest.raises(RankdistillError, match="no fingerprint"):
+        fingerprint(["settings", value])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.report import report
 from rankdistill.recipe import load_recipe
 from rankdistill.stages import STAGES, Workspace
 
@@ -166,3 +167,125 @@ def test_a_recipe_without_a_teacher_trains_on_labels(values: dict[str, Any], tmp
     result = workspace.run()
     assert result is not None and "student" in result.macro and "teacher" not in result.macro
     assert not (tmp_path / "store").exists()
+
+
+# -- what is not ours, and what is another recipe's -------------------------------------------------------------------
+
+PLACES = [
+    "student", "lists", "teacher", "dev-lists", "candidates/train", "engines/own", "vectors/student-facts",
+    "baselines/labels", "prepared/own",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("force", [[], list(STAGES)])
+def test_a_run_deletes_no_folder_of_the_user(
+    values: dict[str, Any], tmp_path: Path, place: str, force: list[str]
+) -> None:
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="there is a folder here that rankdistill did not write") as caught:
+        Workspace(tmp_path, load_recipe(values), tmp_path / "store").run("mine", force)
+    assert place in str(caught.value.where)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "indexes/flat.faiss"])
+def test_a_run_writes_over_no_file_of_the_user(values: dict[str, Any], tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("collection: mine")
+    with pytest.raises(UsageError, match="there is a file here that rankdistill did not write"):
+        Workspace(tmp_path, load_recipe(values), tmp_path / "store").run("mine")
+    assert (tmp_path / file).read_text() == "collection: mine"
+
+
+def test_forcing_a_stage_leaves_what_lies_beside_its_artifacts(reopen: Open) -> None:
+    workspace = reopen()
+    for folder in ("engines", "indexes", "vectors"):
+        (workspace.path / folder / "notes.txt").write_text("mine")
+    workspace.run("mine", force=["mine", "index"])
+    assert not (workspace.path / "indexes" / "flat.faiss").exists()
+    assert len(list(workspace.path.rglob("notes.txt"))) == 3
+
+
+def test_an_evaluation_is_written_into_a_folder_of_its_own(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "paper.tex").write_text("mine")
+    with pytest.raises(UsageError, match="did not write"):
+        Workspace(done / "run", store=done / "store").evaluate(out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["paper.tex"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluation.suite=nonsense", "no shipped declaration 'nonsense'"),
+        ("training.metric=ndgc@10", "there is no metric 'ndgc@10'"),
+        ("indexes=[nonsense]", "no shipped declaration 'nonsense'"),
+    ],
+)
+def test_what_can_only_fail_fails_first(values: dict[str, Any], tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Workspace(tmp_path / "run", load_recipe(values, [override]), tmp_path / "store").run("mine")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.steps=3", "training.steps was 4, it is 3"),
+        ("student.document_length=16", "student.document_length was 256, it is 16"),
+        ("candidates.depth=5", "candidates.depth was 6, it is 5"),
+        ("teacher.max_length=9", "teacher.max_length was None, it is 9"),
+        ("seed=7", "seed was 42, it is 7"),
+    ],
+)
+def test_a_student_is_not_shown_under_another_recipe(reopen: Open, override: str, words: str) -> None:
+    workspace = reopen(override)
+    workspace.run("mine")  # saves the new recipe
+    again = Workspace(workspace.path, store=workspace.store_path)
+    for use in (again.student, again.engine, again.evaluate, lambda: again.index("flat"), lambda: report(again.path)):
+        with pytest.raises(RankdistillError, match="trained under other settings") as caught:
+            use()
+        assert words in caught.value.what and "rankdistill run" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    "override", ["name=other", "training.log_every=3", "training.device=cpu", "evaluation.depth=5", "indexes=[sq8]"]
+)
+def test_a_student_is_opened_where_what_changed_decides_nothing(reopen: Open, override: str) -> None:
+    workspace = reopen(override)
+    workspace.save_recipe()
+    assert Workspace(workspace.path).student() is not None
+
+
+def test_a_student_is_opened_where_its_encoder_is_gone(reopen: Open) -> None:
+    workspace = reopen("student.model=/gone/encoder", "training.steps=4")
+    workspace.save_recipe()
+    assert Workspace(workspace.path).student() is not None
+
+
+def test_a_report_shows_no_figures_of_an_earlier_student(reopen: Open) -> None:
+    workspace = reopen("training.steps=3")
+    workspace.run("train")
+    with pytest.raises(RankdistillError, match="was trained again after this evaluation"):
+        report(workspace.path)
+
+
+@pytest.mark.parametrize("part", ["batch_teacher", "batches"])
+def test_other_weights_of_a_model_that_training_reads_train_anew(
+    values: dict[str, Any], tmp_path: Path, part: str
+) -> None:
+    """The batch teacher's and the topics' encoder decide the student as its own does, by weights and not by path."""
+    from rankdistill.training.trainer import training_fingerprint_values
+
+    encoder = tmp_path / "encoder"
+    shutil.copytree(values["student"]["model"], encoder)
+    kinds = {"batch_teacher": {"type": "dense"}, "batches": {"type": "topic_batches"}}
+    recipe = load_recipe(values, [f"training.{part}={{type: {kinds[part]['type']}, model: {encoder}}}"])
+    before = training_fingerprint_values(recipe, {})
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
+    assert training_fingerprint_values(recipe, {}) != before
+    shutil.copytree(encoder, tmp_path / "moved")
+    moved = load_recipe(values, [f"training.{part}={{type: {kinds[part]['type']}, model: {tmp_path / 'moved'}}}"])
+    assert training_fingerprint_values(moved, {}) == training_fingerprint_values(recipe, {})

@@ -169,12 +169,16 @@ def mine(
 ) -> None:
     """Mine candidates for a collection's queries."""
     _begin(quiet, device)
+    from rankdistill.artifacts import check_file, check_place
     from rankdistill.collections import open_collection
     from rankdistill.indexes.mining import Source, export_trec
     from rankdistill.indexes.mining import mine as mine_candidates
     from rankdistill.recipe import build
 
     settings = [build("source", text, "--source") for text in source or ["{type: bm25}"]]
+    check_place(out / "candidates")
+    if trec is not None:
+        check_file(trec)
     opened = open_collection(spec)
     sources = [Source.of(one, opened, out / "engines") for one in settings]
     artifact = mine_candidates(
@@ -216,6 +220,7 @@ def score(
 ) -> None:
     """Score candidates with a teacher, or import scores; they go to the store, each pair once."""
     _begin(quiet, device)
+    from rankdistill.artifacts import check_file
     from rankdistill.cli.spending import limited, print_estimate
     from rankdistill.collections import open_collection
     from rankdistill.recipe import build
@@ -224,6 +229,8 @@ def score(
     from rankdistill.teachers.recorded import import_scores
     from rankdistill.teachers.scoring import score_candidates
 
+    if out is not None:
+        check_file(out)
     opened = open_collection(spec)
     if imported is not None:
         scores = import_scores(imported, form, opened, ScoreStore(store), kind)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rankdistill.artifacts import file_digest, write_atomically
+from rankdistill.artifacts import check_file, file_digest, write_atomically
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import Evaluation, Row, environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
@@ -136,6 +136,7 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
         UsageError: an unknown form.
     """
     from rankdistill.evaluation import table
+    from rankdistill.evaluation.table import SIGNED
 
     if form not in FORMS:
         raise UsageError(f"there is no format {form!r}", where="format", fix=f"choose {', '.join(FORMS)}")
@@ -153,7 +154,8 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
     else:
         text = table.plain_tables(shown) + "\n"
     if out is not None:
-        write_atomically(out, text)
+        check_file(out)
+        write_atomically(out, text + SIGNED.get(form, ""))
         say(f"written to {out}")
     elif form == "text":
         table.print_tables(shown)

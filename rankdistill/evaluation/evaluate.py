@@ -557,6 +557,7 @@ class SuiteEvaluation:
         macro: system → metric → mean over the sets (a group of sets counts as one); only of systems that were measured
             on every set found.
         missing: sets that were not evaluated, with the reason.
+        students: name → fingerprint of the trained students that were measured.
     """
 
     suite: str
@@ -566,6 +567,7 @@ class SuiteEvaluation:
     macro: dict[str, dict[str, float]] = field(default_factory=dict)
     macro_sets: int = 0
     published: list[dict[str, Any]] = field(default_factory=list)
+    students: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
 
     def __repr__(self) -> str:
@@ -581,6 +583,7 @@ class SuiteEvaluation:
             "macro_sets": self.macro_sets,
             "missing": self.missing,
             "published": self.published,
+            "students": self.students,
             "sets": [one.to_json() for one in self.sets],
         }
 
@@ -598,6 +601,7 @@ def evaluate_suite(
     local: str | Path | None = None,
     fetch: bool = True,
     opener: Callable[[str], Any] | None = None,
+    students: Mapping[str, str] | None = None,
 ) -> SuiteEvaluation:
     """Evaluate every set of a suite that can be found; the others are listed as missing with the reason.
 
@@ -606,6 +610,7 @@ def evaluate_suite(
         splits_for: (collection, split) → how its queries are parted into interpolation and extrapolation.
         out: each set is written to `out/SET`, the whole to `out/results.json` and `out/results.md`.
         own, local, fetch, opener: where sets are found, see `suites.locate`.
+        students: name → fingerprint of the trained students that the systems are made of.
 
     Raises:
         RankdistillError: no set of the suite was found.
@@ -631,6 +636,7 @@ def evaluate_suite(
             fix="give a folder of sets in BEIR layout (--local DIR), or connect to the network",
         )
     result = SuiteEvaluation(suite.name, list(suite.metrics), evaluations, missing, path=out)
+    result.students = dict(students or {})
     result.macro = macro_average(evaluations, groups)
     result.macro_sets = len(set(groups.values()))
     if not missing:

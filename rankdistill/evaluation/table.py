@@ -454,6 +454,14 @@ def _tex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in text)
 
 
+# Below what is written to a file of the user's choice: by it the file is known as ours, and may be written again.
+SIGNED = {
+    "markdown": "\n<!-- written by rankdistill -->\n",
+    "latex": "\n% written by rankdistill\n",
+    "text": "\nwritten by rankdistill\n",
+}
+
+
 def print_tables(
     evaluation: Evaluation | SuiteEvaluation | Sequence[Table], stream: TextIO | None = None, width: int | None = None
 ) -> None:

@@ -18,6 +18,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.faiss_index import (
     FaissIndex,
     apply_search,
+    check_out_file,
     manifest_if_whole,
     parts,
     publish_index,
@@ -67,6 +68,7 @@ def build_index(
         raise RankdistillError(f"there is nothing to index: vectors of shape {list(vectors.shape)}")
     decided = ["faiss", specification.model_dump(exclude={"name", "description"}), vectors_fingerprint]
     wanted = fingerprint(decided if trained_by is None else [*decided, trained_by.fingerprint])
+    check_out_file(out_file)
     with locked(out_file):
         if vectors_fingerprint and manifest_if_whole(out_file).get("fingerprint") == wanted:
             return FaissIndex.open(out_file)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import disk_errors, fingerprint, library_versions, write_atomically
+from rankdistill.artifacts import check_file, disk_errors, file_digest, fingerprint, library_versions, write_atomically
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Encoder, Hits, Vectors, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.specification import IndexSpecification, SearchSettings
@@ -42,6 +42,11 @@ def ids_file(path: str | Path) -> Path:
 
 def manifest_file(path: str | Path) -> Path:
     return Path(f"{path}.json")
+
+
+def check_out_file(path: str | Path) -> None:
+    """Refuse to write an index over a file that is none of ours; see `check_file`."""
+    check_file(path, ours=manifest_file(path).is_file())
 
 
 def _temporary(path: Path) -> Path:
@@ -85,6 +90,7 @@ def publish_index(
     """
     import faiss
 
+    check_out_file(out_file)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     temporary, temporary_ids = (_temporary(path) for path in (out_file, ids_file(out_file)))
     try:
@@ -214,7 +220,7 @@ class FaissIndex:
 
     @property
     def fingerprint(self) -> str:
-        made = str(self.manifest.get("fingerprint") or fingerprint([str(self.path), self.bytes]))
+        made = str(self.manifest.get("fingerprint") or fingerprint(["foreign index", file_digest(self.path)]))
         # Tuned later: still made from the same, but it finds other documents.
         return fingerprint([made, self.specification.search.model_dump()]) if self.manifest.get("tuned") else made
 

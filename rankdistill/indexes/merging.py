@@ -22,6 +22,7 @@ from rankdistill.indexes.assembly import add_codes, parts_of
 from rankdistill.indexes.faiss_index import (
     FaissIndex,
     apply_search,
+    check_out_file,
     ids_file,
     parts,
     publish_index,
@@ -49,6 +50,7 @@ def merge_indexes(files: Sequence[str | Path], out_file: str | Path, *, collecti
     if out_file.resolve() in {Path(file).resolve() for file in files}:
         raise UsageError("the merged index would replace one of its shards", where=str(out_file), fix="another --out")
     shards = [FaissIndex.open(file, memory_map=True) for file in files]
+    check_out_file(out_file)
     first = shards[0]
     for shard in shards[1:]:
         _check_alike(first, shard)

@@ -207,7 +207,7 @@ def mine(
         return open_artifact(out, "candidates")
 
 
-def export_trec(candidates: Artifact, path: str | Path, tag: str = "candidates") -> None:
+def export_trec(candidates: Artifact, path: str | Path, tag: str = "rankdistill") -> None:
     """Write candidates as a TREC run file, streaming."""
     write_trec(iter_run(candidates.path / FILE), path, tag)
 

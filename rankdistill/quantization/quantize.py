@@ -38,7 +38,7 @@ from rankdistill.indexes.assembly import IndexParts, add_codes, assemble_index, 
 from rankdistill.indexes.base import Vectors, allocate_array
 from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
 from rankdistill.indexes.dense import DenseEngine, ExactIndex, iter_doc_ids
-from rankdistill.indexes.faiss_index import FaissIndex, apply_search, manifest_if_whole, publish_index
+from rankdistill.indexes.faiss_index import FaissIndex, apply_search, check_out_file, manifest_if_whole, publish_index
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
@@ -108,6 +108,7 @@ def quantize(
         "queries": queries_fingerprint or (queries.digest() if queries is not None else ""),
         "student": student_fingerprint if specification.query == "encoder" else "",
     }
+    check_out_file(out_file)
     with locked(out_file):
         trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student)
         wanted = fingerprint([values, specification.refine, specification.search.model_dump()])

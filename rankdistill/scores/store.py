@@ -29,6 +29,7 @@ from rankdistill.artifacts import (
     MANIFEST,
     SCHEMA_VERSION,
     cache_dir,
+    check_file,
     disk_errors,
     fingerprint,
     locked,
@@ -327,7 +328,8 @@ class TeacherScores:
         """
         pairs = 0
         file = Path(file)
-        metadata = self.metadata
+        check_file(file)
+        metadata = self.metadata | {"written_by": "rankdistill"}
         if calibrator is not None:
             metadata |= {"score_kind": "probability", "teacher": fingerprint([self.teacher, str(calibrator)])}
         schema = SCHEMA.with_metadata(metadata)
@@ -336,6 +338,8 @@ class TeacherScores:
         documents: list[str] = []
         parts: list[np.ndarray] = []
         try:
+            with disk_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
             with disk_errors(file), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
 
                 def write() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
@@ -42,7 +44,7 @@ class EnsembleTeacher:
         normalisation: Normalisation = "z_score",
         aggregation: Aggregation = "mean",
         weights: list[float] | None = None,
-        temperature: float = 1.0,
+        temperature: Annotated[float, Field(gt=0)] = 1.0,
         scale: float = 1.0,
         missing: Missing = "average",
         calibration: Method = "platt",

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from rankdistill.artifacts import (
+    SCHEMAS,
     Artifact,
     ArtifactWriter,
-    file_digest,
     fingerprint,
+    open_artifact,
     partial_folder,
     write_artifact,
 )
@@ -42,6 +43,7 @@ from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.base import Student, StudentModel, to_device
 from rankdistill.students.dense import ALIGNED
 from rankdistill.students.models import SETTINGS_FILE, resolve_model
+from rankdistill.students.provenance import DECIDES_NOTHING, deciding, with_revisions
 from rankdistill.students.sparse import SparseModel
 from rankdistill.students.token_batches import autocast, free_memory, resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher
@@ -56,7 +58,6 @@ from rankdistill.training.sparsity import SparsityWatch
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-DECIDES_NOTHING = {"device", "log_every", "loader_processes", "agreement_queries"}  # settings; the student is the same
 LOG = "log.jsonl"
 MODEL = "model"
 BEST = "best"
@@ -417,8 +418,8 @@ def train_student(
             _finish(trainer, recipe, artifact)
             artifact.counts = {"lists": len(members), "steps": steps, "documents_a_list": stream.documents.size}
             card = model_card(recipe, collection, artifact.counts, artifact.notes)
-            (work / MODEL / "README.md").write_text(card)
-    return Artifact(out, json.loads((out / "manifest.json").read_text()))
+            (work / MODEL / "README.md").write_text(card, encoding="utf-8")
+    return open_artifact(out, "student")
 
 
 def _batch_model(settings: dict[str, Any], device: torch.device) -> StudentModel:
@@ -490,6 +491,7 @@ def _finish(trainer: StudentTrainer, recipe: Recipe, artifact: ArtifactWriter) -
         "dev_metric": str(dev) if dev else None,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "precision": resolve_precision(student.device, recipe.training.precision),
+        "recipe": deciding(recipe),
     }
     if trainer.agreement is not None and dev is not None:
         artifact.notes[AGREEMENT] = curve(history, AGREEMENT)
@@ -565,18 +567,19 @@ def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
 def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides a trained student: the weights it starts from (not where they lie), its lists and its dev set."""
     student = recipe.student.settings()
-    for key in ("model", "document_model", "query_model"):
-        if student.get(key):
-            student[key] = resolve_model(student[key]).revision
-    if student.get("idf") and Path(student["idf"]).expanduser().is_file():
-        student["idf"] = file_digest(Path(student["idf"]).expanduser())
     if student["type"] in ALIGNED:
         student.pop("warm_up")  # the start it gives is among the inputs
     student.pop("document_vectors", None)  # where they lie; the document model decides what they are
     training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
-    if training["batch_teacher"] is not None:
-        training["batch_teacher"]["model"] = resolve_model(training["batch_teacher"]["model"]).revision
-    return {"seed": recipe.seed, "student": student, "training": training, **inputs}
+    training["precision"] = resolve_precision(resolve_device(recipe.student_device), recipe.training.precision)
+    schema = {"schema": SCHEMAS["student"]} if "student" in SCHEMAS else {}
+    return {
+        **schema,
+        "seed": recipe.seed,
+        "student": with_revisions(student),
+        "training": with_revisions(training),
+        **inputs,
+    }
 
 
 def training_arguments(recipe: Recipe, steps: int, folder: Path) -> TrainingArguments:

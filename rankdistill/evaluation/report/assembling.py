@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankdistill import __version__
-from rankdistill.artifacts import disk_errors, write_atomically
+from rankdistill.artifacts import check_file, disk_errors, write_atomically
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.report import making, sections
 from rankdistill.evaluation.report.data import RunData, read_run_data
 from rankdistill.evaluation.report.findings import metric_name
 from rankdistill.evaluation.report.html import Content, Markup, join, page, tag
 from rankdistill.evaluation.report.queries import Queries, collect_queries
+from rankdistill.evaluation.table import SIGNED
 from rankdistill.evaluation.table import latex as latex_tables
 from rankdistill.evaluation.table import markdown as markdown_tables
 
@@ -65,10 +66,17 @@ def report(
     path = Path(out) if out is not None else Path(run) / FILE
     if path.is_dir():
         raise RankdistillError("this is a folder", where=str(path), fix=f"name a file: --out {path / FILE}")
+    for target in (path, markdown, latex):
+        if target is not None:
+            check_file(target)
     found = [collect_queries(data, one) for one in data.sets]
     tables = markdown_tables(data.suite), latex_tables(data.suite)
     text = _page(data, found, *tables)
-    for target, content in ((path, text), (markdown, tables[0]), (latex, tables[1])):
+    for target, content in (
+        (path, text),
+        (markdown, tables[0] + SIGNED["markdown"]),
+        (latex, tables[1] + SIGNED["latex"]),
+    ):
         if target is not None:
             with disk_errors(target):
                 write_atomically(target, content)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from rankdistill.artifacts import Artifact
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
 from rankdistill.evaluation.significance import Significance
-from rankdistill.recipe import read_yaml
+from rankdistill.recipe import Recipe, check_values, read_yaml
+from rankdistill.students.provenance import check_student
 
 TEACHER = "teacher"
 BM25 = "BM25"
@@ -139,6 +141,7 @@ def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
     chosen = _chosen(folder, recipe, suite, missing)
     evaluated = _suite(chosen)
     sets = [_set(chosen, one, missing) for one in evaluated.sets]
+    _check_students(folder, recipe, evaluated)
     trained = [_student(name, path, missing) for name, path in _student_folders(folder, recipe)]
     students = [one for one in trained if one is not None]
     times = _json(folder / "times.json", missing, "how long the stages took (times.json)") or {}
@@ -149,6 +152,23 @@ def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
     }
     missing += [f"the set {entry['set']} was not evaluated: {entry['reason']}" for entry in evaluated.missing]
     return RunData(folder, dict(recipe), evaluated, sets, students, times, manifests, missing)
+
+
+def _check_students(folder: Path, values: Mapping[str, Any], evaluated: SuiteEvaluation) -> None:
+    """Refuse a page that shows students under a recipe, or figures of students, that are not theirs."""
+    recipe = check_values(Recipe, values, str(folder / "recipe.yaml"))
+    for name, path in _student_folders(folder, values):
+        manifest = _json(path / "manifest.json", [], "")  # what is absent or damaged is noted elsewhere
+        if manifest is None or "fingerprint" not in manifest:
+            continue
+        student = Artifact(path, manifest)
+        check_student(student, recipe if name == "student" else recipe.baseline(name), folder)
+        if evaluated.students.get(name, student.fingerprint) != student.fingerprint:
+            raise RankdistillError(
+                f"the student {name!r} was trained again after this evaluation",
+                where=str(evaluated.path),
+                fix=f"rankdistill evaluate {folder}, then report",
+            )
 
 
 def _chosen(folder: Path, recipe: Mapping[str, Any], suite: str | None, missing: list[str]) -> Path:

@@ -1,0 +1,101 @@
+"""What a student was trained under, so that it is not shown as another recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankdistill.artifacts import Artifact, file_digest
+from rankdistill.errors import RankdistillError
+from rankdistill.recipe import Recipe
+from rankdistill.students.models import resolve_model
+
+MODELS = ("model", "document_model", "query_model")
+FILES = ("file", "idf", "orders", "unlabelled")
+# Where and how fast something is computed, and how it is told; the student is the same.
+DECIDES_NOTHING = {"device", "log_every", "loader_processes", "agreement_queries"}
+ELSEWHERE = DECIDES_NOTHING | {
+    "base_url", "concurrency", "timeout", "retries", "backoff", "budget", "prices", "queries_at_once", "batch_size",
+    "token_budget", "api_key_env", "document_vectors",
+}  # fmt: skip
+
+
+def with_revisions(values: Any, *, strict: bool = True) -> Any:
+    """Settings with every model below them replaced by the digest of its files, and every file by that of its bytes.
+
+    Args:
+        strict: a model that is not there is an error; otherwise it is None.
+    """
+    if isinstance(values, Mapping):
+        return {key: _revision(key, value, strict) for key, value in values.items()}
+    return [with_revisions(one, strict=strict) for one in values] if isinstance(values, list) else values
+
+
+def _revision(key: str, value: Any, strict: bool) -> Any:
+    if not isinstance(value, str) or not value:
+        return with_revisions(value, strict=strict)
+    if key in MODELS:
+        try:
+            return resolve_model(value).revision
+        except RankdistillError:
+            if strict:
+                raise
+            return None
+    if key in FILES and Path(value).expanduser().is_file():
+        return file_digest(Path(value).expanduser())
+    return value
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides its student: no paths, but digests of what lies there (None where nothing does)."""
+    values = recipe.resolved()
+    kept = {key: _without(values[key], ELSEWHERE) for key in ("seed", "candidates", "teacher", "student", "training")}
+    for key in FILES:  # one that is gone is not compared
+        _forget_paths(kept, key)
+    found: dict[str, Any] = with_revisions(kept, strict=False)
+    return found
+
+
+def _without(values: Any, names: set[str]) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _without(value, names) for key, value in values.items() if key not in names}
+    return [_without(one, names) for one in values] if isinstance(values, list) else values
+
+
+def _forget_paths(values: Any, name: str) -> None:
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        _forget_paths(value, name)
+    given = values.get(name) if isinstance(values, dict) else None
+    if isinstance(given, str) and "/" in given and not Path(given).expanduser().is_file():
+        values[name] = None
+
+
+def check_student(artifact: Artifact, recipe: Recipe, run: Path) -> None:
+    """Refuse a trained student that another recipe made than the one of its run.
+
+    Raises:
+        RankdistillError: a setting that decides it is another one now.
+    """
+    made = artifact.manifest.get("recipe")
+    changed = _difference(made, deciding(recipe)) if made is not None else None
+    if changed is not None:
+        where, before, now = changed
+        raise RankdistillError(
+            f"trained under other settings than the run's recipe has: {where} was {before}, it is {now}",
+            where=str(artifact.path),
+            fix=f"rankdistill run {run / 'recipe.yaml'} --out {run} trains it anew; or run with the old settings",
+        )
+
+
+def _difference(before: Any, now: Any, way: str = "") -> tuple[str, Any, Any] | None:
+    """The first key that both have with another value. None is a model or file that was not there to be looked at."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        pairs = [(key, before[key], now[key]) for key in before if key in now]  # another version may have more
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(str(number), *pair) for number, pair in enumerate(zip(before, now, strict=True))]
+    else:
+        unknown = way.rpartition(".")[2] in (*MODELS, *FILES) and None in (before, now)
+        return None if before == now or unknown else (way, before, now)
+    dotted = ((f"{way}.{key}" if way else str(key), one, other) for key, one, other in pairs)
+    return next((found for one in dotted if (found := _difference(one[1], one[2], one[0]))), None)
