@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,12 +49,19 @@ def test_lists_join_candidates_scores_and_labels(tiny_collection: Collection, tm
     assert [item.query_id for item in lists] == ["q-iron", "q-gold"]
 
 
+def unsealed(folder: Path) -> None:
+    """Take the digests out of the manifest, as of lists that another program wrote."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "files": {}}))
+
+
 def test_damaged_and_foreign_lists_are_refused(tiny_collection: Collection, tmp_path: Path) -> None:
     given = {"q-iron": {"d-iron": 3.0, "d-gold": -1.0}}
     out = tmp_path / "lists"
     build(tiny_collection, out, given)
     assert len(ScoredLists.open(out, tiny_collection)) == 1
     scores = np.load(out / "scores.npy")
+    unsealed(out)
     np.save(out / "scores.npy", scores * np.nan)
     with pytest.raises(RankdistillError, match="q-iron"):
         ScoredLists.open(out)
@@ -105,9 +113,11 @@ def test_lists_of_an_ensemble_hold_its_disagreement(
     assert not (tmp_path / "one" / "disagreement.npy").exists()
 
     values = np.load(tmp_path / "lists" / "disagreement.npy")
+    unsealed(tmp_path / "lists")
     np.save(tmp_path / "lists" / "disagreement.npy", values * np.nan)
     with pytest.raises(RankdistillError, match="a disagreement is nan"):
         ScoredLists.open(tmp_path / "lists")
+    unsealed(tmp_path / "lists")
     np.save(tmp_path / "lists" / "disagreement.npy", values[:2])
     with pytest.raises(RankdistillError, match="differ in length"):
         ScoredLists.open(tmp_path / "lists")
