@@ -171,7 +171,11 @@ class Training(Section):
 class Alignment(Section):
     """A student's vectors brought near to a teacher's before it learns from lists; see training/warm_up.py."""
 
-    teacher: Student | None = Field(None, description="the encoder that the student was cut from unless given")
+    teacher: Student | Literal["student"] | None = Field(
+        None,
+        description="a model; `student`, in a baseline: the run's trained student; the encoder that this one was cut "
+        "from unless given",
+    )
     documents: int = Field(20_000, ge=2, description="documents read at most, each giving a pseudo-query too")
     batch_size: int = Field(32, ge=1, description="queries a step, with twice as many documents")
     steps: int | None = Field(None, ge=1, description="optimiser steps; instead of epochs")
@@ -183,9 +187,10 @@ class Alignment(Section):
 
     @field_validator("teacher")
     @classmethod
-    def _checked(cls, teacher: Method | None) -> Method | None:
-        checked = check_method("student", teacher.settings(), "student.warm_up.teacher") if teacher else None
-        return Method.model_validate(checked) if checked else None
+    def _checked(cls, teacher: Method | Literal["student"] | None) -> Method | Literal["student"] | None:
+        if not isinstance(teacher, Method):
+            return teacher
+        return Method.model_validate(check_method("student", teacher.settings(), "student.warm_up.teacher"))
 
 
 class Extrapolation(Section):

@@ -257,7 +257,7 @@ class Workspace:
             inputs["teacher"] = self.teacher.fingerprint()
         with locked(path):
             settings = self.recipe.candidates
-            look = {"negatives_below": settings.negatives_below, "extra_positives": settings.extra_positives}
+            look: dict[str, Any] = {name: getattr(settings, name) for name in ("negatives_below", "extra_positives")}
             look = {key: value for key, value in look.items() if value and self.recipe.teacher is not None}
             expected = lists_fingerprint(self.collection, self.labels, inputs, look)
             if find_artifact(path, "lists", expected) is None:
@@ -364,7 +364,18 @@ class Workspace:
         student = recipe.student.settings()
         if student["type"] not in ALIGNED or not student["warm_up"]:
             return None
-        return WarmUpTraining(recipe, self.collection, self.queries[0])
+        trained = None
+        if student["warm_up"]["teacher"] == STUDENT:
+            if recipe.student == self.recipe.student:
+                raise UsageError(
+                    "a student cannot take after itself",
+                    where="student.warm_up.teacher: student",
+                    fix="give that to a baseline, or name another teacher",
+                )
+            model = self.train().path / "model"
+            self.vectors(STUDENT, self.student(), self.collection)  # they are searched later: encoded once
+            trained = {**self.recipe.student.settings(), "model": str(model), "warm_up": None}
+        return WarmUpTraining(recipe, self.collection, self.queries[0], trained)
 
     @property
     def warm_up_folder(self) -> Path:

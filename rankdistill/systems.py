@@ -56,13 +56,20 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
         for source, method in zip(sources, run.recipe.candidates.sources, strict=True):
             if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
                 rows[f"first stage: {method.settings().get('model')}"] = _engine_system(source.engine)
+    if "teacher" in suite.systems and run.recipe.teacher is not None:
+        row, system = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
+        rows |= {row: system} if system else {}
+        if suite.rerank and sources[0].engine is not first.engine:
+            row, system = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
+            reranking |= {row: system} if system else {}
     names = []
     if "untrained" in suite.systems:
-        names.append((UNTRAINED, "student, untrained"))
-    if "baselines" in suite.systems:
-        names += [(name, f"student, {name}") for name in run.recipe.baselines]
+        warmed = run.warm_up(run.recipe) is not None
+        names.append((UNTRAINED, "student, warmed up" if warmed else "student, untrained"))
     if "student" in suite.systems:
         names.append((STUDENT, "student, distilled" if run.recipe.teacher else "student"))
+    if "baselines" in suite.systems:
+        names += [(name, f"student, {name}") for name in run.recipe.baselines]
     for name, row in names:
         if name != UNTRAINED and not (run.student_folder(name) / "manifest.json").is_file():
             continue
@@ -78,12 +85,6 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
                 continue  # files for other software
             index = run.index(specification, student=student, collection=collection)
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
-    if "teacher" in suite.systems and run.recipe.teacher is not None:
-        row, system = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
-        rows |= {row: system} if system else {}
-        if suite.rerank and sources[0].engine is not first.engine:
-            row, system = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
-            reranking |= {row: system} if system else {}
     rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
     return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(type(run)(folder), collection))
 

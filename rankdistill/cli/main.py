@@ -78,7 +78,11 @@ def run(
     checked = load_recipe(recipe, changes or [])
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
     result = workspace.run(until, force or [])
-    if result is not None:
+    if result is not None and not as_json:
+        from rankdistill.cli.next_steps import show_run
+
+        show_run(result, workspace.path, recipe)
+    elif result is not None:
         _show(result, as_json)
 
 

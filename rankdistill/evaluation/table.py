@@ -61,12 +61,16 @@ def figure_text(value: float | Sequence[float] | None) -> str:
     return "–".join(f"{part:.3f}" for part in value)
 
 
-def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False) -> list[Table]:
-    """The tables of an evaluation: measured (with `intervals` those too), then published."""
+def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False, short: bool = False) -> list[Table]:
+    """The tables of an evaluation: measured (with `intervals` those too), then published.
+
+    Args:
+        short: of each set the table of its systems alone, without notes.
+    """
     if not hasattr(evaluation, "sets"):  # by shape: to import the class from here would be a circle
-        return _set_tables(evaluation, intervals)
+        return _set_tables(evaluation, intervals, short)
     evaluation = cast("SuiteEvaluation", evaluation)
-    made = [table for one in evaluation.sets for table in _set_tables(one, intervals)]
+    made = [table for one in evaluation.sets for table in _set_tables(one, intervals, short)]
     if len(evaluation.sets) > 1:
         made.append(_macro_table(evaluation))
         made += _published(f"{evaluation.suite}, average", evaluation.metrics, evaluation.published)
@@ -76,7 +80,7 @@ def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False)
     return made
 
 
-def _set_tables(evaluation: Evaluation, intervals: bool) -> list[Table]:
+def _set_tables(evaluation: Evaluation, intervals: bool, short: bool = False) -> list[Table]:
     has_size = any(row.bytes is not None for row in evaluation.rows)
     has_rate = any(row.queries_per_second is not None for row in evaluation.rows)
     header = ["system", *evaluation.metrics] + ["size"] * has_size + ["queries/s"] * has_rate
@@ -89,15 +93,18 @@ def _set_tables(evaluation: Evaluation, intervals: bool) -> list[Table]:
     most = max((row.notes["queries"] for row in evaluation.rows), default=0)
     whole = [row.notes["queries"] == most for row in evaluation.rows]  # a row of some of the queries is no best one
     bold = _best([cells if own else [""] * len(cells) for cells, own in zip(rows, whole)], len(evaluation.metrics))
-    below = _notes(evaluation)
+    below = [] if short else _notes(evaluation)
     if evaluation.significance is not None:
         _add_marks(rows, evaluation.metrics, evaluation.significance)
         below += legend(evaluation.significance)
     queries = evaluation.rows[0].notes["queries"] if evaluation.rows else 0
     split = f"{evaluation.split}, " if evaluation.split else ""
     title = f"{evaluation.name} ({split}{queries:,} queries, depth {evaluation.depth:,})"
+    table = Table(title, header, rows, bold, below)
+    if short:
+        return [table]
     return [
-        Table(title, header, rows, bold, below),
+        table,
         *_cost(evaluation),
         *_agreement(evaluation),
         *_extrapolation(evaluation),

@@ -18,7 +18,7 @@ import numpy as np
 from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked
 from rankdistill.errors import UsageError
 from rankdistill.progress import launched, say
-from rankdistill.recipe import Alignment, Recipe, check_method, check_recipe
+from rankdistill.recipe import Alignment, Method, Recipe, check_method, check_recipe
 from rankdistill.sampling.base import generator
 from rankdistill.sampling.queries import pseudo_queries
 from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
@@ -39,15 +39,25 @@ class WarmUpTraining:
         recipe: whose `student.warm_up` is read; neither its seed nor its lists decide anything here, so that one
             warm-up serves all seeds and baselines.
         query_ids: queries that are read beside pseudo-queries made of documents.
+        trained: settings of the run's trained student, for a recipe whose teacher that is.
 
     Raises:
         UsageError: the teacher is the student itself.
     """
 
-    def __init__(self, recipe: Recipe, collection: Collection, query_ids: Sequence[str]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        collection: Collection,
+        query_ids: Sequence[str],
+        trained: dict[str, Any] | None = None,
+    ) -> None:
         student = recipe.student.settings()
         settings = Alignment.model_validate(student.pop("warm_up"))
-        teacher = whole(student) if settings.teacher is None else settings.teacher.settings()
+        teacher = whole(student) if settings.teacher is None else trained
+        if isinstance(settings.teacher, Method):
+            teacher = settings.teacher.settings()
+        assert teacher is not None
         if {**student, **SHAPES_NOTHING} == {**check_method("student", teacher, WHERE), **SHAPES_NOTHING}:
             raise UsageError(
                 "the student is its own teacher: it starts where a warm-up would bring it",

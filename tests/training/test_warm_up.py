@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
 from rankdistill.errors import UsageError
-from rankdistill.recipe import build
+from rankdistill.recipe import build, load_recipe
+from rankdistill.stages import Workspace
 from rankdistill.training.trainer import LogFile
 from rankdistill.training.warm_up import WarmUpTraining
 
@@ -112,3 +113,28 @@ def test_a_whole_student_has_nothing_to_warm_up(make_warm_up: MakeWarmUp) -> Non
 def test_a_teacher_of_another_type_is_checked_with_the_recipe(make_warm_up: MakeWarmUp) -> None:
     with pytest.raises(UsageError, match="did you mean 'layers'"):
         make_warm_up(teacher={"type": "dense", "layer": [0]})
+
+
+def test_in_a_run_a_smaller_student_takes_after_the_trained_one(encoder: Path, tiny_beir: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "name": "sizes",
+        "collection": f"beir:{tiny_beir}",
+        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 6}]},
+        "teacher": {"type": "bi_encoder", "model": str(encoder)},
+        "student": {"type": "dense", "model": str(encoder), "query_length": 16, "document_length": 24},
+        "training": {"steps": 2, "checkpoints": 1, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
+        "baselines": {
+            "half": {"student": {"layers": [1], "warm_up": {"teacher": "student", "steps": 4, "batch_size": 8}}}
+        },
+    }
+    workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
+    artifact = workspace.train("half")
+    warm_up = workspace.warm_up(workspace.recipe_of("half"))
+    assert warm_up is not None and artifact.manifest["inputs"]["start"] == warm_up.fingerprint
+    assert warm_up.recipe.training.batch_teacher.settings()["model"] == str(tmp_path / "run" / "student" / "model")
+    made = tmp_path / "store" / "warm-up" / f"prepared-{warm_up.fingerprint}" / "batch-teacher"
+    # The trained student's vectors of the collection are those that are searched: they were not made again.
+    assert (made / "queries.npy").is_file() and not (made / "documents.npy").exists()
+    own = {**values, "student": {**values["student"], "layers": [1], "warm_up": {"teacher": "student"}}}
+    with pytest.raises(UsageError, match="take after itself"):
+        Workspace(tmp_path / "own", load_recipe({**own, "baselines": {}}), tmp_path / "store").train()

@@ -1,0 +1,181 @@
+"""Is the student better than the encoder anybody could download? The shipped quickstart recipe on several collections.
+
+For each collection and seed one run of the recipe, with the ablations as its baselines: teacher, student of the
+encoder's size, student of half its layers, and the same without one of their parts, at about the same training time.
+Finished stages are not run again; a killed call goes on where it stopped. Test is measured once a run.
+
+    python eval/benchmarks/effectiveness.py --collection python-docs:public --collection beir:PATH/nfcorpus
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from rankdistill.artifacts import write_atomically
+from rankdistill.evaluation.significance import compare_values
+from rankdistill.progress import say
+from rankdistill.recipe import find_declaration, load_recipe, merge, read_yaml
+from rankdistill.stages import STUDENT, Workspace
+
+METRICS = ("ndcg@10", "recall@100")
+HALF = {"layers": [0, 2, 5]}
+FILTER = "filter"
+# baseline → changes to the recipe; `half` is the recipe's own
+ROWS: dict[str, dict[str, Any]] = {
+    "labels": {"training": {"losses": [{"type": "infonce"}], "fit_scale": False}},
+    "kl": {"training": {"losses": [{"type": "kl"}]}},
+    "constant-scale": {"training": {"fit_scale": False}},
+    "no-mix": {"training": {"interpolate": []}},
+    "average": {"training": {"average": 2}},
+    FILTER: {},  # its lists are made without negatives above .95 of the positive's score
+    # Warm-up and lists of `half` take as long as these many steps over lists.
+    "half-lists-alone": {"student": {**HALF, "warm_up": None}, "training": {"steps": 75, "interpolate": []}},
+    "half-after-encoder": {
+        "student": {**HALF, "warm_up": {"steps": 60, "learning_rate": 2e-4}},
+        "training": {"steps": 30, "interpolate": []},
+    },
+}
+
+
+def workspace(spec: str, seed: int, options: argparse.Namespace, changes: dict[str, Any] | None = None) -> Workspace:
+    values = read_yaml(find_declaration("configs", "quickstart"))
+    own: dict[str, Any] = {
+        "name": "effectiveness",
+        "seed": seed,
+        "collection": spec,
+        "candidates": {"max_positives": 3},
+        "training": {"steps": options.steps},
+        "baselines": {name: row for name, row in ROWS.items() if options.rows is None or name in options.rows},
+        "indexes": [],
+        "evaluation": {"extrapolation": None, "latency_queries": 0},
+    }
+    values["teacher"]["members"][0]["train"]["steps"] = options.teacher_steps
+    path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}"
+    return Workspace(path, load_recipe(merge(merge(values, own), changes or {})), options.work / "store")
+
+
+def measure(spec: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """system → metric → a value for each test query, with queries a second beside them."""
+    run = workspace(spec, seed, options)
+    done = run.path / "measured.json"
+    if done.is_file():
+        measured: dict[str, Any] = json.loads(done.read_text())
+        return measured
+    for name in (STUDENT, *(name for name in run.recipe.baselines if name != FILTER)):
+        run.train(name)
+    if FILTER in run.recipe.baselines:
+        filtered = {"candidates": {"negatives_below": 0.95}}
+        workspace(spec, seed, options, filtered).train(FILTER)
+    suite = {
+        "name": "effectiveness",
+        "sets": [{"name": "set", "collection": spec, "split": "test"}],
+        "metrics": list(METRICS),
+        "depth": 100,
+        "rerank_depth": 50,
+        "systems": ["bm25", "sources", "teacher", "student", "baselines"],
+    }
+    write_atomically(run.path / "suite.yaml", yaml.safe_dump(suite))
+    one = run.evaluate(run.path / "suite.yaml").sets[0]
+    file = next((run.path / "evaluation" / "effectiveness").rglob("per_query.parquet"))
+    table = pq.read_table(file).to_pandas()
+    measured = {
+        row.system: {
+            metric: table[table["system"] == row.system].sort_values("query_id")[metric].tolist() for metric in METRICS
+        }
+        | {"queries/s": row.queries_per_second}
+        for row in one.rows
+    }
+    write_atomically(done, json.dumps(measured))
+    means = {row: round(float(np.mean(values[METRICS[0]])), 4) for row, values in measured.items()}
+    say(f"{spec}, seed {seed}: {means}")
+    return measured
+
+
+def table(spec: str, seeds: dict[int, dict[str, Any]]) -> list[str]:
+    """Means over the seeds, and each row against the encoder: values of a query averaged over seeds."""
+    rows = [row for row in next(iter(seeds.values())) if all(row in one for one in seeds.values())]
+    values = {row: {m: np.mean([one[row][m] for one in seeds.values()], axis=0) for m in METRICS} for row in rows}
+    encoder = next(row for row in rows if row.startswith("first stage"))
+    tests = compare_values(values, baseline=encoder, family="baseline", seed=1)
+    base = float(values[encoder][METRICS[0]].mean())
+    count = len(values[encoder][METRICS[0]])
+    lines = [
+        f"## {Path(spec).name}",
+        "",
+        f"{count} test queries, seeds {', '.join(map(str, seeds))}.",
+        "",
+        "| system | nDCG@10 | each seed | of the encoder's | Δ | 95 % | p | Recall@100 | queries/s |",
+        "|:---|---:|:---|---:|---:|:---|---:|---:|---:|",
+    ]
+    for row in rows:
+        ndcg, recall = (float(values[row][metric].mean()) for metric in METRICS)
+        each = ", ".join(_figure(float(np.mean(one[row][METRICS[0]]))) for one in seeds.values())
+        cells = [row, _figure(ndcg), each, f"{ndcg / base:.1%}", "", "", ""]
+        if row != encoder:
+            one = tests.of(row, encoder, METRICS[0])
+            p = f"{one.p_randomisation_corrected:.4f}"
+            difference = values[row][METRICS[0]] - values[encoder][METRICS[0]]
+            low, high = np.percentile(_bootstrap(difference), [2.5, 97.5])
+            cells[4:] = [f"{one.difference:+.4f}", f"{low:+.4f} to {high:+.4f}", f"**{p}**" if one.significant else p]
+        rates = [one[row]["queries/s"] for one in seeds.values() if one[row]["queries/s"]]
+        cells += [_figure(recall), f"{np.median(rates):,.0f}" if rates else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _bootstrap(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
+    random = np.random.default_rng(1)
+    return np.array([values[random.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}".removeprefix("0")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collection", action="append", help="again for more; default: python-docs:public")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=62, help="of the student of the encoder's size")
+    parser.add_argument("--teacher-steps", type=int, default=100)
+    parser.add_argument("--rows", nargs="*", help="of the ablations only these; none: --rows")
+    parser.add_argument("--work", type=Path, default=Path("runs/effectiveness"), help="what is made on the way")
+    parser.add_argument("--table", action="store_true", help="write the table of what is there, run nothing")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "effectiveness.md")
+    options = parser.parse_args()
+    specs = options.collection or ["python-docs:public"]
+    named = " ".join(f"--collection {one.rpartition(':')[0]}:{Path(one.rpartition(':')[2]).name}" for one in specs)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    settings = f"--steps {options.steps} --teacher-steps {options.teacher_steps}"
+    lines = [
+        "# Is the student better than the encoder it came from?",
+        "",
+        f"`python eval/benchmarks/effectiveness.py {named} {settings}`; {device}, {platform.machine()}, torch "
+        f"{torch.__version__}. The quickstart's recipe; the teacher re-ranks the encoder's first 50. Test nDCG@10 and "
+        "Recall@100 of an exhaustive search, means over the seeds; Δ, its bootstrap interval and p against the encoder "
+        "(values of a query averaged over seeds, randomisation test, Holm's correction over rows and both metrics; "
+        "bold: p < .05).",
+        "",
+    ]
+    found: dict[str, dict[int, dict[str, Any]]] = {spec: {} for spec in specs}
+    for seed in options.seeds:
+        for spec in specs:
+            if not options.table or (workspace(spec, seed, options).path / "measured.json").is_file():
+                found[spec][seed] = measure(spec, seed, options)
+            if found[spec]:  # what is there is written at once
+                body = [line for one, seeds in found.items() if seeds for line in table(one, seeds)]
+                write_atomically(options.out, "\n".join([*lines, *body]))
+    print(options.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
