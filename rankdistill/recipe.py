@@ -357,6 +357,8 @@ def check_method(kind: str, settings: Mapping[str, Any], where: str) -> dict[str
     cls = method_class(kind, settings["type"], f"{where}.type")
     values = {key: value for key, value in settings.items() if key != "type"}
     model = check_values(parameters_model(cls), values, where)
+    if kind == "teacher" and "backend" in values:
+        check_method("backend", values["backend"], f"{where}.backend")
     return {"type": settings["type"], **model.model_dump()}
 
 

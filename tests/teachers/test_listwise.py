@@ -357,7 +357,7 @@ def test_settings_that_nothing_could_keep_are_refused(settings: dict[str, Any], 
 
 
 def test_recipes_know_the_teacher() -> None:
-    checked = check_method("teacher", {"type": "listwise", "backend": {"type": "openai"}}, "teacher")
+    checked = check_method("teacher", {"type": "listwise", "backend": {"type": "openai", "model": "m"}}, "teacher")
     assert checked["orders"] == ("given",) and checked["window"] == 20
     with pytest.raises(UsageError, match="window"):
         check_method("teacher", {"type": "listwise", "backend": {}, "windw": 3}, "teacher")

@@ -137,7 +137,9 @@ def test_scores_equal_a_plain_forward_pass(tmp_path: Path, tiny_causal_lm: Path)
 
 
 def test_settings(tmp_path: Path) -> None:
-    settings = check_method("teacher", {"type": "pointwise_llm", "backend": {"type": "transformers"}}, "teacher")
+    settings = check_method(
+        "teacher", {"type": "pointwise_llm", "backend": {"type": "transformers", "model": "m"}}, "teacher"
+    )
     assert settings["prompt"] == "pointwise"
     with pytest.raises(UsageError, match="listwise, not pointwise"):
         make(prompt="listwise")
