@@ -242,7 +242,7 @@ class Recipe(Section):
     @field_validator("baselines")
     @classmethod
     def _own_names(cls, baselines: dict[str, Any]) -> dict[str, Any]:
-        if taken := {"student", "untrained"} & baselines.keys():
+        if taken := {"student", "untrained", "encoder"} & baselines.keys():
             raise ValueError(f"{min(taken)!r} is what the recipe's own student is called: choose another name")
         return baselines
 

@@ -62,6 +62,9 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
         if suite.rerank and sources[0].engine is not first.engine:
             row, system = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
             reranking |= {row: system} if system else {}
+    encoder = str(run.recipe.student.settings().get("model"))
+    if "encoder" in suite.systems and f"first stage: {encoder}" not in rows and _is_cut(run):
+        rows[f"encoder: {encoder}"] = _whole_encoder(run, encoder, collection)
     names = []
     if "untrained" in suite.systems:
         warmed = run.warm_up(run.recipe) is not None
@@ -87,6 +90,33 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
     rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
     return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(type(run)(folder), collection))
+
+
+def _is_cut(run: Workspace) -> bool:
+    """Whether the student begins as something else than the encoder it is made from; else `untrained` is its row."""
+    from rankdistill.students.models import resolve_model, says
+
+    settings = run.recipe.student.settings()
+    if settings["type"] == "dense" and not settings.get("layers") and run.warm_up(run.recipe) is None:
+        return False
+    if not settings.get("model"):
+        return False
+    folder = resolve_model(str(settings["model"])).path
+    kind = says(folder, "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    # A bare transformer, or a model of terms or tokens, is no encoder that anybody would search with.
+    return (folder / "modules.json").is_file() and kind == "SentenceTransformer"
+
+
+def _whole_encoder(run: Workspace, name: str, collection: Collection) -> EngineSystem:
+    """What could have been used without any training: the encoder as it came, with the student's lengths."""
+    from rankdistill.indexes.engines import exhaustive_engine
+    from rankdistill.students.dense import DenseStudent
+
+    settings = run.recipe.student.settings()
+    wanted = ("query_length", "document_length", "query_prompt", "document_prompt", "precision")
+    given = {key: settings[key] for key in wanted if settings.get(key) is not None}
+    model = DenseStudent(name, **given).create(run.recipe.student_device)
+    return _engine_system(exhaustive_engine(model, run.vectors("encoder", model, collection)))
 
 
 def _student_of(run: Workspace, collection: Collection) -> EngineSystem:

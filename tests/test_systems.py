@@ -49,6 +49,7 @@ def test_a_multi_vector_student_is_searched_in_full_and_over_bm25(done: Workspac
     rows = done.systems(suite, done.collection, "test")
     expected = {"BM25", "student, untrained", "student, dense", "student, distilled", "teacher"}
     expected |= {f"{row}, re-ranking BM25@5" for row in expected - {"BM25", "teacher"}}
+    expected.add(f"encoder: {done.recipe.student.settings()['model']}")  # what one could have used untrained
     assert set(rows) == expected  # `flat` is the student's own row
     collection, student = done.collection, done.student()
     texts = collection.query_texts(["q-iron"])

@@ -20,7 +20,9 @@ REFERENCE_FOLDER = "eval/reference"
 OWN = "own"
 
 M = TypeVar("M", bound=Section)
-SystemKind = Literal["bm25", "lucene_bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"]
+SystemKind = Literal[
+    "bm25", "lucene_bm25", "sources", "encoder", "untrained", "baselines", "student", "teacher", "indexes"
+]
 
 
 class EvaluationSet(Section):
@@ -63,7 +65,7 @@ class Suite(Section):
     metrics: list[str] = Field(list(DEFAULT_METRICS), min_length=1)
     depth: int = Field(1000, ge=1, description="Documents retrieved for each query.")
     systems: list[SystemKind] = Field(
-        ["bm25", "sources", "untrained", "baselines", "student", "teacher", "indexes"],
+        ["bm25", "sources", "encoder", "untrained", "baselines", "student", "teacher", "indexes"],
         description="Rows of the table, those of them that the run has.",
     )
     rerank_depth: int = Field(100, ge=1, description="First-stage documents that are re-ranked.")

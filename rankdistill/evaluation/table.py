@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rankdistill.evaluation.metrics import Metrics
 from rankdistill.evaluation.significance import Significance
+from rankdistill.evaluation.verdict import verdict
 
 if TYPE_CHECKING:
     from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
@@ -93,7 +94,8 @@ def _set_tables(evaluation: Evaluation, intervals: bool, short: bool = False) ->
     most = max((row.notes["queries"] for row in evaluation.rows), default=0)
     whole = [row.notes["queries"] == most for row in evaluation.rows]  # a row of some of the queries is no best one
     bold = _best([cells if own else [""] * len(cells) for cells, own in zip(rows, whole)], len(evaluation.metrics))
-    below = [] if short else _notes(evaluation)
+    below = [f"{evaluation.metrics[0]}: {line}" for line in verdict([evaluation])]
+    below += [] if short else _notes(evaluation)
     if evaluation.significance is not None:
         _add_marks(rows, evaluation.metrics, evaluation.significance)
         below += legend(evaluation.significance)

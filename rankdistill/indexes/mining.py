@@ -203,6 +203,9 @@ def mine(
                 part.unlink()
             rows = pq.read_metadata(writer.path / FILE).num_rows
             writer.counts.update({"queries": total, "candidates": rows})
+            encoders = {id(one): one for source in sources if (one := getattr(source.engine, "encoder", None))}
+            if cut := sum(getattr(one, "cut", {}).get("query", 0) for one in encoders.values()):
+                writer.counts["cut_queries"] = cut  # by these encoders since they were loaded
             writer.notes["file"] = FILE
         return open_artifact(out, "candidates")
 

@@ -191,7 +191,10 @@ def _encode(
             resume=True,
         ) as writer:
             target, done_file = writer.path / file, writer.path / DONE
-            done = _rows_done(done_file)
+            done, cut = _done(done_file)
+            counted = getattr(encoder, "cut", {})  # texts that were longer than the encoder reads
+            side = "document" if settings["side"] == "documents" else "query"
+            before = counted.get(side, 0) - cut
             if not done:
                 allocate_array(target, (count, encoder.dimension), np.float32).flush()
             offset = target.stat().st_size - count * encoder.dimension * 4
@@ -207,7 +210,7 @@ def _encode(
                     stream.flush()
                     os.fsync(stream.fileno())
                     done = first_row + len(texts)
-                    write_atomically(done_file, json.dumps({"rows": done}))
+                    write_atomically(done_file, json.dumps({"rows": done, "cut": counted.get(side, 0) - before}))
                     bar.advance(len(texts))
             if done != count:
                 raise RankdistillError(
@@ -218,9 +221,13 @@ def _encode(
                 with disk_errors(writer.path):
                     finish(writer.path)
             writer.counts.update({settings["side"]: count, "dimension": encoder.dimension})
+            if counted:
+                writer.counts["cut"] = counted[side] - before
             writer.notes.update({"file": file, "similarity": encoder.similarity})
         return open_artifact(path, "vectors")
 
 
-def _rows_done(done_file: Path) -> int:
-    return int(json.loads(done_file.read_text())["rows"]) if done_file.is_file() else 0
+def _done(done_file: Path) -> tuple[int, int]:
+    """(rows finished so far, how many of them were cut)."""
+    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    return int(done.get("rows", 0)), int(done.get("cut", 0))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rankdistill.progress import warn
 from rankdistill.students.token_batches import Precision, TokenBudget, autocast, free_memory, token_budget_batches
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class StudentModel(nn.Module, ABC):
     fingerprint: str
     precision: Precision = "auto"
     sparse = False  # embeddings are term weights, over a vocabulary
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = {"query": 0, "document": 0}  # texts encoded so far that were longer than their side's length
+        self._warned = False
 
     @abstractmethod
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
@@ -123,10 +129,18 @@ class StudentModel(nn.Module, ABC):
             with torch.inference_mode(), autocast(self.device, self.precision):
                 for start in range(0, len(texts), ENCODE_CHUNK):
                     features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
+                    # What a tokenizer cuts off it keeps as overflow; features made otherwise do not tell.
+                    self.cut[side] += sum(bool(one.overflowing) for one in getattr(features, "encodings", None) or [])
                     for rows, embedded in self.embed_parts(split_by_length(features, self.budget.tokens), side):
                         take(start + rows, embedded)
         finally:
             self.train(training)
+        if side == "query" and self.cut[side] and not self._warned:
+            self._warned = True
+            warn(
+                f"{self.cut[side]:,} of {len(texts):,} queries are longer than query_length and are cut: their ends are"
+                " not read (later ones are counted silently); a greater query_length reads them whole"
+            )
 
     def embed_parts(self, parts: Iterable[Part], side: Side) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Places and embeddings of parts of texts; one that the memory does not hold comes in smaller ones."""

@@ -140,7 +140,10 @@ class QueryTowerModel(DenseModel):
 
     def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[texts, dimension] float32, by the large model."""
-        return self.documents.load().encode_documents(texts)
+        model = self.documents.load()
+        vectors = model.encode_documents(texts)
+        self.cut["document"] = model.cut["document"]
+        return vectors
 
     def pool_similarities(
         self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64]

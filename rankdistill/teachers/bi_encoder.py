@@ -41,6 +41,14 @@ class EncoderTeacher(PairTeacher):
         del settings["model"]
         return fingerprint({**settings, "revision": resolve_model(self.model_name).revision})
 
+    def take_report(self) -> dict[str, Any]:
+        """How many texts were cut to the model's or the recipe's length."""
+        model: Any = getattr(self, "_model", None)
+        cut = {} if model is None else {f"cut_{side}": count for side, count in model.cut.items() if count}
+        if model is not None:
+            model.cut = dict.fromkeys(model.cut, 0)
+        return cut
+
     def describe(self) -> dict[str, Any]:
         return {
             "type": self.type,

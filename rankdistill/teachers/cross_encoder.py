@@ -135,6 +135,7 @@ class CrossEncoderTeacher(PairTeacher):
         self.token_budget, self._device_name = token_budget, device
         self.training = CrossEncoderTraining.model_validate(train) if train is not None else None
         self.cut_queries = 0  # distinct queries cut so far, each counted once a chunk
+        self._reported = 0
         self._warned = False
         self._folder: Path | None = None
         self._model: CrossEncoder | None = None
@@ -344,6 +345,11 @@ class CrossEncoderTeacher(PairTeacher):
                 f"{cut} of the first queries have more than {threshold} tokens and are cut "
                 f"(pairs hold {self.limit} tokens); later ones are counted silently"
             )
+
+    def take_report(self) -> dict[str, Any]:
+        """How many queries were cut."""
+        cut, self._reported = self.cut_queries - self._reported, self.cut_queries
+        return {"cut_query": cut} if cut else {}
 
     # -- training -----------------------------------------------------------------------------------------------------
 

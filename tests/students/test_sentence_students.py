@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,8 +13,13 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.vectors import encode_documents
 from rankdistill.students.base import split_by_length
 from rankdistill.students.dense import DenseModel, DenseStudent, StaticStudent
+from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 TEXTS = [
     "Iron is a metal that rusts when it meets water and oxygen.",
@@ -241,3 +246,28 @@ def test_dropout_is_set_everywhere(tiny_encoder: Path) -> None:
     assert torch.equal(first, second)
     other = DenseStudent(model=str(tiny_encoder), precision="fp32").create("cpu").train()
     assert not torch.equal(other.embed(features, "query"), other.embed(features, "query"))
+
+
+def test_cut_queries_are_counted_and_said_once(
+    tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = dense(tiny_encoder, query_length=6, document_length=8)
+    model.encode_queries(["gold", "iron"])
+    assert model.cut == {"query": 0, "document": 0} and "query_length" not in capsys.readouterr().err
+    model.encode_queries(["gold", "gold and iron and oak", "iron iron iron iron iron"])
+    assert model.cut["query"] == 2
+    assert "2 of 3 queries are longer than query_length and are cut" in capsys.readouterr().err
+    model.encode_queries(["gold and iron and oak"])
+    assert model.cut["query"] == 3 and "query_length" not in capsys.readouterr().err
+    texts = tiny_collection.document_texts(np.arange(tiny_collection.document_count))
+    whole = dense(tiny_encoder, document_length=64).preprocess(texts, "document")["attention_mask"].sum(dim=1)
+    counts = encode_documents(model, tiny_collection, tmp_path / "vectors", shard_size=10).counts
+    assert counts["cut"] == int((whole > 8).sum()) > 0
+
+
+def test_a_teacher_reports_what_it_cut(tiny_encoder: Path) -> None:
+    teacher = BiEncoderTeacher(str(tiny_encoder), max_length=6, device="cpu")
+    assert teacher.take_report() == {}
+    teacher.score_pairs(["gold and iron and oak"], ["gold", "gold and iron and oak"], np.array([[0, 0], [0, 1]]))
+    assert teacher.take_report() == {"cut_query": 1, "cut_document": 1}
+    assert teacher.take_report() == {}

@@ -111,7 +111,7 @@ def kind_of(system: str, recipe: Mapping[str, Any]) -> str:
         return "teacher"
     if system == BM25:
         return "bm25"
-    if system.startswith("first stage"):
+    if system.startswith(("first stage", "encoder: ")):
         return "first-stage"
     head, _, tail = system.partition(", ")
     if head != "student":

@@ -13,6 +13,7 @@ import numpy as np
 
 from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, SetData
 from rankdistill.evaluation.table import bytes_text, rate_text
+from rankdistill.evaluation.verdict import verdict
 
 RESAMPLES = 4000
 FEW_QUERIES = 50
@@ -122,7 +123,12 @@ def _where(run: RunData) -> str:
 
 
 def headline(run: RunData) -> tuple[str, str]:
-    """(what was distilled into what, what was kept)."""
+    """(what was distilled into what; whether it beats what there was before, then what was kept)."""
+    what, kept = _kept_words(run)
+    return what, " ".join([*verdict([one.evaluation for one in run.sets]), kept])
+
+
+def _kept_words(run: RunData) -> tuple[str, str]:
     student, metric = run.student, metric_name(run.metric)
     parameters = next((one.manifest.get("parameters") for one in run.students if one.name == "student"), None)
     size = f" ({parameters / 1e6:,.1f} M parameters)" if isinstance(parameters, int) else ""
