@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rankdistill.errors import UsageError
@@ -62,6 +63,13 @@ def _here(count: dict[str, int]) -> list[str]:
 
     gpus = [f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(count["cuda"])]
     return [*gpus, *(["mps"] if count["mps"] else []), "cpu"]
+
+
+def synchronise() -> None:
+    """Wait for what a GPU was given to do: before a clock is read."""
+    torch = sys.modules.get("torch")  # where nothing has loaded it, nothing runs
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def place_training(arguments: Any, device: torch.device) -> None:

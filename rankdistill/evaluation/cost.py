@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rankdistill.devices import synchronise
 from rankdistill.progress import progress
 
 WARM_UP = 3  # queries answered before the clock runs; fewer where one takes a second
@@ -224,6 +225,7 @@ def _answer(steps: Mapping[str, Step], texts: Sequence[str]) -> list[float]:
     clock = [time.perf_counter()]
     for step in steps.values():
         made = step(texts, made)
+        synchronise()
         clock.append(time.perf_counter())
     return [after - before for before, after in pairwise(clock)]
 

@@ -1,0 +1,85 @@
+"""A stand-in for a GPU: it computes on the CPU and refuses what CUDA refuses, tensors of two devices in one operation.
+
+Python sees `cuda:0`; torch's core is told `meta`, as FakeTensor does it, so that autograd works without CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+MOVES = {aten._to_copy.default, aten.copy_.default}
+seen = [0]  # tensors on the stand-in that operations were given
+
+
+class Away(torch.Tensor):
+    """A tensor on the stand-in; `held` has its numbers."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Any:
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device="meta", **layout)
+        made.held = held
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return GPU
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    away = [one for one in tensors if isinstance(one, Away)]
+    if away and func not in MOVES and any(not isinstance(one, Away) and one.dim() for one in tensors):
+        where = [(one.device.type, tuple(one.shape)) for one in tensors]
+        raise RuntimeError(f"Expected all tensors to be on the same device, in {func}: {where}")
+    seen[0] += len(away)
+    place = kwargs.get("device")
+    stays = isinstance(args[0], Away) if func is aten.copy_.default else bool(away)
+    goes = torch.device(place).type in ("cuda", "meta") if place is not None else stays
+    kwargs = {**kwargs, **({"device": torch.device("cpu")} if place is not None else {})}
+    if kwargs.get("pin_memory"):
+        kwargs["pin_memory"] = False
+    made = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    if func._schema.name.endswith("_") and isinstance(args[0], Away):
+        return args[0]
+    return tree_map(lambda one: Away(one) if goes and isinstance(one, torch.Tensor) else one, made)
+
+
+def _held(one: Any) -> Any:
+    return one.held if isinstance(one, Away) else one
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+@contextmanager
+def standin_gpu() -> Iterator[list[int]]:
+    """While it is open there is a device `cuda:0`; gives how many of its tensors operations were given so far."""
+    seen[0] = 0
+    start, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(1.0, device=...)` is made on the CPU, then moved
+    try:
+        with _Mode():
+            yield seen
+    finally:
+        torch.cuda._lazy_init = start
+        torch._C._set_only_lift_cpu_tensors(before)
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
