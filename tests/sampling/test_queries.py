@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 import shutil
 from pathlib import Path
@@ -85,3 +86,13 @@ def test_lines_of_a_file_without_test_queries(
             (tmp_path / name).write_text(content)
         with pytest.raises(UsageError, match=message):
             with_unlabelled(tiny_collection, recipe(tiny_collection, str(tmp_path / name)))
+
+
+def test_a_text_file_is_read_as_all_others_are(bare: Collection, tmp_path: Path) -> None:
+    file = tmp_path / "queries.gz"
+    file.write_bytes(gzip.compress("\ufeffwhat rusts\nhow do\u2028bats hunt\n".encode()))
+    known = with_unlabelled(bare, recipe(bare, str(file)))
+    assert list(known.unlabelled.values()) == ["what rusts", "how do\u2028bats hunt"]
+    file.write_bytes("café\nthé\n".encode("latin-1"))
+    with pytest.raises(RankdistillError, match=r"byte 0xe9 .* not UTF-8\n.*queries.gz:1"):
+        with_unlabelled(bare, recipe(bare, str(file)))
