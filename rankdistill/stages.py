@@ -358,24 +358,16 @@ class Workspace:
 
     def warm_up(self, recipe: Recipe) -> WarmUpTraining | None:
         """The warm-up of a recipe's student, if it has one."""
-        from rankdistill.students.dense import ALIGNED
-        from rankdistill.training.warm_up import WarmUpTraining
+        from rankdistill.training.warm_up import warm_up_of
 
-        student = recipe.student.settings()
-        if student["type"] not in ALIGNED or not student["warm_up"]:
-            return None
-        trained = None
-        if student["warm_up"]["teacher"] == STUDENT:
-            if recipe.student == self.recipe.student:
-                raise UsageError(
-                    "a student cannot take after itself",
-                    where="student.warm_up.teacher: student",
-                    fix="give that to a baseline, or name another teacher",
-                )
-            model = self.train().path / "model"
-            self.vectors(STUDENT, self.student(), self.collection)  # they are searched later: encoded once
-            trained = {**self.recipe.student.settings(), "model": str(model), "warm_up": None}
-        return WarmUpTraining(recipe, self.collection, self.queries[0], trained)
+        trained = self._trained_settings if recipe.student != self.recipe.student else None
+        return warm_up_of(recipe, self.collection, lambda: self.queries[0], trained)
+
+    def _trained_settings(self) -> dict[str, Any]:
+        """The trained student as settings of a model; its vectors, which are searched later, are encoded by now."""
+        model = self.train().path / "model"
+        self.vectors(STUDENT, self.student(), self.collection)
+        return {**self.recipe.student.settings(), "model": str(model), "warm_up": None}
 
     @property
     def warm_up_folder(self) -> Path:

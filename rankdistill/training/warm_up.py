@@ -8,7 +8,7 @@ query and two documents that have nothing to do with each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from rankdistill.recipe import Alignment, Method, Recipe, check_method, check_re
 from rankdistill.sampling.base import generator
 from rankdistill.sampling.queries import pseudo_queries
 from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
+from rankdistill.students.dense import ALIGNED
 from rankdistill.training.trainer import train_student, training_fingerprint_values
 
 if TYPE_CHECKING:
@@ -123,6 +124,33 @@ class WarmUpTraining:
         for number, query_id in enumerate(self.query_ids):
             places = (np.arange(DOCUMENTS) + number * DOCUMENTS) % len(self.rows)
             yield query_id, self.collection.doc_ids(self.rows[places]), np.zeros(DOCUMENTS, np.float32)
+
+
+def warm_up_of(
+    recipe: Recipe,
+    collection: Collection,
+    query_ids: Callable[[], Sequence[str]],
+    trained: Callable[[], dict[str, Any]] | None,
+) -> WarmUpTraining | None:
+    """The warm-up of a recipe's student, if it has one.
+
+    Args:
+        trained: trains the student that others may take after and gives its settings; None for that student itself.
+
+    Raises:
+        UsageError: the student would take after itself.
+    """
+    student = recipe.student.settings()
+    if student["type"] not in ALIGNED or not student["warm_up"]:
+        return None
+    after = student["warm_up"]["teacher"] == "student"
+    if after and trained is None:
+        raise UsageError(
+            "a student cannot take after itself",
+            where=f"{WHERE}.teacher: student",
+            fix="give that to a baseline, or name another teacher",
+        )
+    return WarmUpTraining(recipe, collection, query_ids(), trained() if after and trained else None)
 
 
 def whole(student: dict[str, Any]) -> dict[str, Any]:
