@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rankdistill.errors import UsageError
@@ -63,6 +64,13 @@ def _here(count: dict[str, int]) -> list[str]:
 
     gpus = [f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(count["cuda"])]
     return [*gpus, *(["mps"] if count["mps"] else []), "cpu"]
+
+
+def unplaced(settings: Any) -> Any:
+    """A method's settings without the devices that it and its parts are given: they decide no content."""
+    if isinstance(settings, Mapping):
+        return {key: None if key == "device" else unplaced(value) for key, value in settings.items()}
+    return [unplaced(value) for value in settings] if isinstance(settings, list) else settings
 
 
 def synchronise() -> None:

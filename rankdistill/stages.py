@@ -29,7 +29,7 @@ from rankdistill.artifacts import (
     write_atomically,
 )
 from rankdistill.collections import Collection, open_collection
-from rankdistill.devices import command_device, use_device
+from rankdistill.devices import command_device, unplaced, use_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import duration, launched, say, warn
 from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
@@ -675,13 +675,6 @@ class Workspace:
             times = {}
         times[stage] = round(times.get(stage, 0.0) + seconds, 1)
         write_atomically(path, json.dumps(times, indent=2) + "\n")
-
-
-def unplaced(settings: Any) -> Any:
-    """A method's settings without the devices that it and its parts are given: they decide no content."""
-    if isinstance(settings, Mapping):
-        return {key: None if key == "device" else unplaced(value) for key, value in settings.items()}
-    return [unplaced(value) for value in settings] if isinstance(settings, list) else settings
 
 
 def _lists(candidates: Artifact) -> Iterator[Ranking]:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rankdistill.devices import resolve_device, use_device
+from rankdistill.devices import resolve_device, unplaced, use_device
 from rankdistill.errors import UsageError
 from rankdistill.recipe import build, load_recipe
-from rankdistill.stages import Workspace, unplaced
+from rankdistill.stages import Workspace
 
 
 @pytest.fixture(autouse=True)
