@@ -172,10 +172,10 @@ def test_a_model_stored_in_half_precision_scores(
     lists = lists_of(tiny_collection, queries=3)
     pairs = [(item.query, document) for item in lists for document in item.documents]
     expected = peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
-    for precision, allowed in (("fp32", 1e-4), ("bf16", 0.3)):
+    for precision, allowed in (("fp32", 1e-4), ("bf16", 0.15)):
         teacher = CrossEncoderTeacher(str(tmp_path), precision=precision, device="cpu")
         found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
-        np.testing.assert_allclose(found, expected, atol=allowed * expected.std())
+        assert np.abs(found - expected).mean() < allowed * expected.std(), precision
 
 
 def test_each_pair_is_scored_once(
