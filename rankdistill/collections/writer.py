@@ -24,7 +24,8 @@ from rankdistill.errors import RankdistillError
 from rankdistill.plain import file_name
 from rankdistill.progress import progress, warn
 
-SCHEMA = 2  # of the files above and of how sources are read; a change makes every cached collection stale
+SCHEMA = 1  # part of a collection's fingerprint: teacher scores are kept under it, so a change loses what was paid for
+READING = 2  # of the files above and of how sources are read; a change has every collection imported again
 STRING, INT64 = pa.string(), pa.int64()
 DOCUMENTS = pa.schema([("doc_id", STRING), ("title", STRING), ("text", STRING)])
 QUERIES = pa.schema([("query_id", STRING), ("text", STRING)])
@@ -308,7 +309,7 @@ def imported(
         RankdistillError: a file changed while it was read: its digest is not of what was read.
     """
     mark, name = fingerprint(["collection", SCHEMA, key]), file_name(name)
-    folder = cache_dir() / "collections" / mark
+    folder = cache_dir() / "collections" / f"{mark}-{READING}"
     if find_artifact(folder, "collection", mark) is None:
         with locked(folder):
             if find_artifact(folder, "collection", mark) is None:  # another process may have been faster
