@@ -165,14 +165,23 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock named after `path` (a second process waits; the lock dies with its process)."""
+def locked(path: str | Path, busy: str = "") -> Iterator[None]:
+    """Hold an exclusive lock named after `path` (a second process waits; the lock dies with its process).
+
+    Args:
+        busy: what to say where another process has it.
+    """
     lock = Path(path).with_name(f".{Path(path).name}.lock")
     with disk_errors(lock):
         make_folder(lock.parent)
         descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if busy:
+                say(busy)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

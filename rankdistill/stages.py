@@ -670,7 +670,7 @@ class Workspace:
         """What each stage took, added up over restarts (an up-to-date stage adds next to nothing)."""
         path = self.path / "times.json"
         try:
-            times = json.loads(path.read_text())
+            times = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             times = {}
         times[stage] = round(times.get(stage, 0.0) + seconds, 1)

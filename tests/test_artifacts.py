@@ -409,3 +409,17 @@ def test_everything_is_on_the_disk_before_an_artifact_is_whole(tmp_path: Path, m
 def test_what_is_no_plain_value_has_no_fingerprint(value: object) -> None:
     with pytest.raises(RankdistillError, match="no fingerprint"):
         fingerprint(["settings", value])
+
+
+def test_who_waits_for_another_process_is_told(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rankdistill.artifacts import locked\n"
+        f"with locked({str(tmp_path / 'a')!r}, 'another one has it'): print('mine')"
+    )
+    with locked(tmp_path / "a"):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert other.stderr is not None and other.stderr.readline() == "another one has it\n"
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == "mine\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -12,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rankdistill.artifacts import FAISS_BUILDS, cache_dir
+from rankdistill.artifacts import FAISS_BUILDS, MANIFEST, Artifact, cache_dir, damaged_file
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
 
@@ -38,6 +39,23 @@ class Check(NamedTuple):
     found: str
     fix: str = ""
     needed: bool = False
+
+
+def damaged_artifacts(run: Path) -> list[str]:
+    """Files below a run's folder that are not what was written, every byte read; with what to do."""
+    manifests = sorted(path for path in run.rglob(MANIFEST) if not any(part.startswith(".") for part in path.parts))
+    if not manifests:
+        raise RankdistillError("there is no artifact here", where=str(run), fix="give the folder of a run")
+    found = []
+    for manifest in manifests:
+        try:
+            values = json.loads(manifest.read_text(encoding="utf-8"))
+            damage = damaged_file(Artifact(manifest.parent, values), thorough=True) if "files" in values else None
+        except (OSError, ValueError, RecursionError):
+            damage = MANIFEST
+        if damage is not None:
+            found.append(f"{manifest.parent / damage}: delete {manifest.parent} and run the same command again")
+    return found
 
 
 def checks() -> list[Check]:

@@ -585,6 +585,7 @@ def report(
 
 @app.command()
 def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="Read every file of this run instead.", metavar="[RUN]")] = None,
     index_file: Annotated[Path | None, typer.Option("--index", help="Look at an index file instead.")] = None,
     vectors: Annotated[
         Path | None, typer.Option(help="With --index: the vectors it was built from (.npy or Parquet).")
@@ -598,8 +599,12 @@ def doctor(
     """What is installed, what is missing, how to get it; or what is wrong with an index."""
     _begin(as_json)
     from rankdistill.cli.doctor import as_json as plain
-    from rankdistill.cli.doctor import checks, look_at_index
+    from rankdistill.cli.doctor import checks, damaged_artifacts, look_at_index
 
+    if folder is not None:
+        damaged = damaged_artifacts(folder)
+        print(json.dumps(damaged, indent=2) if as_json else "\n".join(damaged) or "every file is what was written")
+        raise typer.Exit(bool(damaged))
     if index_file is not None:
         found = look_at_index(index_file, vectors, queries, count)
         print(json.dumps(found.to_json(), indent=2) if as_json else found)

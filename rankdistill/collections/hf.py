@@ -198,7 +198,7 @@ def _hub_key(name: str, spec: str) -> dict[str, Any]:
     except Exception as error:  # the client under huggingface_hub, and with it its errors, differ between versions
         if remembered.is_file():
             say(f"the hub cannot be reached; {name} is opened as it was last")
-            key: dict[str, Any] = json.loads(remembered.read_text())
+            key: dict[str, Any] = json.loads(remembered.read_text(encoding="utf-8"))
             return key
         raise RankdistillError(
             f"the hub cannot be reached ({type(error).__name__}) and {name!r} was never imported here",

@@ -561,7 +561,7 @@ def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
 def _read_fold(folder: Path) -> tuple[dict[str, Any], pa.Table, list[dict[str, Any]]]:
     """The protocol's entry, the parts and the values of each query of one run's evaluation."""
     try:
-        entry = json.loads((folder / FILE).read_text())["protocols"][0]
+        entry = json.loads((folder / FILE).read_text(encoding="utf-8"))["protocols"][0]
         table, per_query = pq.read_table(folder / TABLE), pq.read_table(folder / "per_query.parquet")
     except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
         raise UsageError(

@@ -153,7 +153,7 @@ class BM25:
         documents = len(document_lengths)
         parameters = {"k1": self.k1, "b": self.b, "delta": 0.5, "method": "lucene", "idf_method": "lucene"}
         parameters |= {"dtype": "float32", "int_dtype": "int32", "num_docs": documents, "backend": "numpy"}
-        (folder / PARAMETERS).write_text(json.dumps(parameters))
+        (folder / PARAMETERS).write_text(json.dumps(parameters), encoding="utf-8")
         return {
             "documents": documents,
             "terms": len(vocabulary),

@@ -72,7 +72,7 @@ def _write_ids(doc_ids: Iterable[str], path: Path) -> int:
 def manifest_if_whole(path: Path) -> dict[str, Any]:
     """The manifest, or nothing when the files are not all there and of the size it names."""
     try:
-        manifest = json.loads(manifest_file(path).read_text())
+        manifest = json.loads(manifest_file(path).read_text(encoding="utf-8"))
         sizes = path.stat().st_size, ids_file(path).stat().st_size
         whole = sizes == (manifest["bytes"], manifest["ids_bytes"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -256,7 +256,7 @@ def _digest_of(ids: Ids) -> str:
 def _record(file: Path, digest: str, copy: Path | None) -> dict[str, Any]:
     """What was found out about this very file before, if its copy is whole."""
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         whole = record["source"] == digest and (copy is None or copy.stat().st_size == record["copy_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -49,7 +49,7 @@ def write_ragged(
         RankdistillError: the collection has changed while it was read; the disk is full.
     """
     done_file = folder / DONE
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.is_file() else {}
     if done.keys() != {"rows", "entries"}:
         done = {"rows": 0, "entries": 0}
     for name in (*layouts, LENGTHS):

@@ -229,5 +229,5 @@ def _encode(
 
 def _done(done_file: Path) -> tuple[int, int]:
     """(rows finished so far, how many of them were cut)."""
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.is_file() else {}
     return int(done.get("rows", 0)), int(done.get("cut", 0))

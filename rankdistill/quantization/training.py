@@ -356,7 +356,7 @@ class QuantizerTraining:
     def _load(self) -> bool:
         for folder in (self.work / CHECKPOINT, self.work / f"{CHECKPOINT}.old"):
             try:
-                values = json.loads((folder / STATE).read_text())
+                values = json.loads((folder / STATE).read_text(encoding="utf-8"))
                 tensors = load_file(folder / WEIGHTS)
                 states = [load_state(folder, f"optimiser_{number}") for number in range(len(self.optimisers))]
             except (OSError, ValueError):

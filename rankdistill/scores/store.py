@@ -128,7 +128,7 @@ def read_part(path: Path, metadata: Mapping[str, str] | None = None, fix: str = 
     """
     try:
         with open(path, "rb") as stream:  # bytes first: a memory-mapped file that is truncated later would crash
-            table = pq.read_table(pa.BufferReader(stream.read()))
+            table = pq.read_table(pa.BufferReader(stream.read()), page_checksum_verification=True)
         own = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         table = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
     except FileNotFoundError:
@@ -173,7 +173,7 @@ class TeacherScores:
         if not manifest.is_file():
             raise RankdistillError("there are no teacher scores here", where=str(self.path))
         try:
-            self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
             self.teacher = str(self.manifest["teacher"])
             self.collection = str(self.manifest["collection"])
             self.score_kind: ScoreKind = self.manifest["score_kind"]
@@ -369,7 +369,7 @@ def _keys(query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
 
 def _parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(dict(metadata)), buffer, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(dict(metadata)), buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 

@@ -77,7 +77,9 @@ class DenseModel(StudentModel):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), create_model_card=False)
-        (folder / SETTINGS_FILE).write_text(json.dumps({"similarity": self.similarity, "scale": self.scale.item()}))
+        (folder / SETTINGS_FILE).write_text(
+            json.dumps({"similarity": self.similarity, "scale": self.scale.item()}), encoding="utf-8"
+        )
 
 
 class _SentenceStudent(Student):

@@ -154,7 +154,7 @@ class MultiVectorModel(StudentModel):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), create_model_card=False)
-        (folder / SETTINGS_FILE).write_text(json.dumps({"scale": self.scale.item()}))
+        (folder / SETTINGS_FILE).write_text(json.dumps({"scale": self.scale.item()}), encoding="utf-8")
 
 
 def _best(similarity: Tensor, documents: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class QueryTowerModel(DenseModel):
         file = folder / SETTINGS_FILE
         settings = read_json(file)
         settings[DOCUMENTS] = {**self.documents.settings, **self.documents.known}
-        file.write_text(json.dumps(settings))
+        file.write_text(json.dumps(settings), encoding="utf-8")
 
 
 class QueryTowerStudent(Student):

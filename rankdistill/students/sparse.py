@@ -277,7 +277,7 @@ class SparseModel(StudentModel):
             "fingerprint": whole,
             "document_fingerprint": documents,
         }
-        settings.write_text(json.dumps(values))
+        settings.write_text(json.dumps(values), encoding="utf-8")
 
     @contextmanager
     def _without_negative_weights(self) -> Iterator[None]:

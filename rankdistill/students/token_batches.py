@@ -115,7 +115,7 @@ def token_budget_batches(
 def _cpu_gains_from_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AMX tiles or AVX512-BF16); emulation would be slower."""
     try:
-        flags = Path("/proc/cpuinfo").read_text(errors="replace")
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         return False
     return any(f" {flag} " in flags.replace("\n", " ") for flag in ("amx_bf16", "avx512_bf16", "bf16"))

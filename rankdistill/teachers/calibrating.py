@@ -72,7 +72,7 @@ def calibrate_ensemble(
                     one = calibrate(pairs, qrels, member.score_kind, ensemble.calibration)
                     say(f"calibration of {member.type}: {str(one).splitlines()[1]}")
                     found.append({"teacher": member.type, **one.to_json()})
-                (writer.path / FILE).write_text(json.dumps(found, indent=2) + "\n")
+                (writer.path / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
                 writer.counts = {"teachers": len(found), "pairs": sum(one["pairs"] for one in found)}
-        values = json.loads((open_artifact(out, "calibration").path / FILE).read_text())
+        values = json.loads((open_artifact(out, "calibration").path / FILE).read_text(encoding="utf-8"))
     ensemble.calibrators = [calibrator_from(one["calibrator"]) for one in values]

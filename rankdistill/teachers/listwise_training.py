@@ -513,7 +513,7 @@ def _save(model: Any, chat: Chat, start: Path, out: Path) -> None:
     """An ordinary causal language model, its weights in the format that they came in."""
     import torch
 
-    given = json.loads((start / "config.json").read_text())
+    given = json.loads((start / "config.json").read_text(encoding="utf-8"))
     name = str(given.get("dtype") or given.get("torch_dtype") or "float32")
     model.config.use_cache = True
     with quiet_transformers():

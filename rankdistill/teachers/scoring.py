@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from rankdistill.artifacts import MANIFEST, fingerprint
+from rankdistill.artifacts import MANIFEST, fingerprint, locked
 from rankdistill.progress import progress, say, warn
 from rankdistill.scores.store import ScoreStore, TeacherScores
 from rankdistill.teachers.base import Teacher, TextList
@@ -67,7 +67,14 @@ def score_candidates(
     if isinstance(teacher, AskingTeacher):
         warn_of_another_server(teacher, scores)
     unknown = 0
-    with scores, _reporting(teacher, scores), progress("scoring", total, "pairs") as bar:
+    busy = "score: another process is scoring with this teacher: its scores are waited for, not paid for twice"
+    with (
+        locked(scores.path / "scoring", busy),
+        scores,
+        _reporting(teacher, scores),
+        progress("scoring", total, "pairs") as bar,
+    ):
+        scores.refresh()
         chunk: list[tuple[str, list[str]]] = []
         waiting = 0
         prepared = False
@@ -129,7 +136,7 @@ def warn_of_another_server(teacher: AskingTeacher, scores: TeacherScores) -> Non
     """Servers name models freely (`default`): where no revision tells two apart, they would share scores."""
     now = teacher.asking.backend.describe()
     try:
-        then = json.loads((scores.path / MANIFEST).read_text())["description"]["teacher"]["backend"]
+        then = json.loads((scores.path / MANIFEST).read_text(encoding="utf-8"))["description"]["teacher"]["backend"]
         old, new = (urlsplit(str(one["base_url"])).netloc for one in (then, now))
     except (OSError, ValueError, KeyError, TypeError):
         return

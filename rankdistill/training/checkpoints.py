@@ -59,22 +59,22 @@ class SafeCheckpoints:
         if self.args.should_save:
             folder = Path(output_dir)
             save_state(self.optimizer.state_dict(), folder, OPTIMISER)
-            (folder / SCHEDULE).write_text(json.dumps(_plain(self.lr_scheduler.state_dict())))
+            (folder / SCHEDULE).write_text(json.dumps(_plain(self.lr_scheduler.state_dict())), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             folder = Path(checkpoint)
             self.optimizer.load_state_dict(load_state(folder, OPTIMISER))
-            self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULE).read_text()))
+            self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULE).read_text(encoding="utf-8")))
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and self.args.should_save:
-            (Path(output_dir) / SCALER).write_text(json.dumps(scaler.state_dict()))
+            (Path(output_dir) / SCALER).write_text(json.dumps(scaler.state_dict()), encoding="utf-8")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (path := Path(checkpoint) / SCALER).is_file():
-            self.accelerator.scaler.load_state_dict(json.loads(path.read_text()))
+            self.accelerator.scaler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def _save_rng_state(self, output_dir: str) -> None:
         folder = Path(output_dir)
@@ -88,7 +88,7 @@ class SafeCheckpoints:
             "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
         }
         stem = f"random_state_{self.args.process_index}"
-        (folder / f"{stem}.json").write_text(json.dumps(values))
+        (folder / f"{stem}.json").write_text(json.dumps(values), encoding="utf-8")
         tensors = {"cpu": torch.random.get_rng_state()}
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
@@ -100,7 +100,7 @@ class SafeCheckpoints:
         stem = Path(checkpoint) / f"random_state_{self.args.process_index}"
         if not stem.with_suffix(".json").is_file():
             return  # resumed with another number of processes
-        values = json.loads(stem.with_suffix(".json").read_text())
+        values = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         version, words, gauss = values["python"]
         random.setstate((version, tuple(words), gauss))
         name, keys, position, has_gauss, cached = values["numpy"]
@@ -126,7 +126,7 @@ def checkpoints(folder: Path) -> list[Path]:
     whole = []
     for _, path in sorted(numbered, reverse=True):
         try:
-            json.loads((path / STATE).read_text())
+            json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         whole.append(path)
@@ -145,12 +145,12 @@ def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
                 plain.setdefault(str(parameter), {})[key] = value
     save_file(tensors, folder / f"{name}.safetensors")
     rest = {"plain": plain, "param_groups": _plain(state["param_groups"])}
-    (folder / f"{name}.json").write_text(json.dumps(rest))
+    (folder / f"{name}.json").write_text(json.dumps(rest), encoding="utf-8")
 
 
 def load_state(folder: Path, name: str) -> dict[str, Any]:
     """What `save_state` wrote."""
-    rest = json.loads((folder / f"{name}.json").read_text())
+    rest = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {int(parameter): dict(values) for parameter, values in rest["plain"].items()}
     for place, tensor in load_file(folder / f"{name}.safetensors").items():
         parameter, _, key = place.partition(".")

@@ -299,11 +299,13 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         lines = [json.dumps(entry) for entry in state.log_history]
-        self.path.write_text("".join(f"{line}\n" for line in lines))  # what a resumed run goes on from
+        self.path.write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8"
+        )  # what a resumed run goes on from
         self.progress.done = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        with open(self.path, "a") as stream:
+        with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(state.log_history[-1]) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -571,6 +573,7 @@ def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[
         student.pop("warm_up")  # the start it gives is among the inputs
     student.pop("document_vectors", None)  # where they lie; the document model decides what they are
     training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
+    training["schedule"] = _schedule(recipe.training)
     training["precision"] = resolve_precision(resolve_device(recipe.student_device), recipe.training.precision)
     schema = {"schema": SCHEMAS["student"]} if "student" in SCHEMAS else {}
     return {
@@ -580,6 +583,11 @@ def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[
         "training": with_revisions(training),
         **inputs,
     }
+
+
+def _schedule(settings: Training) -> str:
+    """transformers' name; its `constant` begins at the full rate whatever `warmup` says."""
+    return "constant_with_warmup" if settings.schedule == "constant" and settings.warmup else settings.schedule
 
 
 def training_arguments(recipe: Recipe, steps: int, folder: Path) -> TrainingArguments:
@@ -592,7 +600,7 @@ def training_arguments(recipe: Recipe, steps: int, folder: Path) -> TrainingArgu
         per_device_train_batch_size=1,  # an item of the stream is a batch
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=_schedule(settings),
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_gradient_norm,

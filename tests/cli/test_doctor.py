@@ -94,3 +94,17 @@ def test_faiss_is_known_under_each_name(build: str, tmp_path: Path, monkeypatch:
     (found,) = (check for check in checks() if check.name == "faiss")
     assert not found.ok and found.found == f"faiss-cpu and {build} own the same module"
     assert found.fix == f"pip uninstall faiss-cpu {build} && pip install faiss-gpu"
+
+
+def test_every_file_of_a_run_is_read(tmp_path: Path) -> None:
+    from rankdistill.artifacts import write_artifact
+    from rankdistill.cli.doctor import damaged_artifacts
+
+    for name in ("student", "lists"):
+        with write_artifact(tmp_path / name, kind=name, fingerprint="abc", settings={}) as writer:
+            (writer.path / "data").write_bytes(b"x" * 100)
+    assert damaged_artifacts(tmp_path) == []
+    (tmp_path / "lists" / "data").write_bytes(b"x" * 99 + b"y")
+    (tmp_path / "student" / "manifest.json").write_text("{")
+    found = damaged_artifacts(tmp_path)
+    assert len(found) == 2 and "lists/data: delete" in found[0] and "student/manifest.json" in found[1]

@@ -188,3 +188,20 @@ def test_export_carries_the_fingerprints(tmp_path: Path) -> None:
     assert scores.export(file) == 2
     schema = pq.read_schema(file)
     assert schema.metadata[b"collection"] == b"collection" and schema.metadata[b"score_kind"] == b"logit"
+
+
+def test_any_flipped_bit_of_a_part_is_found(tmp_path: Path) -> None:
+    """Pages carry checksums: a part whose values changed is refused, not read as other scores."""
+    from rankdistill.scores.store import read_part
+
+    with ScoreStore(tmp_path).folder("t", "c", "logit") as scores:
+        scores.add("q", [f"d{number}" for number in range(200)], np.linspace(-3, 3, 200).astype(np.float32))
+    part = next(tmp_path.rglob("part-*.parquet"))
+    whole, before = part.read_bytes(), read_part(part)
+    for at in range(4, len(whole), 7):
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            found = read_part(part)
+        except RankdistillError:
+            continue
+        assert found.equals(before), f"byte {at}"

@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_hook
 
 from rankdistill.errors import RankdistillError
-from rankdistill.recipe import build
+from rankdistill.recipe import build, check_recipe
 from rankdistill.training import trainer as trainer_module
 from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import last_checkpoint
@@ -508,3 +508,19 @@ def test_the_settings_that_decide_nothing_are_not_in_the_fingerprint(make_recipe
         for changes in ({}, {"log_every": 7}, {"loader_processes": 2}, {"learning_rate": 2e-3})
     ]
     assert values[0] == values[1] == values[2] != values[3]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "name"),
+    [("constant", 0.1, "constant_with_warmup"), ("constant", 0.0, "constant"), ("linear", 0.1, "linear")],
+)
+def test_warmup_counts_under_every_schedule(schedule: str, warmup: float, name: str, tmp_path: Path) -> None:
+    recipe = check_recipe(
+        {
+            "collection": "beir:x",
+            "student": {"type": "static"},
+            "training": {"schedule": schedule, "warmup": warmup, "device": "cpu"},
+        }
+    )
+    arguments = trainer_module.training_arguments(recipe, 100, tmp_path)
+    assert str(arguments.lr_scheduler_type.value) == name and arguments.warmup_steps == round(100 * warmup)
