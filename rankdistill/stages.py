@@ -408,11 +408,7 @@ class Workspace:
         )
 
     def trained(self, name: str = STUDENT) -> Artifact:
-        """A trained student's artifact.
-
-        Raises:
-            RankdistillError: it has not been trained yet, or under other settings than the recipe's.
-        """
+        """A trained student's artifact; an error where there is none, or one of other settings than the recipe's."""
         from rankdistill.students.provenance import check_student
 
         artifact = open_artifact(self.student_folder(name), "student")
@@ -592,11 +588,11 @@ class Workspace:
             return run_splits(collection, split, pool, training, self.recipe, folder)
 
         own = self.collection
-        folders = {name: self.student_folder(name) for name in (STUDENT, *self.recipe.baselines)}
-        students = {name: self.trained(name).fingerprint for name, path in folders.items() if path.is_dir()}
+        trained = [name for name in (STUDENT, *self.recipe.baselines) if self.student_folder(name).is_dir()]
+        students = {name: self.trained(name).fingerprint for name in trained}
         claim_folder(out)
-        options: dict[str, Any] = {"local": local, "fetch": fetch, "students": students}
         with locked(out):  # two processes would write one file of rankings
+            options: dict[str, Any] = {"local": local, "fetch": fetch, "students": students}
             return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, **options)
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:

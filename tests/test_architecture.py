@@ -144,7 +144,7 @@ def test_every_module_says_what_it_is_for() -> None:
 def test_text_files_are_utf8_whatever_the_locale(module: str) -> None:
     for line, name, call in calls(module):
         keywords = {keyword.arg for keyword in call.keywords}
-        if name.split(".")[-1] in ("read_text", "write_text"):
+        if name.endswith((".read_text", ".write_text")):
             assert "encoding" in keywords, f"{module}:{line}: {name}"
         elif name == "open":
             mode = ast.unparse(call.args[1]) if len(call.args) > 1 else "'r'"
