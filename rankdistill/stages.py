@@ -246,19 +246,19 @@ class Workspace:
             scored.append(scores)
         return ensemble.combine(scored) if ensemble else scored[0]
 
-    def score(self) -> ScoredLists:
-        """Scored lists: the training candidates with the teacher's scores and the labels."""
+    def score(self, name: str = STUDENT) -> ScoredLists:
+        """Scored lists: the training candidates with the teacher's scores and the labels, as a student reads them."""
         from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
 
         candidates, _ = self.mine()
-        path = self.path / "lists"
         inputs = {"candidates": candidates.fingerprint}
         if self.recipe.teacher is not None:
             inputs["teacher"] = self.teacher.fingerprint()
+        own, settings = self.recipe.candidates, self.recipe_of(name).candidates
+        look: dict[str, Any] = {key: getattr(settings, key) for key in ("negatives_below", "extra_positives")}
+        path = self.path / ("lists" if all(getattr(own, key) == look[key] for key in look) else f"lists-{name}")
+        look = {key: value for key, value in look.items() if value and self.recipe.teacher is not None}
         with locked(path):
-            settings = self.recipe.candidates
-            look: dict[str, Any] = {name: getattr(settings, name) for name in ("negatives_below", "extra_positives")}
-            look = {key: value for key, value in look.items() if value and self.recipe.teacher is not None}
             expected = lists_fingerprint(self.collection, self.labels, inputs, look)
             if find_artifact(path, "lists", expected) is None:
                 # Without a teacher labels alone are read.
@@ -323,7 +323,7 @@ class Workspace:
         from rankdistill.training.trainer import train_student, training_fingerprint_values
 
         self.save_recipe()
-        lists = self.score()
+        lists = self.score(name)
         _, dev = self.mine()
         inputs = {"lists": lists.fingerprint, "dev": dev.fingerprint}
         recipe = self.recipe_of(name)

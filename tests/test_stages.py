@@ -289,3 +289,12 @@ def test_other_weights_of_a_model_that_training_reads_train_anew(
     shutil.copytree(encoder, tmp_path / "moved")
     moved = load_recipe(values, [f"training.{part}={{type: {kinds[part]['type']}, model: {tmp_path / 'moved'}}}"])
     assert training_fingerprint_values(moved, {}) == training_fingerprint_values(recipe, {})
+
+
+def test_a_baseline_may_read_the_lists_with_a_second_look(values: dict[str, Any], tmp_path: Path) -> None:
+    changed = {**values, "baselines": {"filter": {"candidates": {"negatives_below": 1.0}}}}
+    workspace = Workspace(tmp_path / "run", load_recipe(changed), tmp_path / "store")
+    own, looked = workspace.score(), workspace.score("filter")
+    assert own.artifact.path.name == "lists" and looked.artifact.path.name == "lists-filter"
+    left_out = own.artifact.counts["documents"] - looked.artifact.counts["documents"]
+    assert left_out >= looked.artifact.counts["doubtful_negatives"] > 0 == own.artifact.counts["doubtful_negatives"]

@@ -28,7 +28,6 @@ from rankdistill.stages import STUDENT, Workspace
 
 METRICS = ("ndcg@10", "recall@100")
 HALF = {"layers": [0, 2, 5]}
-FILTER = "filter"
 # baseline → changes to the recipe; `half` is the recipe's own
 ROWS: dict[str, dict[str, Any]] = {
     "labels": {"training": {"losses": [{"type": "infonce"}], "fit_scale": False}},
@@ -36,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "constant-scale": {"training": {"fit_scale": False}},
     "no-mix": {"training": {"interpolate": []}},
     "average": {"training": {"average": 2}},
-    FILTER: {},  # its lists are made without negatives above .95 of the positive's score
+    "filter": {"candidates": {"negatives_below": 0.95}},
     # Warm-up and lists of `half` take as long as these many steps over lists.
     "half-lists-alone": {"student": {**HALF, "warm_up": None}, "training": {"steps": 75, "interpolate": []}},
     "half-after-encoder": {
@@ -46,7 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def workspace(spec: str, seed: int, options: argparse.Namespace, changes: dict[str, Any] | None = None) -> Workspace:
+def workspace(spec: str, seed: int, options: argparse.Namespace) -> Workspace:
     values = read_yaml(find_declaration("configs", "quickstart"))
     own: dict[str, Any] = {
         "name": "effectiveness",
@@ -60,7 +59,7 @@ def workspace(spec: str, seed: int, options: argparse.Namespace, changes: dict[s
     }
     values["teacher"]["members"][0]["train"]["steps"] = options.teacher_steps
     path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}"
-    return Workspace(path, load_recipe(merge(merge(values, own), changes or {})), options.work / "store")
+    return Workspace(path, load_recipe(merge(values, own)), options.work / "store")
 
 
 def measure(spec: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -70,11 +69,8 @@ def measure(spec: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     if done.is_file():
         measured: dict[str, Any] = json.loads(done.read_text())
         return measured
-    for name in (STUDENT, *(name for name in run.recipe.baselines if name != FILTER)):
+    for name in (STUDENT, *run.recipe.baselines):
         run.train(name)
-    if FILTER in run.recipe.baselines:
-        filtered = {"candidates": {"negatives_below": 0.95}}
-        workspace(spec, seed, options, filtered).train(FILTER)
     suite = {
         "name": "effectiveness",
         "sets": [{"name": "set", "collection": spec, "split": "test"}],
