@@ -309,7 +309,9 @@ def check_place(path: str | Path) -> None:
     """
     path = Path(path)
     what = "folder" if path.is_dir() else "file"
-    if (path.is_dir() and (_ours(path) or not any(path.iterdir()))) or not os.path.lexists(path):
+    if (path.is_dir() and (_ours(path) or all(CLAIM in inner.name for inner in path.iterdir()))) or not os.path.lexists(
+        path
+    ):
         return
     raise UsageError(
         f"there is a {what} here that rankdistill did not write",

@@ -590,8 +590,8 @@ class Workspace:
         own = self.collection
         trained = [name for name in (STUDENT, *self.recipe.baselines) if self.student_folder(name).is_dir()]
         students = {name: self.trained(name).fingerprint for name in trained}
-        claim_folder(out)
         with locked(out):  # two processes would write one file of rankings
+            claim_folder(out)
             options: dict[str, Any] = {"local": local, "fetch": fetch, "students": students}
             return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, **options)
 

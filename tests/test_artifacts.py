@@ -262,6 +262,8 @@ def test_new_empty_and_own_places_are_taken(tmp_path: Path) -> None:
     for name in ("empty", "new", "new"):
         write(tmp_path / name)
         check_place(tmp_path / name)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "..rankdistill.1.tmp").write_text("")  # of a process that was killed while it claimed it
     claim_folder(tmp_path / "results")
     (tmp_path / "results" / "table.md").write_text("ours")
     claim_folder(tmp_path / "results")
