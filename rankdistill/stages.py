@@ -25,11 +25,10 @@ from rankdistill.artifacts import (
     fingerprint,
     locked,
     open_artifact,
-    write_artifact,
     write_atomically,
 )
 from rankdistill.collections import Collection, open_collection
-from rankdistill.devices import command_device, unplaced, use_device
+from rankdistill.devices import command_device, use_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import duration, launched, say, warn
 from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
@@ -209,23 +208,11 @@ class Workspace:
         )
 
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
-        if not teacher.needs_training:
-            return
-        candidates, _ = self.mine()
-        path = self.path / name
-        values = {**unplaced(settings), **teacher.training_inputs(), "seed": self.recipe.seed}
-        inputs = {"candidates": candidates.fingerprint}
-        print_ = fingerprint([values, inputs])
-        with locked(path):
-            if find_artifact(path, "teacher", print_) is None:
-                say(f"teach: training {settings['type']}")
-                with write_artifact(
-                    path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, resume=True
-                ) as artifact:
-                    artifact.counts = teacher.train(
-                        self.collection, _lists(candidates), artifact.path / "model", self.recipe.seed
-                    )
-        teacher.use_trained(path / "model")
+        from rankdistill.teachers.trained import train_teacher
+
+        if teacher.needs_training:
+            split, seed = self.queries[2], self.recipe.seed
+            train_teacher(teacher, settings, self.collection, *self.mine(), split, self.path / name, seed)
 
     # -- score --------------------------------------------------------------------------------------------------------
 

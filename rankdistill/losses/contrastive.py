@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankdistill.losses.base import BatchLoss, ListLoss, comparable, sums_where
+from rankdistill.losses.base import BatchLoss, ListLoss, comparable, log_softmax_where, sums_where
 from rankdistill.losses.schedules import Schedule, Temperature
 
 
@@ -38,6 +38,36 @@ class InfoNCE(ListLoss):
         counted = mask[:, 0] & (labels[:, 0] > 0) & comparable(competing)
         logits = logits.masked_fill(~counted[:, None], 0.0)  # a list that counts nothing must give no NaN
         return sums_where(-logits.log_softmax(dim=1)[:, :1], counted[:, None])
+
+
+class LCE(ListLoss):
+    """Softmax cross-entropy to the labels' gains, the usual loss of re-rankers; reads no teacher.
+
+    With one positive in a list this is localised contrastive estimation (Gao et al. 2021, arXiv:2101.08751): -log
+    softmax of its score over itself and the mined negatives. Of grades, each document's share of the target is its
+    gain, 2^grade - 1, by the list's sum. A list without a positive counts nothing.
+
+    Args:
+        weight: share in a sum of losses.
+    """
+
+    type = "lce"
+    needs_labels = True
+    needs_teacher = False
+
+    @staticmethod
+    def targets(labels: Tensor, mask: Tensor) -> Tensor:
+        """[lists, documents], each list's sum 1, or 0 where nothing is relevant."""
+        gains = (labels.clamp(min=0).double().exp2() - 1).masked_fill(~mask, 0.0)
+        return (gains / gains.sum(dim=1, keepdim=True).clamp(min=1.0)).float()
+
+    def terms(
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        targets = self.targets(labels, mask)
+        counted = (targets.sum(dim=1) > 0) & comparable(mask)
+        entropy = -(targets * log_softmax_where(student_scores, mask)).sum(dim=1, keepdim=True)
+        return sums_where(entropy, counted[:, None])
 
 
 class InBatchInfoNCE(BatchLoss):

@@ -25,6 +25,13 @@ class TextList(NamedTuple):
     documents: list[str]
 
 
+class Dev(NamedTuple):
+    """What a training is judged by: candidates of dev queries and the split that labels them."""
+
+    candidates: list[tuple[str, list[str]]]
+    split: str
+
+
 class Teacher(ABC):
     """Scores candidate lists. The constructor takes the recipe's settings and loads nothing."""
 
@@ -66,8 +73,9 @@ class Teacher(ABC):
         out: Path,
         seed: int,
         split: str = "train",
+        dev: Dev | None = None,
     ) -> dict[str, Any]:
-        """Fine-tune on a split's labels and the candidates, save below `out`, and use the result from now on."""
+        """Fine-tune on a split's labels and the candidates, save the best by `dev` below `out`, use it from now on."""
         raise RankdistillError(f"a teacher of type {self.type!r} is not trained")
 
     def use_trained(self, folder: Path) -> None:

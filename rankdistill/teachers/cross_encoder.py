@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -24,8 +24,17 @@ from rankdistill.plain import Section
 from rankdistill.progress import warn
 from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_cross_encoder
 from rankdistill.students.models import resolve_model
+from rankdistill.students.pairs import (
+    PAD_MULTIPLE,
+    PairJoiner,
+    bare_tokenizer,
+    learn_joiner,
+    longest_first,
+    padding_of,
+    token_ids,
+)
 from rankdistill.students.token_batches import Precision, TokenBudget, autocast, resolve_precision, token_budget_batches
-from rankdistill.teachers.base import PairTeacher
+from rankdistill.teachers.base import Dev, PairTeacher
 
 if TYPE_CHECKING:
     import torch
@@ -33,71 +42,52 @@ if TYPE_CHECKING:
 
     from rankdistill.collections import Collection
 
-PAD_MULTIPLE = 8  # rows are padded to multiples of this many tokens: full tiles for AMX and tensor cores
-
 
 class CrossEncoderTraining(Section):
     """How a cross-encoder is fine-tuned before it teaches."""
 
-    loss: Literal["bce", "listnet", "lambda"] = Field(
-        "bce", description="binary cross-entropy (positives weighted by the number of negatives), or over whole lists"
+    start: Literal["encoder", "head"] = Field(
+        "encoder",
+        description="rank as the encoder does before the first step (see students/pair_encoder.py; an encoder that "
+        "cannot be had that way falls back), or a new head on the first token, which starts at random",
+    )
+    loss: Literal["lce", "bce", "listnet", "lambda"] = Field(
+        "lce",
+        description="over a positive and its negatives: softmax cross-entropy to the labels' gains, binary "
+        "cross-entropy (positives weighted by the number of negatives), ListNet, or LambdaLoss",
+    )
+    target_temperature: float = Field(
+        0.2, gt=0, description="of listnet: the target is softmax(grade / this); at 1 a positive gets e times the rest"
     )
     epochs: float = Field(1.0, gt=0, description="passes over the training lists")
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     learning_rate: float = Field(1e-4, gt=0)
     head_learning_rate: float | None = Field(
-        None, gt=0, description="of the new scoring head (pooler and classifier); 10 times the encoder's by default"
+        None, gt=0, description="of what is new (head, pooler, classifier); 10 times the encoder's by default"
     )
+    gate_learning_rate: float = Field(1e-2, gt=0, description="of the gates between the sides, with start: encoder")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    batch_size: int = Field(32, ge=1, description="pairs a step (bce) or lists a step (listnet, lambda)")
-    negatives: int = Field(3, ge=1, description="negatives a positive, drawn from the candidates")
+    batch_size: int = Field(8, ge=1, description="lists a step: a positive and its negatives each")
+    negatives: int = Field(3, ge=1, description="negatives a positive, one from each depth of the candidates")
     positives: int = Field(1, ge=1, description="labelled positives a query at most, each with its own negatives")
+    refresh: bool = Field(
+        False, description="halfway, score the candidates with the model as it is and draw negatives by its order"
+    )
+    negatives_below: float = Field(
+        0.95, gt=0, le=1, description="at the refresh, only documents below this share of the positive's score"
+    )
     queries: int | None = Field(None, ge=1, description="training queries at most, drawn by the seed")
+    checkpoints: int = Field(
+        4, ge=1, description="looks at dev, beside the one before the first step; the best is kept"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after this many looks at dev without a better one")
+    dev_queries: int = Field(100, ge=0, description="dev queries that choose the checkpoint; 0 keeps the last one")
+    dev_depth: int = Field(20, ge=2, description="of their candidates, as many are re-ranked")
     dropout: float | None = Field(
         None, ge=0, lt=1, description="the encoder's own by default; 0 spares a CPU a third of each step"
     )
     max_length: int | None = Field(None, ge=8, description="tokens a pair in training; the teacher's own by default")
     precision: Precision = "auto"
-
-
-class PairJoiner(NamedTuple):
-    """How a tokenizer joins two token sequences: [prefix] query [middle] document [suffix], and its token types."""
-
-    prefix: list[int]
-    middle: list[int]
-    suffix: list[int]
-    query_type: int
-    document_type: int
-    prefix_types: list[int]
-    middle_types: list[int]
-    suffix_types: list[int]
-
-    @property
-    def special(self) -> int:
-        return len(self.prefix) + len(self.middle) + len(self.suffix)
-
-
-def longest_first(query: np.ndarray, document: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths kept of each pair under the `longest_first` rule of the tokenizers library.
-
-    The longer side gives way first; when both are longer than half the room, each gets half (the longer side, or the
-    document when equal, the odd token).
-
-    Args:
-        query: int64 [N], tokens of each query.
-        document: int64 [N], tokens of each document.
-        room: tokens a pair may have without special tokens.
-    """
-    swap = query > document
-    shorter, longer = np.where(swap, document, query), np.where(swap, query, document)
-    cut = shorter + longer > room
-    first = shorter.copy()
-    second = np.where(shorter > room, shorter, np.maximum(shorter, room - shorter))
-    both = first + second > room
-    first = np.where(both, room // 2, first)
-    second = np.where(both, room // 2 + room % 2, second)
-    first, second = np.where(cut, first, shorter), np.where(cut, second, longer)
-    return np.where(swap, second, first), np.where(swap, first, second)
 
 
 class CrossEncoderTeacher(PairTeacher):
@@ -203,27 +193,38 @@ class CrossEncoderTeacher(PairTeacher):
                     where=str(folder),
                     fix="give `train` settings to fine-tune a cross-encoder from it, or use type: bi_encoder",
                 )
-            model = load_cross_encoder(folder, self.device, self.max_length)
+            from rankdistill.students.pair_encoder import open_pair_encoder
+
+            model = open_pair_encoder(folder, self.max_length, str(self.device))
+            model = model or load_cross_encoder(folder, self.device, self.max_length)
             if model.num_labels != 1:
                 raise RankdistillError(
                     f"this model gives {model.num_labels} numbers a pair, a teacher gives one", where=str(folder)
                 )
-            model.eval()
+            self._take(model.eval())
             # The head in float32: near 6, bf16 has only steps of 0.03. It is one row a pair, so it costs nothing.
-            body = getattr(model.model, "base_model_prefix", "")
-            has_head = _keep_head_in_float32(model, body)
+            body = _body(model)
             # The body's weights are converted once; autocast, which converts activations again and again, took a fifth
             # longer here. It remains the way for models without a separable head.
-            self._formats = resolve_precision(self.device, self.precision)
-            if has_head and self._formats != "fp32":
-                getattr(model.model, body).to(torch.bfloat16 if self._formats == "bf16" else torch.float16)
+            if body is not None and self._formats != "fp32":
+                body.to(torch.bfloat16 if self._formats == "bf16" else torch.float16)
                 self._formats = "fp32"
-            self._model = model
-            self._joiner = None
-            if _plain_pairs(model):
-                self._tokenizer = _bare_tokenizer(model.tokenizer, self.limit)
-                self._joiner = _learn_joiner(model.tokenizer)
+        assert self._model is not None
         return self._model
+
+    def _take(self, model: CrossEncoder) -> None:
+        self._model, self._joiner = model, _joiner(model)
+        self._formats = resolve_precision(self.device, self.precision)
+        if self._joiner is not None:
+            self._tokenizer = bare_tokenizer(model.tokenizer, self.limit)
+
+    def over(self, model: CrossEncoder) -> CrossEncoderTeacher:
+        """A teacher that scores with a model in training, as it is at the time."""
+        teacher = CrossEncoderTeacher(
+            self.model_name, self.max_length, self.query_length, self.precision, self.token_budget, self._device_name
+        )
+        teacher._take(model)
+        return teacher
 
     @property
     def limit(self) -> int:
@@ -271,10 +272,9 @@ class CrossEncoderTeacher(PairTeacher):
         self, joiner: PairJoiner, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray
     ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
         """Batches from texts tokenised once each."""
-        import torch
 
         room = self.limit - joiner.special
-        query_tokens, document_tokens = self._tokenise(queries), self._tokenise(documents)
+        query_tokens, document_tokens = (token_ids(self._tokenizer, texts) for texts in (queries, documents))
         threshold = self.query_length or room // 2
         cut = sum(len(tokens) > threshold for tokens in query_tokens)
         if self.query_length:
@@ -284,45 +284,16 @@ class CrossEncoderTeacher(PairTeacher):
         document_lengths = np.array([len(tokens) for tokens in document_tokens], dtype=np.int64)
         kept_query, kept_document = longest_first(query_lengths[pairs[:, 0]], document_lengths[pairs[:, 1]], room)
         lengths = kept_query + kept_document + joiner.special
-        prefix, middle, suffix = (np.array(ids, np.int64) for ids in (joiner.prefix, joiner.middle, joiner.suffix))
-        types = [np.array(ids, np.int64) for ids in (joiner.prefix_types, joiner.middle_types, joiner.suffix_types)]
         tokenizer = self.load().tokenizer
-        wants = set(tokenizer.model_input_names)
-        padding = int(tokenizer.pad_token_id)
-        padding_type = int(getattr(tokenizer, "pad_token_type_id", 0) or 0)
+        wants = {"input_ids", *tokenizer.model_input_names, *(["token_type_ids"] if joiner.two_sided else [])}
+        padding = padding_of(tokenizer)
         for batch in token_budget_batches(lengths, self.budget.tokens, multiple_of=PAD_MULTIPLE):
-            longest = int(lengths[batch[0]])
-            width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(self.limit, longest))
-            ids = np.full((len(batch), width), padding, dtype=np.int64)
-            kinds = np.full((len(batch), width), padding_type, dtype=np.int64)
-            for row, at in enumerate(batch):
-                query_row, document_row = pairs[at]
-                q, d = int(kept_query[at]), int(kept_document[at])
-                start, between = len(prefix), len(prefix) + q
-                document, end = between + len(middle), between + len(middle) + d
-                line = ids[row]
-                line[:start] = prefix
-                line[start:between] = query_tokens[query_row][:q]
-                line[between:document] = middle
-                line[document:end] = document_tokens[document_row][:d]
-                line[end : end + len(suffix)] = suffix
-                if "token_type_ids" in wants:
-                    kind = kinds[row]
-                    kind[:start], kind[between:document], kind[end : end + len(suffix)] = types
-                    kind[start:between], kind[document:end] = joiner.query_type, joiner.document_type
-            features = {"input_ids": torch.from_numpy(ids)}
-            if "attention_mask" in wants:
-                features["attention_mask"] = torch.from_numpy(
-                    (np.arange(width)[None, :] < lengths[batch][:, None]).astype(np.int64)
-                )
-            if "token_type_ids" in wants:
-                features["token_type_ids"] = torch.from_numpy(kinds)
-            yield batch, features
-
-    def _tokenise(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids without special tokens, int32 a text."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            sides = [
+                (query_tokens[pairs[at, 0]][: kept_query[at]], document_tokens[pairs[at, 1]][: kept_document[at]])
+                for at in batch
+            ]
+            features = joiner.join(sides, padding, self.limit)
+            yield batch, {name: value for name, value in features.items() if name in wants}
 
     def _plain_batches(
         self, model: CrossEncoder, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray
@@ -360,16 +331,19 @@ class CrossEncoderTeacher(PairTeacher):
         out: Path,
         seed: int,
         split: str = "train",
+        dev: Dev | None = None,
     ) -> dict[str, Any]:
         """Fine-tune `model` on labels and mined negatives, and use the result from now on.
 
-        Positives are the split's documents judged relevant; negatives are drawn from the query's candidates that are
-        not. What is saved is an ordinary CrossEncoder with one label, whose saved activation is the identity
-        (`activation_fn` in config_sentence_transformers.json), so that `CrossEncoder(out).predict` gives the raw logit
-        too. A killed training goes on from its last checkpoint, beside `out`.
+        Each of a query's positives makes a list of its own, with negatives from its candidates (those of a lower
+        grade; their gain is in the target of `lce`), one from each depth. With `start: head` an ordinary CrossEncoder
+        is saved; with `start: encoder` one that `CrossEncoder(out, trust_remote_code=True)` loads where this package
+        is installed. Either has the identity as its activation, so that `predict` gives the raw logit. A killed
+        training goes on from its last checkpoint, beside `out`.
 
         Returns:
-            What it was trained on: queries, pairs, steps, seconds, last loss.
+            What it was trained on (queries, pairs, steps), what was lost and gained (loss, its floor and what guessing
+            gives; nDCG@10 of re-ranked dev candidates by step), seconds.
         """
         from rankdistill.teachers.cross_encoder_training import fine_tune
 
@@ -377,18 +351,7 @@ class CrossEncoderTeacher(PairTeacher):
             raise UsageError("this cross-encoder has no `train` settings", where="teacher.train")
         out = Path(out)
         work = out.with_name(f".{out.name}.training")
-        report = fine_tune(
-            resolve_model(self.model_name).path,
-            self.training,
-            collection,
-            candidates,
-            work,
-            seed=seed,
-            split=split,
-            max_length=self.training.max_length or self.max_length,
-            scoring_length=self.max_length,
-            device=self.device,
-        )
+        report = fine_tune(self, self.training, collection, candidates, work, seed=seed, split=split, dev=dev)
         out.mkdir(parents=True, exist_ok=True)
         for item in sorted((work / "model").iterdir()):
             os.replace(item, out / item.name)
@@ -397,79 +360,46 @@ class CrossEncoderTeacher(PairTeacher):
         return report
 
 
-def _keep_head_in_float32(model: CrossEncoder, body: str) -> bool:
-    """Make the weights float32, and have the layers after the encoder take float32 from it in whatever format it gives.
+def _body(model: CrossEncoder) -> Any:
+    """The encoder, whose weights may change their format, after the weights are made float32 and the layers after it
+    take float32 from it in whatever format it gives.
 
-    False, and nothing is changed, where there is no such layer; a language model's vocabulary is none.
+    None, and nothing is changed, where there is no such layer; a language model's vocabulary is none.
     (sentence-transformers' `set_keep_in_fp32_modules` is experimental, new in 6.2, and leaves norms between the
     layers in the format they were stored in.)
     """
     from torch import nn
 
+    from rankdistill.students.pair_encoder import PairEncoder
+
+    if isinstance(model[0], PairEncoder):
+        return model[0].float().model  # it gives its own head float32
+    body = getattr(model.model, "base_model_prefix", "")
     if not body or not hasattr(model.model, body):
-        return False
-    encoder = set(getattr(model.model, body).modules())
+        return None
+    encoder = getattr(model.model, body)
+    inner = set(encoder.modules())
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module not in encoder and module.out_features <= 4096
+        if isinstance(module, nn.Linear) and module not in inner and module.out_features <= 4096
     ]
     if layers:
         model.float()
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-    return bool(layers)
+    return encoder if layers else None
 
 
-def _plain_pairs(model: CrossEncoder) -> bool:
-    """Whether pairs may be joined from token ids: a fast tokenizer that pads and cuts on the right, no template."""
+def _joiner(model: CrossEncoder) -> PairJoiner | None:
+    """How pairs are joined from token ids: by a fast tokenizer that pads and cuts on the right, with no template."""
     tokenizer = model.tokenizer
-    return bool(
+    plain = (
         getattr(tokenizer, "is_fast", False)
         and tokenizer.padding_side == "right"
         and tokenizer.truncation_side == "right"
         and tokenizer.pad_token_id is not None
         and not getattr(tokenizer, "chat_template", None)
         and len(model) == 1
-        and _learn_joiner(tokenizer) is not None
     )
-
-
-def _bare_tokenizer(tokenizer: Any, limit: int) -> Any:
-    """The fast tokenizer underneath, cutting single texts at the pair limit (no more can ever be used)."""
-    from tokenizers import Tokenizer
-
-    bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    bare.no_padding()
-    bare.enable_truncation(limit)
-    return bare
-
-
-def _learn_joiner(tokenizer: Any) -> PairJoiner | None:
-    """Read the layout of a pair off the tokenizer's own output; None when it does not have the usual form."""
-    found: list[PairJoiner] = []
-    for query, document in (("what is this", "a longer text that answers it"), ("is", "no")):
-        q = tokenizer(query, add_special_tokens=False)["input_ids"]
-        d = tokenizer(document, add_special_tokens=False)["input_ids"]
-        pair = tokenizer(query, document, return_token_type_ids=True)
-        ids, types = list(pair["input_ids"]), list(pair.get("token_type_ids") or [0] * len(pair["input_ids"]))
-        sides = pair.sequence_ids(0)
-        if 0 not in sides or 1 not in sides:
-            return None
-        start, document_start = sides.index(0), sides.index(1)
-        end, document_end = start + len(q), document_start + len(d)
-        if ids[start:end] != q or ids[document_start:document_end] != d or start > document_start:
-            return None
-        found.append(
-            PairJoiner(
-                ids[:start],
-                ids[end:document_start],
-                ids[document_end:],
-                types[start],
-                types[document_start],
-                types[:start],
-                types[end:document_start],
-                types[document_end:],
-            )
-        )
-    return found[0] if found[0] == found[1] else None
+    return getattr(model[0], "joiner", None) or learn_joiner(tokenizer) if plain else None

@@ -1,99 +1,345 @@
-"""Fine-tuning a cross-encoder with sentence-transformers' own trainer and losses."""
+"""Fine-tuning a cross-encoder on labels and mined negatives; the checkpoint that ranks dev best is kept."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
+import torch
+from sentence_transformers import CrossEncoder
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rankdistill.artifacts import write_atomically
 from rankdistill.devices import place_training
-from rankdistill.errors import RankdistillError
-from rankdistill.progress import progress, quiet_transformers
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.losses.base import ListLoss
+from rankdistill.losses.contrastive import LCE
+from rankdistill.losses.divergence import ListNet
+from rankdistill.losses.lambda_loss import LambdaLoss
+from rankdistill.progress import Progress, progress, quiet_transformers, say, warn
+from rankdistill.runs import Run
+from rankdistill.sampling.base import generator
+from rankdistill.students.dense import set_dropout
+from rankdistill.students.loading import load_cross_encoder, position_limit
+from rankdistill.students.models import resolve_model
+from rankdistill.students.pair_encoder import encoder_folder, pair_encoder
 from rankdistill.students.token_batches import resolve_precision
+from rankdistill.teachers.base import Dev, TextList
+from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 
 if TYPE_CHECKING:
-    import torch
-
     from rankdistill.collections import Collection
-    from rankdistill.teachers.cross_encoder import CrossEncoderTraining
+    from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, CrossEncoderTraining
 
-CHECKPOINTS = 4  # over a training
+METRIC = "ndcg@10"
+DEV = f"dev_{METRIC}"
+AHEAD = 2  # batches that a loader may have read before a step begins
 
 
-def choose_lists(
-    collection: Collection,
-    candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
-    split: str,
-    settings: CrossEncoderTraining,
-    seed: int,
-) -> list[tuple[str, str, list[str]]]:
-    """(query_id, positive, negatives): what is drawn for a query depends on the seed and the query alone."""
-    qrels = collection.qrels(split)
-    chosen = []
-    for query_id, doc_ids, _ in candidates:
-        relevant = {doc_id for doc_id, relevance in qrels.get(query_id, {}).items() if relevance > 0}
-        negatives = [doc_id for doc_id in dict.fromkeys(doc_ids) if doc_id not in relevant]
-        known = sorted(relevant)
-        known = [doc_id for doc_id, row in zip(known, collection.doc_rows(known), strict=True) if row >= 0]
-        if not known or not negatives:
-            continue
-        own = int.from_bytes(hashlib.sha256(f"{seed}\0{query_id}".encode()).digest()[:8], "little")
-        random = np.random.default_rng(own)
-        for positive in random.permutation(known)[: settings.positives]:
-            picked = random.permutation(len(negatives))[: settings.negatives]
-            chosen.append((own, query_id, str(positive), [negatives[at] for at in picked]))
-    # In the order of the queries' own hashes: a random order that does not depend on that of the candidates.
-    chosen.sort(key=lambda item: item[:3])
-    if settings.queries is not None:
-        allowed = set(list(dict.fromkeys(item[1] for item in chosen))[: settings.queries])
-        chosen = [item for item in chosen if item[1] in allowed]
-    if not chosen:
-        raise RankdistillError(
-            f"no query of split {split!r} has both a labelled positive and a candidate that is not one",
-            fix="mine candidates for this split first, or choose another",
+class TrainingLists:
+    """A list a positive: itself, and negatives of its query's candidates. Memory: ids of the candidates.
+
+    What is drawn for a query depends on the seed and the query alone.
+
+    Args:
+        candidates: (query_id, doc_ids, _) a query.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        split: str,
+        settings: CrossEncoderTraining,
+        seed: int,
+    ) -> None:
+        self.collection, self.settings, self.seed = collection, settings, seed
+        self.qrels = collection.qrels(split)
+        self.candidates: dict[str, list[str]] = {}
+        lists: list[tuple[int, str, str]] = []
+        for query_id, doc_ids, _ in candidates:
+            relevant = sorted(doc_id for doc_id, grade in self.qrels.get(query_id, {}).items() if grade > 0)
+            known = [d for d, row in zip(relevant, collection.doc_rows(relevant), strict=True) if row >= 0]
+            others = list(dict.fromkeys(doc_ids))
+            others = [d for d, row in zip(others, collection.doc_rows(others), strict=True) if row >= 0]
+            own = self._hash(query_id)
+            positives = [str(doc_id) for doc_id in np.random.default_rng(own).permutation(known)]
+            self.candidates[query_id] = others
+            positives = [doc_id for doc_id in positives if self._below(query_id, doc_id)][: settings.positives]
+            lists += [(own, query_id, doc_id) for doc_id in positives]
+        lists.sort()  # by the queries' own hashes: a random order that does not depend on that of the candidates
+        if settings.queries is not None:
+            allowed = set(list(dict.fromkeys(item[1] for item in lists))[: settings.queries])
+            lists = [item for item in lists if item[1] in allowed]
+        if not lists:
+            raise RankdistillError(
+                f"no query of split {split!r} has both a labelled positive and a candidate that is not one",
+                fix="mine candidates for this split first, or choose another",
+            )
+        self.lists = [item[1:] for item in lists]
+        self.candidates = {query_id: self.candidates[query_id] for query_id, _ in self.lists}
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def _hash(self, *parts: object) -> int:
+        return int.from_bytes(hashlib.sha256("\0".join(map(str, (self.seed, *parts))).encode()).digest()[:8], "little")
+
+    def grade(self, query_id: str, doc_id: str) -> int:
+        return max(0, self.qrels.get(query_id, {}).get(doc_id, 0))
+
+    def _below(self, query_id: str, positive: str) -> list[str]:
+        """The candidates of a lower grade than the positive's, in order."""
+        grade = self.grade(query_id, positive)
+        return [doc_id for doc_id in self.candidates[query_id] if self.grade(query_id, doc_id) < grade]
+
+    def draw(self, number: int, scores: dict[str, float] | None = None) -> list[str]:
+        """The negatives of a list, one from each of so many equal parts of its candidates, best first.
+
+        Args:
+            scores: of the query's candidates and positives; given, they order the candidates, and none near the
+                positive or above it is drawn: it may be relevant and unlabelled.
+        """
+        query_id, positive = self.lists[number]
+        pool = self._below(query_id, positive)
+        if scores is not None:
+            own = scores[positive]
+            most = own - (1 - self.settings.negatives_below) * abs(own)
+            pool.sort(key=lambda doc_id: -scores[doc_id])
+            count = min(self.settings.negatives, len(pool))
+            pool = [doc_id for doc_id in pool if scores[doc_id] <= most] or pool[-count:]
+        random = np.random.default_rng(self._hash(query_id, positive, scores is not None))
+        parts = np.array_split(np.arange(len(pool)), min(self.settings.negatives, len(pool)))
+        return [pool[random.choice(part)] for part in parts]
+
+
+class Examples(torch.utils.data.Dataset[tuple[str, list[str], list[int]]]):
+    """The lists of a whole training in order, as texts and grades; a place says which list and which negatives."""
+
+    def __init__(self, lists: TrainingLists, count: int, refreshed_from: int | None) -> None:
+        self.lists, self.count, self.refreshed_from = lists, count, refreshed_from
+        self.negatives = [lists.draw(number) for number in range(len(lists))]
+        self.refreshed: list[list[str]] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> tuple[str, list[str], list[int]]:
+        epoch, at = divmod(place, len(self.lists))
+        number = int(generator(self.lists.seed, epoch).permutation(len(self.lists))[at])
+        query_id, positive = self.lists.lists[number]
+        late = self.refreshed_from is not None and place >= self.refreshed_from and self.refreshed is not None
+        doc_ids = [positive, *(self.refreshed if late and self.refreshed else self.negatives)[number]]
+        collection = self.lists.collection
+        texts = collection.document_texts(collection.doc_rows(doc_ids))
+        return collection.query_texts([query_id])[0], texts, [self.lists.grade(query_id, one) for one in doc_ids]
+
+
+class Listwise(nn.Module):
+    """Model and loss: a batch of lists in, a number out.
+
+    Args:
+        model: the cross-encoder.
+        settings: name the loss.
+    """
+
+    def __init__(self, model: CrossEncoder, settings: CrossEncoderTraining) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.over_lists: ListLoss | None = {
+            "lce": LCE(),
+            "listnet": ListNet(),
+            "lambda": LambdaLoss(gain="labels"),
+        }.get(settings.loss)
+
+    def collate(self, items: Sequence[tuple[str, list[str], list[int]]]) -> dict[str, Any]:
+        """Features of all pairs, and `grades` int64 [lists, documents], -1 where a shorter list has ended."""
+        features = self.model.preprocess([(query, text) for query, texts, _ in items for text in texts])
+        width = max(len(grades) for _, _, grades in items)
+        padded = [grades + [-1] * (width - len(grades)) for _, _, grades in items]
+        return {"features": dict(features), "grades": torch.tensor(padded)}
+
+    def forward(self, features: dict[str, Any], grades: Tensor) -> Tensor:
+        logits = self.model(features)["scores"].float().reshape(-1)
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.loss(logits.new_zeros(grades.shape).masked_scatter(grades >= 0, logits), grades)
+
+    def loss(self, scores: Tensor, grades: Tensor) -> Tensor:
+        """Of scores [lists, documents]."""
+        mask, settings = grades >= 0, self.settings
+        if self.over_lists is not None:
+            targets = grades.float() / settings.target_temperature  # read by listnet
+            return self.over_lists(scores, targets, grades, mask)
+        weight = scores.new_tensor(float(settings.negatives))
+        return binary_cross_entropy_with_logits(scores[mask], (grades[mask] > 0).float(), pos_weight=weight)
+
+    def bounds(self, grades: Tensor) -> tuple[float, float | None]:
+        """The loss of equal scores, and the least there is of these lists where it is not simply 0."""
+        floor = None
+        if self.settings.loss in ("lce", "listnet"):
+            mask = grades >= 0
+            best = (
+                LCE.targets(grades, mask).log()
+                if self.settings.loss == "lce"
+                else (grades.float() / self.settings.target_temperature)
+            )
+            floor = float(self.loss(best.clamp(min=-1e4), grades))
+        return float(self.loss(torch.zeros(grades.shape), grades)), floor
+
+
+class DevCandidates:
+    """Candidates of dev queries that a model re-ranks: nDCG@10.
+
+    Memory: their texts.
+    """
+
+    def __init__(self, collection: Collection, dev: Dev, queries: int, depth: int) -> None:
+        qrels = collection.qrels(dev.split)
+        judged = [item for item in dev.candidates if any(grade > 0 for grade in qrels.get(item[0], {}).values())]
+        some = judged[:: max(1, -(-len(judged) // queries))]  # spread evenly: files are often sorted by topic
+        texts = collection.query_texts([query_id for query_id, _ in some])
+        self.qrels = {query_id: qrels[query_id] for query_id, _ in some}
+        self.lists = []
+        for query, (query_id, doc_ids) in zip(texts, some, strict=True):
+            rows = collection.doc_rows(list(dict.fromkeys(doc_ids))[:depth])
+            rows = rows[rows >= 0]
+            self.lists.append(TextList(query_id, query, collection.doc_ids(rows), collection.document_texts(rows)))
+
+    def evaluate(self, scorer: CrossEncoderTeacher | None) -> float:
+        """Of the candidates as they come where there is no scorer."""
+        given = (
+            scorer.score(self.lists)
+            if scorer
+            else ((item.query_id, item.doc_ids, -np.arange(len(item.doc_ids), dtype=np.float32)) for item in self.lists)
         )
-    return [item[1:] for item in chosen]
+        run = Run.from_dict({query_id: dict(zip(ids, scores.tolist(), strict=True)) for query_id, ids, scores in given})
+        return float(evaluate_run(run, self.qrels, [METRIC]).means[METRIC])
 
 
-def _write_texts(
-    collection: Collection, lists: Sequence[tuple[str, str, list[str]]], whole_lists: bool, path: Path
-) -> Any:
-    """The training texts as an Arrow file that the trainer maps: memory does not grow with the training set."""
-    from datasets import Dataset
+class PairTrainer(SafeCheckpoints, Trainer):
+    """Minimises `Listwise`; looks at dev, keeps the best model in `best`, draws negatives anew halfway."""
 
-    label = pa.float32()
-    fields = [("query", pa.string()), ("document", pa.string()), ("label", label)]
-    if whole_lists:
-        fields = [("query", pa.string()), ("documents", pa.list_(pa.string())), ("labels", pa.list_(label))]
-    schema = pa.schema(fields)
+    def __init__(self, model: Listwise, scorer: CrossEncoderTeacher, dev: DevCandidates | None, **options: Any) -> None:
+        # The eval_dataset is only asked for by the base class: `evaluate` reads the dev candidates.
+        super().__init__(model=model, eval_dataset=options["train_dataset"], data_collator=model.collate, **options)
+        self.scorer, self.dev, self.settings = scorer, dev, model.settings
+        self.scoring_length = scorer.max_length
+        self.model_accepts_loss_kwargs = False
 
-    def rows(block: Sequence[tuple[str, str, list[str]]]) -> Iterator[tuple[Any, Any, Any]]:
-        queries = collection.query_texts([query_id for query_id, _, _ in block])
-        for query, (_, positive, negatives) in zip(queries, block, strict=True):
-            numbers = collection.doc_rows([positive, *negatives])
-            known = [int(row) for row in numbers if row >= 0]
-            texts = collection.document_texts(known)
-            labels = [1.0] + [0.0] * (len(texts) - 1)
-            if whole_lists:
-                yield query, texts, labels
-            else:
-                yield from ((query, text, value) for text, value in zip(texts, labels, strict=True))
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Rates of their own for what is new: it has further to go than an encoder that is nearly right."""
+        optimizer = super().create_optimizer(model)
+        new = self.settings.head_learning_rate or 10 * self.settings.learning_rate
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            for parameter in list(group["params"]):
+                parts = names[parameter].split(".")
+                rate = self.settings.gate_learning_rate if parts[-1] == "gates" else new
+                # The pooler of an encoder's own that no score is read from gets no gradient at either rate.
+                if parts[-1] == "gates" or {"pooler", "classifier", "head"} & set(parts):
+                    group["params"] = [one for one in group["params"] if one is not parameter]
+                    optimizer.add_param_group({**group, "params": [parameter], "lr": rate})
+        return optimizer
 
-    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-        for start in range(0, len(lists), 512):
-            columns = list(zip(*rows(lists[start : start + 512]), strict=True))
-            arrays = [pa.array(list(column), field.type) for column, field in zip(columns, schema, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-    return Dataset.from_file(str(path))
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # it is in a random order
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        return model(**inputs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.dev is not None and self.state.global_step not in self.looks():
+            with _at_rest(self.scorer.load()):
+                metrics = {DEV: self.dev.evaluate(self.scorer)}
+            if metrics[DEV] > max(self.looks().values(), default=-math.inf):
+                save(self.scorer.load(), Path(self.args.output_dir) / "best", self.scoring_length)
+            self.log(metrics)
+        # As the base class does; it takes the request to evaluate back, which else is served again at the end.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        values, patience = list(self.looks().values()), self.settings.patience
+        if patience and len(values) > patience and max(values[-patience:]) <= max(values[:-patience]):
+            self.control.should_training_stop = True
+        return metrics
+
+    def looks(self) -> dict[int, float]:
+        """step → dev metric."""
+        return {int(entry["step"]): entry[DEV] for entry in self.state.log_history if DEV in entry}
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        return False  # `evaluate` keeps the best
+
+    def refresh(self, examples: Examples, file: Path) -> None:
+        """Draw the negatives anew by the model's own scores; the file lets a resumed training go on with them."""
+        if not file.is_file():
+            lists = examples.lists
+            wanted: dict[str, list[str]] = {}
+            for query_id, positive in lists.lists:
+                wanted.setdefault(query_id, list(lists.candidates[query_id])).append(positive)
+            scores = self._scores(lists.collection, wanted)
+            drawn = [lists.draw(number, scores[query_id]) for number, (query_id, _) in enumerate(lists.lists)]
+            write_atomically(file, json.dumps(drawn))
+        examples.refreshed = json.loads(file.read_text(encoding="utf-8"))
+
+    def _scores(self, collection: Collection, wanted: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        ids, title = list(wanted), "scoring candidates for new negatives"
+        with _at_rest(self.scorer.load()), progress(title, len(ids), "queries") as bar:
+            for start in range(0, len(ids), 64):
+                block = ids[start : start + 64]
+                lists = []
+                for query_id, query in zip(block, collection.query_texts(block), strict=True):
+                    doc_ids = list(dict.fromkeys(wanted[query_id]))
+                    texts = collection.document_texts(collection.doc_rows(doc_ids))
+                    lists.append(TextList(query_id, query, doc_ids, texts))
+                for query_id, doc_ids, values in self.scorer.score(lists):
+                    found[query_id] = dict(zip(doc_ids, values.tolist(), strict=True))
+                bar.advance(len(block))
+        return found
+
+
+class Course(TrainerCallback):
+    """The bar on the terminal, and the negatives drawn anew at their step."""
+
+    def __init__(self, bar: Progress, examples: Examples, file: Path, at: int | None) -> None:
+        self.bar, self.examples, self.file, self.at = bar, examples, file, at
+        self.trainer: PairTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.done = state.global_step
+        if self.at is not None and state.global_step > self.at:
+            self._refresh()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.at:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        assert self.trainer is not None
+        self.trainer.refresh(self.examples, self.file)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        shown = {key: value for entry in state.log_history[-4:] for key, value in entry.items()}
+        self.bar.note = ", ".join(f"{key} {shown[key]:.4f}" for key in ("loss", DEV) if key in shown)
 
 
 def fine_tune(
-    start: Path,
+    teacher: CrossEncoderTeacher,
     settings: CrossEncoderTraining,
     collection: Collection,
     candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
@@ -101,121 +347,139 @@ def fine_tune(
     *,
     seed: int,
     split: str,
-    max_length: int | None,
-    scoring_length: int | None,
-    device: torch.device,
+    dev: Dev | None = None,
 ) -> dict[str, Any]:
     """Train and save `work`/model; see CrossEncoderTeacher.train."""
-    import torch
-    from sentence_transformers.cross_encoder import (
-        CrossEncoderTrainer,
-        CrossEncoderTrainingArguments,
-        losses,
-    )
-    from transformers import TrainerCallback
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from rankdistill.students.dense import set_dropout
-    from rankdistill.students.loading import load_cross_encoder, position_limit
-    from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-
     started = time.monotonic()
-    lists = choose_lists(collection, candidates, split, settings, seed)
-    work.mkdir(parents=True, exist_ok=True)
-    dataset = _write_texts(collection, lists, settings.loss != "bce", work / "texts.arrow")
-    torch.manual_seed(seed)  # the scoring head starts at random
-    model = load_cross_encoder(
-        start / _transformer_folder(start), device, max_length, num_labels=1, activation_fn=torch.nn.Identity()
+    lists = TrainingLists(collection, candidates, split, settings, seed)
+    steps = settings.steps or max(1, round(settings.epochs * -(-len(lists) // settings.batch_size)))
+    halfway = steps // 2 if settings.refresh and steps > 2 * AHEAD else None
+    examples = Examples(
+        lists, steps * settings.batch_size, None if halfway is None else (halfway + AHEAD) * settings.batch_size
     )
-    limit = position_limit(model.model)
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)  # a new head starts at random
+    model = first_model(resolve_model(teacher.model_name).path, settings, teacher)
     if settings.dropout is not None:
         set_dropout(model[0].model, settings.dropout)
-    loss: torch.nn.Module
-    if settings.loss == "bce":
-        loss = losses.BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(settings.negatives), device=device))
-    elif settings.loss == "listnet":
-        loss = losses.ListNetLoss(model)
-    else:
-        loss = losses.LambdaLoss(model)
-    steps = settings.steps or max(1, round(settings.epochs * -(-len(dataset) // settings.batch_size)))
-    precision = resolve_precision(device, settings.precision)
-    head_rate = settings.head_learning_rate or 10 * settings.learning_rate
-    arguments = CrossEncoderTrainingArguments(
+    learner = Listwise(model, settings)
+    judge = (
+        DevCandidates(collection, dev, settings.dev_queries, settings.dev_depth)
+        if dev and settings.dev_queries
+        else None
+    )
+    precision = resolve_precision(teacher.device, settings.precision)
+    every = max(1, steps // settings.checkpoints)
+    arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        # The head starts at random under an encoder that is nearly right: it has further to go.
-        learning_rate_mapping={r"(^|\.)(pooler|classifier|head)\.": head_rate},
         warmup_steps=round(settings.warmup * steps),
         lr_scheduler_type="linear",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        use_cpu=device.type == "cpu",
+        use_cpu=teacher.device.type == "cpu",
         seed=seed,
         save_strategy="steps",
-        save_steps=max(1, steps // CHECKPOINTS),
+        save_steps=every,
         save_total_limit=1,
-        eval_strategy="no",
-        logging_strategy="steps",
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
         logging_steps=max(1, steps // 20),
+        remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=device.type != "cpu",
+        dataloader_pin_memory=teacher.device.type != "cpu",
     )
-    place_training(arguments, device)
-    with progress("training the cross-encoder", steps, "steps") as bar:
-
-        class ResumableTrainer(SafeCheckpoints, CrossEncoderTrainer):
-            pass
-
-        class Advance(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                bar.done = state.global_step
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                bar.advance()
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-                if logs and "loss" in logs:
-                    bar.note = f"loss {float(logs['loss']):.4f}"
-
-        with quiet_transformers():
-            trainer = ResumableTrainer(
-                model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[Advance()]
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
-            checkpoint = last_checkpoint(work / "trainer")
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not np.isfinite(result.training_loss) or any(
-        not bool(torch.isfinite(weight).all()) for weight in model.parameters()
-    ):
+    place_training(arguments, teacher.device)
+    with progress("training the cross-encoder", steps, "steps") as bar, quiet_transformers():
+        course = Course(bar, examples, work / "negatives.json", halfway)
+        trainer = PairTrainer(
+            learner, teacher.over(model), judge, args=arguments, train_dataset=examples, callbacks=[course]
+        )
+        course.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        checkpoint = last_checkpoint(work / "trainer")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not np.isfinite(losses).all() or any(not bool(torch.isfinite(one).all()) for one in model.parameters()):
         raise RankdistillError(
-            f"training the cross-encoder diverged (mean loss {result.training_loss})",
+            "training the cross-encoder diverged (its loss or its weights are no numbers)",
             fix="lower teacher.train.learning_rate, or train with precision: fp32",
         )
-    if scoring_length is not None:
-        model.max_seq_length = min(scoring_length, limit)
-    with quiet_transformers():
-        model.save_pretrained(str(work / "model"), create_model_card=False)
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    best = work / "trainer" / "best"
+    if judge is None or not best.is_dir():
+        save(model, best, teacher.max_length)
+    shutil.rmtree(work / "model", ignore_errors=True)
+    best.rename(work / "model")
     return {
-        "queries": len({query_id for query_id, _, _ in lists}),
-        "pairs": sum(1 + len(negatives) for _, _, negatives in lists),
-        "steps": steps,
+        "queries": len(lists.candidates),
+        "pairs": sum(1 + len(negatives) for negatives in examples.negatives),
+        "steps": trainer.state.global_step,
         "precision": precision,
-        "loss": float(result.training_loss),
-        "last_loss": float(logged[-1]) if logged else float(result.training_loss),
+        **_course(learner, examples, losses, trainer.looks(), judge),
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _transformer_folder(start: Path) -> str:
-    """Where an encoder's transformer lies: a sentence-transformers folder may keep it in a sub-folder."""
-    if (start / "config.json").is_file():
-        return "."
-    inner = sorted(path.parent for path in start.glob("*/config.json") if (path.parent / "model.safetensors").is_file())
-    if not inner:
-        raise RankdistillError("there is no transformer to start a cross-encoder from", where=str(start))
-    return inner[0].name
+def _course(
+    learner: Listwise, examples: Examples, losses: list[float], looks: dict[int, float], judge: DevCandidates | None
+) -> dict[str, Any]:
+    """What the training came to, said and returned."""
+    shown = [examples[place][2] for place in range(min(1000, len(examples)))]
+    width = max(map(len, shown))
+    guess, floor = learner.bounds(torch.tensor([grades + [-1] * (width - len(grades)) for grades in shown]))
+    report: dict[str, Any] = {"loss": losses[-1] if losses else None, "loss_of_guessing": round(guess, 4)}
+    least = "" if floor is None else f", and the least there is {floor:.3f}"
+    if floor is not None:
+        report["least_loss"] = round(floor, 4)
+    if losses:
+        say(f"teach: loss {losses[0]:.3f} → {losses[-1]:.3f} (guessing gives {guess:.3f}{least})")
+    if looks and judge is not None:
+        best = max(looks, key=lambda step: looks[step])
+        report |= {"dev": looks, "dev_candidates": round(judge.evaluate(None), 4), "best_step": best}
+        say(
+            f"teach: {METRIC} over dev candidates {looks[min(looks)]:.3f} before, {looks[best]:.3f} at step {best}, "
+            f"which is kept; in the candidates' own order {report['dev_candidates']:.3f}"
+        )
+        if best == min(looks):
+            warn("training made this teacher no better: it ranks as it did before the first step")
+    return report
+
+
+def first_model(start: Path, settings: CrossEncoderTraining, teacher: CrossEncoderTeacher) -> CrossEncoder:
+    """The cross-encoder before its first step."""
+    length = settings.max_length or teacher.max_length
+    if settings.start == "encoder":
+        try:
+            return pair_encoder(start, length, str(teacher.device))
+        except UsageError as error:
+            warn(f"{error.what}: its training starts from a random head")
+    return load_cross_encoder(
+        start / encoder_folder(start), teacher.device, length, num_labels=1, activation_fn=nn.Identity()
+    )
+
+
+@contextmanager
+def _at_rest(model: CrossEncoder) -> Iterator[None]:
+    """Without dropout."""
+    training = model.training
+    model.eval()
+    yield
+    model.train(training)
+
+
+def save(model: CrossEncoder, folder: Path, scoring_length: int | None) -> None:
+    """Whole or not at all; the model may be scored with longer pairs than it is trained with."""
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    length = model.max_seq_length
+    model.max_seq_length = min(scoring_length, position_limit(model.model)) if scoring_length else length
+    with quiet_transformers():
+        model.save_pretrained(str(new), create_model_card=False)
+    model.max_seq_length = length
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)

@@ -18,7 +18,7 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.store import ScoreKind
 from rankdistill.students.models import resolve_model
-from rankdistill.teachers.base import TextList, check_finite
+from rankdistill.teachers.base import Dev, TextList, check_finite
 from rankdistill.teachers.listwise_training import ListwiseTraining, fine_tune, orders_fingerprint
 from rankdistill.teachers.llm.answers import REPAIRS, read_answer
 from rankdistill.teachers.llm.asking import AskingTeacher
@@ -184,6 +184,7 @@ class ListwiseTeacher(AskingTeacher):
         out: Path,
         seed: int,
         split: str = "train",
+        dev: Dev | None = None,
     ) -> dict[str, Any]:
         """Fine-tune the backend's model on the orders that `train` names, whatever their queries' split."""
         backend, training = self._local()

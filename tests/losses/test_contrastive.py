@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.util import dot_score
 from torch import Tensor
 
-from rankdistill.losses.contrastive import InBatchInfoNCE
+from rankdistill.losses.contrastive import LCE, InBatchInfoNCE
 
 
 class _Fixed(torch.nn.Module):
@@ -106,3 +106,19 @@ def test_the_gradient_is_right() -> None:
     mask[2, 2] = False
     loss = InBatchInfoNCE(0.8)
     assert torch.autograd.gradcheck(lambda one: loss(one, None, index, labels, mask), scores.requires_grad_())
+
+
+def test_lce_is_cross_entropy_to_the_gains() -> None:
+    scores = torch.tensor([[2.0, 1.0, -1.0, 0.5], [0.3, 0.2, 4.0, 9.0], [1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    mask = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
+    binary = torch.tensor([[1, 0, 0, -1], [0, 1, 0, -1], [0, 0, 0, 0]])  # the last has no positive
+    expected = torch.nn.functional.cross_entropy(
+        torch.stack([scores[0], scores[1].masked_fill(~mask[1], float("-inf"))]), torch.tensor([0, 1])
+    )
+    torch.testing.assert_close(LCE()(scores, torch.zeros(3, 4), binary, mask), expected)
+    graded = torch.tensor([[2, 0, 1, 0]])  # gains 3, 0, 1, 0
+    expected = torch.nn.functional.cross_entropy(scores[:1], torch.tensor([[0.75, 0.0, 0.25, 0.0]]))
+    found = LCE()(scores[:1], torch.zeros(1, 4), graded, mask[:1])
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert bool(torch.isfinite(scores.grad).all())  # type: ignore[arg-type]

@@ -1,0 +1,260 @@
+"""A cross-encoder that ranks, before any training, as the bi-encoder that it is made of.
+
+Query and document run through the encoder as one sequence, each with positions and special tokens as if it were alone.
+A token attends to its own side as the encoder does, and beside that to the other side through a gate, one an attention
+head, that starts shut (after the gated cross-attention of Flamingo, Alayrac et al. 2022, arXiv:2204.14198). Each side
+is pooled as the encoder pools; the score is the scaled similarity of the two, plus a linear layer on their products and
+differences that starts at zero. So training starts from the encoder's ranking and opens the gates, where a new head on
+the first token starts from a random one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.util import load_file_path
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from rankdistill.errors import UsageError
+from rankdistill.progress import quiet_transformers
+from rankdistill.students.loading import SAFE, UNBOUNDED, opening, text_limit
+from rankdistill.students.pairs import bare_tokenizer, longest_first, padding_of, token_ids, two_sided_joiner
+
+ATTENTION = "rankdistill_two_sided"
+WEIGHTS = "pair_encoder.safetensors"
+OWN, OTHER = 1, 2  # of a token: keys of its own side, and of the other
+SCALE = 20.0  # of a cosine: margins of several units, as logits have
+PROBE = [("which metal is liquid", "Mercury is a metal."), ("a longer question than its answer is", "No.")]
+CLOSE = 0.02  # of a cosine: the same encoder in another order of sums
+
+
+def two_sided_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention to the own side plus gate · attention to the other: [rows, tokens, heads, width].
+
+    Args:
+        query, key, value: [rows, heads, tokens, width]
+        attention_mask: uint8 [rows, 1, tokens, tokens]: OWN, OTHER, or 0 for padding.
+    """
+    attend = partial(scaled_dot_product_attention, query, key, value, dropout_p=dropout, scale=scaling)
+    gate = cast(Any, module).gate_of_heads().to(query.dtype).view(1, -1, 1, 1)
+    mixed = attend(attn_mask=attention_mask == OWN) + gate * attend(attn_mask=attention_mask == OTHER)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, two_sided_attention)
+
+
+class PairEncoder(Transformer):
+    """The module of such a cross-encoder.
+
+    Where this package is installed, plain sentence-transformers loads what was saved: `CrossEncoder(folder,
+    trust_remote_code=True)`, the flag because the class is not one of its own; `open_pair_encoder` does without.
+
+    Args:
+        model_name_or_path: the encoder's folder, or a saved module's.
+        pooling: of each side's tokens: their mean, or the first.
+        similarity: of the two sides: cosine or dot product.
+        scale: the similarity is multiplied by it.
+        side_prompts: what the encoder has before queries and before documents.
+        options: as sentence-transformers' Transformer has them.
+    """
+
+    config_keys = [*Transformer.config_keys, "pooling", "similarity", "scale", "side_prompts"]
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        pooling: Literal["mean", "cls"] = "mean",
+        similarity: Literal["cos", "dot"] = "cos",
+        scale: float = SCALE,
+        side_prompts: tuple[str, str] = ("", ""),
+        **options: Any,
+    ) -> None:
+        super().__init__(model_name_or_path, **options)
+        self.pooling, self.similarity, self.scale, self.side_prompts = pooling, similarity, scale, list(side_prompts)
+        self.model.config.num_labels = 1
+        self.model.set_attn_implementation(ATTENTION)
+        layers = [module for module in self.model.modules() if hasattr(module, "is_causal")]
+        if not layers:
+            raise AttributeError(f"the layers of {type(self.model).__name__} compute it their own way")
+        self.gates = nn.Parameter(torch.zeros(len(layers), self.model.config.num_attention_heads))
+        for number, layer in enumerate(layers):
+            layer.__dict__["gate_of_heads"] = partial(self._gate, number)
+        self.head = nn.Linear(2 * self.get_embedding_dimension(), 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._bare: tuple[int, Any] | None = None
+        self.joiner = two_sided_joiner(self.tokenizer, *side_prompts)
+        # RoBERTa and its kin count positions from after the padding's.
+        padding = getattr(getattr(self.model, "embeddings", None), "padding_idx", None)
+        self.first_position = 0 if padding is None or "roberta" not in self.model.config.model_type else padding + 1
+
+    def _gate(self, layer: int) -> Tensor:
+        return self.gates[layer]
+
+    def preprocess(
+        self, inputs: Any, prompt: str | None = None, processing_kwargs: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        """A batch of (query, document) texts, cut longest first."""
+        limit = min(int(self.max_seq_length or UNBOUNDED), UNBOUNDED)
+        if self._bare is None or self._bare[0] != limit:
+            self._bare = limit, bare_tokenizer(self.tokenizer, limit)
+        queries, documents = (token_ids(self._bare[1], side) for side in zip(*inputs, strict=True))
+        kept = longest_first(
+            np.array([len(ids) for ids in queries]),
+            np.array([len(ids) for ids in documents]),
+            limit - self.joiner.special,
+        )
+        sides = [(q[:n], d[:m]) for q, d, n, m in zip(queries, documents, *kept, strict=True)]
+        return {**self.joiner.join(sides, padding_of(self.tokenizer), limit), "modality": "text"}
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Adds `scores`, float32 [pairs, 1]."""
+        ids, sides, valid = features["input_ids"], features["token_type_ids"], features["attention_mask"].bool()
+        ours = [valid & (sides == side) for side in (0, 1)]  # [pairs, tokens]
+        same = sides[:, :, None] == sides[:, None, :]
+        mask = torch.where(same, OWN, OTHER).masked_fill(~valid[:, None, :], 0).to(torch.uint8)
+        places = torch.arange(ids.shape[1], device=ids.device) - ours[0].sum(1, keepdim=True) * ours[1]
+        hidden = self.model(
+            input_ids=ids, attention_mask=mask[:, None], position_ids=self.first_position + places * valid
+        ).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            query, document = (self._pool(hidden.float(), side) for side in ours)
+            if self.similarity == "cos":
+                alike = cosine_similarity(query, document)
+            else:
+                alike = (query * document).sum(dim=1)
+            query, document = normalize(query, dim=1), normalize(document, dim=1)
+            # Both parts have values around 1 in place of 1 / dimension: the layer learns at the pace of others.
+            width = query.shape[1]
+            compared = torch.cat([width * query * document, width**0.5 * (query - document).abs()], dim=1)
+            features["scores"] = self.scale * alike[:, None] + self.head(compared)
+        return features
+
+    def _pool(self, hidden: Tensor, side: Tensor) -> Tensor:
+        if self.pooling == "cls":
+            first = side.float().argmax(dim=1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), first]
+        weights = side.float()[:, :, None]
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def new_weights(self) -> dict[str, Tensor]:
+        """What is not the encoder's, by name."""
+        return {"gates": self.gates, "head.weight": self.head.weight, "head.bias": self.head.bias}
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save(output_path, *args, **kwargs)
+        save_file(
+            {name: weight.detach().contiguous() for name, weight in self.new_weights().items()},
+            Path(output_path) / WEIGHTS,
+        )
+
+    @classmethod
+    def load(cls, model_name_or_path: str, *args: Any, **options: Any) -> PairEncoder:
+        module = super().load(model_name_or_path, *args, **options)
+        names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        path = load_file_path(model_name_or_path, WEIGHTS, **{name: options[name] for name in names if name in options})
+        if path is None:
+            raise FileNotFoundError(f"{model_name_or_path} has no {WEIGHTS}")
+        module.load_state_dict(load_file(path), strict=False)
+        return module
+
+
+def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEncoder:
+    """An untrained cross-encoder that scores as the encoder of `folder` does (see the module's docstring).
+
+    Raises:
+        UsageError: the encoder cannot be had that way: its attention is not open to change, it pools otherwise, or has
+            layers after pooling.
+    """
+    fix = "train: {start: head}, a new scoring head on the first token"
+    with opening(folder):
+        encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True}, **SAFE)
+    modules = [module for module in encoder if not isinstance(module, Normalize)]
+    pooled = modules[1] if len(modules) == 2 and isinstance(modules[1], Pooling) else None
+    mode = pooled.pooling_mode if pooled is not None else None
+    if mode not in ("mean", "cls"):
+        raise UsageError(
+            "this encoder is not one that pools by the mean or the first token", where=str(folder), fix=fix
+        )
+    normal = len(modules) < len(encoder) or encoder.similarity_fn_name != "dot"
+    prompts = tuple((encoder.prompts or {}).get(side) or "" for side in ("query", "document"))
+    path = str(Path(folder) / encoder_folder(folder))
+    try:
+        with quiet_transformers():
+            module = PairEncoder(
+                path,
+                pooling=cast(Any, mode),
+                similarity="cos" if normal else "dot",
+                scale=SCALE if normal else 1.0,
+                side_prompts=cast(Any, prompts),
+                model_kwargs={"use_safetensors": True, **SAFE},
+                processor_kwargs=dict(SAFE),
+                max_seq_length=max_length or encoder.max_seq_length,
+            )
+            module.max_seq_length = min(module.max_seq_length or UNBOUNDED, text_limit(module))
+            made = CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity())
+            scores = np.asarray(made.predict(PROBE, show_progress_bar=False)) / module.scale
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, IndexError) as error:
+        raise UsageError(
+            f"this encoder's attention is not open to change: {error}", where=str(folder), fix=fix
+        ) from None
+    sides = [
+        encoder.encode(
+            [pair[side] for pair in PROBE], prompt=prompts[side], normalize_embeddings=normal, show_progress_bar=False
+        )
+        for side in (0, 1)
+    ]
+    expected = (np.asarray(sides[0]) * np.asarray(sides[1])).sum(axis=1)
+    if not np.allclose(scores, expected, atol=CLOSE * max(1.0, float(np.abs(expected).max()))):
+        raise UsageError(
+            f"joined in pairs, this encoder scores {scores.round(3)} where it scores {expected.round(3)} alone",
+            where=str(folder),
+            fix=fix,
+        )
+    return made
+
+
+def open_pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEncoder | None:
+    """What `CrossEncoder.save_pretrained` made of one; None where `folder` is none."""
+    if not (folder / WEIGHTS).is_file():
+        return None
+    with opening(folder):
+        module = PairEncoder.load(str(folder), model_kwargs={"use_safetensors": True}, **SAFE)
+    if max_length is not None:
+        module.max_seq_length = max_length
+    return CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity())
+
+
+def encoder_folder(start: Path) -> str:
+    """Where an encoder's transformer lies: a sentence-transformers folder may keep it in a sub-folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if (start / "config.json").is_file():
+        return "."
+    inner = sorted(path.parent for path in start.glob("*/config.json") if (path.parent / "model.safetensors").is_file())
+    if not inner:
+        raise UsageError("there is no transformer to start a cross-encoder from", where=str(start))
+    return inner[0].name

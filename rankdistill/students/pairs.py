@@ -1,0 +1,149 @@
+"""Queries and documents as one sequence of token ids, each text tokenised once however many pairs it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+PAD_MULTIPLE = 8  # rows are padded to multiples of this many tokens: full tiles for AMX and tensor cores
+
+
+class PairJoiner(NamedTuple):
+    """How a tokenizer joins two token sequences: [prefix] query [middle] document [suffix], and its token types."""
+
+    prefix: list[int]
+    middle: list[int]
+    suffix: list[int]
+    query_type: int
+    document_type: int
+    prefix_types: list[int]
+    middle_types: list[int]
+    suffix_types: list[int]
+    two_sided: bool = False  # the token types number the sides, whatever the model itself takes them for
+
+    @property
+    def special(self) -> int:
+        return len(self.prefix) + len(self.middle) + len(self.suffix)
+
+    def join(
+        self, sides: Sequence[tuple[np.ndarray, np.ndarray]], padding: tuple[int, int], limit: int
+    ) -> dict[str, torch.Tensor]:
+        """A batch: input_ids, attention_mask and token_type_ids, int64 [pairs, width] each.
+
+        Args:
+            sides: (query, document) token ids a pair, cut to what the pair may hold.
+            padding: token id and token type of places after the end.
+            limit: tokens a pair; the width is a multiple of 8 at most this, unless a pair is longer.
+        """
+        import torch
+
+        lengths = np.array([len(query) + len(document) + self.special for query, document in sides])
+        longest = int(lengths.max())
+        width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(limit, longest))
+        ids, kinds = (np.full((len(sides), width), value, dtype=np.int64) for value in padding)
+        for line, kind, (query, document) in zip(ids, kinds, sides, strict=True):
+            end = 0
+            for part, types in (
+                (self.prefix, self.prefix_types),
+                (query, self.query_type),
+                (self.middle, self.middle_types),
+                (document, self.document_type),
+                (self.suffix, self.suffix_types),
+            ):
+                line[end : end + len(part)], kind[end : end + len(part)] = part, types
+                end += len(part)
+        mask = (np.arange(width)[None, :] < lengths[:, None]).astype(np.int64)
+        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def longest_first(query: np.ndarray, document: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths kept of each pair under the `longest_first` rule of the tokenizers library.
+
+    The longer side gives way first; when both are longer than half the room, each gets half (the longer side, or the
+    document when equal, the odd token).
+
+    Args:
+        query: int64 [N], tokens of each query.
+        document: int64 [N], tokens of each document.
+        room: tokens a pair may have without special tokens.
+    """
+    swap = query > document
+    shorter, longer = np.where(swap, document, query), np.where(swap, query, document)
+    cut = shorter + longer > room
+    first = shorter.copy()
+    second = np.where(shorter > room, shorter, np.maximum(shorter, room - shorter))
+    both = first + second > room
+    first = np.where(both, room // 2, first)
+    second = np.where(both, room // 2 + room % 2, second)
+    first, second = np.where(cut, first, shorter), np.where(cut, second, longer)
+    return np.where(swap, second, first), np.where(swap, first, second)
+
+
+def padding_of(tokenizer: Any) -> tuple[int, int]:
+    """Token id and token type of places after the end."""
+    return int(tokenizer.pad_token_id), int(getattr(tokenizer, "pad_token_type_id", 0) or 0)
+
+
+def bare_tokenizer(tokenizer: Any, limit: int) -> Any:
+    """The fast tokenizer underneath, cutting single texts at the pair limit (no more can ever be used)."""
+    from tokenizers import Tokenizer
+
+    bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.no_padding()
+    bare.enable_truncation(limit)
+    return bare
+
+
+def token_ids(bare: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids without special tokens, int32 a text."""
+    encodings = bare.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
+def learn_joiner(tokenizer: Any) -> PairJoiner | None:
+    """Read the layout of a pair off the tokenizer's own output; None when it does not have the usual form."""
+    found: list[PairJoiner] = []
+    for query, document in (("what is this", "a longer text that answers it"), ("is", "no")):
+        q = tokenizer(query, add_special_tokens=False)["input_ids"]
+        d = tokenizer(document, add_special_tokens=False)["input_ids"]
+        pair = tokenizer(query, document, return_token_type_ids=True)
+        ids, types = list(pair["input_ids"]), list(pair.get("token_type_ids") or [0] * len(pair["input_ids"]))
+        sides = pair.sequence_ids(0)
+        if 0 not in sides or 1 not in sides:
+            return None
+        start, document_start = sides.index(0), sides.index(1)
+        end, document_end = start + len(q), document_start + len(d)
+        if ids[start:end] != q or ids[document_start:document_end] != d or start > document_start:
+            return None
+        found.append(
+            PairJoiner(
+                ids[:start],
+                ids[end:document_start],
+                ids[document_end:],
+                types[start],
+                types[document_start],
+                types[:start],
+                types[end:document_start],
+                types[document_end:],
+            )
+        )
+    return found[0] if found[0] == found[1] else None
+
+
+def two_sided_joiner(tokenizer: Any, query_prompt: str = "", document_prompt: str = "") -> PairJoiner:
+    """Each side with the special tokens that it has alone, its prompt first; the token types number the sides."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
+    before, after = whole[:start], whole[start + len(text) :]
+    query, document = (
+        before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in (query_prompt, document_prompt)
+    )
+    middle_types = [0] * len(after) + [1] * len(document)
+    return PairJoiner(query, after + document, after, 0, 1, [0] * len(query), middle_types, [1] * len(after), True)

@@ -1,0 +1,49 @@
+"""A teacher that is trained within a run, as an artifact: found again, or made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, write_artifact
+from rankdistill.devices import unplaced
+from rankdistill.indexes.mining import FILE
+from rankdistill.progress import say
+from rankdistill.runs import iter_run
+from rankdistill.teachers.base import Dev, Teacher
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+def train_teacher(
+    teacher: Teacher,
+    settings: Mapping[str, Any],
+    collection: Collection,
+    candidates: Artifact,
+    dev: Artifact,
+    dev_split: str | None,
+    path: Path,
+    seed: int,
+) -> None:
+    """Train it on the training candidates, judged by those of dev, and let it use the result; or what is there already.
+
+    Args:
+        settings: the recipe's, of this teacher.
+        dev_split: whose labels the dev queries have, if they have any.
+    """
+    values = {**unplaced(settings), **teacher.training_inputs(), "seed": seed}
+    inputs = {"candidates": candidates.fingerprint, "dev": dev.fingerprint}
+    print_ = fingerprint([values, inputs])
+    with locked(path):
+        if find_artifact(path, "teacher", print_) is None:
+            say(f"teach: training {settings['type']}")
+            judged = Dev([(one, ids) for one, ids, _ in iter_run(dev.path / FILE)], dev_split) if dev_split else None
+            with write_artifact(
+                path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, resume=True
+            ) as artifact:
+                artifact.counts = teacher.train(
+                    collection, iter_run(candidates.path / FILE), artifact.path / "model", seed, dev=judged
+                )
+    teacher.use_trained(path / "model")
