@@ -384,3 +384,11 @@ def test_a_disk_that_is_really_full(recipe_file: Path, finished: Path, small_dis
     ending = run(*arguments, folder=tmp_path / "after")
     assert ending.code == 0, ending.err
     assert metrics_of(small_disk / "run") == metrics_of(finished)
+
+
+def test_a_run_ends_with_one_table_and_what_to_do_next(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    ending = run("run", recipe_file, "--out", finished, "--store", finished.parent / "store", folder=tmp_path)
+    table, steps = ending.out.strip().rsplit("\n\n", 1)
+    assert len(table.split("\n\n")) == 1 and "BM25" in table and "what serving costs" not in table
+    assert len(steps.splitlines()) == 5
+    assert f"rankdistill report {finished}" in steps and f"rankdistill recipes copy {recipe_file}" in steps
