@@ -190,7 +190,7 @@ def test_a_run_deletes_no_folder_of_the_user(
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("file", ["recipe.yaml", "indexes/flat.faiss"])
+@pytest.mark.parametrize("file", ["recipe.yaml", "indexes/flat.faiss", "indexes/flat.faiss.json"])
 def test_a_run_writes_over_no_file_of_the_user(values: dict[str, Any], tmp_path: Path, file: str) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("collection: mine")

@@ -36,7 +36,9 @@ DOCUMENT_NAMES = {
     *("document", "doc", "docid", "docno", "documentid", "did", "corpusid", "passage", "passageid", "pid", "id"),
     *("positive", "negative", "pos", "neg", "positiveid", "negativeid", "posid", "negid"),
 }
-TEXT_NAMES = {"text", "contents", "content", "body", "passage", "document", "query", "question", "title"}
+TEXT_NAME = re.compile(
+    r"([\w#]+[-_ ])?(text|content|body|passage|document|doc|query|question|title|abstract|sentence|topic)s?"
+)
 
 
 def open_text(path: Path) -> IO[bytes]:
@@ -180,16 +182,22 @@ def split_columns(line: str) -> list[str]:
 
 
 def is_header(fields: Sequence[str], value: int = -1) -> bool:
-    """Whether a first line names columns: the value's, or the query's. Data is never passed over.
+    """Whether a first line names columns: the value's, or the query's. Data is never passed over: `query` alone may be
+    an id.
 
     Args:
         value: the place of the column of relevance or score.
     """
-    names = [re.sub(r"[^a-z]", "", field.lower()) for field in fields]
     if len(fields) < 3 or any(re.search(r"\d", field) for field in fields if field not in ("0", "Q0", "q0")):
         return False
+    names = [_letters(field) for field in fields]
     named = VALUE_NAME.fullmatch(fields[value].lower().strip("\"'"))
-    return bool(named) or names[0] in QUERY_NAMES
+    of_queries = names[0] in QUERY_NAMES and (names[0].endswith("id") or not DOCUMENT_NAMES.isdisjoint(names[1:]))
+    return bool(named) or of_queries
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
 
 
 def odd_columns(fields: Sequence[str]) -> str | None:
@@ -260,9 +268,8 @@ def read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
         where = f"{path}:{line_number}"
         if not tab:
             raise RankdistillError(f"expected `id<tab>text`, found no tab: {line[:80]!r}", where=where)
-        names = [re.sub(r"[^a-z]", "", word.lower()) for word in (identity, text)]
-        header = first and names[0] in QUERY_NAMES | DOCUMENT_NAMES and names[1] in TEXT_NAMES
-        if not header:
+        named = TEXT_NAME.fullmatch(text.strip().lower()) and _letters(identity) in QUERY_NAMES | DOCUMENT_NAMES
+        if not (first and named):
             yield line_number, identifier(identity, "id", where), text
         first = False
 
@@ -286,9 +293,12 @@ def data_files(folder: Path, pattern: str, endings: tuple[str, ...]) -> list[Pat
     Hidden files (macOS writes `._x`, editors `.x.swp`) and other endings (`x.bak`, `x~`, `x.bz2`) are no data; those
     that look alike are named to the user.
     """
-    alike = [path for path in folder.iterdir() if any(end in path.name for end in endings)] if folder.is_dir() else []
-    alike = [path for path in alike if fnmatch(path.name.lstrip("._"), pattern) and path.is_file()]
-    found = sorted(path for path in alike if path.name[0] != "." and path.name.endswith(endings))
+    alike = list(folder.iterdir()) if folder.is_dir() else []
+    alike = [path for path in alike if any(end in path.name.lower() for end in endings)]
+    alike = [path for path in alike if fnmatch(path.name.lower().lstrip("._"), pattern.lower()) and path.is_file()]
+    found = sorted(
+        path for path in alike if path.name[0] != "." and path.name.endswith(endings) and fnmatch(path.name, pattern)
+    )
     ignored = sorted(path.name for path in set(alike) - set(found))
     if ignored:
         names = ", ".join(ignored[:5]) + (" …" if len(ignored) > 5 else "")

@@ -27,7 +27,7 @@ BeirFolder = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    "first", ["q0\td0\t0.5", "q0 0 d0 l", "q0 0 d0 x", "q0\td0\trel", "q0\td0\tN/A", "q0\td0\t1_0"]
+    "first", ["q0\td0\t0.5", "q0 0 d0 l", "q0 0 d0 x", "q0\td0\trel", "q0\td0\tN/A", "q0\td0\t1_0", "query\tiron\tx"]
 )
 def test_a_first_line_of_data_is_never_taken_for_a_header(tmp_path: Path, first: str) -> None:
     file = tmp_path / "test.tsv"
@@ -79,7 +79,22 @@ def test_headers_of_runs_triples_and_texts(tmp_path: Path) -> None:
     assert [tuple(one) for one in read_triples(triples, collection)] == [("q1", "d1", "d2")]
 
 
-STRAY = ["test.tsv.bak", "test.tsv~", "._test.tsv", ".test.tsv.swp", "test.tsv.bz2", "test.tsv.old", "test.tsv.gz.part"]
+@pytest.mark.parametrize(
+    ("first", "header"),
+    [
+        ("docno\tabstract", True),
+        ("Document ID\tDocument text", True),
+        ("passage_id\tpassage_text", True),
+        ("id\tThe text of iron", False),
+        ("d0\ttext", False),
+    ],
+)
+def test_headers_of_texts(tmp_path: Path, first: str, header: bool) -> None:
+    (tmp_path / "collection.tsv").write_text(f"{first}\nd1\tone\n")
+    assert len(list(text_files.read_pairs(tmp_path / "collection.tsv"))) == 2 - header
+
+
+STRAY = ["test.tsv.bak", "test.tsv~", "._test.tsv", ".test.tsv.swp", "test.tsv.bz2", "TEST.TSV", "test.tsv.gz.part"]
 
 
 def test_backup_and_hidden_files_are_named_and_not_read(
@@ -94,7 +109,7 @@ def test_backup_and_hidden_files_are_named_and_not_read(
         )
     after = open_collection(f"beir:{folder}")
     assert (after.splits, after.fingerprint) == (("test",), before.fingerprint)
-    assert "ignored ._test.tsv, .test.tsv.swp, test.tsv.bak" in capsys.readouterr().err
+    assert "ignored ._test.tsv, .test.tsv.swp, TEST.TSV, test.tsv.bak" in capsys.readouterr().err
 
 
 def test_stray_files_of_other_folders(tmp_path: Path) -> None:
