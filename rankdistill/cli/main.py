@@ -197,7 +197,8 @@ def mine(
 def score(
     spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
     teacher: Annotated[
-        str | None, typer.Option(help="A teacher as YAML, e.g. '{type: cross_encoder, model: FOLDER}'.")
+        list[str] | None,
+        typer.Option(help="A teacher as YAML, e.g. '{type: cross_encoder, model: FOLDER}'; with --probe, several."),
     ] = None,
     candidates: Annotated[
         Path | None, typer.Option(help="What to score: a candidates folder, or a run (TREC or Parquet).")
@@ -211,6 +212,10 @@ def score(
         str | None, typer.Option(help="Stop a language model at 500calls, 200000tokens or 3.50 (money, by its prices).")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
+    probe: Annotated[
+        int | None,
+        typer.Option(help="Only so many labelled training queries: is it better than its first stage?", min=2),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the scores to a Parquet file.")] = None,
     calibrate: Annotated[
         str | None,
@@ -238,11 +243,18 @@ def score(
     opened = open_collection(spec)
     if imported is not None:
         scores = import_scores(imported, form, opened, ScoreStore(store), kind)  # type: ignore[arg-type]
-    elif teacher is None or candidates is None:
+    elif not teacher or candidates is None:
         raise UsageError("nothing to score", fix="give --teacher and --candidates, or --import FILE")
+    elif probe is not None:
+        from rankdistill.cli.probing import probe_teachers
+
+        probe_teachers(teacher, budget, opened, candidates, probe, ScoreStore(store))
+        return
+    elif len(teacher) > 1:
+        raise UsageError("several teachers are compared, not scored together", where="--teacher", fix="--probe 50")
     else:
         run_file = candidates / "candidates.parquet" if candidates.is_dir() else candidates
-        live = limited(build("teacher", teacher, "--teacher"), budget)
+        live = limited(build("teacher", teacher[0], "--teacher"), budget)
         if dry_run:
             print_estimate(live, opened, iter_run(run_file), ScoreStore(store))
             return

@@ -392,3 +392,26 @@ def test_a_run_ends_with_one_table_and_what_to_do_next(finished: Path, recipe_fi
     assert len(table.split("\n\n")) == 1 and "BM25" in table and "what serving costs" not in table
     assert len(steps.splitlines()) == 5
     assert f"rankdistill report {finished}" in steps and f"rankdistill recipes copy {recipe_file}" in steps
+
+
+def test_teachers_are_probed_before_they_are_paid_for(tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    collection, out = f"beir:{tiny_beir}", tmp_path / "mined"
+    teacher = ["--teacher", f"{{type: bi_encoder, model: {tiny_encoder}}}"]
+    for flag in ("--no-positives", "--positives"):
+        assert run("mine", collection, "--depth", "8", flag, "--out", str(out / flag), folder=tmp_path).code == 0
+    probe = ["score", collection, *teacher, "--probe", "5", "--store", str(tmp_path / "store")]
+    found = run(*probe, "--candidates", str(out / "--no-positives" / "candidates"), folder=tmp_path)
+    assert found.code == 0 and "5 training queries" in found.out and "pairs/s" in found.out
+    assert "first stage" in found.err  # an untrained encoder: it is said to be no better
+    refused = run(*probe, "--candidates", str(out / "--positives" / "candidates"), folder=tmp_path)
+    assert refused.code == 2 and "positives first" in refused.err
+    several = run(
+        "score",
+        collection,
+        *teacher,
+        *teacher,
+        "--candidates",
+        str(out / "--positives" / "candidates"),
+        folder=tmp_path,
+    )
+    assert several.code == 2 and "--probe 50" in several.err
