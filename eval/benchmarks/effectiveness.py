@@ -33,14 +33,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "labels": {"training": {"losses": [{"type": "infonce"}], "fit_scale": False}},
     "kl": {"training": {"losses": [{"type": "kl"}]}},
     "constant-scale": {"training": {"fit_scale": False}},
-    "no-mix": {"training": {"interpolate": []}},
+    "mix": {"training": {"interpolate": [0.25, 0.5, 0.75]}},
     "average": {"training": {"average": 2}},
     "filter": {"candidates": {"negatives_below": 0.95}},
     # Warm-up and lists of `half` take as long as these many steps over lists.
-    "half-lists-alone": {"student": {**HALF, "warm_up": None}, "training": {"steps": 75, "interpolate": []}},
+    "half-lists-alone": {"student": {**HALF, "warm_up": None}, "training": {"steps": 75}},
     "half-after-encoder": {
         "student": {**HALF, "warm_up": {"steps": 60, "learning_rate": 2e-4}},
-        "training": {"steps": 30, "interpolate": []},
+        "training": {"steps": 30},
     },
 }
 
