@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -35,9 +37,29 @@ class Away(torch.Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return GPU
 
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_indices(key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_indices(key), value)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _indices(key: Any) -> Any:
+    """Lists of numbers as tensors: torch's core would make them where it is told that this is, without numbers."""
+    if isinstance(key, tuple):
+        return tuple(_indices(one) for one in key)
+    return torch.tensor(key, device=GPU) if isinstance(key, list) else key
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -68,18 +90,36 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def _moved(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """`module.to(...)` that keeps weights of two names one weight: there they are replaced, on a GPU filled anew."""
+    slots: dict[int, list[tuple[nn.Module, str]]] = {}
+    for one in module.modules():
+        for name, parameter in one._parameters.items():
+            slots.setdefault(id(parameter), []).append((one, name))
+    nn.Module._to(module, *args, **kwargs)  # type: ignore[operator]
+    for (first, own), *others in slots.values():
+        for one, name in others:
+            one._parameters[name] = first._parameters[own]
+    return module
+
+
 @contextmanager
 def standin_gpu() -> Iterator[list[int]]:
     """While it is open there is a device `cuda:0`; gives how many of its tensors operations were given so far."""
     seen[0] = 0
-    start, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
     before = torch._C._only_lift_cpu_tensors()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(1.0, device=...)` is made on the CPU, then moved
     try:
-        with _Mode():
+        with pytest.MonkeyPatch.context() as patch, _Mode():
+            patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+            patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+            patch.setattr(nn.Module, "_to", nn.Module.to, raising=False)
+            patch.setattr(nn.Module, "to", _moved)
+            patch.setattr(torch, "inference_mode", torch.no_grad)  # a wrapped tensor cannot be made within the former
             yield seen
     finally:
-        torch.cuda._lazy_init = start
         torch._C._set_only_lift_cpu_tensors(before)
         torch.__future__.set_overwrite_module_params_on_conversion(False)

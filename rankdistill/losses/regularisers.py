@@ -220,7 +220,8 @@ class DfFlops(Sparsity):
 
     def penalty(self, weights: Tensor) -> Tensor:
         now = (weights.detach() > 0).float().mean(dim=0)
-        shares = now if self.shares is None else self.shares.lerp(now, min(1.0, len(weights) / self.memory))
+        before = now if self.shares is None else self.shares.to(now.device)  # a checkpoint's are read on the CPU
+        shares = before.lerp(now, min(1.0, len(weights) / self.memory))
         if self.training:
             self.shares = shares
         return (self.cost(shares) * weights.mean(dim=0)).square().sum()

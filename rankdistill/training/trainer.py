@@ -157,7 +157,7 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         self.part_count = 0
         self.begun = -1  # the step whose batches so far are `batches`; `course` is what was known before them
         self.batches: list[dict[str, Any]] = []
-        self.course: tuple[dict[str, Any], dict[str, float], int] = ({}, {}, 0)
+        self.course: tuple[list[dict[str, Any]], dict[str, float], int] = ([], {}, 0)
 
     @property
     def student(self) -> StudentModel:
@@ -192,9 +192,8 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         learned = nn.ModuleList([distiller.losses, *([distiller.weighting] if distiller.weighting else [])])
         if self.begun != self.state.global_step:
             distiller.at_step(self.state.global_step, self.state.max_steps)
-            known = {name: buffer.clone() for name, buffer in learned.named_buffers()}
             self.begun, self.batches = self.state.global_step, []
-            self.course = (known, dict(self.part_sums), self.part_count)
+            self.course = ([_buffers(one) for one in learned.modules()], dict(self.part_sums), self.part_count)
         self.batches.append(inputs)
         waiting = [inputs]
         while True:
@@ -207,8 +206,9 @@ class StudentTrainer(SafeCheckpoints, Trainer):
             # A backward pass that was cut short has left part of its gradients.
             model.zero_grad()
             free_memory()
-            for name, buffer in learned.named_buffers():
-                buffer.copy_(self.course[0][name])
+            for one, known in zip(learned.modules(), self.course[0], strict=True):
+                one._buffers.update(known)
+            self.course = ([_buffers(one) for one in learned.modules()], *self.course[1:])
             self.part_sums, self.part_count = dict(self.course[1]), self.course[2]
             waiting = self.batches
 
@@ -279,6 +279,11 @@ class StudentTrainer(SafeCheckpoints, Trainer):
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         return False  # `evaluate` keeps the best
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A copy of a module's own; some are not there before the first batch."""
+    return {name: None if one is None else one.clone() for name, one in module._buffers.items()}
 
 
 def save_best(student: StudentModel, folder: Path) -> None:
