@@ -315,7 +315,7 @@ def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
     train: Train, no_dropout: Path, tmp_path: Path, fails: str, accumulation: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same losses, gradients and course: the failed batch leaves nothing behind, half a backward pass neither."""
-    losses = [{"type": "taid", "momentum": 0.5}, {"type": "kl"}, {"type": "df_flops"}]  # the last: no buffer at first
+    losses = [{"type": "taid", "momentum": 0.5}, {"type": "kl"}]
     same: dict[str, Any] = {"student": {"model": str(no_dropout)}, "steps": 3, "checkpoints": 1, "losses": losses}
     same |= {"accumulation": accumulation, "token_budget": 256}
     expected = train(tmp_path / "plain", **same)
