@@ -5,11 +5,11 @@
     /api/search?q=TEXT&k=10&teacher=all what `SearchPage.search` answers; `k` and `teacher` may be left out
 
 Errors are JSON, {"error": {"what", "where", "fix"}}: 400 wrong question, 403 asked through another name or site, 404,
-405, 413 a body, 414, 500, 503 busy (with Retry-After).
+405, 413 a body, 414, 431 long headers, 500, 503 busy (with Retry-After).
 
 What keeps it safe: a fixed set of routes and no file access; only GET and HEAD; the Host header must name this machine
 (a foreign page that re-points its name at 127.0.0.1 gets 403), and no other site may ask; one search at a time, few
-waiting, few connections, and a deadline for every request; a content policy that runs nothing but the page's script.
+waiting, few connections, a deadline and a size for every request, and one reading of where it ends; a content policy that runs nothing but the page's script.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ HEADERS = {
 }
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 LARGEST_BODY = 65_536  # bytes of a body that are read and thrown away before the request is refused
+LARGEST_REQUEST = 2 * LARGEST_BODY  # bytes of a request that are read at all: the first line may have 65,536
 
 
 class PageServer(ThreadingHTTPServer):
@@ -276,6 +278,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def parse_request(self) -> bool:
+        """As the base class; also refuses what two programs on the way could cut into different requests."""
+        if not super().parse_request():
+            return False
+        lengths = self.headers.get_all("Content-Length") or ["0"]
+        plain = len(lengths) == 1 and lengths[0].strip().isascii() and lengths[0].strip().isdigit()
+        if plain and "Transfer-Encoding" not in self.headers:
+            return True
+        self.send_error(400, "one Content-Length or none, and no Transfer-Encoding")
+        return False
+
     def _refuse_method(self) -> None:
         self._drop_body()
         self._send_error(405, f"{self.command} is not answered here", fix="GET or HEAD", more={"Allow": "GET, HEAD"})
@@ -303,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.allows_host(hosts[0]):
             return 403, _error("this name is not served here", "Host", f"open {self.server.url}"), {}
-        if self.headers.get("Transfer-Encoding") or (self.headers.get("Content-Length") or "0").strip() != "0":
+        if int(self.headers.get("Content-Length") or 0):
             self._drop_body()
             return 413, _error("no body is read here", fix="put the question into the address"), {}
         if not self.path.startswith("/") or not self.path.isascii():
@@ -327,6 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")
         self.end_headers()
+        self.connection.settimeout(self.server.request_seconds)  # reading has used some of it up
         if self.command != "HEAD":
             self.wfile.write(body)
 
@@ -337,14 +351,19 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses (a malformed request, headers too long), as JSON too."""
         self.close_connection = True
-        self._send_error(int(code), (message or HTTPStatus(code).phrase)[:200])
+        try:
+            self._send_error(int(code), (message or HTTPStatus(code).phrase)[:200])
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1.0)
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end and self.connection.recv(LARGEST_BODY):
+                pass  # closing with bytes unread would cut off the answer
+        except OSError:
+            pass
 
     def _drop_body(self) -> None:
         """Read a short body away: closing with bytes unread would cut off the answer."""
-        try:
-            left = int(self.headers.get("Content-Length") or 0)
-        except ValueError:
-            return
+        left = int(self.headers.get("Content-Length") or 0)
         if 0 < left <= LARGEST_BODY:
             try:
                 self.rfile.read(left)
@@ -359,10 +378,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Deadline(io.RawIOBase):
-    """Reads a socket until a point in time: a client that sends a byte now and then is cut off like a silent one."""
+    """Reads a socket until a point in time and so many bytes: a client that sends a byte now and then is cut off like a
+    silent one."""
 
     def __init__(self, connection: socket.socket, end: float) -> None:
-        self._connection, self._end = connection, end
+        self._connection, self._end, self._bytes = connection, end, LARGEST_REQUEST
 
     def readable(self) -> bool:
         return True
@@ -371,8 +391,12 @@ class _Deadline(io.RawIOBase):
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request took too long")
+        if self._bytes <= 0:
+            raise HTTPException("the request is too long")  # the base class answers 431
         self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
+        read = self._connection.recv_into(buffer)
+        self._bytes -= read
+        return read
 
 
 def _parameters(query: str, known: tuple[str, ...]) -> dict[str, str]:

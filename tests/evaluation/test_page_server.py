@@ -172,8 +172,28 @@ def test_only_get_and_head(served: PageServer, method: str) -> None:
 def test_a_body_is_refused(served: PageServer) -> None:
     assert error(ask(served, "/api/search?q=iron", body=b"x" * 5000))[0] == 413
     assert error(ask(served, "/api/about", headers={"Content-Length": "99999999999"}))[0] == 413
-    chunked = b"GET /api/about HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert b" 413 " in raw(served, chunked).splitlines()[0]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Content-Length: 0\r\nContent-Length: 5", 400),
+        ("Content-Length: 5\r\ncontent-length: 5", 400),
+        ("Content-Length: 0, 5", 400),
+        ("Content-Length: +0", 400),
+        ("Content-Length: ", 400),
+        ("Transfer-Encoding: chunked", 400),
+        ("Transfer-Encoding: ", 400),
+        ("\r\n".join(f"X-{number}: {'x' * 60_000}" for number in range(97)), 431),
+        ("\r\n".join(f"X-{number}: 1" for number in range(101)), 431),
+    ],
+)
+def test_requests_of_unclear_or_great_length_are_refused(
+    served: PageServer, method: str, headers: str, status: int
+) -> None:
+    answer = raw(served, f"{method} /api/about HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n".encode())
+    assert f" {status} ".encode() in answer.splitlines()[0] and b'{"error": {"what": ' in answer
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST:8080", "127.0.0.1:1"])
