@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -345,16 +345,19 @@ def _ours(folder: Path) -> bool:
     return isinstance(manifest, dict) and {"kind", "fingerprint", "schema", "libraries"} <= manifest.keys()
 
 
-def check_file(path: str | Path, ours: bool = False) -> None:
-    """Refuse to write a file over one that rankdistill did not write.
+def check_file(path: str | Path, ours: bool = False, reads: Iterable[str | Path | None] = ()) -> None:
+    """Refuse to write a file over one that rankdistill did not write, or that it is to read.
 
     Args:
         ours: known to be, by what lies beside it; else its first and last kilobytes have to name rankdistill.
+        reads: what the same command reads.
 
     Raises:
         UsageError: there is a folder, or a file of another origin.
     """
     path = Path(path)
+    if path.is_file() and any(one and Path(one).is_file() and path.samefile(one) for one in reads):
+        raise UsageError("this file is one of those that are read", where=str(path), fix=MOVE)
     if path.is_dir():
         raise UsageError(
             "there is a folder here, and a file is to be written", where=str(path), fix="name a file in it"

@@ -64,6 +64,16 @@ def shown(text: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def shown_lines(text: Any) -> str:
+    """The same of several lines, whole."""
+    return "\n".join(shown(line, len(line)) for line in str(text).split("\n"))
+
+
+def escaped(json_line: str) -> str:
+    """A line of JSON whose control characters are written as such (`\\u009b`): the same values, safe on a terminal."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json_line)
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values alone: no alias (a few lines of them fill memory), no tag, no date, no key twice."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rankdistill.errors import UsageError
-from rankdistill.plain import file_name, parse_yaml, path_name, read_yaml, shown
+from rankdistill.plain import escaped, file_name, parse_yaml, path_name, read_yaml, shown, shown_lines
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,10 @@ def test_other_names_stay_as_they_are(name: str) -> None:
 def test_foreign_text_is_shown_without_control_characters() -> None:
     assert shown("a\x1b]0;title\x07b\x9bc\u202ed") == "a\ufffd]0;title\ufffdb\ufffdc\ufffdd"
     assert shown("x" * 100, 10) == "x" * 9 + "…" and shown("größe 日本") == "größe 日本"
+
+
+def test_foreign_text_is_shown_without_commands_to_the_terminal() -> None:
+    assert shown_lines("a\x1b]0;x\x07\nb\u202ec") == "a\ufffd]0;x\ufffd\nb\ufffdc"
+    values = ["\x9b2J", "\u200f é", "\x1b"]
+    text = escaped(json.dumps(values, ensure_ascii=False))
+    assert json.loads(text) == values and text.isprintable()

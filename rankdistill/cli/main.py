@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rankdistill.stages import Workspace
 
 INTERRUPTED = 130
+MOST = 1 << 31  # of anything that is counted
 
 app = typer.Typer(
     help="Distil expensive rankers into retrievers that can be served.",
@@ -53,6 +55,17 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _between(least: float, most: float, *, open_end: bool = False) -> Callable[[float | None], float | None]:
+    """A check of a number above `least` and at most (`open_end`: below) `most`, which NaN is not."""
+
+    def check(value: float | None) -> float | None:
+        if value is None or least < value < most or (value == most and not open_end):
+            return value
+        raise typer.BadParameter(f"{value} is not above {least:g} and {'below' if open_end else 'at most'} {most:g}")
+
+    return check
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
@@ -103,7 +116,7 @@ def recipes_list(as_json: Json = False) -> None:
         return
     width = max(len(name) for name in known)
     for name, description in known.items():
-        print(f"{name:{width}}  {description.splitlines()[0] if description else ''}")
+        _print(f"{name:{width}}  {description.splitlines()[0] if description else ''}")
 
 
 @recipes_app.command("show")
@@ -153,7 +166,7 @@ def collection(
     from rankdistill.collections import open_collection
 
     described = open_collection(spec).describe()
-    print(json.dumps(described, indent=2) if as_json else _outline(described))
+    _print(json.dumps(described, indent=2) if as_json else _outline(described))
 
 
 @app.command()
@@ -165,7 +178,7 @@ def mine(
         typer.Option(help="A source of candidates as YAML, e.g. '{type: bm25, quota: 50}'.", metavar="SOURCE"),
     ] = None,
     split: Annotated[str, typer.Option(help="Whose queries.")] = "train",
-    depth: Annotated[int, typer.Option(help="Documents a query.", min=1)] = 100,
+    depth: Annotated[int, typer.Option(help="Documents a query.", min=1, max=MOST)] = 100,
     positives: Annotated[bool, typer.Option(help="Put the labelled positives first.")] = True,
     trec: Annotated[Path | None, typer.Option(help="Also write a TREC run file.")] = None,
     device: Device = None,
@@ -190,7 +203,7 @@ def mine(
     )
     if trec is not None:
         export_trec(artifact, trec)
-    print(artifact)
+    _print(artifact)
 
 
 @app.command()
@@ -239,7 +252,7 @@ def score(
     from rankdistill.teachers.scoring import score_candidates
 
     if out is not None:
-        check_file(out)
+        check_file(out, reads=[candidates, imported])
     opened = open_collection(spec)
     if imported is not None:
         scores = import_scores(imported, form, opened, ScoreStore(store), kind)  # type: ignore[arg-type]
@@ -265,7 +278,7 @@ def score(
         calibrate_scores(scores, opened, calibrate, out)
     elif out is not None:
         scores.export(out)
-    print(scores)
+    _print(scores)
 
 
 @app.command()
@@ -275,7 +288,7 @@ def train(
     out: Out = None,
     student: Annotated[str, typer.Option(help="`student`, or the name of a baseline.")] = "student",
     nproc: Annotated[
-        int | None, typer.Option("--nproc", help="Train in so many processes (training.processes).", min=1)
+        int | None, typer.Option("--nproc", help="Train in so many processes (training.processes).", min=1, max=1024)
     ] = None,
     store: Store = None,
     device: Device = None,
@@ -293,7 +306,7 @@ def train(
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
     artifact = workspace.train(student)
     if launched()[0] == 0:
-        print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
+        _print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
 
 
 @app.command()
@@ -308,9 +321,12 @@ def index(
         bool, typer.Option("--sweep", help="Try search settings; print the best of quality, speed and bytes.")
     ] = False,
     target_recall: Annotated[
-        float | None, typer.Option(help="Search as cheaply as this recall of exact search allows; kept in the file.")
+        float | None,
+        typer.Option(
+            help="Search as cheaply as this recall of exact search allows; kept in the file.", callback=_between(0, 1)
+        ),
     ] = None,
-    recall_at: Annotated[int, typer.Option(help="Documents of which recall counts.", min=1)] = 10,
+    recall_at: Annotated[int, typer.Option(help="Documents of which recall counts.", min=1, max=MOST)] = 10,
     as_json: Json = False,
     device: Device = None,
     quiet: Quiet = False,
@@ -330,7 +346,7 @@ def index(
     student = workspace.student()
     indexes = [workspace.index(name, out, student=student, collection=over) for name in names]
     if not sweep and target_recall is None:
-        print(json.dumps([one.manifest for one in indexes], indent=2) if as_json else "\n".join(map(repr, indexes)))
+        _print(json.dumps([one.manifest for one in indexes], indent=2) if as_json else "\n".join(map(repr, indexes)))
         return
     from rankdistill.evaluation.operating_points import sweep_student
     from rankdistill.evaluation.table import print_tables
@@ -352,7 +368,7 @@ def index(
     for name, point in found.chosen.items():
         if not as_json:
             kept = "written into the file" if point.settings else "it has nothing to set"
-            print(f"{name}: {point} reaches recall@{recall_at} {point.recall:.4f}; {kept}")
+            _print(f"{name}: {point} reaches recall@{recall_at} {point.recall:.4f}; {kept}")
 
 
 @app.command()
@@ -397,7 +413,7 @@ def quantize(
         assert documents is not None
         file = out or Path(f"{wanted.name}.faiss")
         made = quantize_files(documents, queries, wanted, file, ids=ids, scores=scores)
-    print(json.dumps(made.manifest, indent=2) if as_json else made)
+    _print(json.dumps(made.manifest, indent=2) if as_json else made)
 
 
 @app.command()
@@ -410,7 +426,7 @@ def search(
     memory_map: Annotated[
         bool, typer.Option("--memory-map", help="Leave a FAISS index on disk, for one that memory does not hold.")
     ] = False,
-    count: Annotated[int, typer.Option("-k", help="Documents to show.", min=1)] = 10,
+    count: Annotated[int, typer.Option("-k", help="Documents to show.", min=1, max=MOST)] = 10,
     fuse: Annotated[
         list[str] | None,
         typer.Option(help="Fuse with `bm25`, or the student of another run's folder; again for more.", metavar="WITH"),
@@ -422,7 +438,7 @@ def search(
     """Search a run's collection with its student."""
     _begin(quiet or as_json, device)
     from rankdistill.cli.searching import refuse_for_sparse, searching_workspace
-    from rankdistill.plain import shown
+    from rankdistill.plain import escaped, shown
 
     workspace = searching_workspace(folder)
     if memory_map:
@@ -446,7 +462,7 @@ def search(
         for rank, (document, score) in enumerate(zip(documents, hits.scores, strict=True), 1)
     ]
     if as_json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print("\n".join(map(escaped, json.dumps(results, indent=2, ensure_ascii=False).split("\n"))))
         return
     for result in results:
         doc_id, text = shown(result["doc_id"]), shown(" ".join(str(result["text"]).split()), 100)
@@ -479,7 +495,7 @@ def folds(
     protocol: Annotated[
         str, typer.Option(help="`clusters` of queries left out in turn, or `similarity` to the test queries.")
     ] = "clusters",
-    buckets: Annotated[int, typer.Option(help="Clusters, and so runs.", min=2)] = 5,
+    buckets: Annotated[int, typer.Option(help="Clusters, and so runs.", min=2, max=MOST)] = 5,
     store: Store = None,
     as_json: Json = False,
     device: Device = None,
@@ -551,8 +567,12 @@ def compare(
     metric: Annotated[list[str] | None, typer.Option(help="As ranx names them, e.g. ndcg@10.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Compare with this run alone; default: all pairs.")] = None,
     correction: Annotated[str, typer.Option(help="For many systems: holm or tukey.")] = "holm",
-    alpha: Annotated[float, typer.Option(help="What corrected p-values are held against.")] = 0.05,
-    relevance_level: Annotated[int | None, typer.Option(help="Least judgment that counts in binary metrics.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="What corrected p-values are held against.", callback=_between(0, 1, open_end=True))
+    ] = 0.05,
+    relevance_level: Annotated[
+        int | None, typer.Option(help="Least judgment that counts in binary metrics.", min=1)
+    ] = None,
     drop_self_hits: Annotated[bool, typer.Option(help="Leave out documents whose id is the query's.")] = False,
     form: Annotated[str, typer.Option("--format", help="text, markdown or latex.")] = "text",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file instead of printing.")] = None,
@@ -592,7 +612,7 @@ def report(
     _begin(quiet)
     from rankdistill.evaluation.report import report as write_report
 
-    print(write_report(folder, out, suite=suite, markdown=markdown, latex=latex))
+    _print(write_report(folder, out, suite=suite, markdown=markdown, latex=latex))
 
 
 @app.command()
@@ -605,7 +625,7 @@ def doctor(
     queries: Annotated[
         Path | None, typer.Option(help="With --index: query vectors to search with (.npy or Parquet).")
     ] = None,
-    count: Annotated[int, typer.Option("-k", help="With --index: hits asked for.", min=1)] = 100,
+    count: Annotated[int, typer.Option("-k", help="With --index: hits asked for.", min=1, max=MOST)] = 100,
     as_json: Json = False,
 ) -> None:
     """What is installed, what is missing, how to get it; or what is wrong with an index."""
@@ -615,11 +635,11 @@ def doctor(
 
     if folder is not None:
         damaged = damaged_artifacts(folder)
-        print(json.dumps(damaged, indent=2) if as_json else "\n".join(damaged) or "every file is what was written")
+        _print(json.dumps(damaged, indent=2) if as_json else "\n".join(damaged) or "every file is what was written")
         raise typer.Exit(bool(damaged))
     if index_file is not None:
         found = look_at_index(index_file, vectors, queries, count)
-        print(json.dumps(found.to_json(), indent=2) if as_json else found)
+        _print(json.dumps(found.to_json(), indent=2) if as_json else found)
         return
     if vectors is not None or queries is not None:
         raise UsageError("--vectors and --queries go with --index", fix="rankdistill doctor --index FILE")
@@ -629,7 +649,7 @@ def doctor(
     else:
         for check in results:
             mark = "ok     " if check.ok else "MISSING" if check.needed else "absent "
-            print(f"{mark}  {check.name:22}  {check.found}")
+            _print(f"{mark}  {check.name:22}  {check.found}")
             if not check.ok and check.fix:
                 print(f"{'':9}{'':22}    get it: {check.fix}")
     if any(check.needed and not check.ok for check in results):
@@ -652,6 +672,13 @@ def _begin(quiet: bool, device: str | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def _print(value: Any) -> None:
+    """Results as a terminal may show them: ids, titles and paths are others' words."""
+    from rankdistill.plain import shown_lines
+
+    print(shown_lines(value))
 
 
 def _workspace(folder: Path) -> Workspace:

@@ -21,6 +21,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import Evaluation, Row, environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
+from rankdistill.plain import shown_lines
 from rankdistill.progress import progress, say, warn
 from rankdistill.runs import Run, read_run
 
@@ -154,13 +155,13 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
     else:
         text = table.plain_tables(shown) + "\n"
     if out is not None:
-        check_file(out)
+        check_file(out, reads=[evaluation.collection["spec"], *(row.run for row in evaluation.rows)])
         write_atomically(out, text + SIGNED.get(form, ""))
         say(f"written to {out}")
     elif form == "text":
         table.print_tables(shown)
     else:
-        print(text, end="")
+        print(shown_lines(text), end="")
 
 
 # -- which runs -------------------------------------------------------------------------------------------------------

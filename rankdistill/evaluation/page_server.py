@@ -9,7 +9,8 @@ Errors are JSON, {"error": {"what", "where", "fix"}}: 400 wrong question, 403 as
 
 What keeps it safe: a fixed set of routes and no file access; only GET and HEAD; the Host header must name this machine
 (a foreign page that re-points its name at 127.0.0.1 gets 403), and no other site may ask; one search at a time, few
-waiting, few connections, a deadline and a size for every request, and one reading of where it ends; a content policy that runs nothing but the page's script.
+waiting, few connections, a deadline and a size for every request, and one reading of where it ends; a content policy
+that runs nothing but the page's script.
 """
 
 from __future__ import annotations

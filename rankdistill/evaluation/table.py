@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rankdistill.evaluation.metrics import Metrics
 from rankdistill.evaluation.significance import Significance
 from rankdistill.evaluation.verdict import verdict
+from rankdistill.plain import shown
 
 if TYPE_CHECKING:
     from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
@@ -471,6 +472,13 @@ SIGNED = {
 }
 
 
+def _clean(table: Table) -> Table:
+    """Without control characters: names of runs, sets and collections are others' words."""
+    header, *rows = ([shown(cell, len(cell)) for cell in row] for row in [table.header, *table.rows])
+    below = [shown(line, len(line)) for line in table.lines_below]
+    return replace(table, title=shown(table.title, len(table.title)), header=header, rows=rows, lines_below=below)
+
+
 def print_tables(
     evaluation: Evaluation | SuiteEvaluation | Sequence[Table], stream: TextIO | None = None, width: int | None = None
 ) -> None:
@@ -482,7 +490,7 @@ def print_tables(
         width: in columns; default the terminal's, without limit where there is none.
     """
     stream = stream or sys.stdout
-    shown_tables = evaluation if isinstance(evaluation, Sequence) else tables(evaluation)
+    shown_tables = [_clean(one) for one in (evaluation if isinstance(evaluation, Sequence) else tables(evaluation))]
     if not stream.isatty():
         print(plain_tables(shown_tables, width), file=stream)
         return
@@ -496,11 +504,11 @@ def print_tables(
             print(_plain(table, console.width) + "\n", file=stream)
             continue
         # Text objects, not markup: a system's name may hold brackets.
-        shown = RichTable(title=Text(table.title), title_justify="left")
+        grid = RichTable(title=Text(table.title), title_justify="left")
         for name in table.header:
-            shown.add_column(Text(name), justify="left" if name in LEFT else "right")
+            grid.add_column(Text(name), justify="left" if name in LEFT else "right")
         for number, row in enumerate(table.rows):
-            shown.add_row(*(Text(c, style="bold" if (number, i) in table.bold else "") for i, c in enumerate(row)))
-        console.print(shown)
+            grid.add_row(*(Text(c, style="bold" if (number, i) in table.bold else "") for i, c in enumerate(row)))
+        console.print(grid)
         for line in table.lines_below:
             console.print(Text(line, style="dim"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -116,3 +117,32 @@ def test_real_runs_of_dl19(shared_data: Path, tmp_path: Path) -> None:
     strong = {one["a"] for one in values["significance"]["comparisons"]
               if one["metric"] == "ndcg@10" and one["b"] == "bm25" and one["significant"]}  # fmt: skip
     assert strong == {"ada2", "repllama", "splade-pp-ed", "tas-b"}
+
+
+def test_out_is_none_of_the_files_that_are_read(folder: Path) -> None:
+    better, qrels = folder / "runs" / "better.trec", folder / "qrels.txt"
+    better.write_text(better.read_text().replace(" x\n", " rankdistill\n"))  # a run that was made here
+    before = better.read_bytes()
+    for given in ((better,), (folder / "runs",)):
+        ending = compare(
+            folder, *given, "--qrels", qrels, "--out", folder / "runs" / ".." / "runs" / "better.trec", code=2
+        )
+        assert "one of those that are read" in ending.err
+    assert better.read_bytes() == before
+    (folder / "link.trec").symlink_to(better)
+    compare(folder, better, "--qrels", qrels, "--out", folder / "link.trec", code=2)
+
+
+@pytest.mark.parametrize(
+    "option", ["--alpha=nan", "--alpha=inf", "--alpha=0", "--alpha=1", "--alpha=-1", "--relevance-level=0"]
+)
+def test_numbers_out_of_bounds_are_refused(folder: Path, option: str) -> None:
+    ending = compare(folder, folder / "runs", "--qrels", folder / "qrels.txt", option, code=2)
+    assert option[:7] in ending.err
+
+
+def test_names_of_runs_reach_no_terminal_as_commands(folder: Path) -> None:
+    (folder / "runs" / "better.trec").rename(folder / "runs" / "be\x1b]0;x\x07\x9bt.trec")
+    for form in ("text", "markdown"):
+        out = compare(folder, folder / "runs", "--qrels", folder / "qrels.txt", "--format", form).out
+        assert "be\ufffd]0;x" in out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
