@@ -40,6 +40,7 @@ FAISS_BUILDS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "f
 NO_PLACE = (
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+FINGERPRINTED = re.compile(r"[0-9a-f]{16}(-\d+)?")
 MARKED = 1 << 14  # bytes at either end of a file, among which is who wrote it
 SMALL = 1 << 20  # bytes of a file that is hashed faster than a remembered digest is found
 LOOKED_AT = 64 << 20  # ... of one whose content is compared with the manifest each time its artifact is used
@@ -152,6 +153,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     with disk_errors(path):
         make_folder(path.parent)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "there is a folder or a device here", str(path))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as stream:
@@ -309,6 +312,8 @@ def check_place(path: str | Path) -> None:
     """
     path = Path(path)
     what = "folder" if path.is_dir() else "file"
+    if cache_dir() in path.parents and FINGERPRINTED.fullmatch(path.name):
+        return  # the cache is ours, whatever damage has left of a manifest
     if (path.is_dir() and (_ours(path) or all(CLAIM in inner.name for inner in path.iterdir()))) or not os.path.lexists(
         path
     ):
@@ -353,7 +358,7 @@ def check_file(path: str | Path, ours: bool = False, reads: Iterable[str | Path 
         reads: what the same command reads.
 
     Raises:
-        UsageError: there is a folder, or a file of another origin.
+        UsageError: there is a folder, a device, or a file of another origin.
     """
     path = Path(path)
     if path.is_file() and any(one and Path(one).is_file() and path.samefile(one) for one in reads):
@@ -362,6 +367,8 @@ def check_file(path: str | Path, ours: bool = False, reads: Iterable[str | Path 
         raise UsageError(
             "there is a folder here, and a file is to be written", where=str(path), fix="name a file in it"
         )
+    if path.exists() and not path.is_file():  # renaming onto /dev/null would put a file in its place
+        raise UsageError("this is no file but a device or a pipe", where=str(path), fix="name a file to write to")
     if not path.is_file() or ours or path.stat().st_size == 0:
         return
     with open(path, "rb") as stream:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import check_file, check_place, remove_artifacts, remove_leftovers
+from rankdistill.devices import resolve_device
+from rankdistill.errors import UsageError
+from rankdistill.students.models import layer_count, resolve_model
 from rankdistill.systems import STUDENT
 
 if TYPE_CHECKING:
@@ -16,17 +20,43 @@ def check_run(run: Workspace) -> None:
     """Refuse what can only fail later, or would delete what is not ours.
 
     Raises:
-        UsageError: an index that the student cannot have, an unknown suite or metric, a place that is taken.
+        UsageError: an index that the student cannot have, an unknown suite, metric, device or layer, a place that is
+            taken.
+        RankdistillError: a model is not there.
     """
     from rankdistill.evaluation.metrics import parse_metric
     from rankdistill.evaluation.suites import load_suite
+    from rankdistill.students.provenance import with_revisions
 
     indexes = run.index_files()
     load_suite(run.recipe.evaluation.suite)
+    _check_devices(run.recipe.resolved())
     for name in (STUDENT, *run.recipe.baselines):
-        parse_metric(run.recipe_of(name).training.metric)
+        recipe = run.recipe_of(name)
+        parse_metric(recipe.training.metric)
+        with_revisions([recipe.student.settings(), recipe.training.model_dump(mode="json")])
+        _check_layers(recipe.student.settings())
     _check_places(run, indexes)
     remove_leftovers(run.path)
+
+
+def _check_devices(values: Any) -> None:
+    if isinstance(values, Mapping):
+        if isinstance(values.get("device"), str):
+            resolve_device(values["device"])
+        values = list(values.values())
+    for value in values if isinstance(values, list) else ():
+        _check_devices(value)
+
+
+def _check_layers(student: Mapping[str, Any]) -> None:
+    layers = student.get("layers")
+    if layers is None:
+        return
+    count = layer_count(resolve_model(student["model"]).path)
+    if not layers or (count is not None and not all(0 <= layer < count for layer in layers)):
+        known = "at least one" if count is None else f"of 0 to {count - 1}"
+        raise UsageError(f"layers are {known}, not {layers}", where="student.layers", fix="layers that the encoder has")
 
 
 def _check_places(run: Workspace, indexes: list[str]) -> None:

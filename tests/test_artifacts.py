@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,25 @@ def test_a_file_is_written_over_only_where_it_is_ours(tmp_path: Path) -> None:
     check_file(file, ours=True)
     with pytest.raises(UsageError, match="there is a folder here, and a file is to be written"):
         check_file(tmp_path)
+
+
+def test_a_damaged_manifest_in_the_cache_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKDISTILL_CACHE", str(tmp_path))
+    for name, taken in (("collections/0123456789abcdef-2", True), ("collections/thesis", False)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text("")
+        with nullcontext() if taken else pytest.raises(UsageError, match="did not write"):
+            check_place(tmp_path / name)
+
+
+def test_no_file_takes_a_device_s_or_a_pipe_s_place(tmp_path: Path) -> None:
+    """As root a rename onto /dev/null succeeds, and takes it from the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="no file but a device or a pipe"):
+        check_file(tmp_path / "pipe")
+    with pytest.raises(RankdistillError, match="cannot write"):
+        write_atomically(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_removing_artifacts_leaves_what_lies_beside_them(tmp_path: Path) -> None:

@@ -221,10 +221,15 @@ def test_an_evaluation_is_written_into_a_folder_of_its_own(done: Path, tmp_path:
         ("evaluation.suite=nonsense", "no shipped declaration 'nonsense'"),
         ("training.metric=ndgc@10", "there is no metric 'ndgc@10'"),
         ("indexes=[nonsense]", "no shipped declaration 'nonsense'"),
+        ("training.device=nonsense", "there is no device 'nonsense'"),
+        ("teacher.device=cuda:99", "there is no device 'cuda:99'"),
+        ("student.model=/gone", "there is no model folder here"),
+        ("student={type: dense, layers: [0, 6]}", r"layers are of 0 to 5, not \[0, 6\]"),
+        ("student={type: dense, layers: []}", r"layers are of 0 to 5, not \[\]"),
     ],
 )
 def test_what_can_only_fail_fails_first(values: dict[str, Any], tmp_path: Path, override: str, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(RankdistillError, match=words):
         Workspace(tmp_path / "run", load_recipe(values, [override]), tmp_path / "store").run("mine")
     assert not (tmp_path / "run").exists()
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from rankdistill.artifacts import cache_dir, file_digest, fingerprint, write_atomically
 from rankdistill.collections.collection import Collection
-from rankdistill.collections.text_files import data_files, grade, identifier, text_of
+from rankdistill.collections.text_files import VALUE_NAME, data_files, grade, identifier, text_of
 from rankdistill.collections.writer import CollectionWriter, Stamps, imported, stamps
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import say
@@ -60,7 +60,11 @@ class _File(NamedTuple):
 
         try:
             with pq.ParquetFile(self.label, pre_buffer=False) as file:
-                columns = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+                columns = [
+                    field.name
+                    for field in file.schema_arrow
+                    if not pa.types.is_nested(field.type) or VALUE_NAME.fullmatch(field.name.lower())
+                ]
                 for batch in file.iter_batches(ROWS, columns=columns):
                     yield from batch.to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -109,7 +113,8 @@ def _load(writer: CollectionWriter, layout: _Layout) -> None:
             where = f"{part.label}, row {number}"
             query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
             # NanoBEIR has no such column: it lists relevant pairs alone.
-            relevance = next((row[name] for name in RELEVANCE if name in row), 1)
+            named = (name for name in row if VALUE_NAME.fullmatch(name.lower()))
+            relevance = next((row[name] for name in (*RELEVANCE, *named) if name in row), 1)
             writer.judgement(split, query_id, doc_id, grade(relevance, where), number)
 
 

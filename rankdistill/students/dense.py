@@ -262,7 +262,8 @@ class StaticStudent(_SentenceStudent):
             else None
         )
         if frame is None or frame.count(0) != 1:
-            frame = [tokenizer.cls_token_id, 0, tokenizer.sep_token_id]
+            end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id  # as T5's kind
+            frame = [token for token in (tokenizer.cls_token_id, 0, end) if token is not None]
         place = frame.index(0)
         rows = []
         encoder.eval()

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,10 @@ IDLE = {
     *(".md", ".rst", ".html", ".csv", ".log", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".pdf", ".py", ".sh", ".lock"),
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".ot", ".msgpack", ".onnx", ".tflite", ".gguf", ".tmp", ".bak"),
 }
-IDLE_FILES = {"LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "trainer_state.json", "manifest.json"}
+IDLE_FILES = {
+    *("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "trainer_state.json", "manifest.json"),
+    *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
+}
 HUB_TIMEOUT = 3.0  # seconds to find out whether a hub answers at all
 
 
@@ -102,6 +106,17 @@ def _answers(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def layer_count(folder: Path) -> int | None:
+    """How many layers a transformer's configuration says it has; None where it says nothing of them."""
+    for file in (folder / "config.json", folder / "0_Transformer" / "config.json"):
+        if file.is_file():
+            with suppress(ValueError, RecursionError):  # damage is told by what loads it
+                config = json.loads(file.read_text(encoding="utf-8"))
+                found = config.get("num_hidden_layers", config.get("num_layers")) if isinstance(config, dict) else None
+                return found if isinstance(found, int) else None
+    return None
 
 
 def folder_revision(folder: Path, without: str = "") -> str:

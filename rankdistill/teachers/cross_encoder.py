@@ -274,6 +274,12 @@ class CrossEncoderTeacher(PairTeacher):
         """Batches from texts tokenised once each."""
 
         room = self.limit - joiner.special
+        if room < 2:
+            raise UsageError(
+                f"{self.limit} tokens leave no room for a query and a document beside {joiner.special} that frame them",
+                where="teacher.max_length",
+                fix=f"at least {joiner.special + 2}",
+            )
         query_tokens, document_tokens = (token_ids(self._tokenizer, texts) for texts in (queries, documents))
         threshold = self.query_length or room // 2
         cut = sum(len(tokens) > threshold for tokens in query_tokens)

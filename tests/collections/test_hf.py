@@ -49,6 +49,20 @@ def test_judgments_without_a_column_of_relevance_name_relevant_pairs(folder: Pat
     assert open_collection(f"hf:{folder}").qrels("train") == {"7": {"d1": 1}, "8": {"d2": 1}}
 
 
+@pytest.mark.parametrize("name", ["grade", "Relevance", "rating"])
+def test_a_relevance_of_another_name_is_read(folder: Path, name: str) -> None:
+    pq.write_table(
+        pa.table({"query-id": ["7", "8"], "corpus-id": ["d1", "d2"], name: [0, 2]}), folder / "qrels/train.parquet"
+    )
+    assert open_collection(f"hf:{folder}").qrels("train") == {"7": {"d1": 0}, "8": {"d2": 2}}
+
+
+def test_a_relevance_that_is_a_list_is_an_error(folder: Path) -> None:
+    pq.write_table(pa.table({"query-id": ["7"], "corpus-id": ["d1"], "score": [[1]]}), folder / "qrels/train.parquet")
+    with pytest.raises(RankdistillError, match=r"the relevance \[1\] is not a whole number"):
+        open_collection(f"hf:{folder}")
+
+
 def break_column(folder: Path) -> str:
     pq.write_table(pa.table({"_id": ["q"], "words": ["x"]}), folder / "queries.parquet")
     return "no column text or query among _id, words"

@@ -231,6 +231,14 @@ def test_the_limit_of_each_architecture(roberta: Path, tmp_path: Path) -> None:
         assert position_limit(model) == limit, kind
 
 
+def test_words_of_a_model_that_marks_ends_alone_become_a_table(tmp_path: Path) -> None:
+    """T5 frames a text as `... </s>`: each word's vector is the encoder's of that word so framed."""
+    folder = make_model(tmp_path / "model", "t5")
+    table = StaticStudent(str(folder), similarity="cos").create("cpu").encode_documents(["w1", "w2"])
+    peer = DenseStudent(str(folder), similarity="cos").create("cpu").encode_documents(["w1", "w2"])
+    np.testing.assert_allclose(table, peer, atol=1e-2)
+
+
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 PROMPT = " ".join(WORDS[:20]) + " "

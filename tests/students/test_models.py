@@ -87,6 +87,7 @@ def test_only_what_is_loaded_decides_the_revision(tiny_encoder: Path, tmp_path: 
             "pytorch_model.bin",
             "eval.csv",
             "LICENSE",
+            "all_results.json",
         ),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

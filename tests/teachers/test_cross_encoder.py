@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import LONG, make_model
 
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.store import ScoreStore
 from rankdistill.students.pairs import longest_first, token_ids
 from rankdistill.students.token_batches import resolve_precision
@@ -95,6 +95,12 @@ def test_pairs_are_cut_to_what_the_model_has_positions_for(
     wanted = [peer.predict([pair], activation_fn=torch.nn.Identity(), show_progress_bar=False)[0] for pair in pairs]
     assert np.std(wanted) > 0.01
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_length_that_leaves_no_room_for_a_pair_is_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "roberta", "ForSequenceClassification")
+    with pytest.raises(UsageError, match=r"5 tokens leave no room .* beside 4 that frame them\n.*\n.*at least 6"):
+        CrossEncoderTeacher(str(folder), max_length=5, device="cpu").score_pairs(*TEXTS, PAIRS)
 
 
 def test_a_model_that_pads_with_nothing_and_ends_pairs_in_its_end_token(tmp_path: Path) -> None:
