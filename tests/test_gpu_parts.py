@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from standin_gpu import GPU, standin_gpu
 
 from rankdistill.devices import use_device
@@ -183,6 +184,23 @@ def search_tokens(parts: Parts, device: torch.device) -> list[Any]:
     return [*(hits.scores for hits in engine.search(QUERIES, 5)), reranked]
 
 
+def quantise(parts: Parts, device: torch.device, changes: dict[str, Any]) -> list[Any]:
+    from rankdistill.indexes.specification import any_specification
+    from rankdistill.quantization.batches import Queries
+    from rankdistill.quantization.quantize import quantize
+    from rankdistill.quantization.training import WEIGHTS
+
+    random = np.random.default_rng(0)
+    documents, queries = (random.normal(size=(count, 16)).astype(np.float32) for count in (300, 80))
+    values = {"type": "distill_vq", "name": "small", "subspaces": 4, "bits": 4, "steps": 6, "batch": 16}
+    values |= {"held_out": 16, "reassign_every": 3, "documents": {"top": 20, "random": 100, "live": True}}
+    specification = any_specification({**values, "queries": {"pseudo": 0, "documents": 0}, **changes})
+    file = parts.folder / f"quantised-{device.type}-{'-'.join(changes)}.faiss"
+    index = quantize(documents, map(str, range(300)), Queries(given=queries), specification, file, device=device)
+    assert index.manifest["device"] == str(device)
+    return [value.numpy() for _, value in sorted(load_file(file.with_name(f"{file.name}.quantizer") / WEIGHTS).items())]
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
@@ -256,6 +274,16 @@ CASES: dict[str, Case] = {
         for vectors in ("live", "precomputed")
     },
     "search multi_vector": search_tokens,
+    **{
+        f"quantiser {name}": lambda parts, device, changes=changes: quantise(parts, device, changes)
+        for name, changes in {
+            "plain": {},
+            "rotation": {"rotation": "learned"},
+            "overlap": {"overlap": 2},
+            "uniform": {"codes": "uniform"},
+            "frozen": {"codes": "frozen", "lists": 4},
+        }.items()
+    },
 }
 counted: dict[str, int] = {}
 
@@ -276,7 +304,8 @@ def test_it_follows_the_device(case: str, parts: Parts) -> None:
     counted[case] = seen[0]
     assert seen[0] > 10 and len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+        rounding = {"rtol": 0, "atol": 1e-5} if case.startswith("quantiser") else {"rtol": 2e-4, "atol": 2e-5}
+        np.testing.assert_allclose(one, other, **rounding)
 
 
 def test_how_many_tensors_were_seen() -> None:

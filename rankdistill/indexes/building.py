@@ -55,6 +55,7 @@ def build_index(
         doc_ids: one id a vector, in row order; streamed.
         vectors_fingerprint: when given, an index of the same specification over the same vectors is kept.
         similarity: of the student; `cos` promises vectors of length one and is checked.
+        device: where FAISS works, which has GPUs in its own GPU build only: `--device`, which is torch's, does not ask.
         trained_by: take rotation, lists and codebooks from this index instead of training, so that `merge_indexes` can
             join what was built apart.
 

@@ -84,6 +84,12 @@ class Batch(NamedTuple):
     teacher: Tensor | None  # [B, D] recorded scores; none: those of the vectors
     mask: Tensor  # [B, D or U]
 
+    def to(self, device: torch.device) -> Batch:
+        moved: dict[str, Any] = {
+            name: part.to(device) for name, part in self._asdict().items() if isinstance(part, Tensor)
+        }
+        return self._replace(**moved)
+
 
 class Sampler:
     """Draws batches.
@@ -212,7 +218,7 @@ class Sampler:
 
     def similarities(self, queries: Tensor, rows: Rows) -> Tensor:
         """[queries, rows] teacher's similarities, those of the vectors themselves."""
-        return similarity(queries, self.document_vectors(rows), self.metric)
+        return similarity(queries, self.document_vectors(rows).to(queries.device), self.metric)
 
     def document_vectors(self, rows: Rows) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.documents[rows], dtype=np.float32))

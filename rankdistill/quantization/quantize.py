@@ -33,6 +33,7 @@ from rankdistill.artifacts import (
     open_artifact,
     write_artifact,
 )
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.assembly import IndexParts, add_codes, assemble_index, parts_of
 from rankdistill.indexes.base import Vectors, allocate_array
@@ -69,6 +70,7 @@ def quantize(
     similarity: Literal["dot", "cos"] | None = None,
     student: StudentModel | None = None,
     open_student: Callable[[Path], StudentModel] | None = None,
+    device: str | torch.device | None = None,
 ) -> FaissIndex:
     """Learn a product-quantised index over document vectors [n, dimension] that ranks as the vectors do.
 
@@ -82,6 +84,7 @@ def quantize(
         vectors_fingerprint: of the document vectors, queries_fingerprint of the queries: what decides the result.
         similarity: of the student; `cos` promises vectors of length one and is checked.
         student: whose query encoder is trained along (`query: encoder`); `open_student` opens it where it was saved.
+        device: where codebooks learn, by the rule of devices.py; FAISS, which they start from, stays on the CPU.
 
     Raises:
         UsageError: a specification that cannot be met: no queries, no labels where labels are asked for, a query map
@@ -89,7 +92,7 @@ def quantize(
         RankdistillError: too few vectors for the codewords or lists, a dimension that the subspaces do not divide, NaN,
             too many zero vectors, another number of ids than vectors, a loss that stops being a number, a full disk.
     """
-    out_file = Path(out_file)
+    out_file, place = Path(out_file), resolve_device(device)
     if documents.ndim != 2 or not len(documents):
         raise RankdistillError(f"there is nothing to quantise: vectors of shape {list(documents.shape)}")
     specification = _checked(specification, student)
@@ -110,7 +113,7 @@ def quantize(
     }
     check_out_file(out_file)
     with locked(out_file):
-        trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student)
+        trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student, place)
         wanted = fingerprint([values, specification.refine, specification.search.model_dump()])
         if manifest_if_whole(out_file).get("fingerprint") == wanted:
             return FaissIndex.open(out_file)
@@ -133,7 +136,7 @@ def quantize(
                 "quantizer": specification.model_dump(mode="json"),
                 "query_encoder": f"{trained.path.name}/{ENCODER}" if encoder.is_dir() else None,
                 **{key: trained.manifest[key] for key in ("factory", "trained_on", "agreement", "zero_vectors")},
-                "device": "cpu",
+                "device": trained.manifest.get("device") or "cpu",
                 "training_seconds": trained.manifest["seconds"],
                 "seconds": round(time.time() - started, 3),
             },
@@ -325,6 +328,7 @@ def _train(
     values: dict[str, Any],
     similarity: str | None,
     student: StudentModel | None,
+    device: torch.device,
 ) -> Artifact:
     wanted, path = fingerprint(values), quantizer_folder(out_file)
     found = find_artifact(path, KIND, wanted)
@@ -339,7 +343,7 @@ def _train(
     with write_artifact(
         path, kind=KIND, fingerprint=wanted, settings=values, inputs={"vectors": values["vectors"]}, resume=True
     ) as writer:
-        work = writer.path
+        writer.device, work = str(device), writer.path
         start_file = work / "start.safetensors"
         parts, notes = _start(documents, specification, start_file)
         torch.manual_seed(specification.seed)
@@ -348,7 +352,7 @@ def _train(
             learn_rotation=specification.rotation == "learned",
             learn_query_map=specification.query == "linear",
             softness=specification.softness if specification.codes == "straight_through" else None,
-        )
+        ).to(device)
         agreement: dict[str, float] = {}
         frozen: NDArray[np.uint8] | None = None
         overlapping = specification.overlap > 1 and specification.steps > 0
@@ -357,7 +361,7 @@ def _train(
         if overlapping:
             quantizer = VectorQuantizer(
                 parts, learn_query_map=specification.query == "linear", overlap=specification.overlap
-            )
+            ).to(device)
         if specification.steps:
             sampler = Sampler(documents, queries, specification, work)
             encoder = None
@@ -379,7 +383,7 @@ def _train(
                 )
         if frozen is None or (quantizer.centroids is not None and not quantizer.by_residual):
             _encode_all(documents, quantizer, work, keep_codes=frozen is not None)
-        save_file({name: value.contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
+        save_file({name: value.cpu().contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
         if specification.query == "encoder" and student is not None and specification.steps:
             student.save(work / ENCODER)
         writer.counts = {
@@ -504,6 +508,6 @@ def _query_encoding(student: StudentModel) -> Any:
     from rankdistill.students.base import to_device
 
     def run(texts: list[str]) -> torch.Tensor:
-        return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float().cpu()
+        return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float()
 
     return run

@@ -50,7 +50,7 @@ class QuantizerTraining:
     """One training, resumable from `work`.
 
     Args:
-        quantizer: from FAISS's trained parts.
+        quantizer: from FAISS's trained parts, on the device that trains it.
         sampler: of queries and documents.
         codes: [n, M] FAISS's codes: read where codes stay frozen, written where subspaces overlap.
         query_encoder: a module and a function texts → vectors, where a query encoder is trained along.
@@ -69,6 +69,7 @@ class QuantizerTraining:
     ) -> None:
         self.quantizer, self.sampler, self.specification = quantizer, sampler, specification
         self.documents, self.work, self.codes, self.query_encoder = documents, work, codes, query_encoder
+        self.device = quantizer.codebooks.device
         self.losses: list[ListLoss] = [build("loss", loss.settings()) for loss in specification.losses]
         for loss in self.losses:
             if not isinstance(loss, ListLoss) or next(loss.buffers(), None) is not None:
@@ -132,8 +133,8 @@ class QuantizerTraining:
     def _train_step(self) -> dict[str, float]:
         spec, quantizer = self.specification, self.quantizer
         quantizer.train()
-        batch = self.sampler.batch(self.step)
-        vectors = self.sampler.document_vectors(batch.rows)
+        batch = self.sampler.batch(self.step).to(self.device)
+        vectors = self.sampler.document_vectors(batch.rows).to(self.device)
         teacher = batch.teacher
         if teacher is None:
             teacher = self._listed(self.sampler.similarities(batch.queries, batch.rows), batch)
@@ -141,10 +142,10 @@ class QuantizerTraining:
             teacher = teacher * self.teacher_scale
         queries = batch.queries
         if self.query_encoder is not None:
-            queries = self.query_encoder[1]([self.sampler.texts[number] for number in batch.numbers])
+            queries = self.query_encoder[1]([self.sampler.texts[number] for number in batch.numbers]).to(self.device)
         rotated = vectors @ quantizer.rotation().T
         asked = queries @ quantizer.query_transform().T
-        lists = None if self.lists is None else self.lists[torch.from_numpy(batch.rows)]
+        lists = None if self.lists is None else self.lists[torch.from_numpy(batch.rows)].to(self.device)
         decoded, _ = quantizer(rotated, lists, self._codes(rotated, lists, batch))
         parts = {"pq": self._loss(quantizer.score(asked, decoded), teacher, batch)}
         if lists is not None and quantizer.centroids is not None:
@@ -184,19 +185,23 @@ class QuantizerTraining:
         """Codes that are not the nearest ones: frozen, or under the uniform constraint."""
         if self.quantizer.columns is not None:
             assert self.codes is not None
-            codes = torch.from_numpy(self.codes[batch.rows].astype(np.int64))
+            codes = self._held(batch.rows)
             if self.step < SETTLED * self.specification.steps:
                 codes = self.quantizer.improve(rotated, codes)
-                self.codes[batch.rows] = codes.numpy()
+                self.codes[batch.rows] = codes.cpu().numpy()
             return codes
         if self.specification.codes == "frozen":
-            assert self.codes is not None
-            return torch.from_numpy(self.codes[batch.rows].astype(np.int64))
+            return self._held(batch.rows)
         if self.specification.codes == "uniform":
             with torch.no_grad():
                 rest, _ = self.quantizer.residuals(rotated, lists)
                 return uniform_codes(self.quantizer.distances(rest) + rest.square().sum(dim=2).T[:, :, None])
         return None
+
+    def _held(self, rows: Any) -> Tensor:
+        """The codes kept of some documents, int64 [rows, M]."""
+        assert self.codes is not None
+        return torch.from_numpy(self.codes[rows].astype(np.int64)).to(self.device)
 
     def _fitting_steps(self) -> float:
         """First steps in which overlapping codebooks fit the vectors, so that ranking starts from less to repair."""
@@ -209,12 +214,12 @@ class QuantizerTraining:
             rotation = self.quantizer.rotation().T
             for start in range(0, len(self.documents), BLOCK):
                 part = slice(start, start + BLOCK)
-                rotated = torch.from_numpy(np.array(self.documents[part], np.float32)) @ rotation
-                codes = torch.from_numpy(self.codes[part].astype(np.int64))
+                rotated = torch.from_numpy(np.array(self.documents[part], np.float32)).to(self.device) @ rotation
+                codes = self._held(part)
                 for first in range(0, len(codes), CODED_AT_ONCE):
                     few = slice(first, first + CODED_AT_ONCE)
                     codes[few] = self.quantizer.improve(rotated[few], codes[few], SWEEPS)
-                self.codes[part] = codes.numpy()
+                self.codes[part] = codes.cpu().numpy()
 
     @staticmethod
     def _listed(scores: Tensor, batch: Batch) -> Tensor:
@@ -293,7 +298,8 @@ class QuantizerTraining:
             self.sampler.top = np.load(file, mmap_mode="r", allow_pickle=False)
             return
         with torch.no_grad():
-            asked = (self.sampler.vectors @ self.quantizer.query_transform(folded=True).T).numpy()
+            transform = self.quantizer.query_transform(folded=True).T
+            asked = (self.sampler.vectors.to(self.device) @ transform).cpu().numpy()
         decoded = _Decoded(self.quantizer, self.documents, self.codes)
         count = self.sampler.top.shape[1]
         self.sampler.top = best_documents(asked, decoded, count, self.quantizer.metric, file)
@@ -310,12 +316,12 @@ class QuantizerTraining:
         random = np.random.default_rng(sampler.seed)
         count = len(self.documents)
         rows = np.arange(count) if count <= BLOCK else np.sort(random.choice(count, BLOCK, replace=False))
-        queries = sampler.vectors[sampler.held_out]
+        queries = sampler.vectors[sampler.held_out].to(self.device)
         exact = sampler.similarities(queries, rows).topk(min(AGREEMENT, len(rows)), dim=1).indices
         if self.query_encoder is not None:
-            queries = self.query_encoder[1]([sampler.texts[number] for number in sampler.held_out])
+            queries = self.query_encoder[1]([sampler.texts[number] for number in sampler.held_out]).to(self.device)
         chosen = None if self.codes is None else self.codes[rows]
-        decoded = torch.from_numpy(_Decoded(quantizer, self.documents[rows], chosen)[:])
+        decoded = torch.from_numpy(_Decoded(quantizer, self.documents[rows], chosen)[:]).to(self.device)
         asked = queries @ quantizer.query_transform(folded=True).T
         found = quantizer.score(asked, decoded).topk(exact.shape[1], dim=1).indices
         return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
@@ -323,10 +329,10 @@ class QuantizerTraining:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {name: value.detach().contiguous() for name, value in self.quantizer.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.quantizer.state_dict().items()}
         if self.query_encoder is not None:
             encoder = self.query_encoder[0].state_dict()
-            tensors |= {f"encoder.{name}": value.detach().clone() for name, value in encoder.items()}
+            tensors |= {f"encoder.{name}": value.detach().cpu().clone() for name, value in encoder.items()}
         return tensors
 
     def _save(self) -> None:
@@ -390,6 +396,7 @@ class _Decoded:
 
     def __init__(self, quantizer: VectorQuantizer, documents: Vectors, codes: NDArray[np.uint8] | None) -> None:
         self.quantizer, self.documents, self.codes, self.parts = quantizer, documents, codes, quantizer.parts()
+        self.device = quantizer.codebooks.device
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -398,14 +405,14 @@ class _Decoded:
     def __getitem__(self, part: slice) -> NDArray[np.float32]:
         block = np.asarray(self.documents[part], np.float32)
         if self.codes is not None and not self.quantizer.by_residual:
-            given = torch.from_numpy(self.codes[part].astype(np.int64))
-            return self.quantizer.fold(self.quantizer.decode(given)).numpy()
+            given = torch.from_numpy(self.codes[part].astype(np.int64)).to(self.device)
+            return self.quantizer.fold(self.quantizer.decode(given)).cpu().numpy()
         lists, codes = encode(block, *self.parts, metric=self.quantizer.metric, by_residual=self.quantizer.by_residual)
         codes = codes if self.codes is None else self.codes[part]
-        decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)))
+        decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)).to(self.device))
         if self.quantizer.by_residual and self.quantizer.centroids is not None and lists is not None:
-            decoded = decoded + self.quantizer.centroids(torch.from_numpy(lists))
-        array: NDArray[np.float32] = decoded.numpy()
+            decoded = decoded + self.quantizer.centroids(torch.from_numpy(lists).to(self.device))
+        array: NDArray[np.float32] = decoded.cpu().numpy()
         return array
 
 

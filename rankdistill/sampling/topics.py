@@ -87,7 +87,7 @@ class TopicBatches(BatchSampler):
                 with write_artifact(
                     path, kind="topics", fingerprint=wanted, settings=settings, inputs=inputs
                 ) as writer:
-                    topics, centroids, writer.device = cluster(np.asarray(open_vectors(encoded)), clusters)
+                    topics, centroids = cluster(np.asarray(open_vectors(encoded)), clusters)
                     np.save(writer.path / "topics.npy", topics)
                     np.save(writer.path / "centroids.npy", centroids)
                     sizes = np.bincount(topics, minlength=clusters)
@@ -140,19 +140,18 @@ class TopicBatches(BatchSampler):
         return min(wanted, queries)
 
 
-def cluster(vectors: NDArray[np.float32], clusters: int) -> tuple[NDArray[np.int64], NDArray[np.float32], str]:
-    """Spherical k-means by FAISS, on its GPUs where it has some.
+def cluster(vectors: NDArray[np.float32], clusters: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Spherical k-means by FAISS, on the CPU wherever else torch computes: batches must not depend on the device.
 
     Args:
         vectors: float32 [n, d], of any length; n ≥ clusters.
 
     Returns:
         The cluster of each vector, int64 [n] (one may stay empty where vectors are alike); unit centroids, float32
-        [clusters, d]; the device.
+        [clusters, d].
     """
     import faiss
 
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
     vectors = np.ascontiguousarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
     kmeans = faiss.Kmeans(
@@ -163,9 +162,9 @@ def cluster(vectors: NDArray[np.float32], clusters: int) -> tuple[NDArray[np.int
         spherical=True,
         seed=SEED,
         min_points_per_centroid=1,  # FAISS warns below 39; small clusters are meant here
-        gpu=gpus,
+        gpu=False,
     )
     kmeans.train(vectors)
     centroids = np.asarray(kmeans.centroids, dtype=np.float32)
     topics = [kmeans.assign(vectors[at : at + ROWS_AT_ONCE])[1] for at in range(0, len(vectors), ROWS_AT_ONCE)]
-    return np.concatenate(topics).astype(np.int64), centroids, "cuda" if gpus else "cpu"
+    return np.concatenate(topics).astype(np.int64), centroids

@@ -141,7 +141,7 @@ def planted(clusters: int, each: int, dimension: int = 16) -> tuple[NDArray[np.f
 
 def test_planted_clusters_are_found_whatever_the_vectors_lengths() -> None:
     vectors, truth = planted(5, 60)
-    topics, centroids, _ = cluster(vectors, 5)
+    topics, centroids = cluster(vectors, 5)
     assert topics.shape == (300,) and np.linalg.norm(centroids, axis=1) == pytest.approx(1, abs=1e-5)
     together = topics[:, None] == topics[None, :]
     assert np.array_equal(together, truth[:, None] == truth[None, :])
@@ -152,7 +152,7 @@ def test_planted_clusters_are_found_whatever_the_vectors_lengths() -> None:
 @pytest.mark.parametrize(("clusters", "count"), [(1, 5), (5, 5), (3, 4)])
 def test_few_vectors_are_no_trouble(clusters: int, count: int) -> None:
     vectors = planted(5, 1)[0][:count]
-    topics, centroids, _ = cluster(vectors, clusters)
+    topics, centroids = cluster(vectors, clusters)
     assert topics.min() >= 0 and topics.max() < clusters == len(centroids)
     assert len(set(topics.tolist())) == clusters
 
@@ -161,7 +161,7 @@ def test_vectors_that_are_alike_or_nothing_are_no_trouble() -> None:
     """Equal queries share a cluster, others stay empty; a vector of zeros has no direction and some cluster."""
     vectors = np.ones((20, 4), np.float32)
     vectors[3] = 0
-    topics, centroids, _ = cluster(vectors, 4)
+    topics, centroids = cluster(vectors, 4)
     assert np.isfinite(centroids).all()
     assert len(set(np.delete(topics, 3).tolist())) == 1
     made = TopicBatches(4)
