@@ -43,9 +43,11 @@ class Check(NamedTuple):
 
 def damaged_artifacts(run: Path) -> list[str]:
     """Files below a run's folder that are not what was written, every byte read; with what to do."""
-    manifests = sorted(path for path in run.rglob(MANIFEST) if not any(part.startswith(".") for part in path.parts))
+    manifests = sorted(path for path in run.rglob(MANIFEST) if not _hidden(path.relative_to(run)))
     if not manifests:
         raise RankdistillError("there is no artifact here", where=str(run), fix="give the folder of a run")
+    from rankdistill.indexes.faiss_index import damaged_index
+
     found = []
     for manifest in manifests:
         try:
@@ -55,7 +57,14 @@ def damaged_artifacts(run: Path) -> list[str]:
             damage = MANIFEST
         if damage is not None:
             found.append(f"{manifest.parent / damage}: delete {manifest.parent} and run the same command again")
+    for index in map(damaged_index, sorted(run.rglob("*.faiss.json"))):
+        if index is not None and not _hidden(index.relative_to(run)):
+            found.append(f"{index}: delete it and run the same command again")
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def checks() -> list[Check]:

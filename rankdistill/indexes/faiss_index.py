@@ -20,7 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import check_file, disk_errors, file_digest, fingerprint, library_versions, write_atomically
+from rankdistill.artifacts import (
+    LOOKED_AT,
+    check_file,
+    disk_errors,
+    file_digest,
+    fingerprint,
+    library_versions,
+    write_atomically,
+)
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Encoder, Hits, Vectors, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.specification import IndexSpecification, SearchSettings
@@ -72,14 +80,31 @@ def _write_ids(doc_ids: Iterable[str], path: Path) -> int:
 
 
 def manifest_if_whole(path: Path) -> dict[str, Any]:
-    """The manifest, or nothing when the files are not all there and of the size it names."""
+    """The manifest, or nothing when the files are not all there and, by size and digest, what was written."""
     try:
         manifest = json.loads(manifest_file(path).read_text(encoding="utf-8"))
         sizes = path.stat().st_size, ids_file(path).stat().st_size
         whole = sizes == (manifest["bytes"], manifest["ids_bytes"])
+        if whole and sum(sizes) <= LOOKED_AT and "sha256" in manifest:
+            whole = manifest["sha256"] == _digests(path, ids_file(path))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return manifest if whole else {}
+
+
+def damaged_index(manifest: Path) -> Path | None:
+    """The index that a manifest `NAME.faiss.json` describes, every byte read, where it is not what was written."""
+    path = manifest.with_suffix("")
+    try:
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+        whole = "sha256" not in values or values["sha256"] == _digests(path, ids_file(path))
+    except (OSError, ValueError, TypeError):
+        whole = False
+    return None if whole else path
+
+
+def _digests(index: Path, ids: Path) -> list[str]:
+    return [file_digest(index), file_digest(ids)]
 
 
 def publish_index(
@@ -115,6 +140,7 @@ def publish_index(
                 ) from None
             _sync(temporary)
             sizes = {"bytes": temporary.stat().st_size, "ids_bytes": temporary_ids.stat().st_size}
+            digests = _digests(temporary, temporary_ids)
             manifest_file(out_file).unlink(missing_ok=True)
             os.replace(temporary, out_file)
             os.replace(temporary_ids, ids_file(out_file))
@@ -125,6 +151,7 @@ def publish_index(
                 "dimension": index.d,
                 "documents": index.ntotal,
                 **sizes,
+                "sha256": digests,
                 "threads": faiss.omp_get_max_threads(),
                 "libraries": library_versions(),
             }
@@ -193,7 +220,7 @@ class FaissIndex:
         manifest = manifest_if_whole(path)
         if not manifest:
             raise RankdistillError(
-                "the index or its ids are truncated, or do not belong together", where=str(path), fix="build it again"
+                "the index or its ids are damaged, or do not belong together", where=str(path), fix="build it again"
             )
         index = cls(path, read_faiss(path, bool(manifest["specification"]["binary"]), memory_map), manifest)
         if index.document_count != manifest["documents"] or index.dimension != manifest["dimension"]:

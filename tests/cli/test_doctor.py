@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from forked import run
 
-from rankdistill.artifacts import library_versions
+from rankdistill.artifacts import _versions, library_versions
 from rankdistill.cli.doctor import checks
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.specification import load_specification
@@ -90,6 +90,7 @@ def test_faiss_is_known_under_each_name(build: str, tmp_path: Path, monkeypatch:
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {build}\nVersion: 1.15.1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("rankdistill.artifacts._versions", _versions.__wrapped__)  # an earlier test's are remembered
     assert library_versions()[build] == "1.15.1" and "faiss-cpu" in library_versions()
     (found,) = (check for check in checks() if check.name == "faiss")
     assert not found.ok and found.found == f"faiss-cpu and {build} own the same module"
@@ -108,3 +109,5 @@ def test_every_file_of_a_run_is_read(tmp_path: Path) -> None:
     (tmp_path / "student" / "manifest.json").write_text("{")
     found = damaged_artifacts(tmp_path)
     assert len(found) == 2 and "lists/data: delete" in found[0] and "student/manifest.json" in found[1]
+    (tmp_path / "flat.faiss.json").write_text('{"sha256": ["00", "00"]}')
+    assert damaged_artifacts(tmp_path)[2] == f"{tmp_path / 'flat.faiss'}: delete it and run the same command again"

@@ -15,7 +15,7 @@ import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.building import build_index
-from rankdistill.indexes.faiss_index import FaissIndex, ids_file, manifest_file, sign_bits
+from rankdistill.indexes.faiss_index import FaissIndex, damaged_index, ids_file, manifest_file, sign_bits
 from rankdistill.indexes.specification import IndexSpecification, load_specification, shipped_specifications
 
 COUNT, DIMENSION = 1500, 32
@@ -276,16 +276,19 @@ def test_damaged_files_are_refused(vectors: np.ndarray, tmp_path: Path) -> None:
         FaissIndex.open(path)
     build_index(vectors, IDS, specification(factory="Flat"), path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(RankdistillError, match="truncated"):
-        FaissIndex.open(path)
+    for damaged in (whole[:-100], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        path.write_bytes(damaged)
+        assert damaged_index(manifest_file(path)) == path
+        with pytest.raises(RankdistillError, match="damaged"):
+            FaissIndex.open(path)
     for length in (0, 10, len(whole) // 2):
         path.write_bytes(whole[:length])
         with pytest.raises(RankdistillError, match="FAISS cannot read this index"):
             FaissIndex.foreign(path)
     path.write_bytes(whole)
+    assert damaged_index(manifest_file(path)) is None
     ids_file(path).write_bytes(b"PAR1")
-    with pytest.raises(RankdistillError, match="truncated"):
+    with pytest.raises(RankdistillError, match="damaged"):
         FaissIndex.open(path)
     manifest_file(path).unlink()
     with pytest.raises(RankdistillError, match="has no manifest"):
