@@ -27,6 +27,7 @@ from rankdistill.indexes.faiss_index import (
     set_parameter,
     sign_bits,
 )
+from rankdistill.indexes.foreign_vectors import Ids
 from rankdistill.indexes.specification import IndexSpecification, vectors_needed
 from rankdistill.indexes.vectors import check_vectors, row_hashes
 from rankdistill.progress import progress, warn
@@ -52,8 +53,8 @@ def build_index(
     """Train, fill and write an index over float32 vectors [n, dimension] (memory-mapped or not).
 
     Args:
-        doc_ids: one id a vector, in row order; streamed.
-        vectors_fingerprint: when given, an index of the same specification over the same vectors is kept.
+        doc_ids: one id a vector, in row order.
+        vectors_fingerprint: when given, an index of the same specification over the same vectors and ids is kept.
         similarity: of the student; `cos` promises vectors of length one and is checked.
         device: where FAISS works, which has GPUs in its own GPU build only: `--device`, which is torch's, does not ask.
         trained_by: take rotation, lists and codebooks from this index instead of training, so that `merge_indexes` can
@@ -67,7 +68,9 @@ def build_index(
     started = time.time()
     if vectors.ndim != 2 or not len(vectors):
         raise RankdistillError(f"there is nothing to index: vectors of shape {list(vectors.shape)}")
-    decided = ["faiss", specification.model_dump(exclude={"name", "description"}), vectors_fingerprint]
+    doc_ids = Ids.of(doc_ids)
+    settings = specification.model_dump(exclude={"name", "description"})
+    decided = ["faiss", settings, vectors_fingerprint, doc_ids.digest()]
     wanted = fingerprint(decided if trained_by is None else [*decided, trained_by.fingerprint])
     check_out_file(out_file)
     with locked(out_file):

@@ -222,8 +222,17 @@ class FaissIndex:
             raise RankdistillError(
                 "the index or its ids are damaged, or do not belong together", where=str(path), fix="build it again"
             )
-        index = cls(path, read_faiss(path, bool(manifest["specification"]["binary"]), memory_map), manifest)
-        if index.document_count != manifest["documents"] or index.dimension != manifest["dimension"]:
+        try:
+            binary, described = manifest["specification"]["binary"], (manifest["documents"], manifest["dimension"])
+            IndexSpecification.model_validate(manifest["specification"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RankdistillError(
+                f"the index's manifest is damaged: {error!r:.200}",
+                where=str(manifest_file(path)),
+                fix="build the index again",
+            ) from None
+        index = cls(path, read_faiss(path, bool(binary), memory_map), manifest)
+        if (index.document_count, index.dimension) != described:
             raise RankdistillError("the index is not the one its manifest describes", where=str(path))
         if index.specification.search.max_codes is not None:  # the only setting that FAISS's file does not hold
             index.set_search(max_codes=index.specification.search.max_codes)

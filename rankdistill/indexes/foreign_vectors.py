@@ -16,9 +16,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -47,6 +48,21 @@ class Ids(Sequence[str]):
 
     def __init__(self, values: pa.ChunkedArray | None, count: int) -> None:
         self._values, self._count = values, count
+
+    @classmethod
+    def of(cls, ids: Iterable[str]) -> Ids:
+        """Ids from anywhere, read once."""
+        remaining = iter(ids)
+        chunks = list(iter(lambda: pa.array(islice(remaining, BLOCK), pa.string()), pa.array([], pa.string())))
+        values = pa.chunked_array(chunks, pa.string())
+        return cls(values, len(values))
+
+    def digest(self) -> str:
+        """Of the ids in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for one in self:
+            digest.update(one.encode() + b"\n")
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._count
@@ -140,7 +156,7 @@ def open_foreign_vectors(
                 raise RankdistillError("the vectors changed while they were read", where=str(path), fix="run it again")
             write_atomically(record_file, json.dumps(record, indent=2) + "\n")
     vectors = np.load(path if plain else copy, mmap_mode="r", allow_pickle=False)
-    made = fingerprint([record["vectors"], _digest_of(known)])
+    made = fingerprint([record["vectors"], known.digest()])
     return ForeignVectors(path, known, vectors, made, int(record["zero_rows"]), bool(record["unit_length"]))
 
 
@@ -193,13 +209,14 @@ def _ids_beside(path: Path, given: str | Path | None, column: str, count: int) -
 def _whole(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise RankdistillError(f"the Parquet file is damaged: {error}", where=str(file), fix="fetch it again") from None
 
 
 def _vector_batches(file: Path, size: int) -> Iterator[pa.Array]:
     with _whole(file):
         for batch in _open_parquet(file, [VECTOR_COLUMN]).iter_batches(batch_size=size, columns=[VECTOR_COLUMN]):
+            batch.validate(full=True)  # offsets that lead elsewhere would be followed
             yield batch[VECTOR_COLUMN]
 
 
@@ -223,6 +240,7 @@ def _ids_of_parquet(files: Sequence[Path], column: str) -> Ids:
     for file in files:
         with _whole(file):
             found = _open_parquet(file, [column]).read(columns=[column])[column]
+            found.validate(full=True)  # ids that are not UTF-8
         if len(found) and not (
             pa.types.is_integer(found.type) or pa.types.is_string(found.type) or pa.types.is_large_string(found.type)
         ):
@@ -246,19 +264,13 @@ def _checked_ids(values: pa.ChunkedArray, files: Sequence[Path]) -> Ids:
     return Ids(values, len(values))
 
 
-def _digest_of(ids: Ids) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for one in ids:
-        digest.update(one.encode() + b"\n")
-    return digest.hexdigest()
-
-
 def _record(file: Path, digest: str, copy: Path | None) -> dict[str, Any]:
     """What was found out about this very file before, if its copy is whole."""
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         whole = record["source"] == digest and (copy is None or copy.stat().st_size == record["copy_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = whole and {"vectors", "zero_rows", "unit_length"} <= record.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     return record if whole else {}
 

@@ -40,6 +40,7 @@ from rankdistill.indexes.base import Vectors, allocate_array
 from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
 from rankdistill.indexes.dense import DenseEngine, ExactIndex, iter_doc_ids
 from rankdistill.indexes.faiss_index import FaissIndex, apply_search, check_out_file, manifest_if_whole, publish_index
+from rankdistill.indexes.foreign_vectors import Ids
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
@@ -79,7 +80,7 @@ def quantize(
 
     Args:
         documents: float32, memory-mapped or not.
-        doc_ids: one id a vector, in row order; streamed.
+        doc_ids: one id a vector, in row order.
         queries: what to learn from; the documents themselves unless given.
         vectors_fingerprint: of the document vectors, queries_fingerprint of the queries: what decides the result.
         similarity: of the student; `cos` promises vectors of length one and is checked.
@@ -114,7 +115,8 @@ def quantize(
     check_out_file(out_file)
     with locked(out_file):
         trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student, place)
-        wanted = fingerprint([values, specification.refine, specification.search.model_dump()])
+        doc_ids = Ids.of(doc_ids)
+        wanted = fingerprint([values, specification.refine, specification.search.model_dump(), doc_ids.digest()])
         if manifest_if_whole(out_file).get("fingerprint") == wanted:
             return FaissIndex.open(out_file)
         started = time.time()

@@ -41,19 +41,54 @@ def opening(folder: Path, library: str = "sentence-transformers") -> Iterator[No
     """Load a model of a folder inside this; whatever the libraries raise becomes one error that says what to do.
 
     Raises:
-        RankdistillError: weights are pickles only, there is no tokenizer, a file is damaged, the model needs code of
-            its own, or it is none that the library can load.
+        RankdistillError: weights are pickles only, there is no tokenizer, a file is damaged, weights are missing, the
+            model needs code of its own, or it is none that the library can load.
     """
     for part in model_folders(folder):
         _refuse_pickles(part)
         _refuse_without_vocabulary(part)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _all_weights(folder):
             yield
     except RankdistillError:
         raise
     except Exception as error:  # of whatever kind: each library, format and architecture has its own
         raise _explained(folder, error, library) from error
+
+
+@contextmanager
+def _all_weights(folder: Path) -> Iterator[None]:
+    """Refuse a model of whose weights some are in no file: transformers makes them up at random.
+
+    A head that is new on purpose, and a pooler that no encoder here reads, may be missing. Sentence-transformers passes
+    transformers' report of a loading on to nobody, so it is read on the way.
+    """
+    from transformers import PreTrainedModel
+
+    load = PreTrainedModel.__dict__["from_pretrained"]
+
+    def reporting(cls: Any, *given: Any, output_loading_info: bool = False, **more: Any) -> Any:
+        model, report = load.__func__(cls, *given, output_loading_info=True, **more)
+        whole = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or " ") else ""
+        ranks = whole and type(model).__name__.endswith("ForSequenceClassification")
+        missing = [name for name in sorted(report["missing_keys"]) if whole or name.startswith(base)]
+        missing = [name for name in missing if ranks or "pooler" not in name.split(".")]
+        if missing:
+            raise RankdistillError(
+                f"{len(missing)} of the model's weights are in no file, and would be random: "
+                + ", ".join(missing[:5])
+                + (" ..." if len(missing) > 5 else ""),
+                where=str(folder),
+                fix=AGAIN,
+            )
+        return (model, report) if output_loading_info else model
+
+    PreTrainedModel.from_pretrained = classmethod(reporting)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = load
 
 
 def _refuse_pickles(part: Path) -> None:

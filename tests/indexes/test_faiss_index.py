@@ -184,6 +184,11 @@ def test_an_index_is_built_once_for_the_same_vectors(vectors: np.ndarray, tmp_pa
     stamp = path.stat().st_mtime_ns
     build_index(vectors, IDS, specification(factory="Flat", description="other words"), path, vectors_fingerprint="v1")
     assert path.stat().st_mtime_ns == stamp
+    other = build_index(
+        vectors, (f"x{one}" for one in IDS), specification(factory="Flat"), path, vectors_fingerprint="v1"
+    )
+    assert path.stat().st_mtime_ns != stamp and other.doc_ids([0, 1]) == [f"x{one}" for one in IDS[:2]]
+    stamp = path.stat().st_mtime_ns
     build_index(vectors, IDS, specification(factory="Flat"), path, vectors_fingerprint="v2")
     assert path.stat().st_mtime_ns != stamp
 
@@ -294,6 +299,16 @@ def test_damaged_files_are_refused(vectors: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(RankdistillError, match="has no manifest"):
         FaissIndex.open(path)
     assert FaissIndex.foreign(path).document_count == COUNT
+
+
+@pytest.mark.parametrize("change", [{"specification": None}, {"specification": {"name": 3}}, {"specification": []}])
+def test_a_damaged_manifest_is_named(vectors: np.ndarray, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "x.faiss"
+    build_index(vectors, IDS, specification(factory="Flat"), path)
+    whole = json.loads(manifest_file(path).read_text())
+    manifest_file(path).write_text(json.dumps(whole | change))
+    with pytest.raises(RankdistillError, match=r"manifest is damaged(.|\n)*x\.faiss\.json"):
+        FaissIndex.open(path)
 
 
 def test_killed_at_any_moment_an_index_is_whole_or_refused(tmp_path: Path) -> None:

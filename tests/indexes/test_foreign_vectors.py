@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_bad_arrays_and_ids_are_named(tmp_path: Path) -> None:
     refused("holds its ids itself", None, UsageError, ids=tmp_path / "ids.txt")
     path = parquet(tmp_path / "w.parquet", [1.0] * COUNT, kind=pa.float64())
     refused("first row has no vector", None)
+
+
+def test_ids_that_are_no_text_and_a_damaged_record(tmp_path: Path) -> None:
+    ids = pa.array([b"\xff", b"b"], pa.binary()).view(pa.string())
+    vectors = pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"doc_id": ids, "vector": vectors}), tmp_path / "v.parquet")
+    with pytest.raises(RankdistillError, match=r"Parquet file is damaged(.|\n)*v\.parquet"):
+        open_foreign_vectors(tmp_path / "v.parquet", tmp_path / "made")
+    path = parquet(tmp_path / "w.parquet")
+    opened = open_foreign_vectors(path, tmp_path / "made").fingerprint
+    record = tmp_path / "made" / "documents.json"
+    known = json.loads(record.read_text())
+    for damaged in ([], {name: known[name] for name in ("source", "copy_bytes")}):
+        record.write_text(json.dumps(damaged))
+        assert open_foreign_vectors(path, tmp_path / "made").fingerprint == opened
 
 
 def test_memory_does_not_grow_with_the_vectors(tmp_path: Path) -> None:

@@ -111,6 +111,23 @@ def test_the_command_that_converts_a_pickle_does_so(
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("kind", OPENERS)
+def test_missing_weights_are_named(roberta: Path, tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(roberta, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    (gone,) = [name for name in weights if name.endswith("layer.0.output.dense.weight")]
+    if kind == "cross_encoder":
+        gone = "classifier.out_proj.weight"
+    save_file(
+        {name: one for name, one in weights.items() if name != gone}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(RankdistillError, match="would be random: ") as error:
+        OPENERS[kind](str(folder))
+    assert gone.removeprefix("roberta.") in str(error.value) and str(folder) in str(error.value)
+
+
 def test_a_part_that_is_a_pickle_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense

@@ -280,7 +280,7 @@ def _shortened(text: str, share: float) -> str:
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, changed: int) -> Prompt:
+def _read(path: Path, content: bytes) -> Prompt:
     values: dict[str, Any] = read_yaml(path)
     return check_values(Prompt, values, str(path))
 
@@ -296,7 +296,7 @@ def load_prompt(name: str, kind: Kind | None = None) -> Prompt:
     """
     path = find_declaration(FOLDER, name)
     try:
-        prompt = _read(path.resolve(), path.stat().st_mtime_ns)
+        prompt = _read(path.resolve(), path.read_bytes())  # times can be put back
     except OSError as error:
         raise RankdistillError(f"the prompt cannot be read: {error.strerror}", where=str(path)) from None
     if kind is not None and prompt.kind != kind:

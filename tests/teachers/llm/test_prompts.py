@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,16 @@ def test_a_copied_prompt_with_delimiters_of_its_own(tmp_path: Path) -> None:
 def test_only_what_the_model_sees_decides_the_fingerprint(tmp_path: Path) -> None:
     same = load_prompt(write(tmp_path, description="my own copy"))
     assert same.fingerprint() == load_prompt("listwise").fingerprint()
+    file = tmp_path / "own.yaml"
+    before = file.stat()
     other = load_prompt(write(tmp_path, after="Order them for {query}."))
     assert other.fingerprint() != same.fingerprint()  # the file was read again
+    write(tmp_path, after="Order this for {query}.")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = load_prompt(str(file))
+    write(tmp_path, after="Order that for {query}.")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_prompt(str(file)).fingerprint() != again.fingerprint()
 
 
 @pytest.mark.parametrize(
