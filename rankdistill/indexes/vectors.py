@@ -28,7 +28,8 @@ from rankdistill.artifacts import (
 )
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import Encoder, Vectors, allocate_array, document_fingerprint
-from rankdistill.progress import progress
+from rankdistill.progress import progress, say
+from rankdistill.students.token_batches import resolve_precision
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -181,6 +182,11 @@ def _encode(
     with locked(path):
         found = find_artifact(path, "vectors", wanted)
         if found is not None:
+            here = made_in(encoder)
+            made = {key: str(found.manifest.get(key, value)) for key, value in here.items()}
+            if made != here:
+                there, now = (" on ".join(one.values()) for one in (made, here))
+                say(f"{path.name}: vectors made in {there} are used; here they would be made in {now}")
             return found
         with write_artifact(
             path,
@@ -223,8 +229,16 @@ def _encode(
             writer.counts.update({settings["side"]: count, "dimension": encoder.dimension})
             if counted:
                 writer.counts["cut"] = counted[side] - before
-            writer.notes.update({"file": file, "similarity": encoder.similarity})
+            writer.notes.update({"file": file, "similarity": encoder.similarity, **made_in(encoder)})
         return open_artifact(path, "vectors")
+
+
+def made_in(encoder: Any) -> dict[str, str]:
+    """The number format and the kind of device that an encoder computes with, where it says: they change the last
+    digits of vectors, and so are no part of the fingerprint."""
+    if not (hasattr(encoder, "precision") and hasattr(encoder, "device")):
+        return {}
+    return {"precision": resolve_precision(encoder.device, encoder.precision), "device": encoder.device.type}
 
 
 def _done(done_file: Path) -> tuple[int, int]:

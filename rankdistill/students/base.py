@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankdistill.progress import warn
+from rankdistill.students.loading import say_cut
 from rankdistill.students.token_batches import Precision, TokenBudget, autocast, free_memory, token_budget_batches
 
 if TYPE_CHECKING:
@@ -129,18 +129,19 @@ class StudentModel(nn.Module, ABC):
             with torch.inference_mode(), autocast(self.device, self.precision):
                 for start in range(0, len(texts), ENCODE_CHUNK):
                     features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
-                    # What a tokenizer cuts off it keeps as overflow; features made otherwise do not tell.
-                    self.cut[side] += sum(bool(one.overflowing) for one in getattr(features, "encodings", None) or [])
+                    self.cut[side] += self.count_cut(features, texts[start : start + ENCODE_CHUNK], side)
                     for rows, embedded in self.embed_parts(split_by_length(features, self.budget.tokens), side):
                         take(start + rows, embedded)
         finally:
             self.train(training)
         if side == "query" and self.cut[side] and not self._warned:
             self._warned = True
-            warn(
-                f"{self.cut[side]:,} of {len(texts):,} queries are longer than query_length and are cut: their ends are"
-                " not read (later ones are counted silently); a greater query_length reads them whole"
-            )
+            say_cut(self.cut[side], len(texts))
+
+    def count_cut(self, features: Features, texts: Sequence[str], side: Side) -> int:
+        """How many of these texts are longer than what was read of them: what a tokenizer cuts off it keeps as
+        overflow; features made otherwise do not tell."""
+        return sum(bool(one.overflowing) for one in getattr(features, "encodings", None) or [])
 
     def embed_parts(self, parts: Iterable[Part], side: Side) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Places and embeddings of parts of texts; one that the memory does not hold comes in smaller ones."""

@@ -19,7 +19,7 @@ from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import Alignment
 from rankdistill.students.base import Device, Features, Side, Student, StudentModel
-from rankdistill.students.loading import SAFE, fit_texts, opening, side_length
+from rankdistill.students.loading import SAFE, UNBOUNDED, fit_texts, opening, side_length
 from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings
 from rankdistill.students.token_batches import Precision, autocast
 
@@ -63,6 +63,18 @@ class DenseModel(StudentModel):
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
         prompt = self.model.prompts.get(side)
         return self.model.preprocess(list(texts), prompt=prompt or None, task=side)
+
+    def count_cut(self, features: Features, texts: Sequence[str], side: Side) -> int:
+        first = self.model[0]
+        if not isinstance(first, StaticEmbedding):
+            return super().count_cut(features, texts, side)
+        longest = (first.tokenizer.truncation or {}).get("max_length", UNBOUNDED)
+        lengths = np.diff([*features["offsets"].tolist(), len(features["input_ids"])])
+        prompt = self.model.prompts.get(side) or ""
+        full = [
+            prompt + texts[row] for row in np.flatnonzero(lengths >= longest).tolist()
+        ]  # of these some may just fit
+        return sum(bool(one.overflowing) for one in first.tokenizer.encode_batch(full, add_special_tokens=False))
 
     def embed(self, features: Features, side: Side) -> Tensor:
         vectors: Tensor = self.model(dict(features))["sentence_embedding"][..., : self.dimension]  # Matryoshka's cut

@@ -84,11 +84,11 @@ def _all_weights(folder: Path) -> Iterator[None]:
             )
         return (model, report) if output_loading_info else model
 
-    PreTrainedModel.from_pretrained = classmethod(reporting)  # type: ignore[method-assign,assignment]
+    setattr(PreTrainedModel, "from_pretrained", classmethod(reporting))  # type: ignore[arg-type]  # noqa: B010
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = load
+        setattr(PreTrainedModel, "from_pretrained", load)  # noqa: B010
 
 
 def _refuse_pickles(part: Path) -> None:
@@ -234,6 +234,14 @@ def _make_padding(transformer: Any, folder: Path) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
     if given is None:
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def say_cut(count: int, total: int) -> None:
+    """Said once by what encodes queries."""
+    warn(
+        f"{count:,} of {total:,} queries are longer than query_length and are cut: their ends are not read (later ones "
+        "are counted silently); a greater query_length reads them whole"
+    )
 
 
 def side_length(transformer: Any, side: str, wanted: int | None, prompt: str | None) -> int:

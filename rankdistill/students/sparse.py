@@ -151,7 +151,7 @@ class SparseModel(StudentModel):
         if self._query_tokenizer is None:
             tokenizer: Any = static.tokenizer
             self._query_tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        return TokenWeights(
+        made = TokenWeights(
             self._query_tokenizer,
             static.weight.detach().float().cpu().numpy(),
             self.fingerprint,
@@ -160,6 +160,8 @@ class SparseModel(StudentModel):
             min(int(static.max_seq_length), UNBOUNDED),
             self.most_terms["query"],
         )
+        made.cut = self.cut  # one count, whichever of the two encodes
+        return made
 
     def prepare(self, collection: Collection, folder: Path) -> None:
         """Warm new heads up on the collection and fill the table of query weights, where that is due; done once."""

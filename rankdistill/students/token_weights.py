@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
-from rankdistill.students.loading import UNBOUNDED
+from rankdistill.students.loading import UNBOUNDED, say_cut
 from rankdistill.students.models import AGAIN, SETTINGS_FILE, folder_revision, saved_settings, says
 from rankdistill.students.query_terms import QueryTerms
 
@@ -69,6 +69,7 @@ class TokenWeights:
         self.weights = np.maximum(weights, 0, dtype=np.float32)
         self.fingerprint, self.document_fingerprint = fingerprint, document_fingerprint
         self.dimension = len(weights)
+        self.cut = {"query": 0}  # queries encoded so far that were longer than is read
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenWeights:
@@ -105,6 +106,10 @@ class TokenWeights:
         # Slow tokenizers' word offsets are not asked for.
         encoded = self.tokenizer.encode_batch_fast([self.prompt + text for text in texts], add_special_tokens=False)
         rows = [self._terms(one.ids) for one in encoded]
+        if cut := sum(bool(one.overflowing) for one in encoded):
+            if not self.cut["query"]:
+                say_cut(cut, len(texts))
+            self.cut["query"] += cut
         starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
         columns = np.concatenate([*rows, np.empty(0, np.int32)])
         return csr_matrix((self.weights[columns], columns, starts), shape=(len(rows), self.dimension))

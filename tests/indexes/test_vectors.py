@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.vectors import encode_documents, encode_queries, open_vectors
@@ -127,3 +128,17 @@ def test_a_full_disk_is_said_and_finished_shards_stay(make_collection: Any, word
     assert isinstance(caught.value, RankdistillError) or caught.value.errno == errno.EFBIG
     encode_documents(word_encoder, collection, tmp_path / "v")
     assert open_vectors(tmp_path / "v").shape == (100, 16)
+
+
+def test_vectors_say_what_they_were_computed_in(
+    make_collection: Any, word_encoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collection = make_collection(TEXTS[:8])
+    word_encoder.precision, word_encoder.device = "bf16", torch.device("cpu")
+    made = encode_documents(word_encoder, collection, tmp_path / "v")
+    assert (made.manifest["precision"], made.manifest["device"]) == ("bf16", "cpu")
+    encode_documents(word_encoder, collection, tmp_path / "v")
+    assert "made in" not in capsys.readouterr().err
+    word_encoder.precision = "fp32"
+    assert encode_documents(word_encoder, collection, tmp_path / "v").fingerprint == made.fingerprint
+    assert "vectors made in bf16 on cpu are used; here they would be made in fp32 on cpu" in capsys.readouterr().err

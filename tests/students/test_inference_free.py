@@ -205,3 +205,20 @@ def test_a_vocabulary_padded_for_speed_is_cut(
     plain = SparseEncoder(str(tmp_path / "model"), device="cpu", local_files_only=True)
     wanted = plain.encode_document(TEXTS, convert_to_tensor=True).to_dense().numpy()
     np.testing.assert_allclose(model.encode_documents(TEXTS).toarray(), wanted, atol=1e-4)
+
+
+def test_cut_queries_are_counted_and_said_once(
+    tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = student(tiny_encoder, tiny_collection, tmp_path, query_length=3)
+    model.encode_queries(["iron iron iron", "iron"])
+    assert model.cut["query"] == 0
+    capsys.readouterr()
+    queries = ["iron iron iron", "iron iron iron iron", "gold iron gold iron gold"]
+    model.encode_queries(queries)
+    assert model.cut["query"] == 2
+    assert "2 of 3 queries are longer than query_length and are cut" in capsys.readouterr().err
+    weights = model.token_weights
+    assert weights is not None
+    weights.encode_queries(queries)
+    assert model.cut["query"] == 4 and "query_length" not in capsys.readouterr().err

@@ -248,6 +248,13 @@ def test_dropout_is_set_everywhere(tiny_encoder: Path) -> None:
     assert not torch.equal(other.embed(features, "query"), other.embed(features, "query"))
 
 
+def test_texts_that_a_static_student_cuts_are_counted(tiny_encoder: Path) -> None:
+    model = StaticStudent(model=str(tiny_encoder), document_length=3).create("cpu")
+    model.encode_queries(["iron iron iron", "iron", "iron iron iron iron", ""])
+    model.encode_documents(["gold gold gold gold gold", "iron iron iron iron"])
+    assert model.cut == {"query": 1, "document": 2}
+
+
 def test_cut_queries_are_counted_and_said_once(
     tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
