@@ -202,7 +202,7 @@ def test_wrong_settings_are_named(collection: Collection, ascending: Fixed, tmp_
         mine(collection, [Source(ascending, quota=2), Source(ascending)], tmp_path / "c")
     with pytest.raises(UsageError, match="ranks 5 to 2"):
         build("source", {"type": "bm25", "rank_from": 5, "rank_to": 2})
-    with pytest.raises(UsageError, match="a quota of 0"):
+    with pytest.raises(UsageError, match="quota: input should be greater than or equal to 1"):
         build("source", {"type": "bm25", "quota": 0})
     with pytest.raises(UsageError, match="unknown key 'qouta'"):
         build("source", {"type": "bm25", "qouta": 3})
