@@ -338,8 +338,9 @@ def test_the_command_sweeps_and_keeps_what_reaches_the_target(recipe: Path, tmp_
     index = FaissIndex.open(tmp_path / "run/indexes/lists.faiss")
     nprobe = index.specification.search.nprobe
     assert nprobe and nprobe > 1 and index.manifest["tuned"]["k"] == 5 and f"nprobe {nprobe} " in tuned.out
-    wrong = run("index", tmp_path / "run", "--spec", "flat", "--target-recall", "2", folder=tmp_path / "d")
-    assert wrong.code == 2 and "cannot be aimed at" in wrong.err
+    for recall in ("2", "nan", "inf", "0"):
+        wrong = run("index", tmp_path / "run", "--spec", "flat", "--target-recall", recall, folder=tmp_path / "d")
+        assert wrong.code == 2 and "is not above 0 and at most 1" in wrong.err
 
 
 @pytest.fixture
