@@ -234,7 +234,7 @@ def test_texts_of_the_query_and_of_positives_are_no_negatives(tmp_path: Path) ->
 
     assert lists("a", split="train") == {"d0": ["d1", "d4", "1"], "1": ["d4", "d0", "d1", "copy0"]}
     assert lists("b")["d0"] == ["d1", "copy1", "d4"]  # without labels
-    assert lists("c", drop_same_texts=False)["d0"] == ["d0", "d1", "copy0"]
+    assert lists("all", drop_same_texts=False)["d0"] == ["d0", "d1", "copy0"]
 
 
 def test_sources_of_one_engine_share_its_search(collection: Collection, ascending: Fixed, tmp_path: Path) -> None:
