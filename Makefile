@@ -5,6 +5,7 @@
 # make lint         ruff and mypy
 # make fuzz         foreign input of every kind, mutated, for as long as you like (MINUTES=30)
 # make bench        side by side with peers: eval/results  (BENCH=eval/benchmarks/startup.py for one, with ARGS)
+# make GPU=1 gpu    every part on one GPU, in minutes: a table, and eval/results/gpu.md
 # make lock         renews constraints.txt and constraints-lowest.txt: after every change of a requirement
 #
 # The environment is .venv, made once and made again when pyproject.toml or the constraints change: exactly the
@@ -18,12 +19,13 @@ TORCH := $(if $(GPU),,constraints-cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-BENCH ?= $(wildcard eval/benchmarks/*.py)
+# Without those that need arguments, or a GPU.
+BENCH ?= $(filter-out %/gpu.py %/effectiveness.py,$(wildcard eval/benchmarks/*.py))
 
 # Libraries that start threads in every process of a pool, and print advice about it.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-newest test-lowest lint fuzz bench lock clean
+.PHONY: quickstart test test-newest test-lowest lint fuzz bench gpu lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -51,6 +53,9 @@ bench: $(VENV)/.installed-dev
 	@for script in $(BENCH); do \
 		echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python eval/benchmarks/gpu.py $(ARGS)
 
 # torch is left out: which build of it and of CUDA a machine needs is its own affair.
 UV := .venv-lock/bin/uv pip compile -q --upgrade --python-version 3.11 --extra dev --no-emit-package torch --no-annotate \
