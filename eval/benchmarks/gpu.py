@@ -89,7 +89,9 @@ def student(kind: str, collection: str, folder: Path, steps: int) -> tuple[float
     """Train, encode, index, evaluate and serve one kind: texts encoded a second, the loss's course, nDCG@10."""
     settings, losses, indexes = STUDENTS[kind]
     learned = folder / "learned.yaml"
-    learned.write_text("type: distill_vq\nsubspaces: 16\nbits: 4\nsteps: 20\nheld_out: 10\nqueries: {pseudo: 0}\n")
+    learned.write_text(
+        "type: distill_vq\nrotation: none\nsubspaces: 16\nbits: 4\nsteps: 20\nheld_out: 10\nqueries: {pseudo: 0}\n"
+    )
     trained = {"queries": 100, "checkpoints": 1, "dev_queries": 10, "dropout": 0.0, "steps": steps}
     cross_encoder = {"type": "cross_encoder", "model": ENCODER, "max_length": 96, "train": trained}
     bi_encoder = {"type": "bi_encoder", "model": ENCODER, "max_length": 96, "scale": 20.0}

@@ -206,7 +206,12 @@ def _train(index: Any, vectors: NDArray[np.float32], specification: IndexSpecifi
             where=where,
             fix="do most texts share one vector? look at the student; else fewer lists or bits",
         )
-    held = _fit_rotations(index, specification.seed)
+    if (held := _fit_rotations(index, specification.seed)) and sample < shard.shape[1]:
+        raise RankdistillError(
+            f"{sample} vectors cannot train a rotation of {shard.shape[1]} dimensions",  # FAISS writes past its memory
+            where=where,
+            fix="rotation: none, an index without OPQ, or more documents",
+        )
     try:
         index.train(shard)
     except RuntimeError as error:

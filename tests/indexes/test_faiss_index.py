@@ -416,3 +416,13 @@ def test_memory_mapped_codes_stay_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "mappable"), [("opq_pq_fs", False), ("ivf_pq_fs", False), ("ivf_pq", True)])
 def test_what_cannot_be_mapped_says_so(name: str, mappable: bool, vectors: np.ndarray, tmp_path: Path) -> None:
     assert build_index(vectors, IDS, load_specification(name), tmp_path / name).mappable == mappable
+
+
+def test_fewer_vectors_than_dimensions_train_no_rotation(tmp_path: Path) -> None:
+    """FAISS corrupts its memory there and the process is gone."""
+    from rankdistill.indexes.specification import IndexSpecification
+
+    vectors = np.random.default_rng(0).normal(size=(300, 384)).astype(np.float32)
+    turned = IndexSpecification(name="turned", factory="OPQ16,PQ16x4")
+    with pytest.raises(RankdistillError, match="300 vectors cannot train a rotation of 384 dimensions"):
+        build_index(vectors, map(str, range(300)), turned, tmp_path / "turned.faiss")
