@@ -180,7 +180,7 @@ def main() -> int:
         backend = {"backend": {"type": "transformers", "model": str(make_causal_lm(folder / "language_model"))}}
         sparse = str(folder / "splade" / "student" / "model")
         teachers: dict[str, Callable[[], Any]] = {
-            "cross_encoder": lambda: Workspace(folder / "dense").teacher(),
+            "cross_encoder": lambda: Workspace(folder / "dense").teacher,
             "bi_encoder": lambda: build("teacher", {"type": "bi_encoder", "model": ENCODER}),
             "sparse_encoder": lambda: build("teacher", {"type": "sparse_encoder", "model": sparse}),
             "listwise": lambda: build("teacher", {"type": "listwise", "decoding": "constrained", **backend}),
