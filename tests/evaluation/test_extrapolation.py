@@ -359,7 +359,9 @@ def test_the_whole_protocol(values: dict[str, Any], tmp_path: Path, protocol: An
         assert {row["nearest_query_id"] for row in table} <= set(workspace.queries[0])
         for row in table:
             assert row["part"] != EXTRAPOLATION or row["nearest_cosine"] <= entry["bound"] + 1e-6
-    assert set(entry["parts"][EXTRAPOLATION]["systems"]) == {"BM25", "student, untrained", "student", "student, flat"}
+    encoder = f"encoder: {values['student']['model']}"
+    rows = {"BM25", encoder, "student, untrained", "student", "student, flat"}
+    assert set(entry["parts"][EXTRAPOLATION]["systems"]) == rows
 
 
 def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ def test_errors_say_what_to_do(make_collection: Any, collection: Collection, tmp
         BM25(b=1.5)
     BM25().build(collection, tmp_path / "bm25")
     (tmp_path / "bm25" / bm25.DATA).write_bytes(b"\x93NUMPY")
-    with pytest.raises(RankdistillError, match="cannot be read"):
+    with pytest.raises(RankdistillError, match="bm25 artifact is damaged"):
         BM25.open(tmp_path / "bm25")
 
 

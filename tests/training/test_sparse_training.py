@@ -145,7 +145,7 @@ def test_a_stopped_training_goes_on_exactly(
 def test_the_controller_reaches_its_target(train: Callable[..., Artifact], tmp_path: Path) -> None:
     def ends(target: float) -> float:
         losses = [{"type": "margin_mse"}, {"type": "flops", "side": "document", "target": target, "weight": 0.01}]
-        artifact = train(tmp_path / str(target), losses=losses, steps=120, schedule="constant")
+        artifact = train(tmp_path / str(target), losses=losses, steps=120, schedule="constant", warmup=0.0)
         return float(np.mean(log(artifact, "active_terms/document")[-20:]))
 
     assert ends(12) == pytest.approx(12, rel=0.25)
