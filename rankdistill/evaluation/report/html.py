@@ -138,6 +138,7 @@ def page(
     )
     head = join(
         tag("meta", {"charset": "utf-8"}),
+        tag("meta", {"name": "generator", "content": "rankdistill"}),  # by which a later report may replace it
         tag("meta", {"http-equiv": "Content-Security-Policy", "content": policy}),
         tag("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
         tag("meta", {"name": "color-scheme", "content": "light dark"}),
