@@ -2,6 +2,7 @@
 # make test         environment, then all tests            (ARGS="tests/losses -x" for some of them)
 # make test-newest  the same in .venv-newest: the newest libraries that pip finds today
 # make test-lowest  the same in .venv-lowest: each library in the lowest version that pyproject.toml admits
+#                  (JOBS=0 in one process; otherwise a process for each core, eight at most)
 # make lint         ruff and mypy
 # make fuzz         foreign input of every kind, mutated, for as long as you like (MINUTES=30)
 # make bench        side by side with peers: eval/results  (BENCH=eval/benchmarks/startup.py for one, with ARGS)
@@ -19,6 +20,8 @@ TORCH := $(if $(GPU),,constraints-cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+JOBS ?= logical
+PYTEST := python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 # Without those that need arguments, or a GPU.
 BENCH ?= $(filter-out %/gpu.py %/effectiveness.py,$(wildcard eval/benchmarks/*.py))
 
@@ -32,14 +35,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/rankdistill run quickstart --out runs/quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 test-newest:
 	$(call install,.venv-newest,.[dev],$(TORCH),--upgrade --upgrade-strategy eager)
-	.venv-newest/bin/python -m pytest $(ARGS)
+	.venv-newest/bin/$(PYTEST) $(ARGS)
 
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest $(ARGS)
+	.venv-lowest/bin/$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
