@@ -508,6 +508,8 @@ class Workspace:
         from rankdistill.quantization.quantize import query_encoder_folder
 
         own = query_encoder_folder(index) if index.manifest.get("quantizer") else None
+        if own is not None:
+            index.check_documents(student)
         return DenseEngine(self._open_student(own) if own else student, index, name=str(index.path))
 
     def learned(self, specification: str) -> bool:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rankdistill.artifacts import FAISS_BUILDS, MANIFEST, Artifact, cache_dir, damaged_file
+from rankdistill.artifacts import FAISS_BUILDS, MANIFEST, Artifact, cache_dir, damaged_file, open_artifact
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
 
@@ -96,6 +96,15 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
 
     ours = manifest_file(file).is_file() or not file.is_file()
     index = FaissIndex.open(file, memory_map=True) if ours else FaissIndex.foreign(file, memory_map=True)
+    made = index.manifest.get("vectors_fingerprint")
+    if vectors is not None and (vectors.parent / MANIFEST).is_file():
+        given = open_artifact(vectors.parent, "vectors").fingerprint
+        if made and made != given:
+            raise RankdistillError(
+                f"the index was built from other vectors ({made}, not {given}): was the student trained again?",
+                where=f"{file}, {vectors}",
+                fix="build the index again with this student: rankdistill index",
+            )
     with tempfile.TemporaryDirectory() as folder:
         opened = {}
         sides: tuple[tuple[Side, Path | None], ...] = (("documents", vectors), ("queries", queries))

@@ -32,7 +32,8 @@ from rankdistill.artifacts import (
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Encoder, Hits, Vectors, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.specification import IndexSpecification, SearchSettings
-from rankdistill.indexes.vectors import check_vectors
+from rankdistill.indexes.vectors import check_vectors, vectors_fingerprint
+from rankdistill.progress import warn
 from rankdistill.recipe import check_values
 
 QUERIES_AT_ONCE = 1024
@@ -301,7 +302,7 @@ class FaissIndex:
         """Refuse a student or a collection this index was not made from.
 
         Raises:
-            RankdistillError: the dimension or a fingerprint differs.
+            RankdistillError: the dimension, the number of documents or a fingerprint differs.
         """
         made_by, made_from = self.manifest.get("student_fingerprint"), self.manifest.get("collection_fingerprint")
         rebuild = "build the index again with this student: rankdistill index"
@@ -317,11 +318,30 @@ class FaissIndex:
                 where=str(self.path),
                 fix=rebuild,
             )
-        if collection is not None and made_from and made_from != collection.fingerprint:
+        if encoder is not None and not made_by:
+            warn(f"{self.path} does not say which student made its vectors: its hits are right only if this one did")
+        if collection is None:
+            return
+        other = f"({made_from}, not {collection.fingerprint})" if made_from else f"({self.document_count:,} documents)"
+        if made_from != collection.fingerprint if made_from else self.document_count != collection.document_count:
             raise RankdistillError(
-                f"this index is over another collection ({made_from}, not {collection.fingerprint})",
+                f"this index is over another collection {other}",
                 where=str(self.path),
                 fix=f"build the index again over {collection.name}",
+            )
+
+    def check_documents(self, student: Encoder) -> None:
+        """Refuse an index whose document vectors another student made; its own query encoder's would pass `check`.
+
+        Raises:
+            RankdistillError: they are not this one's.
+        """
+        made, made_from = self.manifest.get("vectors_fingerprint"), self.manifest.get("collection_fingerprint")
+        if made and made_from and made != (own := vectors_fingerprint(student, str(made_from))):
+            raise RankdistillError(
+                f"this index belongs to another student (its document vectors are {made}, not {own})",
+                where=str(self.path),
+                fix="build the index again with this student: rankdistill quantize",
             )
 
     def doc_ids(self, rows: Iterable[int]) -> list[str]:

@@ -112,10 +112,14 @@ def encode_queries(
 
 def find_vectors(folder: Path, encoder: Encoder, collection: Collection) -> Path | None:
     """Where, in the folders below `folder`, an encoder's document vectors of a collection lie, if they do."""
-    made_by = document_fingerprint(encoder)
-    wanted = fingerprint(["vectors", {"side": "documents"}, made_by, collection.fingerprint])
+    wanted = vectors_fingerprint(encoder, collection.fingerprint)
     places = (path.parent for path in sorted(folder.glob("*/*/manifest.json")))
     return next((place for place in places if find_artifact(place, "vectors", wanted) is not None), None)
+
+
+def vectors_fingerprint(encoder: Encoder, collection_fingerprint: str) -> str:
+    """Of an encoder's document vectors of a collection."""
+    return fingerprint(["vectors", {"side": "documents"}, document_fingerprint(encoder), collection_fingerprint])
 
 
 def open_vectors(artifact: Artifact | str | Path) -> np.memmap[Any, np.dtype[np.float32]]:

@@ -12,6 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forked import run
+from safetensors.torch import load_file, save_file
+
+from rankdistill.indexes.building import build_index
+from rankdistill.indexes.specification import load_specification
 
 SMALL = ("--set", "subspaces=4", "--set", "bits=4", "--set", "steps=5", "--set", "batch=8")
 
@@ -49,6 +53,36 @@ def test_a_query_encoder_that_is_trained_along_is_used(own_run: Path, tmp_path: 
     assert manifest["student_fingerprint"] not in ("", student)
     found = run("search", own_run, "metal that rusts", "--index", file, "--json", folder=tmp_path)
     assert found.code == 0, found.err
+
+
+def test_indexes_of_a_student_that_was_trained_again_are_refused(own_run: Path, tmp_path: Path) -> None:
+    """Also one with a query encoder of its own, which still belongs to the index, as its documents do not."""
+    lean = ("--spec", "distill_pq_lean", *SMALL, "--set", "query=encoder", "--set", "encoder_rate=1e-3")
+    copy = Path(shutil.copytree(own_run, tmp_path / "run"))
+    assert run("quantize", copy, *lean, folder=tmp_path).code == 0
+    shutil.copytree(copy / "vectors" / "student-facts", tmp_path / "before")
+    weights = copy / "student" / "model" / "model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    manifest = json.loads((copy / "student" / "manifest.json").read_text())
+    (copy / "student" / "manifest.json").write_text(json.dumps({**manifest, "files": {}}))
+    for name in ("flat", "distill_pq_lean"):
+        found = run("search", copy, "metal", "--index", copy / "indexes" / f"{name}.faiss", folder=tmp_path)
+        assert found.code == 1 and "this index belongs to another student" in found.err and not found.out
+        page = run("serve", copy, "--port", "0", "--index", copy / "indexes" / f"{name}.faiss", folder=tmp_path)
+        assert page.code == 1 and "this index belongs to another student" in page.err
+    assert run("search", copy, "metal", folder=tmp_path).code == 0  # encodes the collection again
+    old, vectors = copy / "indexes" / "flat.faiss", copy / "vectors" / "student-facts" / "documents.npy"
+    looked = run("doctor", "--index", old, "--vectors", vectors, folder=tmp_path)
+    assert looked.code == 1 and "the index was built from other vectors" in looked.err
+    assert run("doctor", "--index", old, "--vectors", tmp_path / "before" / "documents.npy", folder=tmp_path).code == 0
+
+
+def test_an_index_that_names_no_student_is_searched_with_a_warning(own_run: Path, tmp_path: Path) -> None:
+    vectors = np.load(own_run / "vectors" / "student-facts" / "documents.npy")
+    for count, code, words in ((len(vectors), 0, "does not say which student"), (20, 1, "another collection (20 doc")):
+        build_index(vectors[:count], map(str, range(count)), load_specification("flat"), tmp_path / "x.faiss")
+        found = run("search", own_run, "metal", "--index", tmp_path / "x.faiss", folder=tmp_path)
+        assert (found.code, words in found.err) == (code, True), found.err
 
 
 def test_foreign_vectors(tmp_path: Path) -> None:
