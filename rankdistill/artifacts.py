@@ -29,6 +29,8 @@ from rankdistill.progress import say, warn
 
 MANIFEST = "manifest.json"
 CLAIM = ".rankdistill"  # in a folder of ours that has no manifest
+CLAIMED = "The files here are written by rankdistill, and replaced when it runs again.\n"
+LITTER = re.compile(r"\.DS_Store$|\._|\.nfs|Thumbs\.db$|\..*\.(lock|tmp)$")  # of file systems and of killed processes
 MOVE = "write to another place, or move it"
 SCHEMA_VERSION = 1
 # Kind → number of what this version makes of the same settings and inputs: raised when a stage's results change, so
@@ -308,9 +310,10 @@ def check_place(path: str | Path) -> None:
     """Refuse a place for an artifact where something lies that rankdistill did not write: it would be deleted.
 
     Raises:
-        UsageError: there is a file, or a folder that holds something and no manifest of ours.
+        UsageError: there is a file, or a folder that holds something and no manifest of ours, or a file not in it.
     """
     path = Path(path)
+    _check_inside(path)
     what = "folder" if path.is_dir() else "file"
     if cache_dir() in path.parents and FINGERPRINTED.fullmatch(path.name):
         return  # the cache is ours, whatever damage has left of a manifest
@@ -325,8 +328,26 @@ def check_place(path: str | Path) -> None:
     )
 
 
-def claim_folder(path: str | Path) -> None:
-    """Take a new or empty folder for files that are no artifact, or one that was taken before.
+def _check_inside(folder: Path) -> None:
+    """Refuse to delete an artifact, or a sealed folder, with a file in it that is none of those that were written."""
+    known: Any = None
+    with suppress(ValueError):  # a damaged claim
+        known = _sealed(folder) if (folder / CLAIM).is_file() else _manifest(folder).get("files")
+    for path in sorted(folder.rglob("*")) if isinstance(known, dict) else ():
+        name = path.relative_to(folder).as_posix()
+        written = name in known or name in (MANIFEST, CLAIM) or LITTER.match(path.name)
+        if not written and (path.is_symlink() or not path.is_dir()):
+            raise UsageError(
+                f"there is a file in this {folder.name} that rankdistill did not write, and it would be deleted",
+                where=str(path),
+                fix="move it to another place",
+            )
+
+
+@contextmanager
+def claim_folder(path: str | Path) -> Iterator[None]:
+    """Take a new or empty folder for files that are no artifact, or one that was taken before; what is written in
+    this block is sealed at its end: the folder's claim then holds the digest of each file (see `sealed_artifact`).
 
     Raises:
         UsageError: something lies there that rankdistill did not write.
@@ -334,20 +355,45 @@ def claim_folder(path: str | Path) -> None:
     path = Path(path)
     if not (path / CLAIM).is_file():
         check_place(path)
-        write_atomically(path / CLAIM, "The files here are written by rankdistill, and replaced when it runs again.\n")
+    write_atomically(path / CLAIM, CLAIMED)
+    since = (path / CLAIM).stat().st_mtime_ns  # by the file system's own clock
+    yield
+    files = {name: found for name, found in _settled(path).items() if (path / name).stat().st_mtime_ns >= since}
+    files.pop(CLAIM, None)
+    write_atomically(path / CLAIM, f"{CLAIMED}{json.dumps(files, indent=1)}\n")
+
+
+def _sealed(folder: Path) -> dict[str, Any] | None:
+    """name → (bytes, SHA-256) of the files of a claimed folder; None where they are being written, or were not."""
+    text = (folder / CLAIM).read_text(encoding="utf-8").removeprefix(CLAIMED)
+    return dict(json.loads(text)) if text else None
+
+
+def sealed_artifact(claim: Path) -> Artifact:
+    """What a claim says of its folder, for `damaged_file`.
+
+    Raises:
+        ValueError: the claim is damaged.
+    """
+    return Artifact(claim.parent, {"files": _sealed(claim.parent) or {}})
 
 
 def _ours(folder: Path) -> bool:
     """Whether a folder's manifest is one that `write_artifact` wrote, or the remains of one."""
+    return {"kind", "fingerprint", "schema", "libraries"} <= _manifest(folder).keys()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What lies there as a manifest; of a damaged one that was ours its keys alone."""
     try:
         content = (folder / MANIFEST).read_bytes()
-    except OSError:
-        return False
-    try:
         manifest = json.loads(content)
+    except OSError:
+        return {}
     except (ValueError, RecursionError):
-        return b'"fingerprint": "' in content  # damaged
-    return isinstance(manifest, dict) and {"kind", "fingerprint", "schema", "libraries"} <= manifest.keys()
+        ours = b'"fingerprint": "' in content
+        return dict.fromkeys(("kind", "fingerprint", "schema", "libraries")) if ours else {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def check_file(path: str | Path, ours: bool = False, reads: Iterable[str | Path | None] = ()) -> None:
@@ -493,9 +539,14 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def remove_artifacts(folder: Path) -> None:
-    """Delete an artifact, or the artifacts in a folder of them; whatever else lies there stays."""
+    """Delete an artifact, or the artifacts in a folder of them; whatever else lies there stays.
+
+    Raises:
+        UsageError: a file in one of them is none of ours.
+    """
     for path in [folder, *(folder.iterdir() if folder.is_dir() else ())]:
         if path.is_dir() and not path.is_symlink() and (_ours(path) or (path / CLAIM).is_file()):
+            _check_inside(path)
             shutil.rmtree(path)
     with suppress(OSError):
         folder.rmdir()  # where nothing else is in it

@@ -14,8 +14,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -430,8 +431,18 @@ def _method_kind(field: Any) -> str | None:
 
 
 def check_values(model: type[M], values: Any, where: str) -> M:
+    """
+    Raises:
+        UsageError: what the model refuses, or a number that is infinite or nothing in float32.
+    """
     try:
-        return model.model_validate(values)
+        made = model.model_validate(values)
+        for path, value in _numbers(made.model_dump(), ()):
+            if not 1 / FLOAT32 < abs(value) < FLOAT32:
+                place = shown(".".join(path))
+                what = f"{place}: float32 cannot hold {value}"
+                raise UsageError(what, where=f"{where}: {place}", fix="a number between 1e-38 and 1e38")
+        return made
     except ValidationError as error:
         problem = error.errors()[0]
         path = shown(".".join(str(part) for part in problem["loc"]))
@@ -444,6 +455,18 @@ def check_values(model: type[M], values: Any, where: str) -> M:
             said = f"{said[:1].lower()}{said[1:]}"
             what, fix = f"{path}: {said}" if path else said, None
         raise UsageError(shown(what, 400), where=f"{where}: {path}" if path else where, fix=fix) from None
+
+
+FLOAT32 = 1e38  # what is larger, or the inverse of what is smaller, may be infinite
+
+
+def _numbers(values: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(path, number) of each number with a fraction that is not 0, wherever it stands."""
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from _numbers(value, (*path, str(key)))
+    if isinstance(values, float) and values and math.isfinite(values):  # NaN is told by the method it is for
+        yield path, values
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -8,6 +8,7 @@ disk is not made again, so a stage can be asked for alone, and a killed run goes
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -92,10 +93,8 @@ class Workspace:
     def save_recipe(self) -> None:
         """The resolved recipe, which reproduces the run."""
         check_file(self.path / RECIPE)
-        text = yaml.safe_dump(self.recipe.resolved(), sort_keys=False, allow_unicode=True)
-        write_atomically(
-            self.path / RECIPE, f"# Written by rankdistill, and again by each run into this folder.\n{text}"
-        )
+        text = yaml.safe_dump(self.recipe.resolved(), sort_keys=False, allow_unicode=True).encode()
+        write_atomically(self.path / RECIPE, _headed(text))
 
     @cached_property
     def collection(self) -> Collection:
@@ -579,8 +578,7 @@ class Workspace:
         own = self.collection
         trained = [name for name in (STUDENT, *self.recipe.baselines) if self.student_folder(name).is_dir()]
         students = {name: self.trained(name).fingerprint for name in trained}
-        with locked(out):  # two processes would write one file of rankings
-            claim_folder(out)
+        with locked(out), claim_folder(out):  # two processes would write one file of rankings
             options: dict[str, Any] = {"local": local, "fetch": fetch, "students": students}
             return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, **options)
 
@@ -660,6 +658,19 @@ class Workspace:
             times = {}
         times[stage] = round(times.get(stage, 0.0) + seconds, 1)
         write_atomically(path, json.dumps(times, indent=2) + "\n")
+
+
+def _headed(recipe: bytes) -> bytes:
+    """A saved recipe's text below who wrote it, and its digest."""
+    digest = hashlib.sha256(recipe).hexdigest()
+    return f"# Written by rankdistill, and again by each run into this folder. SHA-256: {digest}\n".encode() + recipe
+
+
+def recipe_is_whole(run: Path) -> bool:
+    """Whether a run's recipe, where it has one, is what was written."""
+    saved = run / RECIPE
+    content = saved.read_bytes() if saved.is_file() else _headed(b"")
+    return content == _headed(content.partition(b"\n")[2])
 
 
 def _lists(candidates: Artifact) -> Iterator[Ranking]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import check_file, check_place, remove_artifacts, remove_leftovers
 from rankdistill.devices import resolve_device
-from rankdistill.errors import UsageError
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.students.loading import check_causal_lm, check_model
 from rankdistill.students.models import layer_count, resolve_model
+from rankdistill.students.provenance import MODELS
 from rankdistill.systems import STUDENT
 
 if TYPE_CHECKING:
@@ -26,27 +28,37 @@ def check_run(run: Workspace) -> None:
     """
     from rankdistill.evaluation.metrics import parse_metric
     from rankdistill.evaluation.suites import load_suite
-    from rankdistill.students.provenance import with_revisions
 
     indexes = run.index_files()
     load_suite(run.recipe.evaluation.suite)
-    _check_devices(run.recipe.resolved())
     for name in (STUDENT, *run.recipe.baselines):
         recipe = run.recipe_of(name)
         parse_metric(recipe.training.metric)
-        with_revisions([recipe.student.settings(), recipe.training.model_dump(mode="json")])
+        _check_parts(recipe.resolved())
         _check_layers(recipe.student.settings())
     _check_places(run, indexes)
     remove_leftovers(run.path)
 
 
-def _check_devices(values: Any) -> None:
+def _check_parts(values: Any) -> None:
+    """Every device, model and file that is named anywhere in a recipe."""
     if isinstance(values, Mapping):
-        if isinstance(values.get("device"), str):
-            resolve_device(values["device"])
+        for key, value in values.items():
+            if not isinstance(value, str) or not value or (key == "model" and values.get("type") == "openai"):
+                continue  # the last: what a server calls it
+            if key == "device":
+                resolve_device(value)
+            elif key in MODELS:
+                folder = check_model(value)
+                if values.get("type") == "transformers":
+                    check_causal_lm(folder)
+            elif key == "tokenizer":
+                resolve_model(value)
+            elif key in ("file", "orders") and not Path(value).expanduser().exists():
+                raise RankdistillError("there is no file here", where=f"{key}: {value}", fix="give its path")
         values = list(values.values())
     for value in values if isinstance(values, list) else ():
-        _check_devices(value)
+        _check_parts(value)
 
 
 def _check_layers(student: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from forked import Forked
 
 from rankdistill.artifacts import (
+    CLAIM,
     SMALL,
     cache_dir,
     check_file,
@@ -29,6 +30,7 @@ from rankdistill.artifacts import (
     open_artifact,
     remove_artifacts,
     remove_leftovers,
+    sealed_artifact,
     write_artifact,
     write_atomically,
 )
@@ -226,6 +228,50 @@ def test_a_kill_at_any_moment_leaves_a_whole_artifact_or_none(tmp_path: Path) ->
 
 # -- what is not ours -------------------------------------------------------------------------------------------------
 
+
+def claim(folder: Path) -> None:
+    with claim_folder(folder):
+        pass
+
+
+def test_a_file_of_the_user_in_an_artifact_is_not_deleted_with_it(tmp_path: Path) -> None:
+    for name in ("notes.txt", "deep/notes.txt", "link"):
+        write(tmp_path / "a")
+        notes = tmp_path / "a" / name
+        notes.parent.mkdir(exist_ok=True)
+        notes.symlink_to(tmp_path) if name == "link" else notes.write_text("mine")
+        (tmp_path / "a" / ".DS_Store").write_text("a file system's")
+        for act in (write, remove_artifacts):
+            with pytest.raises(UsageError, match="there is a file in this a that rankdistill did not write") as caught:
+                act(tmp_path / "a")
+            assert caught.value.where == str(notes) and os.path.lexists(notes)
+        notes.unlink()
+        write(tmp_path / "a")
+        remove_artifacts(tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_claimed_folder_is_sealed_with_what_was_written_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    claim(folder)
+    (folder / "notes.txt").write_text("mine")
+    time.sleep(0.02)
+    with claim_folder(folder):
+        (folder / "runs").mkdir()
+        for name in ("table.md", "runs/a.trec"):
+            (folder / name).write_text("ours")
+    sealed = sealed_artifact(folder / CLAIM)
+    assert sorted(sealed.manifest["files"]) == ["runs/a.trec", "table.md"] and damaged_file(sealed) is None
+    with pytest.raises(UsageError, match="did not write"):
+        remove_artifacts(folder)
+    (folder / "notes.txt").unlink()
+    (folder / "runs" / "a.trec").write_text("OURS")
+    assert damaged_file(sealed, thorough=True) == "runs/a.trec"
+    (folder / CLAIM).write_text("cut")
+    remove_artifacts(folder)
+    assert not folder.exists()
+
+
 OTHERS = {
     "thesis": {"notes.txt": "mine"},
     "extension": {"manifest.json": '{"kind": "extension", "fingerprint": "x"}', "code.js": "1"},
@@ -242,7 +288,7 @@ def test_a_folder_of_another_origin_is_never_replaced(tmp_path: Path, name: str)
     with pytest.raises(UsageError, match="there is a folder here that rankdistill did not write"):
         write(tmp_path / name)
     with pytest.raises(UsageError, match="did not write"):
-        claim_folder(tmp_path / name)
+        claim(tmp_path / name)
     remove_artifacts(tmp_path / name)
     assert {file: (tmp_path / name / file).read_text() for file in OTHERS[name]} == OTHERS[name]
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
@@ -265,9 +311,9 @@ def test_new_empty_and_own_places_are_taken(tmp_path: Path) -> None:
         check_place(tmp_path / name)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "..rankdistill.1.tmp").write_text("")  # of a process that was killed while it claimed it
-    claim_folder(tmp_path / "results")
+    claim(tmp_path / "results")
     (tmp_path / "results" / "table.md").write_text("ours")
-    claim_folder(tmp_path / "results")
+    claim(tmp_path / "results")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="there is a file here"):
         write(tmp_path / "file")

@@ -117,6 +117,11 @@ def test_an_unknown_word_is_answered_with_the_nearest(changes: dict[str, Any], w
         ({"student": {"type": ["dense"]}}, "student.type: .*string"),
         ({"student": {"type": "dense", "dropout": "nan"}}, "dropout: .*finite"),
         ({"training": {"losses": [{"type": "kl", "weight": {"end": "nan"}}]}}, "finite"),
+        ({"student": {"type": "dense", "scale": "1e39"}}, "scale: float32 cannot hold 1e\\+39"),
+        ({"training": {"losses": [{"type": "kl", "weight": {"end": 1e300}}]}}, "weight.end: float32 cannot hold"),
+        ({"training": {"losses": [{"type": "kl", "temperature": 1e-46}]}}, "temperature: float32 cannot hold"),
+        ({"training": {"max_gradient_norm": 1e200}}, "max_gradient_norm: float32 cannot hold"),
+        ({"teacher": {"type": "bi_encoder", "model": "x", "scale": -1e39}}, "scale"),
     ],
 )
 def test_a_wrong_value_is_named(changes: dict[str, Any], words: str) -> None:

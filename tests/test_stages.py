@@ -226,9 +226,30 @@ def test_an_evaluation_is_written_into_a_folder_of_its_own(done: Path, tmp_path:
         ("student.model=/gone", "there is no model folder here"),
         ("student={type: dense, layers: [0, 6]}", r"layers are of 0 to 5, not \[0, 6\]"),
         ("student={type: dense, layers: []}", r"layers are of 0 to 5, not \[\]"),
+        ("teacher.model=/gone", "there is no model folder here"),
+        ("teacher={type: ensemble, members: [{type: bi_encoder, model: /gone}]}", "there is no model folder here"),
+        ("teacher={type: listwise, backend: {type: transformers, model: /gone}}", "there is no model folder here"),
+        ("teacher={type: listwise, backend: {type: transformers, model: ENCODER}}", "no causal language model"),
+        ("teacher={type: pointwise_llm, backend: {type: openai, model: x, tokenizer: /gone}}", "no model folder here"),
+        ("teacher={type: recorded, file: /gone}", "there is no file here"),
+        ("candidates.sources=[{type: run, file: /gone}]", "there is no file here"),
+        ("training.batch_teacher={type: dense, model: CUT}", "the weights are damaged"),
+        ("student={type: dense, warm_up: {teacher: {type: dense, model: PICKLED}}}", "the weights are a pickle"),
+        ("teacher={type: cross_encoder, model: CUT}", "the weights are damaged"),
+        ("baselines={other: {student: {type: static, model: NONE}}}", "it has no weights"),
+        ("evaluation.extrapolation.model=/gone", "there is no model folder here"),
     ],
 )
-def test_what_can_only_fail_fails_first(values: dict[str, Any], tmp_path: Path, override: str, words: str) -> None:
+def test_what_can_only_fail_fails_first(
+    values: dict[str, Any], tmp_path: Path, tiny_encoder: Path, override: str, words: str
+) -> None:
+    for name in ("CUT", "PICKLED", "NONE"):
+        weights = Path(shutil.copytree(tiny_encoder, tmp_path / name)) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+        if name != "CUT":
+            weights.rename(weights.with_name("pytorch_model.bin" if name == "PICKLED" else "lost"))
+        override = override.replace(name, str(tmp_path / name))
+    override = override.replace("ENCODER", str(tiny_encoder))
     with pytest.raises(RankdistillError, match=words):
         Workspace(tmp_path / "run", load_recipe(values, [override]), tmp_path / "store").run("mine")
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rankdistill.artifacts import FAISS_BUILDS, MANIFEST, Artifact, cache_dir, damaged_file, open_artifact
+from rankdistill.artifacts import (
+    CLAIM,
+    FAISS_BUILDS,
+    MANIFEST,
+    Artifact,
+    cache_dir,
+    damaged_file,
+    open_artifact,
+    sealed_artifact,
+)
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
 
@@ -47,6 +56,7 @@ def damaged_artifacts(run: Path) -> list[str]:
     if not manifests:
         raise RankdistillError("there is no artifact here", where=str(run), fix="give the folder of a run")
     from rankdistill.indexes.faiss_index import damaged_index
+    from rankdistill.stages import RECIPE, recipe_is_whole
 
     found = []
     for manifest in manifests:
@@ -57,6 +67,15 @@ def damaged_artifacts(run: Path) -> list[str]:
             damage = MANIFEST
         if damage is not None:
             found.append(f"{manifest.parent / damage}: delete {manifest.parent} and run the same command again")
+    for claim in sorted(run.rglob(CLAIM)):
+        try:
+            damage = damaged_file(sealed_artifact(claim), thorough=True)
+        except (OSError, ValueError):
+            damage = CLAIM
+        if damage is not None:
+            found.append(f"{claim.parent / damage}: delete {claim.parent} and run the same command again")
+    if not recipe_is_whole(run):
+        found.append(f"{run / RECIPE}: damaged, or edited by hand: look at it, and run it again")
     for index in map(damaged_index, sorted(run.rglob("*.faiss.json"))):
         if index is not None and not _hidden(index.relative_to(run)):
             found.append(f"{index}: delete it and run the same command again")

@@ -299,11 +299,13 @@ def train(
     from rankdistill.progress import launched
     from rankdistill.recipe import load_recipe
     from rankdistill.stages import Workspace
+    from rankdistill.upkeep import check_run
 
     processes = nproc or (launched()[1] if launched()[1] > 1 else None)  # `accelerate launch` says it in its own way
     together = [f"training.processes={processes}"] if processes else []
     checked = load_recipe(recipe, [*(changes or []), *together])
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    check_run(workspace)
     artifact = workspace.train(student)
     if launched()[0] == 0:
         _print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")

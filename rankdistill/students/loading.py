@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers, warn
-from rankdistill.students.models import AGAIN, model_folders, read_json, says
+from rankdistill.students.models import AGAIN, model_folders, read_json, resolve_model, says
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,9 @@ def opening(folder: Path, library: str = "sentence-transformers") -> Iterator[No
     except RankdistillError:
         raise
     except Exception as error:  # of whatever kind: each library, format and architecture has its own
-        raise _explained(folder, error, library) from error
+        check_files(folder, failed=True)
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RankdistillError(f"this is no model that {library} can load: {why}", where=str(folder)) from error
 
 
 @contextmanager
@@ -116,33 +118,61 @@ def _refuse_without_vocabulary(part: Path) -> None:
         )
 
 
-def _explained(folder: Path, error: Exception, library: str) -> RankdistillError:
-    """What is wrong with a folder that a library could not load."""
+def check_model(name: str) -> Path:
+    """A model's folder whose files can be read, as far as that is seen without loading it.
+
+    Raises:
+        RankdistillError: there is none, or what `opening` would raise of its files.
+    """
+    folder = resolve_model(name).path
+    check_files(folder)
+    return folder
+
+
+def check_files(folder: Path, failed: bool = False) -> None:
+    """Refuse a model with a pickle for weights, a damaged file, or without weights or vocabulary.
+
+    Args:
+        failed: it could not be loaded; look for code of its own and at files that another model may do without too.
+    """
     from safetensors import SafetensorError, safe_open
 
     for part in model_folders(folder):
+        _refuse_pickles(part)
+        _refuse_without_vocabulary(part)
         for path in sorted(part.glob("*.json")):
-            read_json(path, dict if path.name in OBJECTS else object)
+            if failed or path.name in OBJECTS:
+                read_json(path, dict if path.name in OBJECTS else object)
         for path in sorted(part.glob("*.safetensors")):
             try:
-                with safe_open(path, "pt") as tensors:
+                with safe_open(path, "np") as tensors:
                     tensors.keys()
             except (OSError, SafetensorError) as damage:
-                return RankdistillError(f"the weights are damaged: {damage}", where=str(path), fix=AGAIN)
+                raise RankdistillError(f"the weights are damaged: {damage}", where=str(path), fix=AGAIN) from None
         modules = read_json(part / "modules.json", list) if (part / "modules.json").is_file() else []
         foreign = [one["type"] for one in modules if not str(one.get("type")).startswith("sentence_transformers.")]
-        if foreign or any("auto_map" in says(part, name) for name in ("config.json", "tokenizer_config.json")):
+        mapped = any("auto_map" in says(part, name) for name in ("config.json", "tokenizer_config.json"))
+        if failed and (foreign or mapped):  # transformers may know the architecture itself
             code = f" ({foreign[0]})" if foreign else ""
-            return RankdistillError(
+            raise RankdistillError(
                 f"this model needs Python code of its own{code}, which is never run here",
                 where=str(part),
                 fix="a model of an architecture that transformers has itself; or score with the model's own program "
                 "and read its scores (teacher.type: recorded)",
             )
     if not any(path for part in model_folders(folder) for path in part.glob("*.safetensors")):
-        return RankdistillError("this is no model: it has no weights (*.safetensors)", where=str(folder), fix=AGAIN)
-    why = " ".join(str(error).split())[:300] or type(error).__name__
-    return RankdistillError(f"this is no model that {library} can load: {why}", where=str(folder))
+        raise RankdistillError("this is no model: it has no weights (*.safetensors)", where=str(folder), fix=AGAIN)
+
+
+def check_causal_lm(folder: Path) -> None:
+    """Refuse a model that generates no text."""
+    names = says(folder, "config.json").get("architectures") or []
+    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise RankdistillError(
+            f"this is no causal language model ({', '.join(map(str, names)) or 'it does not say what it is'})",
+            where=str(folder),
+            fix="give a model that generates text (its config.json names a ...ForCausalLM)",
+        )
 
 
 def is_cross_encoder(folder: Path) -> bool:

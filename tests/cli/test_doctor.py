@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -111,3 +112,17 @@ def test_every_file_of_a_run_is_read(tmp_path: Path) -> None:
     assert len(found) == 2 and "lists/data: delete" in found[0] and "student/manifest.json" in found[1]
     (tmp_path / "flat.faiss.json").write_text('{"sha256": ["00", "00"]}')
     assert damaged_artifacts(tmp_path)[2] == f"{tmp_path / 'flat.faiss'}: delete it and run the same command again"
+
+
+def test_a_flipped_bit_in_figures_runs_and_recipe_is_found(finished: Path, tmp_path: Path) -> None:
+    from rankdistill.cli.doctor import damaged_artifacts
+
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert damaged_artifacts(copy) == []
+    files = [path for path in (copy / "evaluation").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert len(files) > 10
+    for file in [*files, copy / "recipe.yaml"]:
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        assert [line.partition(":")[0] for line in damaged_artifacts(copy)] == [str(file)]
+        file.write_bytes(content)

@@ -254,6 +254,8 @@ def test_train_makes_a_student_that_sentence_transformers_loads(
     assert (out / "baselines" / "labels" / "model" / "modules.json").is_file() and not (out / "student").exists()
     wrong = run("train", recipe_file, "--out", out, "--student", "label", folder=tmp_path)
     assert "no student 'label'" in error_of(wrong, 2)
+    gone = run("train", recipe_file, "--out", tmp_path / "new", "--set", "teacher.model=/gone", folder=tmp_path)
+    assert "no model folder here" in error_of(gone, 1) and not (tmp_path / "new").exists()
 
 
 def test_an_index_is_written_and_searched(finished: Path, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import warn
-from rankdistill.students.loading import SAFE, opening, position_limit
-from rankdistill.students.models import ModelSource, read_json, resolve_model
+from rankdistill.students.loading import SAFE, check_causal_lm, opening, position_limit
+from rankdistill.students.models import ModelSource, resolve_model
 from rankdistill.students.token_batches import Precision, free_memory, out_of_memory, resolve_precision
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
@@ -334,13 +334,7 @@ def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    names = read_json(folder / "config.json").get("architectures") or []
-    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise RankdistillError(
-            f"this is no causal language model ({', '.join(map(str, names)) or 'it does not say what it is'})",
-            where=str(folder),
-            fix="give a model that generates text (its config.json names a ...ForCausalLM)",
-        )
+    check_causal_lm(folder)
     formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     with opening(folder, "transformers"):
         return AutoModelForCausalLM.from_pretrained(
