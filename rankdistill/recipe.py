@@ -437,11 +437,10 @@ def check_values(model: type[M], values: Any, where: str) -> M:
     """
     try:
         made = model.model_validate(values)
-        for path, value in _numbers(made.model_dump(), ()):
+        for keys, value in _numbers(made.model_dump(), ()):
             if not 1 / FLOAT32 < abs(value) < FLOAT32:
-                place = shown(".".join(path))
-                what = f"{place}: float32 cannot hold {value}"
-                raise UsageError(what, where=f"{where}: {place}", fix="a number between 1e-38 and 1e38")
+                what = f"{'.'.join(keys)}: float32 cannot hold {value}"
+                raise UsageError(shown(what, 400), where=where, fix="a number between 1e-38 and 1e38")
         return made
     except ValidationError as error:
         problem = error.errors()[0]

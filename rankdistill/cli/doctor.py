@@ -117,10 +117,10 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
     index = FaissIndex.open(file, memory_map=True) if ours else FaissIndex.foreign(file, memory_map=True)
     made = index.manifest.get("vectors_fingerprint")
     if vectors is not None and (vectors.parent / MANIFEST).is_file():
-        given = open_artifact(vectors.parent, "vectors").fingerprint
-        if made and made != given:
+        here = open_artifact(vectors.parent, "vectors").fingerprint
+        if made and made != here:
             raise RankdistillError(
-                f"the index was built from other vectors ({made}, not {given}): was the student trained again?",
+                f"the index was built from other vectors ({made}, not {here}): was the student trained again?",
                 where=f"{file}, {vectors}",
                 fix="build the index again with this student: rankdistill index",
             )

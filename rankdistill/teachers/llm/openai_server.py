@@ -39,12 +39,14 @@ OF_PROMPT = re.compile(
 # A server's words about a key of the call → what to do about it.
 SETTINGS = {
     "temperature": "this model takes its own temperature only: temperature: 1 of a listwise teacher, or of the backend "
-    "extra: {temperature: 1}",
+    "extra: {temperature: 1}, or {temperature: null}, which leaves it out",
+    r"seed\b": "extra: {seed: null} of the backend, which leaves it out",
     "max_tokens|max_completion_tokens": "length_key of the backend: max_completion_tokens (or max_tokens), and "
     "max_tokens of the teacher",
-    "logprobs": "a smaller `logprobs` of the backend, or decoding: generate",
+    "(top_)?logprobs": "a smaller `logprobs` of the backend, or decoding: generate",
     "continue_final_message|add_generation_prompt|prefill": "another `prefill` of the backend, or none",
     "structured_outputs|guided|grammar": "another `constraint` of the backend, or decoding: generate",
+    "system (role|message)|role.{0,9}system": "a prompt file of your own without `system`",
 }
 
 
@@ -82,7 +84,8 @@ class OpenAIBackend(Backend):
             `last_message` (llama.cpp: a last message by the assistant is gone on from), `none`.
         constraint: how the server is held to given words: `vllm` (structured_outputs), `llama_cpp` (a grammar), `none`.
         tokenizer: folder or hub name of the model's tokenizer, to count tokens; estimated without it.
-        extra: more keys for the body of each call, e.g. {chat_template_kwargs: {enable_thinking: false}}.
+        extra: more keys for the body of each call, e.g. {chat_template_kwargs: {enable_thinking: false}}; a key that is
+            null is left out of it, where a server does not take it: {seed: null}.
         length_key: what the server calls the limit of an answer's tokens.
     """
 
@@ -318,7 +321,7 @@ class OpenAIBackend(Backend):
     def _body(self, request: Request) -> dict[str, Any]:
         """The keys of one call."""
         messages = [dict(message) for message in request.messages]
-        more = dict(self.extra)
+        more = {key: value for key, value in self.extra.items() if value is not None}
         if request.before and self.prefill != "none":
             messages.append({"role": "assistant", "content": request.before})
             if self.prefill == "vllm":
@@ -331,7 +334,7 @@ class OpenAIBackend(Backend):
             body |= {"logprobs": True, "top_logprobs": self.logprobs}
         if more:
             body["extra_body"] = more
-        return body
+        return {key: value for key, value in body.items() if self.extra.get(key, value) is not None}
 
     def _text(self, request: Request, reply: Reply) -> Answer:
         text = reply.text
@@ -451,9 +454,16 @@ class OpenAIBackend(Backend):
         raise RankdistillError(
             f"{failure or 'another call failed'} ({tries} {'try' if tries == 1 else 'tries'})",
             where=f"backend: {self.model} at {self.base_url}",
-            fix="answers so far are kept: run the same command again; `timeout`, `retries`, `backoff` and "
-            "`concurrency` of the backend may help",
+            fix="; ".join(self._fixes(failure))
+            or "answers so far are kept: run the same command again; `timeout`, `retries`, `backoff` and `concurrency` "
+            "of the backend may help",
         )
+
+    def _fixes(self, failure: str) -> list[str]:
+        """What to do about each key of a call that a server's words name."""
+        sent = [key for key, value in self.extra.items() if value is not None]
+        own = {rf"{re.escape(key)}\b": f"extra of the backend without {key}" for key in sent}
+        return [fix for words, fix in {**SETTINGS, **own}.items() if re.search(rf"\b({words})", failure, re.I)]
 
     def _refuse(self, error: Any, failure: str) -> None:
         """Raise what another try would not mend."""
@@ -471,7 +481,7 @@ class OpenAIBackend(Backend):
             raise RankdistillError(failure, where=where, fix=fix) from None
 
     def _refused(self, failure: str) -> Refused:
-        fixes = [fix for words, fix in SETTINGS.items() if re.search(rf"\b({words})", failure)]
+        fixes = self._fixes(failure)
         return Refused(
             failure,
             where=f"backend: {self.model} at {self.base_url}",

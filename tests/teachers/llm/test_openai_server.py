@@ -66,6 +66,12 @@ def test_free_text() -> None:
     assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "rank these"}]
 
 
+def test_a_key_that_is_null_is_left_out() -> None:
+    with serving(lambda body, _: completion("x", body)) as server:
+        answer(backend(server, extra={"seed": None, "temperature": None, "user": "me"}), request(temperature=0.7))
+    assert sorted(server.bodies[0]) == ["max_tokens", "messages", "model", "user"]
+
+
 def test_temperature_and_seed_are_sent() -> None:
     with serving(fixed("x")) as server:
         answer(backend(server), request(temperature=0.7, seed=11))
@@ -268,6 +274,12 @@ def test_a_wait_beyond_reason_is_an_error_at_once() -> None:
         (400, "no such thing", "model, base_url, prefill and extra"),
         (400, "Unsupported value: 'temperature' does not support 0.0", "extra: {temperature: 1}"),
         (400, "'max_tokens' is not supported, use 'max_completion_tokens'", "length_key"),
+        (400, "unknown parameter: 'seed'", "extra: {seed: null}"),
+        (400, "seed: Extra inputs are not permitted", "extra: {seed: null}"),
+        (400, "Unknown parameter: 'top_logprobs'", "decoding: generate"),
+        (400, "System role not supported", "without `system`"),
+        (422, "chat_template_kwargs is not a parameter here", "extra of the backend without chat_template_kwargs"),
+        (200, "'temperature' is not supported with this model", "{temperature: null}"),
         (401, "who are you", "name the variable"),
         (404, "no such model", "model, base_url"),
         (422, "unexpected field", "extra"),
@@ -276,8 +288,9 @@ def test_a_wait_beyond_reason_is_an_error_at_once() -> None:
 )
 def test_what_another_try_would_not_mend_is_not_tried_again(status: int, message: str, fix: str) -> None:
     with serving(lambda *_: failure(status, message)) as server:
+        extra = {"chat_template_kwargs": {"enable_thinking": False}}
         with pytest.raises(RankdistillError, match=message) as caught:
-            answer(backend(server), request())
+            answer(backend(server, extra=extra, retries=3 * (status != 200)), request())
         assert len(server.bodies) == 1 and fix in str(caught.value.fix)
 
 
