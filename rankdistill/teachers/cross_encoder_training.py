@@ -238,9 +238,9 @@ class PairTrainer(SafeCheckpoints, Trainer):
         self.scoring_length = scorer.max_length
         self.model_accepts_loss_kwargs = False
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
         """Rates of their own for what is new: it has further to go than an encoder that is nearly right."""
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*model)  # transformers 5.0 takes none
         new = self.settings.head_learning_rate or 10 * self.settings.learning_rate
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for group in list(optimizer.param_groups):

@@ -164,8 +164,8 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         distiller: Distiller = self.accelerator.unwrap_model(self.model)
         return distiller.student
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+    def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*model)  # transformers 5.0 takes none
         rates = self.student.learning_rates()
         for group in list(optimizer.param_groups):
             for parameter in [one for one in group["params"] if one in rates]:
