@@ -23,12 +23,14 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, scaled_dot_product_attention
+from torch.nn.functional import dropout as dropped
 from transformers import AttentionInterface
 
 from rankdistill.errors import UsageError
 from rankdistill.progress import quiet_transformers
 from rankdistill.students.loading import SAFE, UNBOUNDED, opening, text_limit
 from rankdistill.students.pairs import bare_tokenizer, longest_first, padding_of, token_ids, two_sided_joiner
+from rankdistill.students.token_batches import SHORT
 
 ATTENTION = "rankdistill_two_sided"
 WEIGHTS = "pair_encoder.safetensors"
@@ -54,9 +56,15 @@ def two_sided_attention(
         query, key, value: [rows, heads, tokens, width]
         attention_mask: uint8 [rows, 1, tokens, tokens]: OWN, OTHER, or 0 for padding.
     """
-    attend = partial(scaled_dot_product_attention, query, key, value, dropout_p=dropout, scale=scaling)
     gate = cast(Any, module).gate_of_heads().to(query.dtype).view(1, -1, 1, 1)
-    mixed = attend(attn_mask=attention_mask == OWN) + gate * attend(attn_mask=attention_mask == OTHER)
+    own, other = attention_mask == OWN, attention_mask == OTHER
+    if query.shape[2] <= SHORT:  # one product for both, and on a CPU a backward pass in a third of the time
+        alike = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
+        ours, theirs = (alike.masked_fill(~side, torch.finfo(alike.dtype).min).softmax(-1) for side in (own, other))
+        mixed = dropped(ours + gate * theirs, dropout).to(value.dtype) @ value
+    else:
+        attend = partial(scaled_dot_product_attention, query, key, value, dropout_p=dropout, scale=scaling)
+        mixed = attend(attn_mask=own) + gate * attend(attn_mask=other)
     return mixed.transpose(1, 2).contiguous(), None
 
 

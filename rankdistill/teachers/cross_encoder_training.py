@@ -35,7 +35,7 @@ from rankdistill.students.dense import set_dropout
 from rankdistill.students.loading import load_cross_encoder, position_limit
 from rankdistill.students.models import resolve_model
 from rankdistill.students.pair_encoder import encoder_folder, pair_encoder
-from rankdistill.students.token_batches import resolve_precision
+from rankdistill.students.token_batches import resolve_precision, training_attention
 from rankdistill.teachers.base import Dev, TextList
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 
@@ -172,7 +172,8 @@ class Listwise(nn.Module):
         return {"features": dict(features), "grades": torch.tensor(padded)}
 
     def forward(self, features: dict[str, Any], grades: Tensor) -> Tensor:
-        logits = self.model(features)["scores"].float().reshape(-1)
+        with training_attention(features):
+            logits = self.model(features)["scores"].float().reshape(-1)
         with torch.autocast(logits.device.type, enabled=False):
             return self.loss(logits.new_zeros(grades.shape).masked_scatter(grades >= 0, logits), grades)
 

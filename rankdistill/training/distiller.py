@@ -15,7 +15,7 @@ from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
 from rankdistill.progress import warn
 from rankdistill.students.base import Features, Side, StudentModel, split_rows
-from rankdistill.students.token_batches import out_of_memory
+from rankdistill.students.token_batches import out_of_memory, training_attention
 from rankdistill.training.processes import Batch, whole_batch, world_size
 
 if TYPE_CHECKING:
@@ -154,10 +154,14 @@ class Distiller(nn.Module):
         if self.gradient_cache:
             parts = [less for part in parts for less in split_rows(part, self.token_budget)]
         if self.gradient_cache and torch.is_grad_enabled():
-            embedded = [checkpoint(self.student.embed, part, side, use_reentrant=False) for part in parts]
+            embedded = [checkpoint(self._embed_part, part, side, use_reentrant=False) for part in parts]
         else:
-            embedded = [self.student.embed(part, side) for part in parts]
+            embedded = [self._embed_part(part, side) for part in parts]
         return self.student.join(embedded).float()
+
+    def _embed_part(self, part: Features, side: Side) -> Any:
+        with training_attention(part):
+            return self.student.embed(part, side)
 
     def _parts(self, batch: Batch) -> dict[str, Tensor]:
         """Each loss of the batch, before its weight."""
