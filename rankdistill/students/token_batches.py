@@ -152,8 +152,8 @@ def autocast(device: torch.device | str, precision: Precision = "auto") -> Abstr
 def training_attention(features: Mapping[str, Any]) -> AbstractContextManager[Any]:
     """Attention of a batch of texts that is learned from, as plain matrix products on a CPU where the texts are short.
 
-    There the fused kernel's backward pass takes three times as long (torch 2.13, bf16, 64 and 96 tokens); from 256 tokens
-    on it is the faster one.
+    There the fused kernel's backward pass takes three times as long (torch 2.13, bf16, 64 and 96 tokens); from 256
+    tokens on it is the faster one.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
