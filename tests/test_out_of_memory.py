@@ -98,7 +98,9 @@ def test_pairs_are_scored_in_smaller_parts(
         found = teacher.score_pairs(queries, documents, pairs)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert (
-        max(tried) > 100 and teacher.budget.tokens < 960 and capsys.readouterr().err.count("warning: the memory") == 1
+        max(tried) > 100
+        and teacher.scorer.budget.tokens < 960
+        and capsys.readouterr().err.count("warning: the memory") == 1
     )
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rankdistill.artifacts import write_atomically
 from rankdistill.devices import place_training
-from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.losses.base import ListLoss
 from rankdistill.losses.contrastive import LCE
@@ -32,12 +32,12 @@ from rankdistill.progress import Progress, progress, quiet_transformers, say, wa
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.students.dense import set_dropout
-from rankdistill.students.loading import load_cross_encoder, position_limit
 from rankdistill.students.models import resolve_model
-from rankdistill.students.pair_encoder import encoder_folder, pair_encoder
+from rankdistill.students.pair_scoring import new_parts, save_cross_encoder, starting_cross_encoder
 from rankdistill.students.token_batches import resolve_precision, training_attention
 from rankdistill.teachers.base import Dev, TextList
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+from rankdistill.training.trainer import with_rates
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -241,18 +241,10 @@ class PairTrainer(SafeCheckpoints, Trainer):
 
     def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
         """Rates of their own for what is new: it has further to go than an encoder that is nearly right."""
-        optimizer = super().create_optimizer(*model)  # transformers 5.0 takes none
-        new = self.settings.head_learning_rate or 10 * self.settings.learning_rate
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for group in list(optimizer.param_groups):
-            for parameter in list(group["params"]):
-                parts = names[parameter].split(".")
-                rate = self.settings.gate_learning_rate if parts[-1] == "gates" else new
-                # The pooler of an encoder's own that no score is read from gets no gradient at either rate.
-                if parts[-1] == "gates" or {"pooler", "classifier", "head"} & set(parts):
-                    group["params"] = [one for one in group["params"] if one is not parameter]
-                    optimizer.add_param_group({**group, "params": [parameter], "lr": rate})
-        return optimizer
+        gates, heads = new_parts(self.scorer.load())
+        rate = self.settings.head_learning_rate or 10 * self.settings.learning_rate
+        rates = dict.fromkeys(heads, rate) | dict.fromkeys(gates, self.settings.gate_learning_rate)
+        return with_rates(super().create_optimizer(*model), rates)  # transformers 5.0 takes none
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # it is in a random order
@@ -266,7 +258,7 @@ class PairTrainer(SafeCheckpoints, Trainer):
             with _at_rest(self.scorer.load()):
                 metrics = {DEV: self.dev.evaluate(self.scorer)}
             if metrics[DEV] > max(self.looks().values(), default=-math.inf):
-                save(self.scorer.load(), Path(self.args.output_dir) / "best", self.scoring_length)
+                save_cross_encoder(self.scorer.load(), Path(self.args.output_dir) / "best", self.scoring_length)
             self.log(metrics)
         # As the base class does; it takes the request to evaluate back, which else is served again at the end.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -360,7 +352,8 @@ def fine_tune(
     )
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)  # a new head starts at random
-    model = first_model(resolve_model(teacher.model_name).path, settings, teacher)
+    length = settings.max_length or teacher.max_length
+    model = starting_cross_encoder(resolve_model(teacher.model_name).path, settings.start, length, teacher.device)
     if settings.dropout is not None:
         set_dropout(model[0].model, settings.dropout)
     learner = Listwise(model, settings)
@@ -413,7 +406,7 @@ def fine_tune(
         )
     best = work / "trainer" / "best"
     if judge is None or not best.is_dir():
-        save(model, best, teacher.max_length)
+        save_cross_encoder(model, best, teacher.max_length)
     shutil.rmtree(work / "model", ignore_errors=True)
     best.rename(work / "model")
     return {
@@ -451,19 +444,6 @@ def _course(
     return report
 
 
-def first_model(start: Path, settings: CrossEncoderTraining, teacher: CrossEncoderTeacher) -> CrossEncoder:
-    """The cross-encoder before its first step."""
-    length = settings.max_length or teacher.max_length
-    if settings.start == "encoder":
-        try:
-            return pair_encoder(start, length, str(teacher.device))
-        except UsageError as error:
-            warn(f"{error.what}: its training starts from a random head")
-    return load_cross_encoder(
-        start / encoder_folder(start), teacher.device, length, num_labels=1, activation_fn=nn.Identity()
-    )
-
-
 @contextmanager
 def _at_rest(model: CrossEncoder) -> Iterator[None]:
     """Without dropout."""
@@ -471,16 +451,3 @@ def _at_rest(model: CrossEncoder) -> Iterator[None]:
     model.eval()
     yield
     model.train(training)
-
-
-def save(model: CrossEncoder, folder: Path, scoring_length: int | None) -> None:
-    """Whole or not at all; the model may be scored with longer pairs than it is trained with."""
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    length = model.max_seq_length
-    model.max_seq_length = min(scoring_length, position_limit(model.model)) if scoring_length else length
-    with quiet_transformers():
-        model.save_pretrained(str(new), create_model_card=False)
-    model.max_seq_length = length
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)

@@ -165,13 +165,8 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         return distiller.student
 
     def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*model)  # transformers 5.0 takes none
         rates = self.student.learning_rates()
-        for group in list(optimizer.param_groups):
-            for parameter in [one for one in group["params"] if one in rates]:
-                group["params"] = [one for one in group["params"] if one is not parameter]
-                optimizer.add_param_group({**group, "params": [parameter], "lr": rates[parameter]})
-        return optimizer
+        return with_rates(super().create_optimizer(*model), rates)  # transformers 5.0 takes none
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         stream: Any = self.train_dataset
@@ -279,6 +274,15 @@ class StudentTrainer(SafeCheckpoints, Trainer):
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         return False  # `evaluate` keeps the best
+
+
+def with_rates(optimizer: torch.optim.Optimizer, rates: dict[nn.Parameter, float]) -> torch.optim.Optimizer:
+    """The optimiser with parameters that learn at rates of their own."""
+    for group in list(optimizer.param_groups):
+        for parameter in [one for one in group["params"] if one in rates]:
+            group["params"] = [one for one in group["params"] if one is not parameter]
+            optimizer.add_param_group({**group, "params": [parameter], "lr": rates[parameter]})
+    return optimizer
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -65,7 +65,7 @@ def test_scores_equal_those_of_predict(
     )
     found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
     expected = predicted(cross_encoder, lists, max_length)
-    assert teacher._joiner is not None and found.dtype == np.float32
+    assert teacher.scorer.joiner is not None and found.dtype == np.float32
     assert expected.std() > 0.3
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -87,7 +87,7 @@ def test_pairs_are_cut_to_what_the_model_has_positions_for(
     folder = make_model(tmp_path / "model", kind, "ForSequenceClassification")
     teacher = CrossEncoderTeacher(str(folder), max_length=max_length, precision="fp32", device="cpu")
     found = teacher.score_pairs(*TEXTS, PAIRS)
-    assert teacher.limit == limit
+    assert teacher.scorer.limit == limit
     assert ("1,024, but model has 64 positions" in capsys.readouterr().err) == (max_length == 1024)
     peer = CrossEncoder(str(folder), device="cpu", max_length=min(limit, 1000))
     peer.tokenizer.pad_token = peer.tokenizer.pad_token or "</s>"  # asked for, though a pair alone is not padded
@@ -229,10 +229,10 @@ def test_long_queries_are_cut_counted_and_said_once(
     long = TextList("q", "iron gold oak " * 20, ["a"], document)
     short = TextList("q", "iron gold oak " * 2, ["a"], document)
     (_, _, first), (_, _, second) = (next(iter(teacher.score([item]))) for item in (long, short))
-    length = len(token_ids(teacher._tokenizer, [short.query])[0])
+    length = len(token_ids(teacher.scorer.tokenizer, [short.query])[0])
     assert length >= 6 and first == second  # the same first tokens remain
     assert list(teacher.score([long, short]))
-    assert teacher.cut_queries == (2 if length == 6 else 4)
+    assert teacher.scorer.cut_queries == (2 if length == 6 else 4)
     assert capsys.readouterr().err.count("are cut") == 1
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from rankdistill.teachers import cross_encoder_training
 from rankdistill.teachers.base import Dev
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, CrossEncoderTraining
 from rankdistill.teachers.cross_encoder_training import DevCandidates, Listwise, PairTrainer, TrainingLists
@@ -182,11 +181,12 @@ def test_an_encoder_that_cannot_be_had_starts_from_a_head(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from rankdistill.errors import UsageError
+    from rankdistill.students import pair_encoder
 
     def refused(*_: Any) -> Any:
         raise UsageError("this encoder's attention is not open to change")
 
-    monkeypatch.setattr(cross_encoder_training, "pair_encoder", refused)
+    monkeypatch.setattr(pair_encoder, "pair_encoder", refused)
     teacher = teacher_of(tiny_encoder, steps=1)
     teacher.train(tiny_collection, candidates_of(tiny_collection), tmp_path / "ce", seed=3)
     assert "starts from a random head" in capsys.readouterr().err
