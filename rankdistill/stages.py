@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
 RECIPE = "recipe.yaml"
-AGREEMENT_DEPTH = 20  # documents of a dev query on which agreement with the teacher is measured
+AGREEMENT_DEPTH = 20  # documents of a dev query that are re-ranked, or on which agreement with the teacher is measured
 
 
 class Workspace:
@@ -373,7 +373,8 @@ class Workspace:
         return open_artifact(self.student_folder(name), "student")
 
     def dev_pool(self, recipe: Recipe) -> Any:
-        from rankdistill.training.trainer import DevPool
+        from rankdistill.indexes.engines import CROSS_ENCODER
+        from rankdistill.training.trainer import DevPool, RerankPool
 
         _, candidates = self.mine()
         _, dev_ids, dev_split = self.queries
@@ -383,15 +384,11 @@ class Workspace:
         if judged is None:
             warn("dev queries have neither labels nor teacher scores: the last checkpoint is kept, not the best")
             return None
-        return DevPool.build(
-            self.collection,
-            judged,
-            dev_ids,
-            [found.get(query_id, []) for query_id in dev_ids],
-            training.dev_documents,
-            recipe.seed,
-            training.metric,
-        )
+        lists = [found.get(query_id, []) for query_id in dev_ids]
+        pool = (self.collection, judged, dev_ids, lists)
+        if recipe.student.type == CROSS_ENCODER:
+            return RerankPool.over(*pool, AGREEMENT_DEPTH, training.metric)
+        return DevPool.build(*pool, training.dev_documents, recipe.seed, training.metric)
 
     def trained(self, name: str = STUDENT) -> Artifact:
         """A trained student's artifact; an error where there is none, or one of other settings than the recipe's."""
@@ -422,8 +419,9 @@ class Workspace:
 
     def vectors(self, name: str, student: StudentModel, collection: Collection) -> Artifact:
         """A student's document vectors of a collection, encoded once."""
-        from rankdistill.indexes.engines import encode_collection
+        from rankdistill.indexes.engines import check_vectors, encode_collection
 
+        check_vectors(student)
         return encode_collection(student, collection, self._vectors_folder(name, collection))
 
     def _vectors_folder(self, name: str, collection: Collection) -> Path:
@@ -639,6 +637,8 @@ class Workspace:
             student_model = self.student()
             indexes = [self.index(specification, student=student_model) for specification in wanted]
             done = ", ".join(f"{index.name} ({index.bytes_per_document:.0f} B a document)" for index in indexes)
+            if not done and student_model.reads_pairs:
+                return None  # it re-ranks: not a stage of it
             if not done:
                 vectors = self.vectors(STUDENT, student_model, self.collection)
                 done = f"no file; {vectors.kind.replace('_', ' ')} of {vectors.counts['documents']:,} documents"

@@ -14,6 +14,7 @@ from rankdistill.plain import file_name
 from rankdistill.progress import warn
 
 if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
     from rankdistill.evaluation.cost import Reranking
     from rankdistill.evaluation.evaluate import EngineSystem, System
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rankdistill.indexes.lucene_bm25 import LuceneBM25
     from rankdistill.indexes.mining import Source
     from rankdistill.stages import Workspace
+    from rankdistill.students.cross_encoder import PairModel
 
 STUDENT = "student"
 UNTRAINED = "untrained"
@@ -77,6 +79,12 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
         if name != UNTRAINED and not (run.student_folder(name) / "manifest.json").is_file():
             continue
         student = run.student(name)
+        if student.reads_pairs:
+            note = "" if name == UNTRAINED else _best_step(run, name)
+            rows[row] = _rerank_row(run, collection, split, sources[0], suite.rerank_depth, student, note)
+            if suite.rerank and sources[0].engine is not first.engine:
+                reranking[row] = _rerank_row(run, collection, split, first, suite.rerank_depth, student, note, "-bm25")
+            continue
         engine = exhaustive_engine(student, run.vectors(name, student, collection))
         rows[row] = _engine_system(engine, "" if name == UNTRAINED else _best_step(run, name))
         if suite.rerank:
@@ -213,14 +221,11 @@ def _teacher_row(
     A recorded teacher may lack scores: where it has none there is no row (it would be the first stage's, under the
     teacher's name), and where it knows some of the queries the row is of those, and says so.
     """
-    from rankdistill.indexes.mining import FILE, Source, mine
+    from rankdistill.indexes.mining import FILE
     from rankdistill.runs import iter_run
 
-    path = run.path / "candidates" / file_name(f"{collection.name}-{split}{suffix}")
-    # The engine alone: quotas and ranks of the recipe say what a training list holds.
-    first_stage = Source(source.engine)
-    measured: dict[str, Any] = {"split": split, "include_positives": False, "drop_same_texts": False}
-    candidates = mine(collection, [first_stage], path, depth=depth, **measured)
+    candidates = _first_stage(run, collection, split, source, depth, suffix)
+    path = candidates.path
     scores = run.scores(collection, candidates)
 
     def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
@@ -236,14 +241,55 @@ def _teacher_row(
     if not scored:
         warn(f"no row for the teacher on {collection.name}, {split}: it has no score for any of {total:,} candidates")
         return "teacher", None
-    note = f"the teacher re-ranks the first {depth} of {first_stage.engine.name}"
+    note = f"the teacher re-ranks the first {depth} of {source.engine.name}"
     if scored < total:
         note += f"; it has scores for {scored:,} of {total:,} candidates, the others follow in the first stage's order"
-    system = _Recorded(recorded, path / FILE, depth, note, _served_teacher(run, collection, source.engine, depth))
+    system = _Reranked(recorded, path / FILE, depth, note, _served_teacher(run, collection, source.engine, depth))
     if len(part) == listed or _live(run.teacher):
         return "teacher", system
     system.part = part
     return f"teacher, on {len(part):,} of {queries:,} queries", system
+
+
+def _first_stage(
+    run: Workspace, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
+) -> Artifact:
+    """What a source of candidates finds for a split's queries, to be re-ranked."""
+    from rankdistill.indexes.mining import Source, mine
+
+    path = run.path / "candidates" / file_name(f"{collection.name}-{split}{suffix}")
+    measured: dict[str, Any] = {"split": split, "include_positives": False, "drop_same_texts": False}
+    # The engine alone: quotas and ranks of the recipe say what a training list holds.
+    return mine(collection, [Source(source.engine)], path, depth=depth, **measured)
+
+
+def _rerank_row(
+    run: Workspace,
+    collection: Collection,
+    split: str,
+    source: Source,
+    depth: int,
+    student: PairModel,
+    note: str,
+    suffix: str = "",
+) -> System:
+    """A student that reads pairs, re-ranking the top of a source of candidates, as its teacher's row does."""
+    from rankdistill.evaluation.cost import Reranking
+    from rankdistill.indexes.mining import FILE
+
+    candidates = _first_stage(run, collection, split, source, depth, suffix)
+    student.scorer.freeze()
+
+    def live(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
+        for item in lists:
+            yield item.query_id, item.doc_ids, student.rerank(*collection.query_texts([item.query_id]), item.documents)
+
+    def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
+        return student.rerank(query, documents)
+
+    served = Reranking(source.engine, collection, score, lambda: [student], depth)
+    said = f"the student re-ranks the first {depth} of {source.engine.name}"
+    return _Reranked(live, candidates.path / FILE, depth, f"{said}; {note}" if note else said, served)
 
 
 def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: int) -> Reranking | None:
@@ -274,8 +320,8 @@ def _live(teacher: Any) -> bool:
     return all(member.live for member in getattr(teacher, "members", [teacher]))
 
 
-class _Recorded:
-    """The teacher's row from recorded scores: its speed is the scoring's, not the look-up's."""
+class _Reranked:
+    """A row of re-ranked candidates: its speed is measured as it is served, whether or not scores are looked up."""
 
     timed = False
 

@@ -76,7 +76,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
     made = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-    if func._schema.name.endswith("_") and isinstance(args[0], Away):
+    name = func._schema.name
+    if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Away):  # in place, unlike `__and__`
         return args[0]
     return tree_map(lambda one: Away(one) if goes and isinstance(one, torch.Tensor) else one, made)
 
@@ -113,6 +114,7 @@ def standin_gpu() -> Iterator[list[int]]:
     try:
         with pytest.MonkeyPatch.context() as patch, _Mode():
             patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+            patch.setattr(torch, "inference_mode", torch.no_grad)  # in it, no view of a wrapped tensor can be taken
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
             patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "splade": {},
     "inference_free": {},
     "query_tower": {"document_model": ""},
+    "cross_encoder": {},
 }
 
 
@@ -96,7 +98,11 @@ def test_every_tensor_of_a_student_follows_its_device(kind: str, tiny_encoder: P
 
     def losses(model: Any, device: torch.device) -> float:
         model.start = None
-        parts = [to_device(model.preprocess(texts, side), device) for side in ("query", "document")]
+        if model.reads_pairs:
+            documents = model.preprocess_pairs(texts, texts, np.array([[0, 1], [1, 2], [2, 2]]))
+        else:
+            documents = model.preprocess(texts, "document")
+        parts = [to_device(features, device) for features in (model.preprocess(texts, "query"), documents)]
         loss = build("loss", {"type": "infonce"})
         distiller = Distiller(model, {"kl": build("loss", {"type": "kl"}), "infonce": loss}).to(device)
         batch = {

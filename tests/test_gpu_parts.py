@@ -148,6 +148,8 @@ def learn(parts: Parts, device: torch.device, loss: dict[str, Any], **others: An
 def encode(parts: Parts, device: torch.device, kind: str) -> list[Any]:
     model = parts.student(kind, device)
     rows = np.arange(4)
+    if model.reads_pairs:
+        return [model.similarities(QUERIES, DOCUMENTS)]
     return [
         *(_plain(model.encode_queries(QUERIES)), _plain(model.encode_documents(DOCUMENTS))),
         _plain(model.pool_similarities(QUERIES, parts.collection.document_texts(rows), rows)),

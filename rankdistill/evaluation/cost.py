@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Reranking:
     score: Callable[[str, list[str], list[str]], Any]
     models: Callable[[], Sequence[Any]]
     depth: int
+    rates: list[float] = field(default_factory=list)  # pairs a second, of each query so far
 
     def steps(self, depth: int) -> dict[str, Step]:
         return {**engine_steps(self.engine, self.depth), "rerank": self._rerank}
@@ -73,8 +74,14 @@ class Reranking:
         scored = []
         for text, hits in zip(texts, found, strict=True):
             documents = self.collection.document_texts(hits.rows)
+            started = time.perf_counter()
             scored.append(self.score(text, self.collection.doc_ids(hits.rows), documents))
+            self.rates.append(len(documents) / (time.perf_counter() - started))
         return scored
+
+    def pairs_per_second(self) -> float:
+        """The median: the first query loads the models."""
+        return round(float(np.median(self.rates)), 1)
 
     @property
     def bytes(self) -> int | None:
@@ -169,6 +176,7 @@ def measure_costs(
             one["bytes_a_document"] = round(size / documents, 2) if size is not None and documents else None
             one["memory_bytes"] = getattr(system, "memory_bytes", None)
             one["parameters"] = getattr(system, "parameters", None)
+            one["pairs_per_second"] = system.pairs_per_second() if isinstance(system, Reranking) and times else None
             one["quality"] = row.means.get(metric)
             found[row.system] = one
             if total is not None:

@@ -204,6 +204,7 @@ class Row:
     queries_per_second: float | None = None
     parameters: int | None = None
     note: str = ""
+    pairs_per_second: float | None = None  # of a system that reads query and document together
     intervals: dict[str, list[float]] = field(default_factory=dict)  # metric → 95% interval of the mean
 
 
@@ -288,6 +289,7 @@ class Evaluation:
             found = self.cost["systems"][row.system]
             row.queries_per_second = found["batch_queries_per_second"]
             row.bytes, row.parameters = found["bytes"], found["parameters"]
+            row.pairs_per_second = found["pairs_per_second"]
 
 
 def evaluate_systems(

@@ -85,11 +85,13 @@ def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False,
 def _set_tables(evaluation: Evaluation, intervals: bool, short: bool = False) -> list[Table]:
     has_size = any(row.bytes is not None for row in evaluation.rows)
     has_rate = any(row.queries_per_second is not None for row in evaluation.rows)
-    header = ["system", *evaluation.metrics] + ["size"] * has_size + ["queries/s"] * has_rate
+    has_pairs = any(row.pairs_per_second is not None for row in evaluation.rows)
+    header = ["system", *evaluation.metrics] + ["size"] * has_size + ["queries/s"] * has_rate + ["pairs/s"] * has_pairs
     rows = [
         [row.system, *(figure_text(row.means[metric]) for metric in evaluation.metrics)]
         + [bytes_text(row.bytes)] * has_size
         + [rate_text(row.queries_per_second)] * has_rate
+        + [rate_text(row.pairs_per_second)] * has_pairs
         for row in evaluation.rows
     ]
     most = max((row.notes["queries"] for row in evaluation.rows), default=0)
@@ -327,6 +329,8 @@ def _notes(evaluation: Evaluation) -> list[str]:
     if any(row.queries_per_second is not None for row in evaluation.rows):
         threads, batch = evaluation.environment.get("threads"), evaluation.environment.get("query_batch")
         lines.append(f"queries/s: encoding and search together, batches of {batch}, up to {threads} threads")
+    if any(row.pairs_per_second is not None for row in evaluation.rows):
+        lines.append("pairs/s: re-ranking alone, one query at a time")
     return lines
 
 

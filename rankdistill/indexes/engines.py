@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 MULTI_VECTOR = "multi_vector"
 INFERENCE_FREE = "inference_free"
 SPARSE_STUDENTS = ("splade", INFERENCE_FREE)
+CROSS_ENCODER = "cross_encoder"
+
+
+def check_vectors(student: Any) -> None:
+    """Refuse a student that has none.
+
+    Raises:
+        UsageError: it reads query and document together.
+    """
+    if student.reads_pairs:
+        raise UsageError(
+            "a cross_encoder student has no vectors to search: it re-ranks what a first stage found",
+            fix="`rankdistill evaluate` measures it so; as teacher: {type: cross_encoder, model: RUN/student/model} it "
+            "teaches a student that searches",
+        )
 
 
 def encode_collection(student: Any, collection: Collection, path: str | Path) -> Artifact:
@@ -152,17 +167,23 @@ def index_files(student_type: str, specifications: Sequence[Any], where: str = "
     """The specifications that are built to a file, or folder, of their own.
 
     Of a multi-vector student there are none: `flat` is its token vectors, which are searched as they are. Nor is the
-    `flat` of a sparse student a file: its vectors are searched exactly.
+    `flat` of a sparse student a file: its vectors are searched exactly. A cross-encoder has nothing to search.
 
     Raises:
-        UsageError: any other index of a multi-vector student, one of dense vectors for a sparse student, or of term
-            weights for another.
+        UsageError: any other index of a multi-vector student or a cross-encoder, one of dense vectors for a sparse
+            student, or of term weights for another.
     """
     files = []
     for given in specifications:
         specification = any_specification(given)
         flat = getattr(specification, "factory", "") == "Flat"
         sparse = isinstance(specification, SparseSpecification)
+        if student_type == CROSS_ENCODER and not flat:
+            raise UsageError(
+                f"{specification.name} is an index, and a cross_encoder student re-ranks: it has no vectors",
+                where=where,
+                fix="indexes: [], or a student that searches, which this one can teach",
+            )
         if student_type == MULTI_VECTOR and not flat:
             raise UsageError(
                 f"{specification.name} holds one vector a document; a multi_vector student has one a token",
@@ -181,7 +202,7 @@ def index_files(student_type: str, specifications: Sequence[Any], where: str = "
                 where=where,
                 fix=f"an index of dense vectors, such as flat; or student.type: {' or '.join(SPARSE_STUDENTS)}",
             )
-        if not flat or student_type not in (MULTI_VECTOR, *SPARSE_STUDENTS):
+        if not flat or student_type not in (MULTI_VECTOR, CROSS_ENCODER, *SPARSE_STUDENTS):
             files.append(given)
     return files
 
@@ -194,6 +215,8 @@ def check_index(student_type: str, specification: Any) -> None:
     """
     if index_files(student_type, [specification]):
         return
+    if student_type == CROSS_ENCODER:
+        raise UsageError("a cross_encoder student has no index: it re-ranks", where=str(specification))
     if student_type == MULTI_VECTOR:
         raise UsageError(
             "a multi_vector student has no index file: its token vectors are searched as they are",

@@ -40,6 +40,7 @@ class StudentModel(nn.Module, ABC):
     fingerprint: str
     precision: Precision = "auto"
     sparse = False  # embeddings are term weights, over a vocabulary
+    reads_pairs = False  # query and document together: there is nothing to index
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +95,12 @@ class StudentModel(nn.Module, ABC):
     ) -> NDArray[np.float32]:
         """The same to documents of the collection that is trained on, whose rows are given beside their texts."""
         return self.similarities(queries, documents)
+
+    def pair_scores(
+        self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64], pairs: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Of these pairs alone, [N]; pairs [N, 2] number queries and documents."""
+        return self.pool_similarities(queries, documents, rows)[pairs[:, 0], pairs[:, 1]]
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ the first token starts from a random one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +29,8 @@ from transformers import AttentionInterface
 
 from rankdistill.errors import UsageError
 from rankdistill.progress import quiet_transformers
+from rankdistill.students.base import to_device
+from rankdistill.students.dense import keep_layers
 from rankdistill.students.loading import SAFE, UNBOUNDED, opening, text_limit
 from rankdistill.students.pairs import bare_tokenizer, longest_first, padding_of, token_ids, two_sided_joiner
 from rankdistill.students.token_batches import SHORT
@@ -102,12 +105,8 @@ class PairEncoder(Transformer):
         self.pooling, self.similarity, self.scale, self.side_prompts = pooling, similarity, scale, list(side_prompts)
         self.model.config.num_labels = 1
         self.model.set_attn_implementation(ATTENTION)
-        layers = [module for module in self.model.modules() if hasattr(module, "is_causal")]
-        if not layers:
-            raise AttributeError(f"the layers of {type(self.model).__name__} compute it their own way")
-        self.gates = nn.Parameter(torch.zeros(len(layers), self.model.config.num_attention_heads))
-        for number, layer in enumerate(layers):
-            layer.__dict__["gate_of_heads"] = partial(self._gate, number)
+        self.gates = nn.Parameter(torch.zeros(self._number_layers(), self.model.config.num_attention_heads))
+        self.factor = nn.Parameter(torch.tensor(1.0), requires_grad=False)  # on all of the score
         self.head = nn.Linear(2 * self.get_embedding_dimension(), 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -116,6 +115,20 @@ class PairEncoder(Transformer):
         # RoBERTa and its kin count positions from after the padding's.
         padding = getattr(getattr(self.model, "embeddings", None), "padding_idx", None)
         self.first_position = 0 if padding is None or "roberta" not in self.model.config.model_type else padding + 1
+
+    def _number_layers(self) -> int:
+        layers = [module for module in self.model.modules() if hasattr(module, "is_causal")]
+        if not layers:
+            raise AttributeError(f"the layers of {type(self.model).__name__} compute it their own way")
+        for number, layer in enumerate(layers):
+            layer.__dict__["gate_of_heads"] = partial(self._gate, number)
+        return len(layers)
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Cut to these layers of the encoder, counted from 0, with their gates."""
+        keep_layers(self, layers)
+        self.gates = nn.Parameter(self.gates.detach()[list(layers)])
+        self._number_layers()
 
     def _gate(self, layer: int) -> Tensor:
         return self.gates[layer]
@@ -156,7 +169,7 @@ class PairEncoder(Transformer):
             # Both parts have values around 1 in place of 1 / dimension: the layer learns at the pace of others.
             width = query.shape[1]
             compared = torch.cat([width * query * document, width**0.5 * (query - document).abs()], dim=1)
-            features["scores"] = self.scale * alike[:, None] + self.head(compared)
+            features["scores"] = self.factor * (self.scale * alike[:, None] + self.head(compared))
         return features
 
     def _pool(self, hidden: Tensor, side: Tensor) -> Tensor:
@@ -168,7 +181,12 @@ class PairEncoder(Transformer):
 
     def new_weights(self) -> dict[str, Tensor]:
         """What is not the encoder's, by name."""
-        return {"gates": self.gates, "head.weight": self.head.weight, "head.bias": self.head.bias}
+        return {
+            "gates": self.gates,
+            "head.weight": self.head.weight,
+            "head.bias": self.head.bias,
+            "factor": self.factor,
+        }
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         super().save(output_path, *args, **kwargs)
@@ -221,19 +239,17 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
                 max_seq_length=max_length or encoder.max_seq_length,
             )
             module.max_seq_length = min(module.max_seq_length or UNBOUNDED, text_limit(module))
-            made = CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity())
-            scores = np.asarray(made.predict(PROBE, show_progress_bar=False)) / module.scale
+            made = CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity()).eval()
+            scores = _outputs(made, PROBE, "scores").reshape(-1).numpy() / module.scale
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, IndexError) as error:
         raise UsageError(
             f"this encoder's attention is not open to change: {error}", where=str(folder), fix=fix
         ) from None
     sides = [
-        encoder.encode(
-            [pair[side] for pair in PROBE], prompt=prompts[side], normalize_embeddings=normal, show_progress_bar=False
-        )
+        _outputs(encoder.eval(), [pair[side] for pair in PROBE], "sentence_embedding", prompt=prompts[side] or None)
         for side in (0, 1)
     ]
-    expected = (np.asarray(sides[0]) * np.asarray(sides[1])).sum(axis=1)
+    expected = (cosine_similarity(*sides) if normal else (sides[0] * sides[1]).sum(dim=1)).numpy()
     if not np.allclose(scores, expected, atol=CLOSE * max(1.0, float(np.abs(expected).max()))):
         raise UsageError(
             f"joined in pairs, this encoder scores {scores.round(3)} where it scores {expected.round(3)} alone",
@@ -241,6 +257,13 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
             fix=fix,
         )
     return made
+
+
+def _outputs(model: Any, inputs: Any, name: str, **options: Any) -> Tensor:
+    """On the CPU, float32."""
+    with torch.no_grad():
+        features = to_device(dict(model.preprocess(inputs, **options)), model.device)
+        return cast(Tensor, model(features)[name].float().cpu())
 
 
 def open_pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEncoder | None:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.sampling.base import BatchSampler, DocumentSampler, generator
-from rankdistill.students.base import StudentModel, cut, split_by_length
+from rankdistill.students.base import Features, StudentModel, cut, split_by_length
+from rankdistill.students.cross_encoder import PairModel
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -84,14 +85,13 @@ class BatchStream(Dataset[dict[str, Any]]):
         epoch, members = self.locate(number)
         queries, columns = self._lists(members, epoch)
         rows, mask = columns["rows"], columns["mask"]
-        rows[~mask] = rows[0, 0]  # padding points at a document that is there anyway
-        distinct, index = np.unique(rows, return_inverse=True)
-        documents = cut(self.student.preprocess_documents(self.collection, distinct), self.document_length)
+        texts = self.collection.query_texts(queries)
+        rows = np.where(mask, rows, rows[:, :1])  # padding points at a document that is there anyway
+        distinct, index, documents = self._documents(members, texts, rows)
         parts = split_by_length(documents, self.token_budget)
         order = np.concatenate([places for places, _ in parts])
         place_of = np.empty(len(distinct), dtype=np.int64)
         place_of[order] = np.arange(len(distinct))
-        texts = self.collection.query_texts(queries)
         batch = {
             "queries": self.student.preprocess(texts, "query"),
             "documents": [part for _, part in parts],
@@ -106,6 +106,25 @@ class BatchStream(Dataset[dict[str, Any]]):
         if self.batch_teacher is not None:
             batch["teacher_features"] = self.batch_teacher.features(queries, texts, distinct[order])
         return batch
+
+    def _documents(
+        self, members: NDArray[np.int64], queries: list[str], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Features]:
+        """What is embedded, each once: distinct documents, or of a student that reads pairs each list's own.
+
+        Returns:
+            their numbers, over all lists; which one each place of `rows` has; their features.
+        """
+        if not isinstance(self.student, PairModel):
+            distinct, index = np.unique(rows, return_inverse=True)
+            features = cut(self.student.preprocess_documents(self.collection, distinct), self.document_length)
+            return distinct, index, features
+        count = self.collection.document_count
+        distinct, first, index = np.unique(members[:, None] * count + rows, return_index=True, return_inverse=True)
+        documents, column = np.unique(distinct % count, return_inverse=True)
+        pairs = np.stack([first // rows.shape[1], column], axis=1)
+        texts = self.collection.document_texts(documents)
+        return distinct, index, self.student.preprocess_pairs(queries, texts, pairs, self.document_length)
 
     def _lists(self, members: NDArray[np.int64], epoch: int) -> tuple[list[str], dict[str, NDArray[Any]]]:
         """Query ids, and [lists, documents] arrays of the chosen documents, padded to the longest list."""

@@ -31,6 +31,18 @@ queries = SentenceTransformer("PATH/TO/THIS/FOLDER").encode_query(["..."])
 documents = SentenceTransformer("DOCUMENT_MODEL").encode_document(["..."])
 ```"""
 
+PAIRS = """This model re-ranks: it reads a query and a document together.
+
+```python
+from sentence_transformers import CrossEncoder
+
+# The flag is for a module that is a class of rankdistill, which must be installed; the folder itself has no code.
+model = CrossEncoder("PATH/TO/THIS/FOLDER", trust_remote_code=True)
+scores = model.predict([("a query", "a document"), ("a query", "another")])
+```
+
+To rankdistill it is a teacher as well: `teacher: {type: cross_encoder, model: PATH/TO/THIS/FOLDER}`."""
+
 
 def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], notes: dict[str, Any]) -> str:
     """A README.md for `model/`: what it is, how to use it, how it was trained, what was measured on dev."""
@@ -38,7 +50,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     teacher = recipe.teacher.settings() if recipe.teacher else None
     header = {
         "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
+        "pipeline_tag": "text-ranking" if student["type"] == "cross_encoder" else "sentence-similarity",
         "base_model": student.get("model"),
         "tags": ["sentence-transformers", "rankdistill", "distillation", "retrieval", student["type"]],
     }
@@ -47,7 +59,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     measured = f"\nDev {notes['dev_metric']}:\n\n| step | value |\n|---:|---:|\n{rows}" if rows else ""
     losses = ", ".join(method.type for method in recipe.training.losses)
     loader = LOADERS.get(student["type"], "SentenceTransformer")
-    use = QUERIES_ONLY if "document_model" in student else USE
+    use = QUERIES_ONLY if "document_model" in student else PAIRS if student["type"] == "cross_encoder" else USE
     use = use.replace("LOADER", loader).replace("DOCUMENT_MODEL", str(student.get("document_model")))
     article = "an" if student["type"][0] in "aeiou" else "a"
     used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}

@@ -50,8 +50,8 @@ class Agreement:
         """Mean Kendall τ-b with the teacher; a list that one side ties throughout counts 0, one it cannot differ on
         (the teacher ties it) is left out. NaN where nothing is left.
         """
-        scores = student.pool_similarities(self.queries, self.documents, self.rows)
-        own = scores[np.repeat(np.arange(len(self.queries)), np.diff(self.offsets)), self.index]
+        pairs = np.stack([np.repeat(np.arange(len(self.queries)), np.diff(self.offsets)), self.index], axis=1)
+        own = student.pair_scores(self.queries, self.documents, self.rows, pairs)
         tau = kendall_tau_b(self.teacher, own.astype(np.float64), self.offsets)
         untied = np.array([len(np.unique(self.teacher[a:b])) > 1 for a, b in zip(self.offsets, self.offsets[1:])])
         return float(np.nan_to_num(tau[untied]).mean()) if untied.any() else float("nan")

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.engines import prepare_student
-from rankdistill.losses.base import Loss, Regulariser, VectorLoss
+from rankdistill.losses.base import ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
 from rankdistill.runs import Run
@@ -131,6 +131,52 @@ class DevPool:
             np.take_along_axis(scores, best, axis=1).ravel(),
         )
         return float(evaluate_run(run, self.qrels, [self.metric]).means[self.metric])
+
+
+@dataclass
+class RerankPool(DevPool):
+    """Dev queries with the first candidates of each, which a student that reads pairs re-ranks; no other is read."""
+
+    pairs: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))  # [N, 2]: query, document
+
+    @classmethod
+    def over(
+        cls,
+        collection: Collection,
+        split: str | ScoredLists,
+        query_ids: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        depth: int,
+        metric: str,
+    ) -> RerankPool:
+        """Judged as `build` has it; `depth` of each query's candidates are re-ranked."""
+        judged = collection.qrels(split) if isinstance(split, str) else teacher_judgments(split, collection)
+        firsts = {one: list(dict.fromkeys(ids))[:depth] for one, ids in zip(query_ids, candidates) if one in judged}
+        kept = list(firsts)
+        owners = np.repeat(np.arange(len(kept)), [len(ids) for ids in firsts.values()])
+        found = collection.doc_rows(list(itertools.chain.from_iterable(firsts.values())))
+        rows, column = np.unique(found, return_inverse=True)
+        return cls(
+            kept,
+            collection.query_texts(kept),
+            collection.doc_ids(rows),
+            collection.document_texts(rows),
+            {query_id: judged[query_id] for query_id in kept},
+            metric,
+            rows,
+            "labels" if isinstance(split, str) else "the teacher's order",
+            np.stack([owners, column.ravel()], axis=1),
+        )
+
+    def __str__(self) -> str:
+        return super().__str__().replace("over a pool of", "of re-ranked candidates,")
+
+    def evaluate(self, student: StudentModel) -> float:
+        scores = student.pair_scores(self.queries, self.documents, self.rows, self.pairs)
+        ranked: dict[str, dict[str, float]] = {query_id: {} for query_id in self.query_ids}
+        for (query, document), score in zip(self.pairs.tolist(), scores.tolist(), strict=True):
+            ranked[self.query_ids[query]][self.doc_ids[document]] = score
+        return float(evaluate_run(Run.from_dict(ranked), self.qrels, [self.metric]).means[self.metric])
 
 
 class StudentTrainer(SafeCheckpoints, Trainer):
@@ -377,6 +423,8 @@ def train_student(
         set_seed(recipe.seed)
         maker: Student = build("student", recipe.student.settings(), "student")
         student = maker.create(device) if start is None else maker.open(start, device)
+        if student.reads_pairs:
+            check_pair_losses(losses)
         prepare_student(student, collection, prepared)
         prepare_regularisers(losses, student, collection, prepared)
         batch_teacher = None
@@ -448,7 +496,7 @@ def fit_scale(student: StudentModel, stream: BatchStream, batches: int = 2) -> N
         UsageError: this student has no such factor.
     """
     scale = getattr(student, "scale", None)
-    if not isinstance(scale, torch.Tensor):
+    if not isinstance(scale, torch.nn.Parameter):
         raise UsageError("this student has no factor on its scores", where="training.fit_scale", fix="leave it out")
     products = squares = 0.0
     with torch.no_grad(), autocast(student.device, student.precision):
@@ -568,6 +616,21 @@ def prepare_regularisers(losses: dict[str, Loss], student: StudentModel, collect
             )
         if loss.needs_idf:
             loss.use_idf(torch.from_numpy(student.idf(collection, folder)))
+
+
+def check_pair_losses(losses: dict[str, Loss]) -> None:
+    """Refuse, for a student that reads pairs, what reads vectors or scores across lists.
+
+    Raises:
+        UsageError: naming the loss.
+    """
+    for name, loss in losses.items():
+        if not isinstance(loss, ListLoss):
+            raise UsageError(
+                f"{name} reads vectors or a whole batch, and a cross_encoder student scores its lists' pairs alone",
+                where="training.losses",
+                fix="a loss over lists: margin_mse, kl, listnet, ranknet, lambda_loss, lce ...",
+            )
 
 
 def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:

