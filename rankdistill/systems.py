@@ -42,6 +42,7 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
     from rankdistill.indexes.mining import Source
     from rankdistill.indexes.sparse import searched_here
     from rankdistill.indexes.specification import any_specification
+    from rankdistill.students.cross_encoder import PairModel
 
     rows: dict[str, System] = {}
     own = collection.fingerprint == run.collection.fingerprint
@@ -79,7 +80,7 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
         if name != UNTRAINED and not (run.student_folder(name) / "manifest.json").is_file():
             continue
         student = run.student(name)
-        if student.reads_pairs:
+        if isinstance(student, PairModel):
             note = "" if name == UNTRAINED else _best_step(run, name)
             rows[row] = _rerank_row(run, collection, split, sources[0], suite.rerank_depth, student, note)
             if suite.rerank and sources[0].engine is not first.engine:
@@ -282,7 +283,8 @@ def _rerank_row(
 
     def live(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
         for item in lists:
-            yield item.query_id, item.doc_ids, student.rerank(*collection.query_texts([item.query_id]), item.documents)
+            (query,) = collection.query_texts([item.query_id])
+            yield item.query_id, item.doc_ids, student.rerank(query, item.documents)
 
     def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
         return student.rerank(query, documents)

@@ -245,11 +245,11 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
         raise UsageError(
             f"this encoder's attention is not open to change: {error}", where=str(folder), fix=fix
         ) from None
-    sides = [
+    query, document = (
         _outputs(encoder.eval(), [pair[side] for pair in PROBE], "sentence_embedding", prompt=prompts[side] or None)
         for side in (0, 1)
-    ]
-    expected = (cosine_similarity(*sides) if normal else (sides[0] * sides[1]).sum(dim=1)).numpy()
+    )
+    expected = (cosine_similarity(query, document) if normal else (query * document).sum(dim=1)).numpy()
     if not np.allclose(scores, expected, atol=CLOSE * max(1.0, float(np.abs(expected).max()))):
         raise UsageError(
             f"joined in pairs, this encoder scores {scores.round(3)} where it scores {expected.round(3)} alone",

@@ -152,11 +152,11 @@ class PairScorer:
         if self.query_length:
             query_tokens = [tokens[: self.query_length] for tokens in query_tokens]
         document_tokens = [tokens[:document_length] for tokens in document_tokens]
-        lengths = [
+        query_lengths, document_lengths = (
             np.array([len(tokens) for tokens in side], dtype=np.int64)[pairs[:, column]]
             for column, side in enumerate((query_tokens, document_tokens))
-        ]
-        kept = longest_first(*lengths, room)
+        )
+        kept = longest_first(query_lengths, document_lengths, room)
         sides = [
             (query_tokens[q][:n], document_tokens[d][:m]) for (q, d), n, m in zip(pairs.tolist(), *kept, strict=True)
         ]
