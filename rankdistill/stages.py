@@ -207,8 +207,12 @@ class Workspace:
         )
 
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
+        """Ready to score: trained where it has to be, and told where vectors lie."""
+        from rankdistill.teachers.bi_encoder import BiEncoderTeacher
         from rankdistill.teachers.trained import train_teacher
 
+        if isinstance(teacher, BiEncoderTeacher):
+            teacher.encoded = self.path
         if teacher.needs_training:
             split, seed = self.queries[2], self.recipe.seed
             train_teacher(teacher, settings, self.collection, *self.mine(), split, self.path / name, seed)

@@ -23,6 +23,7 @@ class TextList(NamedTuple):
     query: str
     doc_ids: list[str]
     documents: list[str]
+    collection: Collection | None = None  # whose documents they are, where they are a collection's
 
 
 class Dev(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,11 +14,12 @@ from rankdistill.devices import resolve_device
 from rankdistill.errors import UsageError
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
-from rankdistill.teachers.base import PairTeacher
+from rankdistill.teachers.base import PairTeacher, TextList, check_finite
 
 if TYPE_CHECKING:
     import torch
 
+    from rankdistill.collections import Collection
     from rankdistill.students.dense import DenseModel
 
 KEPT_VECTORS = 200_000  # document vectors held in memory at most
@@ -90,9 +92,31 @@ class BiEncoderTeacher(EncoderTeacher):
         self._device_name = device
         self._model: DenseModel | None = None
         self._kept: dict[bytes, np.ndarray] = {}
+        self.encoded: Path | None = None  # folder below which the model's vectors of a collection may lie already
+        self._made: dict[str, np.ndarray | None] = {}  # a collection's fingerprint → its vectors below `encoded`
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"similarity": self.similarity}
+
+    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        collection = lists[0].collection if lists else None
+        vectors = self._vectors(collection) if collection is not None else None
+        if collection is None or vectors is None:
+            yield from super().score(lists)
+            return
+        for item, query in zip(lists, self.load().encode_queries([item.query for item in lists]), strict=True):
+            scores = vectors[collection.doc_rows(item.doc_ids)] @ query * np.float32(self.scale)
+            check_finite(item.query_id, item.doc_ids, scores, self.type)
+            yield item.query_id, item.doc_ids, scores
+
+    def _vectors(self, collection: Collection) -> np.ndarray | None:
+        """What mining, for one, has encoded."""
+        from rankdistill.indexes.vectors import find_vectors, open_vectors
+
+        if self.encoded is not None and collection.fingerprint not in self._made:
+            made = find_vectors(self.encoded, self.load(), collection)
+            self._made[collection.fingerprint] = open_vectors(made) if made else None
+        return self._made.get(collection.fingerprint)
 
     def load(self) -> DenseModel:
         """The model, loaded once.

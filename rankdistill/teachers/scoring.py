@@ -88,7 +88,7 @@ def score_candidates(
             rows = np.concatenate([np.asarray(collection.doc_rows(doc_ids)) for _, doc_ids in chunk])
             texts = iter(collection.document_texts(rows))
             lists = [
-                TextList(query_id, query, doc_ids, [next(texts) for _ in doc_ids])
+                TextList(query_id, query, doc_ids, [next(texts) for _ in doc_ids], collection)
                 for query, (query_id, doc_ids) in zip(queries, chunk, strict=True)
             ]
             done = 0
