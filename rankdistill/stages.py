@@ -236,6 +236,25 @@ class Workspace:
             scored.append(scores)
         return ensemble.combine(scored) if ensemble else scored[0]
 
+    def _probe(self, candidates: Artifact) -> None:
+        """Before a long scoring, what the teachers are worth on some of its lists.
+
+        One that was trained here knows their labels: its training has judged it on dev queries.
+        """
+        from rankdistill.scores.store import ScoreStore
+        from rankdistill.teachers.probe import named, probe_long
+
+        assert self.recipe.teacher is not None and self.labels is not None
+        settings = self.recipe.teacher.settings()
+        members = zip(
+            getattr(self.teacher, "members", [self.teacher]), settings.get("members", [settings]), strict=True
+        )
+        teachers = named(member for member, given in members if member.live and not given.get("train"))
+        engine, store = self.own_sources[0].engine, ScoreStore(self.store_path)
+        probe_long(
+            teachers, self.collection, lambda: _lists(candidates), self.queries[0], engine, store, split=self.labels
+        )
+
     def score(self, name: str = STUDENT) -> ScoredLists:
         """Scored lists: the training candidates with the teacher's scores and the labels, as a student reads them."""
         from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
@@ -252,6 +271,8 @@ class Workspace:
             expected = lists_fingerprint(self.collection, self.labels, inputs, look)
             if find_artifact(path, "lists", expected) is None:
                 # Without a teacher labels alone are read.
+                if self.recipe.teacher is not None and self.labels is not None:
+                    self._probe(candidates)
                 scores = self.scores(self.collection, candidates) if self.recipe.teacher is not None else None
                 found = _lists(candidates)
                 build_lists(found, scores, self.collection, self.labels, path, inputs=inputs, settings=look, **look)

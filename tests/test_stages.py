@@ -113,6 +113,23 @@ def test_a_second_student_pays_the_teacher_nothing(
     assert "score: 0 pairs scored" in capsys.readouterr().err
 
 
+def test_a_long_scoring_begins_with_what_the_teacher_is_worth(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankdistill.teachers import probe
+
+    for name, value in {"COUNT": 3, "SHARE": 0.5, "LONG": 0.0}.items():
+        monkeypatch.setattr(probe, name, value)
+    members = [values["teacher"], {"type": "bm25"}]
+    recipe = load_recipe({**values, "teacher": {"type": "ensemble", "members": members}})
+    Workspace(tmp_path / "run", recipe, tmp_path / "store").run("score")
+    lines = capsys.readouterr().err.splitlines()
+    probes = [at for at, line in enumerate(lines) if line.startswith("probe: ")]
+    assert len(probes) == 2 and probes[1] < next(at for at, line in enumerate(lines) if line.startswith("score: "))
+    said = [float(lines[at].partition("ndcg@10 ")[2][:5]) for at in probes]
+    assert said == sorted(said, reverse=True)
+
+
 def test_until_stops_after_a_stage_and_the_rest_follows(values: dict[str, Any], tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
     assert workspace.run("mine") is None

@@ -12,7 +12,6 @@ from rankdistill.errors import UsageError
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.scores.store import ScoreStore
-    from rankdistill.teachers.base import Teacher
 
 
 def probe_teachers(
@@ -32,7 +31,7 @@ def probe_teachers(
     from rankdistill.progress import warn
     from rankdistill.recipe import build
     from rankdistill.runs import iter_run
-    from rankdistill.teachers.probe import probe
+    from rankdistill.teachers.probe import named, probe
 
     file = candidates
     if candidates.is_dir():
@@ -44,11 +43,7 @@ def probe_teachers(
                 fix="`rankdistill mine ... --no-positives` for the probe, or a run file",
             )
         file = candidates / "candidates.parquet"
-    teachers: dict[str, Teacher] = {}
-    for text in settings:
-        teacher = limited(build("teacher", text, "--teacher"), budget)
-        name = str(teacher.describe().get("model") or teacher.type)
-        teachers[name if name not in teachers else f"{name} ({len(teachers) + 1})"] = teacher
+    teachers = named(limited(build("teacher", text, "--teacher"), budget) for text in settings)
     found = probe(teachers, collection, iter_run(file), count, store)
     for one in found:
         print(one)

@@ -5,8 +5,9 @@ The scores go to the store, so that a probe costs nothing where the whole job fo
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,17 +16,25 @@ from rankdistill.collections.storage import id_hash
 from rankdistill.errors import UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.significance import compare_values
-from rankdistill.progress import duration
+from rankdistill.indexes.sources import RecordedRun
+from rankdistill.progress import duration, say, warn
 from rankdistill.runs import Run
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import Teacher
+from rankdistill.teachers.llm.asking import AskingTeacher
+from rankdistill.teachers.llm.dry_run import missing_pairs
 from rankdistill.teachers.scoring import score_candidates
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
+    from rankdistill.indexes.base import Engine
 
 METRIC = "ndcg@10"
 FIRST = "first stage"
+COUNT = 50  # queries that a run probes with by itself ...
+SHARE = 0.25  # ... where they are at most this share of those that it will score
+LONG = 180.0  # seconds of scoring from which it does
+DEPTH = 1000  # of a first stage, to see in which order it has a list's documents
 
 
 class Probe(NamedTuple):
@@ -40,6 +49,8 @@ class Probe(NamedTuple):
     significant: bool  # by a randomisation test, corrected for the number of teachers
     pairs_per_second: float | None  # None where the store had all of them, or there is no speed (recorded scores)
     pairs: int  # of the whole job
+    calls: float = 0.0  # of a language model, for all of it, as many a pair as here
+    money: float = 0.0  # by the teacher's prices
 
     def __str__(self) -> str:
         interval = "" if self.low is None or self.high is None else f", 95 % {self.low:+.3f} to {self.high:+.3f}"
@@ -50,6 +61,8 @@ class Probe(NamedTuple):
         if self.pairs_per_second:
             seconds = self.pairs / self.pairs_per_second
             text += f"; {self.pairs_per_second:,.1f} pairs/s, {self.pairs:,} pairs in about {duration(seconds)}"
+        if self.calls:
+            text += f"; about {self.calls:,.0f} calls" + (f" and {self.money:,.2f} in money" if self.money else "")
         return text
 
     @property
@@ -69,6 +82,9 @@ def probe(
     count: int,
     store: ScoreStore | None = None,
     split: str = "train",
+    *,
+    first: Mapping[str, Sequence[str]] | None = None,
+    pairs: Mapping[str, int] | None = None,
 ) -> list[Probe]:
     """Teachers by nDCG@10 of re-ranking the candidates of some labelled queries, best first.
 
@@ -76,13 +92,15 @@ def probe(
         teachers: by the name they are to have.
         candidates: (query_id, doc_ids, _) a query, in the first stage's order.
         count: labelled queries that are asked; which, depends on their ids alone.
+        first: the first stage's order of each query's candidates, where they come in another.
+        pairs: of the whole job, a teacher; the candidates' unless given.
 
     Raises:
         UsageError: none of the candidates' queries has a positive of the split.
     """
     qrels = collection.qrels(split) if split in collection.splits else {}
     lists = [(query_id, list(dict.fromkeys(doc_ids)), scores) for query_id, doc_ids, scores in candidates]
-    pairs = sum(len(doc_ids) for _, doc_ids, _ in lists)
+    every = sum(len(doc_ids) for _, doc_ids, _ in lists)
     labelled = [item for item in lists if any(grade > 0 for grade in qrels.get(item[0], {}).values())]
     chosen = sorted(labelled, key=lambda item: id_hash(item[0]))[:count]
     if not chosen:
@@ -92,12 +110,16 @@ def probe(
             fix="mine candidates of labelled training queries (dev and test are for measuring, never for choosing)",
         )
     judged = {query_id: qrels[query_id] for query_id, _, _ in chosen}
-    rankings = {FIRST: {query_id: _falling(doc_ids) for query_id, doc_ids, _ in chosen}}
+    rankings = {FIRST: {one: _falling(first[one] if first is not None else doc_ids) for one, doc_ids, _ in chosen}}
     speeds: dict[str, float | None] = {}
+    bills: dict[str, tuple[float, float]] = {}
     for name, teacher in teachers.items():
-        started = time.monotonic()
+        started, before = time.monotonic(), _spent(teacher)
         scores = score_candidates(teacher, collection, chosen, store, total=sum(len(item[1]) for item in chosen))
         seconds = time.monotonic() - started
+        paid = [after - sooner for after, sooner in zip(_spent(teacher), before, strict=True)]
+        of_all = (pairs or {}).get(name, every) / max(scores.scored, 1)
+        bills[name] = (paid[0] * of_all, paid[1] * of_all)
         speeds[name] = scores.scored / max(seconds, 1e-9) if scores.scored and teacher.live else None
         rankings[name] = {
             query_id: _ordered(doc_ids, scores.scores_of(query_id, doc_ids)) for query_id, doc_ids, _ in chosen
@@ -110,14 +132,108 @@ def probe(
         one.a if one.b == FIRST else one.b: one
         for one in compare_values(values, baseline=FIRST, family="baseline").comparisons
     }
-    first = float(values[FIRST][METRIC].mean())
+    given = float(values[FIRST][METRIC].mean())
     probes = []
     for name in teachers:
         one = found[name]
         bounds = (one.low, one.high) if one.b == FIRST else (_minus(one.high), _minus(one.low))
         value = float(values[name][METRIC].mean())
-        probes.append(Probe(name, len(chosen), value, first, *bounds, one.significant, speeds[name], pairs))
+        job = (pairs or {}).get(name, every)
+        probes.append(Probe(name, len(chosen), value, given, *bounds, one.significant, speeds[name], job, *bills[name]))
     return sorted(probes, key=lambda one: -one.value)
+
+
+def probe_long(
+    teachers: Mapping[str, Teacher],
+    collection: Collection,
+    candidates: Callable[[], Iterable[tuple[str, Sequence[str], np.ndarray]]],
+    query_ids: Sequence[str],
+    first: Engine | RecordedRun,
+    store: ScoreStore,
+    split: str = "train",
+) -> list[Probe]:
+    """Probe those teachers whose scoring will take long, or asks a language model; each is said in a line.
+
+    The lists are some of the job's own, so that nothing is paid twice: their scores, or the answers that they are made
+    of, are there when it comes to them. How long it takes is told by three lists.
+
+    Args:
+        candidates: the job's.
+        query_ids: of the job.
+        first: the first stage, which shows in which order it has the lists' documents.
+    """
+    qrels = collection.qrels(split)
+    labelled = [one for one in query_ids if any(grade > 0 for grade in qrels.get(one, {}).values())]
+    chosen = set(sorted(labelled, key=id_hash)[:COUNT])
+    if len(chosen) < COUNT or len(query_ids) < COUNT / SHARE:
+        return []
+    lists = [one for one in candidates() if one[0] in chosen]
+    jobs: dict[str, int] = {}
+    for name, teacher in teachers.items():
+        missing = missing_pairs(teacher, collection, candidates(), store)
+        if missing and (
+            isinstance(teacher, AskingTeacher) or missing > LONG * _speed(teacher, collection, lists, store)
+        ):
+            jobs[name] = missing
+    if not jobs:
+        return []
+    orders = first_orders(first, collection, lists)
+    asked = {name: teachers[name] for name in jobs}
+    found = probe(asked, collection, lists, COUNT, store, split, first=orders, pairs=jobs)
+    for one in found:
+        say(f"probe: {one}")
+    if len(found) == len(teachers) and found[0].verdict:  # of several, the best
+        warn(found[0].verdict)
+    return found
+
+
+def _speed(
+    teacher: Teacher,
+    collection: Collection,
+    lists: Sequence[tuple[str, Sequence[str], np.ndarray]],
+    store: ScoreStore,
+) -> float:
+    """Pairs a second; infinite where the store has them: an interrupted job has been probed."""
+    score_candidates(teacher, collection, lists[:1], store)  # the model is loaded
+    started = time.monotonic()
+    scored = score_candidates(teacher, collection, lists[1:4], store).scored
+    return scored / max(time.monotonic() - started, 1e-9) if scored else math.inf
+
+
+def first_orders(
+    first: Engine | RecordedRun, collection: Collection, lists: Sequence[tuple[str, Sequence[str], np.ndarray]]
+) -> dict[str, list[str]]:
+    """query id → its documents as a first stage orders them; those that it does not find come last, by chance."""
+    ids = [query_id for query_id, _, _ in lists]
+    depth = min(DEPTH, collection.document_count)
+    if isinstance(first, RecordedRun):
+        found = first.recorded(ids, depth)
+    else:
+        found = first.search(collection.query_texts(ids), depth)
+    orders = {}
+    for (query_id, doc_ids, _), hits in zip(lists, found, strict=True):
+        ranks = {row: rank for rank, row in enumerate(hits.rows.tolist())}
+        rank_of = {
+            doc_id: (ranks.get(row, depth), id_hash(doc_id))
+            for doc_id, row in zip(doc_ids, collection.doc_rows(doc_ids).tolist(), strict=True)
+        }
+        orders[query_id] = sorted(rank_of, key=rank_of.__getitem__)
+    return orders
+
+
+def named(teachers: Iterable[Teacher]) -> dict[str, Teacher]:
+    """Each by its model, or its type, numbered where that is there twice."""
+    found: dict[str, Teacher] = {}
+    for teacher in teachers:
+        name = str(teacher.describe().get("model") or teacher.type)
+        found[name if name not in found else f"{name} ({len(found) + 1})"] = teacher
+    return found
+
+
+def _spent(teacher: Teacher) -> tuple[float, float]:
+    """Calls and money so far."""
+    spent = teacher.asking.budget.spent if isinstance(teacher, AskingTeacher) else None
+    return (float(spent.calls), spent.money) if spent is not None else (0.0, 0.0)
 
 
 def _minus(value: float | None) -> float | None:

@@ -13,7 +13,7 @@ from rankdistill.artifacts import MANIFEST
 from rankdistill.scores.store import ScoreKind, ScoreStore, TeacherScores
 from rankdistill.teachers.base import Teacher
 from rankdistill.teachers.llm.asking import AskingTeacher, Estimate
-from rankdistill.teachers.scoring import score_candidates
+from rankdistill.teachers.scoring import lists_key, score_candidates
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -74,7 +74,11 @@ def missing_pairs(
     store: ScoreStore | None = None,
 ) -> int:
     """Candidates that any teacher would have to score: those that the store lacks."""
+    key = teacher.fingerprint()
+    if teacher.reads_lists:
+        candidates = [(query_id, list(dict.fromkeys(doc_ids)), scores) for query_id, doc_ids, scores in candidates]
+        key = lists_key(key, candidates)
     with tempfile.TemporaryDirectory() as elsewhere:
         unwritten = _UnwrittenStore((store or ScoreStore()).root, elsewhere)
-        scores = unwritten.folder(teacher.fingerprint(), collection.fingerprint, teacher.score_kind)
+        scores = unwritten.folder(key, collection.fingerprint, teacher.score_kind)
         return sum(len(scores.missing(query_id, doc_ids)) for query_id, doc_ids, _ in candidates)
