@@ -30,7 +30,7 @@ def test_it_reads_vectors_that_lie_there_and_encodes_where_they_are_anothers(
         encoded: list[str] = []
         model = teacher.load()
         before = model.encode_documents
-        model.encode_documents = lambda texts, before=before: encoded.extend(texts) or before(texts)  # type: ignore
+        model.encode_documents = lambda texts, before=before, encoded=encoded: encoded.extend(texts) or before(texts)  # type: ignore
         scores = score_candidates(
             teacher, tiny_collection, everything(tiny_collection), ScoreStore(tmp_path / f"b{number}")
         )
