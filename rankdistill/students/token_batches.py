@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+FEW = 16  # rows that are not worth a part for each power of two
 SHORT = 128  # tokens: attention's matrices are small, plain products are as good as a fused kernel
 GPU_TOKENS = 65_536  # padded tokens in one forward pass: a GPU wants enough rows to fill it
 # What torch says where it has no class for it: the CPU's allocator (Linux, Windows), cuBLAS, Metal.
@@ -93,7 +94,8 @@ def token_budget_batches(
         budget: padded tokens a batch.
         max_rows: texts a batch, whatever their length.
         multiple_of: the width that rows are padded to is rounded up to this.
-        few_shapes: make the number of rows a power of two (a CPU's kernels are made, and kept in memory, one a shape).
+        few_shapes: make the number of rows a power of two (a CPU's kernels are made, and kept in memory, one a shape),
+            but for the last few.
 
     Returns:
         Arrays of positions in `lengths`.
@@ -106,7 +108,7 @@ def token_budget_batches(
     while start < len(order):
         width = -(-max(int(lengths[order[start]]), 1) // multiple_of) * multiple_of
         rows = min(max(1, budget // width), max_rows or len(order), len(order) - start)
-        if few_shapes:
+        if few_shapes and not rows == len(order) - start < FEW:
             rows = 1 << (rows.bit_length() - 1)
         batches.append(order[start : start + rows])
         start += rows
