@@ -37,16 +37,19 @@ RECIPE = {
 
 
 @pytest.fixture
-def recipe(tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> Path:
-    model = str(tiny_encoder)
-    student = {"type": "dense", "model": model, "similarity": "dot", "dropout": 0.0, "precision": "fp32"}
+def recipe(request: pytest.FixtureRequest, tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> Path:
+    """Of a dense student, or of the type that the test is parametrised with."""
+    model, kind = str(tiny_encoder), getattr(request, "param", "dense")
+    given = {"max_length": 48} if kind == "cross_encoder" else {"similarity": "dot", "document_length": 32}
+    student = {"type": kind, "model": model, "dropout": 0.0, "precision": "fp32", **given}
+    training = RECIPE["training"] | ({"losses": [{"type": "kl"}]} if kind == "cross_encoder" else {})  # type: ignore[operator]
     values = {
         **RECIPE,
         "collection": f"beir:{tiny_beir}",
         "teacher": {"type": "bi_encoder", "model": model, "scale": 9},
     }
     path = tmp_path / "together.yaml"
-    path.write_text(yaml.safe_dump({**values, "student": {**student, "document_length": 32}}))
+    path.write_text(yaml.safe_dump({**values, "student": student, "training": training}))
     return path
 
 
@@ -83,6 +86,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+@pytest.mark.parametrize("recipe", ["dense", "cross_encoder"], indirect=True)
 def test_two_processes_train_like_one_with_twice_the_batch(recipe: Path, alone: Path, tmp_path: Path) -> None:
     """Started as `accelerate launch` and torchrun do, by variables; in-batch negatives come from both."""
     out, port = tmp_path / "two", free_port()
