@@ -396,17 +396,22 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def check_file(path: str | Path, ours: bool = False, reads: Iterable[str | Path | None] = ()) -> None:
+def check_file(
+    path: str | Path, ours: bool = False, reads: Iterable[str | Path | None] = (), mark: str = "rankdistill"
+) -> None:
     """Refuse to write a file over one that rankdistill did not write, or that it is to read.
 
     Args:
         ours: known to be, by what lies beside it; else its first and last kilobytes have to name rankdistill.
         reads: what the same command reads.
+        mark: what stands there too in a file of this kind: a report is not written over a recipe.
 
     Raises:
-        UsageError: there is a folder, a device, or a file of another origin.
+        UsageError: there is a folder, a device, a file of another origin or kind, or one of an artifact.
     """
     path = Path(path)
+    if any(_ours(folder) or (folder / CLAIM).is_file() for folder in path.absolute().parents):
+        raise UsageError("this would change what rankdistill has written there, and reads", where=str(path), fix=MOVE)
     if path.is_file() and any(one and Path(one).is_file() and path.samefile(one) for one in reads):
         raise UsageError("this file is one of those that are read", where=str(path), fix=MOVE)
     if path.is_dir():
@@ -420,8 +425,11 @@ def check_file(path: str | Path, ours: bool = False, reads: Iterable[str | Path 
     with open(path, "rb") as stream:
         head = stream.read(MARKED)
         stream.seek(max(0, path.stat().st_size - MARKED))
-        if b"rankdistill" in head + stream.read(MARKED):
+        ends = head + stream.read(MARKED)
+        if b"rankdistill" in ends and mark.encode() in ends:
             return
+        if b"rankdistill" in ends:
+            raise UsageError("there is a file of another kind here", where=str(path), fix=MOVE)
     raise UsageError("there is a file here that rankdistill did not write", where=str(path), fix=MOVE)
 
 

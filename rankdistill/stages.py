@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
 RECIPE = "recipe.yaml"
+WRITTEN = "# Written by rankdistill"  # its first words
 AGREEMENT_DEPTH = 20  # documents of a dev query that are re-ranked, or on which agreement with the teacher is measured
 
 
@@ -92,7 +93,7 @@ class Workspace:
 
     def save_recipe(self) -> None:
         """The resolved recipe, which reproduces the run."""
-        check_file(self.path / RECIPE)
+        check_file(self.path / RECIPE, mark=WRITTEN)
         text = yaml.safe_dump(self.recipe.resolved(), sort_keys=False, allow_unicode=True).encode()
         write_atomically(self.path / RECIPE, _headed(text))
 
@@ -688,7 +689,7 @@ class Workspace:
 def _headed(recipe: bytes) -> bytes:
     """A saved recipe's text below who wrote it, and its digest."""
     digest = hashlib.sha256(recipe).hexdigest()
-    return f"# Written by rankdistill, and again by each run into this folder. SHA-256: {digest}\n".encode() + recipe
+    return f"{WRITTEN}, and again by each run into this folder. SHA-256: {digest}\n".encode() + recipe
 
 
 def recipe_is_whole(run: Path) -> bool:

@@ -37,7 +37,6 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
     from rankdistill.evaluation.evaluate import EngineSystem
     from rankdistill.evaluation.hybrid import fused_rows
     from rankdistill.evaluation.reranking import StudentReranking
-    from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.engines import exhaustive_engine
     from rankdistill.indexes.mining import Source
     from rankdistill.indexes.sparse import searched_here
@@ -56,9 +55,7 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
         lucene = open_bm25(run, sources, collection, lucene=True)
         rows[lucene.name] = EngineSystem(lucene, bytes=lucene.bytes)
     if "sources" in suite.systems:
-        for source, method in zip(sources, run.recipe.candidates.sources, strict=True):
-            if isinstance(source.engine, DenseEngine):  # a model that several sources share is one row
-                rows[f"first stage: {method.settings().get('model')}"] = _engine_system(source.engine)
+        rows |= _dense_rows(sources, run.recipe.candidates.sources)
     if "teacher" in suite.systems and run.recipe.teacher is not None:
         row, system = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
         rows |= {row: system} if system else {}
@@ -66,7 +63,8 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
             row, system = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
             reranking |= {row: system} if system else {}
     encoder = str(run.recipe.student.settings().get("model"))
-    if "encoder" in suite.systems and f"first stage: {encoder}" not in rows and _is_cut(run):
+    whole = any(f"{row}, ".startswith(f"first stage: {encoder}, ") for row in rows)
+    if "encoder" in suite.systems and not whole and _is_cut(run):
         rows[f"encoder: {encoder}"] = _whole_encoder(run, encoder, collection)
     names = []
     if "untrained" in suite.systems:
@@ -99,6 +97,24 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
     rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
     return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(type(run)(folder), collection))
+
+
+def _dense_rows(sources: Sequence[Source], methods: Sequence[Any]) -> dict[str, System]:
+    """A row for each dense engine that candidates come from, however many sources share it; named after its model, and
+    what tells it from others of that model."""
+    from rankdistill.indexes.dense import DenseEngine
+
+    dense: dict[str, tuple[dict[str, Any], DenseEngine]] = {}
+    for source, method in zip(sources, methods, strict=True):
+        if isinstance(source.engine, DenseEngine):
+            dense.setdefault(source.engine.fingerprint, (method.settings(), source.engine))
+    rows: dict[str, System] = {}
+    for settings, engine in dense.values():
+        alike = [other for other, _ in dense.values() if other["model"] == settings["model"]]
+        keys = ("index", "query_length", "document_length", "precision")
+        own = [f"{key} {settings[key]}" for key in keys if any(other[key] != settings[key] for other in alike)]
+        rows[", ".join([f"first stage: {settings['model']}", *own])] = _engine_system(engine)
+    return rows
 
 
 def _is_cut(run: Workspace) -> bool:

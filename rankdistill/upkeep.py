@@ -74,7 +74,7 @@ def _check_layers(student: Mapping[str, Any]) -> None:
 def _check_places(run: Workspace, indexes: list[str]) -> None:
     from rankdistill.indexes.faiss_index import check_out_file
 
-    check_file(run.path / "recipe.yaml")
+    check_file(run.path / "recipe.yaml", mark="# Written by rankdistill")
     members = len(run.recipe.teacher.settings().get("members", ())) if run.recipe.teacher is not None else 0
     teachers = ["teacher", "teacher-calibration", *(f"teacher-{number}" for number in range(members))]
     for name in (STUDENT, "lists", "dev-lists", *teachers):

@@ -329,6 +329,15 @@ def test_a_file_is_written_over_only_where_it_is_ours(tmp_path: Path) -> None:
     file.write_text("my notes")
     with pytest.raises(UsageError, match="there is a file here that rankdistill did not write"):
         check_file(file)
+    file.write_text("# Written by rankdistill\n")
+    check_file(file, mark="# Written by")
+    with pytest.raises(UsageError, match="there is a file of another kind here"):
+        check_file(file, mark="<!doctype html")
+    for folder in ("artifact/model", "results/runs"):
+        write(tmp_path / "artifact")
+        claim(tmp_path / "results")
+        with pytest.raises(UsageError, match="this would change what rankdistill has written there"):
+            check_file(tmp_path / folder / "table.md", ours=True)
     check_file(file, ours=True)
     with pytest.raises(UsageError, match="there is a folder here, and a file is to be written"):
         check_file(tmp_path)

@@ -141,3 +141,29 @@ def test_a_teacher_without_scores_has_no_row_and_one_of_some_queries_has_theirs(
     assert "it has scores for" in found[name].note and not found[name].intervals
     assert name not in found.significance.systems and "BM25" in found.significance.systems
     assert name in repr(found)
+
+
+def test_dense_sources_of_one_encoder_share_vectors_and_have_a_row_each(
+    values: dict[str, Any], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """The encoder has 64 positions: 128 tokens of a document (the default) are as 64; a query's length makes no vector
+    of a document another, and the row of the untouched encoder, under another name, reads them too."""
+    (tmp_path / "link").symlink_to(tiny_encoder)
+    lengths: list[dict[str, Any]] = [{}, {"query_length": 32}, {"document_length": 999}, {"query_length": 4}]
+    lengths += [{"document_length": 16}, {"index": "flat"}]
+    dense = {"type": "dense", "model": str(tiny_encoder), "quota": 1}
+    student = {"type": "static", "model": str(tmp_path / "link"), "precision": "auto"}
+    recipe = load_recipe(
+        {**values, "student": student, "candidates": {"depth": 6, "sources": [{**dense, **one} for one in lengths]}}
+        | {"baselines": {"whole": {"student": {"type": "dense", "model": str(tmp_path / "link"), "query_length": 9}}}}
+    )
+    workspace = Workspace(tmp_path / "run", recipe, tmp_path / "store")
+    suite = load_suite("collection").model_copy(update={"systems": ["sources", "encoder"]})
+    rows = workspace.systems(suite, workspace.collection, "test")
+    named = f"first stage: {tiny_encoder}, index None, query_length {{}}, document_length {{}}"
+    expected = {named.format(32, 128), named.format(4, 128), named.format(32, 16), f"encoder: {tmp_path / 'link'}"}
+    assert set(rows) == expected | {named.replace("None", "flat").format(32, 128)}
+    assert len(list((workspace.path / "engines").glob("vectors-*/documents.npy"))) == 2
+    whole = build("student", recipe.baseline("whole").student.settings()).create()
+    assert workspace.vectors("whole", whole, workspace.collection).path.parent.name == "engines"
+    assert not (workspace.path / "vectors").exists()

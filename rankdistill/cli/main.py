@@ -252,7 +252,7 @@ def score(
     from rankdistill.teachers.scoring import score_candidates
 
     if out is not None:
-        check_file(out, reads=[candidates, imported])
+        check_file(out, reads=[candidates, imported], mark="PAR1")
     opened = open_collection(spec)
     if imported is not None:
         scores = import_scores(imported, form, opened, ScoreStore(store), kind)  # type: ignore[arg-type]

@@ -155,7 +155,8 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
     else:
         text = table.plain_tables(shown) + "\n"
     if out is not None:
-        check_file(out, reads=[evaluation.collection["spec"], *(row.run for row in evaluation.rows)])
+        reads = [evaluation.collection["spec"], *(row.run for row in evaluation.rows)]
+        check_file(out, reads=reads, mark=SIGNED.get(form, '"significance"').strip())
         write_atomically(out, text + SIGNED.get(form, ""))
         say(f"written to {out}")
     elif form == "text":

@@ -54,17 +54,13 @@ def encode_collection(student: Any, collection: Collection, path: str | Path) ->
         from rankdistill.indexes.multi_vector import encode_document_tokens
 
         return encode_document_tokens(student, collection, path)
-    from rankdistill.indexes.vectors import encode_documents
+    from rankdistill.indexes.vectors import encode_documents, find_vectors
 
     if isinstance(student, QueryTowerModel):
-        from rankdistill.indexes.sources import source_vectors
-
         if student.made_vectors is not None and (made := _made(student, collection)) is not None:
             return made
-        mined = source_vectors(Path(path).parents[1] / "engines", student.document_fingerprint, collection)
-        # One for all query encoders over these documents, and the one that was mined with where it is the same.
-        path = mined if mined.is_dir() else Path(path).with_name(f"documents-{collection.name}")
-    return encode_documents(student, collection, path)
+        path = Path(path).with_name(f"documents-{collection.name}")  # one for all query encoders over these documents
+    return encode_documents(student, collection, find_vectors(Path(path).parents[1], student, collection) or path)
 
 
 def _made(student: QueryTowerModel, collection: Collection) -> Artifact | None:

@@ -55,7 +55,7 @@ def manifest_file(path: str | Path) -> Path:
 
 def check_out_file(path: str | Path) -> None:
     """Refuse to write an index, or what lies beside it, over a file that is none of ours; see `check_file`."""
-    check_file(manifest_file(path))
+    check_file(manifest_file(path), mark='"faiss_index"')
     for file in (Path(path), ids_file(path)):
         check_file(file, ours=manifest_file(path).is_file())
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from rankdistill.artifacts import file_digest, fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Engine, Hits, allocate_array, no_hits, ranked
+from rankdistill.indexes.base import Engine, Hits, allocate_array, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.dense import DenseEngine, export_index
 from rankdistill.indexes.specification import load_specification
@@ -144,18 +144,13 @@ class DenseSource(CandidateSource):
             document_length=self.document_length,
             precision=self.precision,
         ).create()
-        path = source_vectors(folder, encoder.fingerprint, collection)
+        path = folder / f"vectors-{fingerprint([document_fingerprint(encoder), collection.fingerprint])}"
         vectors = encode_documents(encoder, collection, path)
         if self.index is None:
             return DenseEngine.over(encoder, vectors)
         specification = load_specification(self.index)
         out_file = path.with_name(f"{path.name}-{specification.name}.faiss")
         return DenseEngine(encoder, export_index(encoder, collection, vectors, specification, out_file))
-
-
-def source_vectors(folder: Path, encoder_fingerprint: str, collection: Collection) -> Path:
-    """Where a dense source keeps the vectors that it searches."""
-    return folder / f"vectors-{fingerprint([encoder_fingerprint, collection.fingerprint])}"
 
 
 class RunSource(CandidateSource):

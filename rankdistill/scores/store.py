@@ -328,7 +328,7 @@ class TeacherScores:
         """
         pairs = 0
         file = Path(file)
-        check_file(file)
+        check_file(file, mark="PAR1")
         metadata = self.metadata | {"written_by": "rankdistill"}
         if calibrator is not None:
             metadata |= {"score_kind": "probability", "teacher": fingerprint([self.teacher, str(calibrator)])}

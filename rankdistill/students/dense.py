@@ -23,6 +23,7 @@ from rankdistill.students.loading import SAFE, UNBOUNDED, fit_texts, opening, si
 from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings
 from rankdistill.students.token_batches import Precision, autocast
 
+QUERY_LENGTH = 32  # tokens of a query, unless given
 ALIGNED = ("dense", "static")  # types of student whose `warm_up` is an alignment with a teacher's vectors
 
 
@@ -59,6 +60,10 @@ class DenseModel(StudentModel):
         first = model[0]
         lengths = [getattr(first, name, None) for name in ("query_length", "document_length")]
         self.fingerprint = fingerprint([source, similarity, lengths, model.prompts, precision])
+        # Whatever queries look like, as if they were of the default length and had no prompt.
+        lengths, prompts = [lengths[0] and QUERY_LENGTH, lengths[1]], {**model.prompts}
+        prompts |= {"query": ""} if "query" in prompts else {}
+        self.document_fingerprint = fingerprint([source, similarity, lengths, prompts, precision])
 
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
         prompt = self.model.prompts.get(side)
@@ -146,7 +151,7 @@ class DenseStudent(_SentenceStudent):
         similarity: Literal["keep", "dot", "cos"] = "keep",
         scale: float | None = None,
         learn_scale: bool = False,
-        query_length: int | None = 32,
+        query_length: int | None = QUERY_LENGTH,
         document_length: int | None = 128,
         query_prompt: str | None = None,
         document_prompt: str | None = None,

@@ -48,7 +48,7 @@ class DocumentModel:
             known = {
                 "dimension": model.dimension,
                 "similarity": model.similarity,
-                "fingerprint": model.fingerprint,
+                "fingerprint": model.document_fingerprint,
             }
         self.known = known
 
@@ -69,11 +69,10 @@ class DocumentModel:
             else:
                 model = DenseStudent(**self.settings).create(self.device)
             self._model = model.eval().requires_grad_(False)
-            known = getattr(self, "known", {"fingerprint": model.fingerprint})
-            if known["fingerprint"] != model.fingerprint:
+            made = model.document_fingerprint
+            if (known := getattr(self, "known", {"fingerprint": made})["fingerprint"]) != made:
                 raise RankdistillError(
-                    f"this query encoder was trained for another document model ({known['fingerprint']}, not"
-                    f" {model.fingerprint})",
+                    f"this query encoder was trained for another document model ({known}, not {made})",
                     where=str(self.settings["model"]),
                     fix="give the model, lengths and precision it was trained for",
                 )

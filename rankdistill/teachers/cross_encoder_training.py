@@ -37,6 +37,7 @@ from rankdistill.students.pair_scoring import new_parts, save_cross_encoder, sta
 from rankdistill.students.token_batches import resolve_precision, training_attention
 from rankdistill.teachers.base import Dev, TextList
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+from rankdistill.training.less_memory import GradientCache, StepAgain
 from rankdistill.training.trainer import with_rates
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Listwise(nn.Module):
 
     def __init__(self, model: CrossEncoder, settings: CrossEncoderTraining) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.cache = model, settings, GradientCache()
         self.over_lists: ListLoss | None = {
             "lce": LCE(),
             "listnet": ListNet(),
@@ -172,8 +173,12 @@ class Listwise(nn.Module):
         return {"features": dict(features), "grades": torch.tensor(padded)}
 
     def forward(self, features: dict[str, Any], grades: Tensor) -> Tensor:
-        with training_attention(features):
-            logits = self.model(features)["scores"].float().reshape(-1)
+        def compute(part: dict[str, Any]) -> Tensor:
+            with training_attention(part):
+                scores: Tensor = self.model(dict(part))["scores"].reshape(-1)
+            return scores
+
+        logits = torch.cat(self.cache.run(compute, [features])).float()
         with torch.autocast(logits.device.type, enabled=False):
             return self.loss(logits.new_zeros(grades.shape).masked_scatter(grades >= 0, logits), grades)
 
@@ -229,7 +234,7 @@ class DevCandidates:
         return float(evaluate_run(run, self.qrels, [METRIC]).means[METRIC])
 
 
-class PairTrainer(SafeCheckpoints, Trainer):
+class PairTrainer(StepAgain, SafeCheckpoints, Trainer):
     """Minimises `Listwise`; looks at dev, keeps the best model in `best`, draws negatives anew halfway."""
 
     def __init__(self, model: Listwise, scorer: CrossEncoderTeacher, dev: DevCandidates | None, **options: Any) -> None:
@@ -251,6 +256,11 @@ class PairTrainer(SafeCheckpoints, Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         return model(**inputs)
+
+    def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
+        learner: Listwise = self.accelerator.unwrap_model(self.model)
+        fix = "a smaller teacher.train.max_length, or teacher.train.precision: bf16"
+        learner.cache.shrink(error, [inputs["features"]], self.scorer.device, fix)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -428,24 +428,41 @@ def _run_trainer(
 
     from rankdistill.losses.ranknet import RankNet
     from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
+    from rankdistill.training.less_memory import GradientCache, StepAgain
 
     ranking = RankNet(weighting="rank")
     known = abilities(model)
     recent: list[tuple[float, float]] = []
 
-    class FirstTrainer(SafeCheckpoints, Trainer):
+    cache = GradientCache()
+
+    class FirstTrainer(StepAgain, SafeCheckpoints, Trainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
             inputs = dict(inputs)
             ids, attention = inputs.pop("input_ids"), inputs.pop("attention_mask")
             kept = inputs["answers"].shape[1] + 1
-            options: dict[str, Any] = {"logits_to_keep": kept} if known.logits_to_keep else {}
+            whole: dict[str, Any] = {"logits_to_keep": kept} if known.logits_to_keep else {}
+            options = {}
             if known.position_ids:
                 options["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
-            result = model(input_ids=ids, attention_mask=attention, **options)
-            text, ranks = first_loss(result.logits[:, -kept:], **inputs, ranking=ranking)
+            logits = cache.run(
+                lambda part: model(**part, **whole).logits[:, -kept:],
+                [{"input_ids": ids, "attention_mask": attention, **options}],
+            )
+            text, ranks = first_loss(torch.cat(logits), **inputs, ranking=ranking)
             recent.append((float(text.detach()), float(ranks.detach())))
             del recent[: -20 * settings.accumulation]
             return settings.text_weight * text + settings.ranking_weight * ranks
+
+        def remember(self) -> None:
+            self.before = list(recent)
+
+        def restore(self) -> None:
+            recent[:] = self.before
+
+        def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
+            fix = "teacher.train.gradient_checkpointing: true, a smaller window or passage_tokens, or adapters (lora)"
+            cache.shrink(error, [inputs], device, fix)
 
         def get_train_dataloader(self) -> Any:
             # Not shuffled: the windows are in a random order.

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from rankdistill.errors import RankdistillError
 from rankdistill.losses.base import BatchLoss, ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
-from rankdistill.progress import warn
-from rankdistill.students.base import Features, Side, StudentModel, split_rows
-from rankdistill.students.token_batches import out_of_memory, training_attention
-from rankdistill.training.processes import Batch, whole_batch, world_size
+from rankdistill.students.base import Features, Side, StudentModel
+from rankdistill.students.token_batches import training_attention
+from rankdistill.training.less_memory import GradientCache
+from rankdistill.training.processes import Batch, whole_batch
 
 if TYPE_CHECKING:
     from rankdistill.training.batch_teacher import BatchTeacher
@@ -33,9 +31,7 @@ class Distiller(nn.Module):
         losses: name (for the log) → loss.
         weighting: what each list counts in the losses over lists; all alike unless given.
         batch_teacher: scores the whole batch for the losses that ask; it is no part of this module's state.
-        gradient_cache: keep the activations of one part at a time: each part is embedded again when its gradient is
-            due (after GradCache, Gao et al. 2021, arXiv:2101.06983). Same gradients, one more forward pass.
-        token_budget: padded tokens of a part, under the gradient cache.
+        gradient_cache, token_budget: whether a batch comes in parts, and how large those are: see `GradientCache`.
     """
 
     def __init__(
@@ -51,9 +47,8 @@ class Distiller(nn.Module):
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.weighting = weighting
-        self.gradient_cache, self.token_budget = gradient_cache, token_budget
+        self.cache = GradientCache(gradient_cache, token_budget)
         self._batch_teacher = [batch_teacher]  # in a list: its weights are not saved with the student's
-        self._said = False  # that the memory gave out
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # the last batch's scores, for `check_scale`
 
     def _losses(self) -> dict[str, Loss]:
@@ -109,31 +104,10 @@ class Distiller(nn.Module):
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}, "figures": figures}
 
     def use_less_memory(self, error: RuntimeError, batch: dict[str, Any]) -> None:
-        """Turn the gradient cache on, then halve its parts, where the error is for want of memory; same gradients.
-
-        Raises:
-            RuntimeError: the error itself, where it is of another kind.
-            RankdistillError: the batch came a text at a time already, or other processes wait for this one.
-        """
-        if not out_of_memory(error):
-            raise error
-        features = [batch["queries"], *batch["documents"]]
-        longest = max((one["attention_mask"].shape[1] for one in features if "attention_mask" in one), default=1 << 30)
-        if world_size() > 1 or (self.gradient_cache and self.token_budget <= longest):
-            raise RankdistillError(
-                "the memory does not hold a batch",
-                where=str(self.student.device),
-                fix="training.gradient_cache: true, a smaller training.token_budget, fewer lists a batch"
-                " (training.batches.size) with training.accumulation, or shorter documents",
-            ) from None
-        if self.gradient_cache:
-            self.token_budget = max(longest, self.token_budget // 2)
-        elif not self._said:
-            warn(
-                f"the memory of {self.student.device} does not hold a batch: going on in parts, each embedded again for"
-                " its gradient (training.gradient_cache), and smaller ones where it must be"
-            )
-        self.gradient_cache = self._said = True
+        """See `GradientCache.shrink`."""
+        fix = "training.gradient_cache: true, a smaller training.token_budget, fewer lists a batch"
+        fix += " (training.batches.size) with training.accumulation, or shorter documents"
+        self.cache.shrink(error, [batch["queries"], *batch["documents"]], self.student.device, fix)
 
     def check_scale(self) -> None:
         """Warn where the last batch's scores of student and teacher do not fit each other and the losses."""
@@ -151,12 +125,7 @@ class Distiller(nn.Module):
         )
 
     def _embed(self, parts: Sequence[Features], side: Side) -> Tensor:
-        if self.gradient_cache:
-            parts = [less for part in parts for less in split_rows(part, self.token_budget)]
-        if self.gradient_cache and torch.is_grad_enabled():
-            embedded = [checkpoint(self._embed_part, part, side, use_reentrant=False) for part in parts]
-        else:
-            embedded = [self._embed_part(part, side) for part in parts]
+        embedded = self.cache.run(lambda part: self._embed_part(part, side), parts)
         return self.student.join(embedded).float()
 
     def _embed_part(self, part: Features, side: Side) -> Any:

@@ -45,13 +45,14 @@ from rankdistill.students.dense import ALIGNED
 from rankdistill.students.models import SETTINGS_FILE, resolve_model
 from rankdistill.students.provenance import DECIDES_NOTHING, deciding, with_revisions
 from rankdistill.students.sparse import SparseModel
-from rankdistill.students.token_batches import autocast, free_memory, resolve_precision
+from rankdistill.students.token_batches import autocast, resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm, teacher_judgments
 from rankdistill.training.distiller import Distiller
+from rankdistill.training.less_memory import StepAgain
 from rankdistill.training.mixing import copy_of, mixes
 from rankdistill.training.sparsity import SparsityWatch
 
@@ -179,7 +180,7 @@ class RerankPool(DevPool):
         return float(evaluate_run(Run.from_dict(ranked), self.qrels, [self.metric]).means[self.metric])
 
 
-class StudentTrainer(SafeCheckpoints, Trainer):
+class StudentTrainer(StepAgain, SafeCheckpoints, Trainer):
     """Minimises a `Distiller` over a `BatchStream`; evaluates on a `DevPool` and keeps the best student.
 
     Agreement with the teacher is logged beside the dev metric, and chooses nothing.
@@ -201,9 +202,7 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         self.overflows = 0  # batches in a row whose loss is not finite
         self.part_sums: dict[str, float] = {}
         self.part_count = 0
-        self.begun = -1  # the step whose batches so far are `batches`; `course` is what was known before them
-        self.batches: list[dict[str, Any]] = []
-        self.course: tuple[list[dict[str, Any]], dict[str, float], int] = ([], {}, 0)
+        self.course: tuple[dict[nn.Module, dict[str, Any]], dict[str, float], int] = ({}, {}, 0)  # before this step
 
     @property
     def student(self) -> StudentModel:
@@ -227,31 +226,30 @@ class StudentTrainer(SafeCheckpoints, Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> torch.Tensor:
-        """As the base class does; where the memory gives out, the step's batches are done again in smaller parts."""
-        distiller: Distiller = self.accelerator.unwrap_model(model)
-        learned = nn.ModuleList([distiller.losses, *([distiller.weighting] if distiller.weighting else [])])
-        if self.begun != self.state.global_step:
-            distiller.at_step(self.state.global_step, self.state.max_steps)
-            self.begun, self.batches = self.state.global_step, []
-            self.course = ([_buffers(one) for one in learned.modules()], dict(self.part_sums), self.part_count)
-        self.batches.append(inputs)
-        waiting = [inputs]
-        while True:
-            try:
-                for batch in waiting:
-                    loss = super().training_step(model, batch, *rest, **options)
-                return loss
-            except RuntimeError as error:
-                distiller.use_less_memory(error, inputs)
-            # A backward pass that was cut short has left part of its gradients.
-            model.zero_grad()
-            free_memory()
-            for one, known in zip(learned.modules(), self.course[0], strict=True):
-                one._buffers.update(known)
-            self.course = ([_buffers(one) for one in learned.modules()], *self.course[1:])
-            self.part_sums, self.part_count = dict(self.course[1]), self.course[2]
-            waiting = self.batches
+    def remember(self) -> None:
+        distiller: Distiller = self.accelerator.unwrap_model(self.model)
+        distiller.at_step(self.state.global_step, self.state.max_steps)
+        self.course = (self._learned(), dict(self.part_sums), self.part_count)
+
+    def restore(self) -> None:
+        for module, known in self.course[0].items():
+            module._buffers.update(known)
+        self.part_sums, self.part_count = dict(self.course[1]), self.course[2]
+        self.course = (self._learned(), *self.course[1:])  # those are in use now
+
+    def _learned(self) -> dict[nn.Module, dict[str, torch.Tensor | None]]:
+        """Copies of what losses and weighting keep of the course; some are not there before the first batch."""
+        distiller: Distiller = self.accelerator.unwrap_model(self.model)
+        parts = nn.ModuleList([distiller.losses, *([distiller.weighting] if distiller.weighting else [])])
+        return {
+            module: {name: None if one is None else one.clone() for name, one in module._buffers.items()}
+            for part in parts
+            for module in part.modules()
+        }
+
+    def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
+        distiller: Distiller = self.accelerator.unwrap_model(self.model)
+        distiller.use_less_memory(error, inputs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -329,11 +327,6 @@ def with_rates(optimizer: torch.optim.Optimizer, rates: dict[nn.Parameter, float
             group["params"] = [one for one in group["params"] if one is not parameter]
             optimizer.add_param_group({**group, "params": [parameter], "lr": rates[parameter]})
     return optimizer
-
-
-def _buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """A copy of a module's own; some are not there before the first batch."""
-    return {name: None if one is None else one.clone() for name, one in module._buffers.items()}
 
 
 def save_best(student: StudentModel, folder: Path) -> None:

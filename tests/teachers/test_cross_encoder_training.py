@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from test_out_of_memory import memory_of
 
+from rankdistill.errors import RankdistillError
 from rankdistill.teachers.base import Dev
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, CrossEncoderTraining
 from rankdistill.teachers.cross_encoder_training import DevCandidates, Listwise, PairTrainer, TrainingLists
@@ -126,6 +128,33 @@ def test_a_killed_training_goes_on_exactly(
     resumed = again.train(tiny_collection, candidates, tmp_path / "again", seed=3, dev=dev)
     assert steps == 9 + 3  # from step 6 on
     assert resumed["dev"] == report["dev"] and again.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("loss", ["lce", "bce"])
+def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
+    loss: str, tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the same weights, though lists are cut and a loss over the batch's pairs is no mean over parts."""
+    candidates = candidates_of(tiny_collection)
+    settings: dict[str, Any] = {"steps": 3, "dropout": 0.0, "loss": loss, "negatives": 3}
+    plain, small = (teacher_of(tiny_encoder, **settings) for _ in range(2))
+    expected = plain.train(tiny_collection, candidates, tmp_path / "plain", seed=3)
+    with memory_of(100) as tried:
+        found = small.train(tiny_collection, candidates, tmp_path / "small", seed=3)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert max(tried) > 200 > 100 >= max(tried[-3:]) and capsys.readouterr().err.count("does not hold a batch") == 1
+    learner = Listwise(plain.load(), CrossEncoderTraining(**settings))
+    batch = learner.collate([("iron", ["gold", "oak and bee", "sun"], [1, 0, 0]), ("bat", ["mars"], [1])])
+    gradients = []
+    for learner.cache.on in (False, True):
+        learner.cache.tokens = 32
+        learner.zero_grad()
+        learner(**batch).backward()
+        gradients.append([one.grad for one in learner.parameters() if one.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+    with memory_of(3), pytest.raises(RankdistillError, match=r"(?s)the memory does not hold a batch.*max_length"):
+        teacher_of(tiny_encoder, **settings).train(tiny_collection, candidates, tmp_path / "none", seed=3)
 
 
 def test_the_checkpoint_that_ranks_dev_best_is_kept(

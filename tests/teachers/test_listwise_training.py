@@ -151,6 +151,36 @@ def test_what_is_saved_is_an_ordinary_model(
     assert (again.path / "manifest.json").stat().st_mtime_ns == stamp  # nothing was trained anew
 
 
+def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
+    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+    from torch.nn.modules.module import register_module_full_backward_hook
+
+    sizes: list[int] = []
+
+    def check(module: torch.nn.Module, _: Any, given: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            sizes.append(len(given[0]))
+            if len(sizes) > 10 and sizes[-1] > 1:  # in the second of an accumulated step
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    settings = {"steps": 8, "batch_size": 3, "accumulation": 2}
+    plain = train(start, planted, orders, prompt, tmp_path / "plain", **settings)
+    handle = register_module_full_backward_hook(check)
+    try:
+        small = train(start, planted, orders, prompt, tmp_path / "small", **settings)
+    finally:
+        handle.remove()
+    assert set(sizes[:10]) == {3} and set(sizes[-6:]) == {1}
+    assert capsys.readouterr().err.count("does not hold a batch") == 1
+    one, other = (load_file(made.path / "model" / "model.safetensors") for made in (plain, small))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], atol=1e-3, rtol=1e-2)
+    for name in ("text_loss", "ranking_loss"):
+        assert small.counts[name] == pytest.approx(plain.counts[name], abs=2e-3)
+
+
 def test_adapters_are_merged(start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from safetensors.torch import load_file

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.losses import FlopsLoss
 from torch import Tensor
+from torch.nn.modules.module import register_module_full_backward_hook
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import build
@@ -113,6 +114,32 @@ def test_lambda_rises_with_optimiser_steps_not_with_batches(train: Callable[...,
     expected = [0.01 * min(1, step / 3) ** 2 for step in range(9)]
     assert log(one, "weight/flops_document") == pytest.approx(expected)
     assert log(two, "weight/flops_document") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["flops", "df_flops"])
+def test_a_first_step_that_memory_does_not_hold_leaves_nothing_behind(
+    name: str, train: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    """A buffer that the first batch makes is gone again when that batch is done anew."""
+    losses = [{"type": "margin_mse"}, {"type": name, "side": "document", "target": 20, "ramp": 0.5}]
+    changes: dict[str, Any] = {"losses": losses, "accumulation": 2, "steps": 3, "token_budget": 256}
+    whole = train(tmp_path / "whole", **changes)
+    largest = []
+
+    def check(module: torch.nn.Module, *_: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and sum(largest) < 4:
+            largest.append(module.padding_idx is not None)
+            if largest[-1] and sum(largest) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = register_module_full_backward_hook(check)
+    try:
+        small = train(tmp_path / "small", **changes)
+    finally:
+        handle.remove()
+    assert sum(largest) == 4
+    for figure in ("loss", f"weight/{name}_document", "active_terms/document"):
+        assert log(small, figure) == pytest.approx(log(whole, figure), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["flops", "df_flops", "idf_flops"])

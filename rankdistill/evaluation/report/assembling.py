@@ -66,9 +66,10 @@ def report(
     path = Path(out) if out is not None else Path(run) / FILE
     if path.is_dir():
         raise RankdistillError("this is a folder", where=str(path), fix=f"name a file: --out {path / FILE}")
-    for target in (path, markdown, latex):
+    marks = ("<!doctype html", SIGNED["markdown"].strip(), SIGNED["latex"].strip())
+    for target, mark in zip((path, markdown, latex), marks, strict=True):
         if target is not None:
-            check_file(target)
+            check_file(target, mark=mark)
     found = [collect_queries(data, one) for one in data.sets]
     tables = markdown_tables(data.suite), latex_tables(data.suite)
     text = _page(data, found, *tables)

@@ -1,0 +1,103 @@
+"""Where the memory does not hold a training's batch: the step is done again in parts: same loss, same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rankdistill.errors import RankdistillError
+from rankdistill.progress import warn
+from rankdistill.students.base import Features, split_rows
+from rankdistill.students.token_batches import free_memory, out_of_memory
+from rankdistill.training.processes import world_size
+
+
+class GradientCache:
+    """What a model makes of a batch's texts, whole, or (`on`) with the activations of one part at a time: each part is
+    computed again when its gradient is due (after GradCache, Gao et al. 2021, arXiv:2101.06983). Same gradients, one
+    more forward pass.
+
+    Args:
+        tokens: padded tokens of a part.
+    """
+
+    def __init__(self, on: bool = False, tokens: int = 4096) -> None:
+        self.on, self.tokens = on, tokens
+        self._said = False  # that the memory gave out
+
+    def run(self, compute: Callable[[Features], Tensor], parts: Sequence[Features]) -> list[Tensor]:
+        """Of each part of the texts, or of less."""
+        if not self.on:
+            return [compute(part) for part in parts]
+        parts = [less for part in parts for less in split_rows(part, self.tokens)]
+        if not torch.is_grad_enabled():
+            return [compute(part) for part in parts]
+        return [checkpoint(compute, part, use_reentrant=False) for part in parts]
+
+    def shrink(self, error: RuntimeError, parts: Sequence[Features], device: torch.device, fix: str) -> None:
+        """Turn it on, then halve its parts, where the error is for want of memory.
+
+        Args:
+            parts: the texts that were computed.
+            fix: what a person can do where nothing is left to halve.
+
+        Raises:
+            RuntimeError: the error itself, where it is of another kind.
+            RankdistillError: the batch came a text at a time already, or other processes wait for this one.
+        """
+        if not out_of_memory(error):
+            raise error
+        masks = [part["attention_mask"] for part in parts if "attention_mask" in part]
+        longest = max((mask.shape[1] for mask in masks), default=1 << 30)
+        whole = sum(mask.numel() for mask in masks) <= self.tokens  # one part
+        if world_size() > 1 or (self.on and self.tokens <= longest) or sum(map(len, masks)) == 1:
+            raise RankdistillError("the memory does not hold a batch", where=str(device), fix=fix) from None
+        if self.on or whole:
+            self.tokens = max(longest, min(self.tokens, sum(mask.numel() for mask in masks)) // 2)
+        if not self._said:
+            warn(
+                f"the memory of {device} does not hold a batch: going on in parts, each computed again for its"
+                " gradient, and smaller ones where it must be"
+            )
+        self.on = self._said = True
+
+
+class StepAgain:
+    """Mixed into a transformers Trainer, before it: where the memory gives out, a step's batches are done again."""
+
+    state: Any
+    _begun = -1  # the step whose batches so far are `_batches`
+
+    def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
+        """`GradientCache.shrink` of what computes this batch."""
+        raise NotImplementedError
+
+    def remember(self) -> None:
+        """Called before a step's first batch: what the step changes but weights."""
+
+    def restore(self) -> None:
+        """Called before a step is done again."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
+        """As the base class does; where the memory gives out, the step's batches are done again in smaller parts."""
+        if self._begun != self.state.global_step:
+            self._begun, self._batches = self.state.global_step, list[dict[str, Any]]()
+            self.remember()
+        self._batches.append(inputs)
+        waiting = [inputs]
+        while True:
+            try:
+                for batch in waiting:
+                    loss: Tensor = super().training_step(model, batch, *rest, **options)  # type: ignore[misc]
+                return loss
+            except RuntimeError as error:
+                self.use_less_memory(error, inputs)
+            # A backward pass that was cut short has left part of its gradients.
+            model.zero_grad()
+            free_memory()
+            self.restore()
+            waiting = self._batches
