@@ -26,10 +26,11 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.plain import Section
 from rankdistill.progress import progress, warn
 from rankdistill.students.base import Features, to_device
+from rankdistill.students.less_memory import GradientCache
 from rankdistill.students.loading import SAFE, opening
 from rankdistill.students.models import read_json
 from rankdistill.students.term_head import largest_logits
-from rankdistill.students.token_batches import Precision, autocast
+from rankdistill.students.token_batches import Precision, autocast, free_memory
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -222,6 +223,13 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
     device = next(iter(kept)).device
     losses: list[float] = []
+    cache = GradientCache()
+
+    def compute(part: Features) -> Tensor:
+        hidden, decoder = head.hidden(to_device(part, device))
+        predicted: Tensor = decoder(hidden[part["chosen"].to(device)])
+        return predicted
+
     transformer.train()
     stream = _texts(collection, settings.batch, settings.seed)
     with progress("warm-up", settings.steps, "steps") as bar:
@@ -230,13 +238,18 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
             chosen, features["input_ids"], labels = mask_tokens(
                 features["input_ids"], features["attention_mask"], special, tokenizer.mask_token_id, settings.mask
             )
-            if len(labels):
-                with autocast(device, precision):
-                    hidden, decoder = head.hidden(to_device(features, device))
-                    logits = decoder(hidden[chosen.to(device)])
-                loss = nn.functional.cross_entropy(logits.float(), labels.to(device))
+            while len(labels):
                 optimiser.zero_grad()
-                loss.backward()
+                try:
+                    with autocast(device, precision):
+                        logits = torch.cat(cache.run(compute, [{**features, "chosen": chosen}]))
+                    loss = nn.functional.cross_entropy(logits.float(), labels.to(device))
+                    loss.backward()
+                    break
+                except RuntimeError as error:
+                    cache.shrink(error, [features], device, "a smaller student.warm_up.batch, or shorter documents")
+                free_memory()
+            if len(labels):
                 nn.utils.clip_grad_norm_(wanted, 1.0)
                 optimiser.step()
                 losses.append(loss.item())

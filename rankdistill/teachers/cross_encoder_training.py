@@ -32,12 +32,12 @@ from rankdistill.progress import Progress, progress, quiet_transformers, say, wa
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.students.dense import set_dropout
+from rankdistill.students.less_memory import GradientCache, StepAgain
 from rankdistill.students.models import resolve_model
 from rankdistill.students.pair_scoring import new_parts, save_cross_encoder, starting_cross_encoder
 from rankdistill.students.token_batches import resolve_precision, training_attention
 from rankdistill.teachers.base import Dev, TextList
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-from rankdistill.training.less_memory import GradientCache, StepAgain
 from rankdistill.training.trainer import with_rates
 
 if TYPE_CHECKING:

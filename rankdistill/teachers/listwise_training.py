@@ -427,8 +427,8 @@ def _run_trainer(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from rankdistill.losses.ranknet import RankNet
+    from rankdistill.students.less_memory import GradientCache, StepAgain
     from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-    from rankdistill.training.less_memory import GradientCache, StepAgain
 
     ranking = RankNet(weighting="rank")
     known = abilities(model)

@@ -42,6 +42,7 @@ from rankdistill.sampling.base import generator
 from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.base import Student, StudentModel, to_device
 from rankdistill.students.dense import ALIGNED
+from rankdistill.students.less_memory import StepAgain
 from rankdistill.students.models import SETTINGS_FILE, resolve_model
 from rankdistill.students.provenance import DECIDES_NOTHING, deciding, with_revisions
 from rankdistill.students.sparse import SparseModel
@@ -52,7 +53,6 @@ from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm, teacher_judgments
 from rankdistill.training.distiller import Distiller
-from rankdistill.training.less_memory import StepAgain
 from rankdistill.training.mixing import copy_of, mixes
 from rankdistill.training.sparsity import SparsityWatch
 

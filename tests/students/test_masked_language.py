@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from test_out_of_memory import memory_of
 
 from rankdistill.artifacts import open_artifact
 from rankdistill.errors import UsageError
@@ -114,3 +115,19 @@ def test_a_head_that_was_made_starts_from_the_identity(tiny_encoder: Path) -> No
 def test_wrong_settings_are_named(tiny_encoder: Path) -> None:
     with pytest.raises(UsageError, match="warm_up"):
         student(tiny_encoder, stesp=3)
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_batch_that_memory_does_not_hold_is_learnt_in_smaller_parts(
+    encoder: bool, tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for tokens in (10**9, 100):
+        settings = {"type": "splade", "model": str(tiny_encoder), "precision": "fp32", "dropout": 0.0}
+        warm_up = {"steps": 3, "batch": 16, "encoder": encoder, "terms": 0, "learning_rate": 1e-2}
+        model: SparseModel = build("student", {**settings, "warm_up": warm_up}).create("cpu")
+        with memory_of(tokens) as tried:
+            model.prepare(tiny_collection, tmp_path / str(tokens))
+        losses.append(open_artifact(next((tmp_path / str(tokens)).glob("warm-up-*"))).counts["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3) and max(tried) > 100 >= max(tried[-3:])
+    assert capsys.readouterr().err.count("does not hold a batch") == 1

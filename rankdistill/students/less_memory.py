@@ -13,7 +13,6 @@ from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.students.base import Features, split_rows
 from rankdistill.students.token_batches import free_memory, out_of_memory
-from rankdistill.training.processes import world_size
 
 
 class GradientCache:
@@ -54,7 +53,9 @@ class GradientCache:
         masks = [part["attention_mask"] for part in parts if "attention_mask" in part]
         longest = max((mask.shape[1] for mask in masks), default=1 << 30)
         whole = sum(mask.numel() for mask in masks) <= self.tokens  # one part
-        if world_size() > 1 or (self.on and self.tokens <= longest) or sum(map(len, masks)) == 1:
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = spread and torch.distributed.get_world_size() > 1
+        if together or (self.on and self.tokens <= longest) or sum(map(len, masks)) == 1:
             raise RankdistillError("the memory does not hold a batch", where=str(device), fix=fix) from None
         if self.on or whole:
             self.tokens = max(longest, min(self.tokens, sum(mask.numel() for mask in masks)) // 2)
