@@ -113,7 +113,7 @@ def encode_queries(
 def find_vectors(folder: Path, encoder: Encoder, collection: Collection) -> Path | None:
     """Where, of what a run's students and its sources left, an encoder's document vectors of a collection lie."""
     wanted = vectors_fingerprint(encoder, collection.fingerprint)
-    manifests = [*folder.glob("vectors/*/manifest.json"), *folder.glob("engines/vectors-*/manifest.json")]
+    manifests = [*folder.glob("vectors/*/manifest.json"), *folder.glob("engines/vectors*/manifest.json")]
     places = (path.parent for path in sorted(manifests))
     return next((place for place in places if find_artifact(place, "vectors", wanted) is not None), None)
 
