@@ -156,7 +156,7 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
         text = table.plain_tables(shown) + "\n"
     if out is not None:
         reads = [evaluation.collection["spec"], *(row.run for row in evaluation.rows)]
-        check_file(out, reads=reads, mark=SIGNED.get(form, '"significance"').strip())
+        check_file(out, reads=reads, mark=SIGNED.get(form, '{\n  "name"').strip())
         write_atomically(out, text + SIGNED.get(form, ""))
         say(f"written to {out}")
     elif form == "text":
