@@ -129,7 +129,9 @@ class Training(Section):
     lists: Sampler = Field(
         default_factory=lambda: Method.model_validate({"type": "random_documents"}), description="which documents"
     )
-    steps: int | None = Field(None, ge=1, description="optimiser steps; instead of epochs")
+    steps: int | None = Field(
+        None, ge=0, description="optimiser steps; instead of epochs (0: the start is the student)"
+    )
     epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(2e-5, gt=0)
     fit_scale: bool = Field(

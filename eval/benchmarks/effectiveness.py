@@ -34,14 +34,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "kl": {"training": {"losses": [{"type": "kl"}]}},
     "constant-scale": {"training": {"fit_scale": False}},
     "mix": {"training": {"interpolate": [0.25, 0.5, 0.75]}},
-    "average": {"training": {"average": 2}},
+    "average": {"training": {"average": 3, "checkpoints": 8}},
     "filter": {"candidates": {"negatives_below": 0.95}},
-    # Warm-up and lists of `half` take as long as these many steps over lists.
-    "half-lists-alone": {"student": {**HALF, "warm_up": None}, "training": {"steps": 75}},
-    "half-after-encoder": {
-        "student": {**HALF, "warm_up": {"steps": 60, "learning_rate": 2e-4}},
-        "training": {"steps": 30},
-    },
+    # The warm-up of `half` takes as long as these many steps over lists.
+    "half-lists-alone": {"student": {**HALF, "warm_up": None}, "training": {"steps": 50, "learning_rate": 1e-4}},
+    "half-after-encoder": {"student": {**HALF, "warm_up": {"steps": 60, "learning_rate": 2e-4}}},
 }
 
 
@@ -55,7 +52,7 @@ def workspace(spec: str, seed: int, options: argparse.Namespace) -> Workspace:
         "training": {"steps": options.steps},
         "baselines": {name: row for name, row in ROWS.items() if options.rows is None or name in options.rows},
         "indexes": [],
-        "evaluation": {"extrapolation": None, "latency_queries": 0},
+        "evaluation": {"extrapolation": None, "latency_queries": 64},
     }
     values["teacher"]["members"][0]["train"]["steps"] = options.teacher_steps
     path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}"
@@ -141,8 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", action="append", help="again for more; default: python-docs:public")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=62, help="of the student of the encoder's size")
-    parser.add_argument("--teacher-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=32, help="of the student of the encoder's size")
+    parser.add_argument("--teacher-steps", type=int, default=84)
     parser.add_argument("--rows", nargs="*", help="of the ablations only these; none: --rows")
     parser.add_argument("--work", type=Path, default=Path("runs/effectiveness"), help="what is made on the way")
     parser.add_argument("--table", action="store_true", help="write the table of what is there, run nothing")

@@ -436,7 +436,9 @@ def train_student(
         batches.prepare(lists, members, collection, prepared)
         share = settings.accumulation * processes
         per_epoch = max(1, len(batches.epoch(len(members), recipe.seed, 0)))
-        steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch / share))
+        steps = settings.steps
+        if steps is None:
+            steps = max(1, math.ceil(settings.epochs * per_epoch / share))
         arguments = training_arguments(recipe, steps, work)
         stream = BatchStream(
             lists,
@@ -463,7 +465,10 @@ def train_student(
             fit_scale(student.eval(), stream)
         if resume is not None:
             say(f"{name}: going on from {resume.name}")
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if steps:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        else:  # a warmed-up start, judged and published
+            trainer.evaluate()
         if arguments.should_save:  # the first process writes
             if origin is not None:
                 artifact.notes["mixes"] = _mix(trainer, settings, origin, work)

@@ -84,6 +84,9 @@ class WarmUpTraining:
         texts = [text for text in pseudo_queries(collection, np.sort(self.rows)) if text]
         self.collection = collection.with_queries(texts)
         self.query_ids = list(dict.fromkeys([*query_ids, *self.collection.unlabelled]))
+        if settings.steps is not None:  # more are not read, and the teacher's vectors of them would be made for nothing
+            some = generator(0, 4).permutation(len(self.query_ids))[: settings.steps * settings.batch_size]
+            self.query_ids = [self.query_ids[place] for place in np.sort(some)]
         # What decides the lists: the documents follow from their number.
         self.inputs = {"queries": fingerprint(self.query_ids), "documents": str(len(rows))}
         lists = lists_fingerprint(self.collection, None, self.inputs)

@@ -138,3 +138,19 @@ def test_in_a_run_a_smaller_student_takes_after_the_trained_one(encoder: Path, t
     own = {**values, "student": {**values["student"], "layers": [1], "warm_up": {"teacher": "student"}}}
     with pytest.raises(UsageError, match="take after itself"):
         Workspace(tmp_path / "own", load_recipe({**own, "baselines": {}}), tmp_path / "store").train()
+
+
+def test_without_a_step_the_warmed_up_start_is_the_student(encoder: Path, tiny_beir: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "name": "start",
+        "collection": f"beir:{tiny_beir}",
+        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 6}]},
+        "student": {"type": "dense", "model": str(encoder), "layers": [1], "warm_up": {"steps": 3, "batch_size": 4}},
+        "training": {"steps": 0, "losses": [{"type": "infonce"}], "device": "cpu"},
+    }
+    workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
+    artifact, warm_up = workspace.train(), workspace.warm_up(workspace.recipe)
+    assert warm_up is not None and len(warm_up.query_ids) == 12
+    start, end = weights(warm_up.run(workspace.warm_up_folder)), weights(artifact)
+    assert start.keys() == end.keys() and all(start[key].tobytes() == end[key].tobytes() for key in start)
+    assert list(artifact.manifest["dev"]) == ["0"] and artifact.counts["steps"] == 0
