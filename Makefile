@@ -4,6 +4,7 @@
 # make test-lowest  the same in .venv-lowest: each library in the lowest version that pyproject.toml admits
 #                  (JOBS=0 in one process; otherwise a process for each core, eight at most)
 # make lint         ruff and mypy
+# make docs         the documentation's site, built strictly: site/index.html
 # make fuzz         foreign input of every kind, mutated, for as long as you like (MINUTES=30)
 # make bench        side by side with peers: eval/results  (BENCH=eval/benchmarks/startup.py for one, with ARGS)
 # make GPU=1 gpu    every part on one GPU, in minutes: a table, and eval/results/gpu.md
@@ -28,7 +29,7 @@ BENCH ?= $(filter-out %/gpu.py %/effectiveness.py,$(wildcard eval/benchmarks/*.p
 # Libraries that start threads in every process of a pool, and print advice about it.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-newest test-lowest lint fuzz bench gpu lock clean
+.PHONY: quickstart test test-newest test-lowest lint docs fuzz bench gpu lock clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -48,6 +49,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(ARGS)
@@ -71,7 +75,7 @@ lock:
 	$(UV) --resolution lowest-direct -o constraints-lowest.txt
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-lowest .venv-lock build dist *.egg-info \
+	rm -rf $(VENV) .venv-newest .venv-lowest .venv-lock build dist site *.egg-info \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find rankdistill tests eval -name __pycache__ -type d -exec rm -rf {} +
 
