@@ -3,7 +3,9 @@
 Each method (loss, sampler, teacher, student, source of candidates) is chosen by `type`; its other keys are the
 parameters of the class behind it. A class is a method by having a literal `type = "name"` in its body; it is found
 by reading the source of its kind's package and imported when a recipe is checked, so that starting stays fast and
-this module imports nothing above it.
+this module imports nothing above it. A class of any other installed package is named by its place,
+`type: my_package.my_module:MyLoss`, or by a name that its package registers as an entry point of the group
+`rankdistill.loss` (teacher, student ...).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import lru_cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +42,17 @@ KINDS = {
     "source": "rankdistill.indexes",
     "weighting": "rankdistill.losses.weighting",
     "backend": "rankdistill.teachers.llm",
+}
+# ... → what a class of another package has to be a subclass of.
+BASES = {
+    "loss": "rankdistill.losses.base:Loss",
+    "sampler": "rankdistill.sampling.base:BatchSampler rankdistill.sampling.base:DocumentSampler",
+    "student": "rankdistill.students.base:Student",
+    "teacher": "rankdistill.teachers.base:Teacher",
+    "source": "rankdistill.indexes.sources:CandidateSource",
+    "weighting": "rankdistill.losses.weighting.base:Weighting",
+    "backend": "rankdistill.teachers.llm.base:Backend",
+    "index": "rankdistill.indexes.sparse_specification:SparseSpecification",
 }
 
 
@@ -239,6 +253,11 @@ class Recipe(Section):
     evaluation: Evaluate = Field(default_factory=Evaluate)
 
     @property
+    def student_kind(self) -> str:
+        """The shipped type of student that the recipe's is, or extends."""
+        return shipped_type("student", self.student.type)
+
+    @property
     def student_device(self) -> str | None:
         return self.training.device or self.device
 
@@ -270,12 +289,39 @@ INSTEAD = {
 
 @lru_cache
 def method_names(kind: str) -> dict[str, tuple[str, str]]:
-    """type → (module, class) of every method of a kind, read from the sources without importing them."""
-    package = KINDS[kind]
+    """type → (module, class) of every method of a kind: the shipped ones, read from the sources without importing
+    them, and those that installed packages register.
+
+    Raises:
+        UsageError: a package registers a name that is taken.
+    """
+    names = shipped_methods(kind)
+    for point in _registered().select(group=f"rankdistill.{kind}"):
+        if names.get(point.name, (point.module, point.attr)) != (point.module, point.attr):
+            taken = ":".join(names[point.name])
+            raise UsageError(
+                f"{point.value} is registered as the {kind} {shown(point.name)!r}, which is {taken}",
+                where=f"the entry points of {point.dist.name if point.dist else 'an installed package'}",
+                fix="another name there, or uninstall one of the two packages",
+            )
+        names[point.name] = (point.module, point.attr)
+    return names
+
+
+@lru_cache
+def _registered() -> Any:
+    return entry_points()
+
+
+def shipped_methods(kind: str) -> dict[str, tuple[str, str]]:
+    """type → (module, class) of the methods in this package; index specifications have a table of their own."""
+    names: dict[str, tuple[str, str]] = {}
+    package = KINDS.get(kind)
+    if package is None:
+        return names
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the package {package} is missing from this installation")
-    names: dict[str, tuple[str, str]] = {}
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
         module = package if path.stem == "__init__" else f"{package}.{path.stem}"
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -290,21 +336,83 @@ def method_names(kind: str) -> dict[str, tuple[str, str]]:
     return names
 
 
+def method_place(kind: str, name: str) -> tuple[str, str] | None:
+    """(module, class) that a `type` names; None for one that is unknown."""
+    module, colon, class_name = name.partition(":")
+    return (module, class_name) if colon else method_names(kind).get(name)
+
+
 def method_class(kind: str, name: str, where: str = "type") -> type[Any]:
     """The class behind a `type`.
 
     Raises:
-        UsageError: no method of that kind has that name; the nearest is offered.
+        UsageError: no method of that kind has that name; the nearest is offered. A class of another package cannot be
+            imported or is no such method.
     """
-    names = method_names(kind)
-    if name not in names:
+    place = method_place(kind, name)
+    if place is None:
         raise UsageError(
             f"there is no {kind} of type {shown(name)!r}",
             where=where,
-            fix=INSTEAD.get((kind, name)) or nearest(name, names) or "see `rankdistill recipes schema`",
+            fix=INSTEAD.get((kind, name)) or nearest(name, method_names(kind)) or "see `rankdistill recipes schema`",
         )
-    module, class_name = names[name]
-    return typing.cast("type[Any]", getattr(importlib.import_module(module), class_name))
+    if ":" in name or is_foreign(place):
+        return _foreign_class(kind, *place, where)
+    return typing.cast("type[Any]", getattr(importlib.import_module(place[0]), place[1]))
+
+
+def is_foreign(place: tuple[str, str] | None) -> bool:
+    """Whether a method is another package's."""
+    return place is not None and place[0].partition(".")[0] != __package__
+
+
+def _foreign_class(kind: str, module: str, class_name: str, where: str) -> type[Any]:
+    """A class of another package, held to what shipped methods keep.
+
+    Raises:
+        UsageError: it cannot be imported, is no such method, is unfinished or goes by a shipped one's name.
+    """
+    what = shown(f"{module}:{class_name}", 200)
+    bases = [getattr(importlib.import_module(m), c) for m, _, c in (one.partition(":") for one in BASES[kind].split())]
+    try:
+        cls = getattr(importlib.import_module(module), class_name)
+        if inspect.isclass(cls) and not issubclass(cls, BaseModel):
+            parameters_model(cls)  # constructors have typed settings
+    except Exception as error:  # whatever a foreign module raises
+        said = shown(f"{type(error).__name__}: {error}", 300)
+        fix = "a class of an installed package, as my_package.my_module:MyClass; does Python import it?"
+        raise UsageError(f"{what} cannot be used as a {kind}: {said}", where=where, fix=fix) from error
+    if not inspect.isclass(cls) or not issubclass(cls, tuple(bases)):
+        fix = f"a subclass of {' or '.join(BASES[kind].split())}"
+        raise UsageError(f"{what} is no {kind}", where=where, fix=fix)
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(vars(cls)["__abstractmethods__"]))
+        raise UsageError(f"{what} is unfinished: it lacks {missing}", where=where, fix="write these methods")
+    own = vars(cls).get("type")
+    if kind in KINDS and (not isinstance(own, str) or not own.isidentifier() or own in shipped_methods(kind)):
+        raise UsageError(
+            f"{what} has no name of its own, and would be taken for {own or 'the class it extends'}",
+            where=where,
+            fix='type = "my_name" in its body, a name that no shipped method has',
+        )
+    return typing.cast("type[Any]", cls)
+
+
+def shipped_type(kind: str, name: str) -> str:
+    """The shipped method that another package's extends; a shipped one's own name."""
+    if not is_foreign(method_place(kind, name)):
+        return name
+    known = shipped_methods(kind)
+    types = (vars(cls).get("type") for cls in method_class(kind, name).__mro__)
+    return next((one for one in types if one in known), name)
+
+
+def code_of(name: str) -> Path | None:
+    """The file in which another package's method of any kind is written: what it says decides what comes out."""
+    places = [method_place(kind, name) for kind in BASES]
+    module = next((place[0] for place in places if place and is_foreign(place)), None)
+    spec = importlib.util.find_spec(module) if module else None
+    return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
 
 
 # What a number is called says within which bounds it can work, in every method that has it.
@@ -594,7 +702,9 @@ def json_schema() -> dict[str, Any]:
             method["required"] = ["type", *method.get("required", [])]
             definitions[f"{kind}.{name}"] = method
             choices.append({"$ref": f"#/$defs/{kind}.{name}"})
-        definitions[kind] = {"oneOf": choices}
+        # A class of any installed package, whose keys are known when the recipe is read.
+        place = {"properties": {"type": {"type": "string", "pattern": r"^[\w.]+:\w+$"}}, "required": ["type"]}
+        definitions[kind] = {"oneOf": [*choices, place]}
     _point_methods(schema["properties"], Recipe, definitions)
     return typing.cast("dict[str, Any]", json.loads(json.dumps(schema)))
 

@@ -412,7 +412,7 @@ class Workspace:
             return None
         lists = [found.get(query_id, []) for query_id in dev_ids]
         pool = (self.collection, judged, dev_ids, lists)
-        if recipe.student.type == CROSS_ENCODER:
+        if recipe.student_kind == CROSS_ENCODER:
             return RerankPool.over(*pool, AGREEMENT_DEPTH, training.metric)
         return DevPool.build(*pool, training.dev_documents, recipe.seed, training.metric)
 
@@ -461,7 +461,7 @@ class Workspace:
         """
         from rankdistill.indexes.engines import index_files
 
-        return index_files(self.recipe.student.type, self.recipe.indexes)
+        return index_files(self.recipe.student_kind, self.recipe.indexes)
 
     def index_file(self, specification: str | AnySpecification, collection: Collection | None = None) -> Path:
         """Where an index lies: a FAISS file, or a sparse student's folder."""
@@ -489,7 +489,7 @@ class Workspace:
         from rankdistill.indexes.sparse_specification import SparseSpecification
         from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
-        check_index(self.recipe.student.type, specification)
+        check_index(self.recipe.student_kind, specification)
         collection = collection or self.collection
         student = student or self.student()
         out = Path(out) if out is not None else self.index_file(specification, collection)
@@ -556,7 +556,7 @@ class Workspace:
         opened = open_index(index, memory_map=memory_map) if index is not None else None
         model = self.trained().path / "model"
         vectors = self._vectors_folder(STUDENT, self.collection)
-        student = query_side(self.recipe.student.type, model, index, self.collection, vectors) or self.student()
+        student = query_side(self.recipe.student_kind, model, index, self.collection, vectors) or self.student()
         if opened is None:
             return exhaustive_engine(student, self.vectors(STUDENT, student, self.collection))
         if memory_map and not getattr(opened, "mappable", False):

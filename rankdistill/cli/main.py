@@ -152,6 +152,24 @@ def recipes_schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+@recipes_app.command("methods")
+def recipes_methods(
+    kind: Annotated[str | None, typer.Argument(help="loss, teacher, student ...; all unless given.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="TYPE", help="Explain this one: a type.")] = None,
+) -> None:
+    """What a recipe can name, methods of other installed packages too; one of them with its keys."""
+    import inspect
+
+    from rankdistill.recipe import KINDS, method_class, method_names, nearest
+
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"there is no kind of method {kind!r}", fix=nearest(kind, KINDS))
+    for one in [kind] if kind else KINDS:
+        for known in [name] if name else sorted(method_names(one)):
+            said = inspect.getdoc(method_class(one, known)) or "(its class says nothing of it)"
+            _print(f"{one} {known}\n\n{said}" if name else f"{one:9}  {known:22}  {said.splitlines()[0]}")
+
+
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +361,7 @@ def index(
         raise UsageError("one file cannot hold several indexes", where="--out", fix="one --spec, or no --out")
     workspace = _workspace(folder)
     if sweep or target_recall is not None:
-        refuse_for_sparse(workspace.recipe.student.type, "--sweep" if sweep else "--target-recall")
+        refuse_for_sparse(workspace.recipe.student_kind, "--sweep" if sweep else "--target-recall")
     over = open_collection(on) if on else workspace.collection
     student = workspace.student()
     indexes = [workspace.index(name, out, student=student, collection=over) for name in names]
@@ -444,7 +462,7 @@ def search(
 
     workspace = searching_workspace(folder)
     if memory_map:
-        refuse_for_sparse(workspace.recipe.student.type, "--memory-map")
+        refuse_for_sparse(workspace.recipe.student_kind, "--memory-map")
     if not query.strip():
         raise UsageError("the query is empty", fix='rankdistill search RUN "some words"')
     engine = workspace.engine(index_file, memory_map=memory_map)

@@ -27,7 +27,7 @@ def searching_workspace(folder: Path) -> Workspace:
     saved = folder / RECIPE
     if saved.is_file():
         recipe = check_values(Recipe, read_yaml(saved), str(saved))
-        if recipe.student.type == INFERENCE_FREE:
+        if recipe.student_kind == INFERENCE_FREE:
             return Workspace(folder, recipe)
     return Workspace(folder)
 

@@ -17,6 +17,7 @@ import numpy as np
 from rankdistill.artifacts import (
     MANIFEST,
     Artifact,
+    file_digest,
     find_artifact,
     fingerprint,
     locked,
@@ -26,7 +27,7 @@ from rankdistill.artifacts import (
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits, Rows, Scores, document_fingerprint, no_hits
 from rankdistill.indexes.postings import Postings
-from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
+from rankdistill.indexes.sparse_specification import SparseSpecification, sparse_specification
 from rankdistill.indexes.sparse_vectors import KIND as VECTORS
 from rankdistill.indexes.sparse_vectors import (
     TermEncoder,
@@ -35,7 +36,7 @@ from rankdistill.indexes.sparse_vectors import (
     vocabulary_fingerprint,
 )
 from rankdistill.progress import warn
-from rankdistill.recipe import check_values
+from rankdistill.recipe import check_values, code_of, method_class
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -51,7 +52,6 @@ MODULES = {
     "elasticsearch": "search_servers",
     "ciff": "ciff",
 }
-EXPORTS = {"opensearch", "elasticsearch", "ciff"}  # files for other software: nothing here searches them
 
 
 class SearchesTerms(Protocol):
@@ -132,7 +132,7 @@ class BuiltSparseIndex:
     def __init__(self, artifact: Artifact) -> None:
         self.path, self.manifest = artifact.path, artifact.manifest
         settings = dict(artifact.manifest["settings"])
-        known = SPARSE.get(str(settings.get("type")))
+        known = sparse_specification(str(settings.get("type")), str(self.path))
         if known is None:
             raise RankdistillError(f"an index of unknown type {settings.get('type')!r}", where=str(self.path))
         self.specification = check_values(known, settings, str(self.path))
@@ -175,7 +175,7 @@ class BuiltSparseIndex:
             UsageError: the files are for a server.
             RankdistillError: a file is missing or damaged, or what reads it is not installed.
         """
-        if self.type in EXPORTS:
+        if not searched_here(self.specification):
             raise UsageError(
                 f"{self.name} holds files for other software; they are not searched here",
                 where=str(self.path),
@@ -289,7 +289,10 @@ def build_sparse_index(
     inputs = dict(vectors.manifest["inputs"])
     check_inputs(inputs, student, collection, str(vectors.path), "encode the collection again with this student")
     settings = specification.model_dump(mode="json")
-    wanted = fingerprint([KIND, {**settings, "description": ""}, vectors.fingerprint])
+    code = code_of(specification.type)
+    wanted = fingerprint(
+        [KIND, {**settings, "description": ""}, vectors.fingerprint, *([file_digest(code)] if code else [])]
+    )
     _check_place(out)
     with locked(out):
         found = find_artifact(out, KIND, wanted)
@@ -325,7 +328,7 @@ def open_sparse_index(path: str | Path) -> BuiltSparseIndex:
 
 def searched_here(specification: Any) -> bool:
     """Whether an index of this specification can be searched by this program."""
-    return getattr(specification, "type", "") not in EXPORTS
+    return not isinstance(specification, SparseSpecification) or hasattr(_module(specification.type), "open_index")
 
 
 def check_inputs(inputs: dict[str, str], encoder: Any, collection: Any, where: str, fix: str) -> None:
@@ -392,4 +395,7 @@ class DocumentIds(Sequence[str]):
 
 
 def _module(kind: str) -> Any:
-    return importlib.import_module(f"rankdistill.indexes.{MODULES[kind]}")
+    """What builds a type, and opens it: a module here, or the one in which another package's specification stands."""
+    if kind in MODULES:
+        return importlib.import_module(f"rankdistill.indexes.{MODULES[kind]}")
+    return importlib.import_module(method_class("index", kind).__module__)

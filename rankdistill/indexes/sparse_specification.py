@@ -7,11 +7,17 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from rankdistill.plain import Name, Section
+from rankdistill.recipe import method_class, method_place
 
 
 class SparseSpecification(Section):
-    """What the specifications of all inverted indexes share; a YAML file in indexes/."""
+    """What the specifications of all inverted indexes share; a YAML file in indexes/.
 
+    One of another package is named by `type: my_package.my_module:MySpecification`; the functions `build`, and
+    `open_index` where this program shall search it, stand beside it in its module.
+    """
+
+    type: str
     name: Name
     description: str = ""
 
@@ -101,3 +107,14 @@ SPARSE: dict[str, type[SparseSpecification]] = {
     "elasticsearch": ElasticsearchSpecification,
     "ciff": CiffSpecification,
 }
+
+
+def sparse_specification(kind: str, where: str) -> type[SparseSpecification] | None:
+    """The specification behind a `type`, shipped or of another package; None for a type that is no sparse index.
+
+    Raises:
+        UsageError: another package's that cannot be used.
+    """
+    if kind in SPARSE or method_place("index", kind) is None:
+        return SPARSE.get(kind)
+    return method_class("index", kind, where)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
+from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification, sparse_specification
 from rankdistill.plain import Name, Section, read_yaml, shown
 from rankdistill.recipe import (
     Loss,
@@ -121,12 +121,13 @@ def any_specification(
     for change in changes:
         override_value(values, change)
     kind = values.get("type", "faiss")
-    if not isinstance(kind, str) or kind not in (*SPARSE, "faiss", "distill_vq"):
+    sparse = sparse_specification(str(kind), f"{where}: type")
+    if sparse is not None:
+        return check_values(sparse, values, where)
+    if kind not in ("faiss", "distill_vq"):
         known = ("faiss", "distill_vq", *SPARSE)
         fix = nearest(str(kind), known)
         raise UsageError(f"there is no index of type {shown(kind)!r}", where=f"{where}: type", fix=fix)
-    if kind in SPARSE:
-        return check_values(SPARSE[kind], values, where)
     if kind != "distill_vq":
         return check_values(IndexSpecification, values, where)
     learned = check_values(QuantizerSpecification, values, where)

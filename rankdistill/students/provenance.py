@@ -8,7 +8,7 @@ from typing import Any
 
 from rankdistill.artifacts import Artifact, file_digest
 from rankdistill.errors import RankdistillError
-from rankdistill.recipe import Recipe
+from rankdistill.recipe import Recipe, code_of
 from rankdistill.students.models import resolve_model
 
 MODELS = ("model", "document_model", "query_model")
@@ -22,13 +22,16 @@ ELSEWHERE = DECIDES_NOTHING | {
 
 
 def with_revisions(values: Any, *, strict: bool = True) -> Any:
-    """Settings with every model below them replaced by the digest of its files, and every file by that of its bytes.
+    """Settings with every model below them replaced by the digest of its files, and every file by that of its bytes;
+    beside the type of a method of another package stands the digest of the file that the method is written in.
 
     Args:
         strict: a model that is not there is an error; otherwise it is None.
     """
     if isinstance(values, Mapping):
-        return {key: _revision(key, value, strict) for key, value in values.items()}
+        found = {key: _revision(key, value, strict) for key, value in values.items()}
+        code = code_of(found["type"]) if isinstance(found.get("type"), str) else None
+        return {**found, "code": file_digest(code)} if code else found
     return [with_revisions(one, strict=strict) for one in values] if isinstance(values, list) else values
 
 

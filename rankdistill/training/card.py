@@ -50,7 +50,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     teacher = recipe.teacher.settings() if recipe.teacher else None
     header = {
         "library_name": "sentence-transformers",
-        "pipeline_tag": "text-ranking" if student["type"] == "cross_encoder" else "sentence-similarity",
+        "pipeline_tag": "text-ranking" if recipe.student_kind == "cross_encoder" else "sentence-similarity",
         "base_model": student.get("model"),
         "tags": ["sentence-transformers", "rankdistill", "distillation", "retrieval", student["type"]],
     }
@@ -59,7 +59,7 @@ def model_card(recipe: Recipe, collection: Collection, counts: dict[str, Any], n
     measured = f"\nDev {notes['dev_metric']}:\n\n| step | value |\n|---:|---:|\n{rows}" if rows else ""
     losses = ", ".join(method.type for method in recipe.training.losses)
     loader = LOADERS.get(student["type"], "SentenceTransformer")
-    use = QUERIES_ONLY if "document_model" in student else PAIRS if student["type"] == "cross_encoder" else USE
+    use = QUERIES_ONLY if "document_model" in student else PAIRS if recipe.student_kind == "cross_encoder" else USE
     use = use.replace("LOADER", loader).replace("DOCUMENT_MODEL", str(student.get("document_model")))
     article = "an" if student["type"][0] in "aeiou" else "a"
     used = {"student": student, "teacher": teacher, "training": recipe.training.model_dump(mode="json")}

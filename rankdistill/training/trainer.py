@@ -586,7 +586,8 @@ def build_losses(settings: Training) -> dict[str, Loss]:
     losses: dict[str, Loss] = {}
     for number, method in enumerate(settings.losses):
         loss: Loss = build("loss", method.settings())
-        key = f"{method.type}_{loss.side}" if isinstance(loss, Regulariser) else method.type
+        name = str(loss.type)  # the class's: a place (my_package.losses:MyLoss) is no name of a module
+        key = f"{name}_{loss.side}" if isinstance(loss, Regulariser) else name
         losses[key if key not in losses else f"{key}_{number}"] = loss
     return losses
 
@@ -639,8 +640,8 @@ def curve(history: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
 def training_fingerprint_values(recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """What decides a trained student: the weights it starts from (not where they lie), its lists and its dev set."""
     student = recipe.student.settings()
-    if student["type"] in ALIGNED:
-        student.pop("warm_up")  # the start it gives is among the inputs
+    if recipe.student_kind in ALIGNED:
+        student.pop("warm_up", None)  # the start it gives is among the inputs
     student.pop("document_vectors", None)  # where they lie; the document model decides what they are
     training = recipe.training.model_dump(mode="json", exclude=DECIDES_NOTHING)
     training["schedule"] = _schedule(recipe.training)

@@ -144,7 +144,7 @@ def warm_up_of(
         UsageError: the student would take after itself.
     """
     student = recipe.student.settings()
-    if student["type"] not in ALIGNED or not student["warm_up"]:
+    if recipe.student_kind not in ALIGNED or not student.get("warm_up"):
         return None
     after = student["warm_up"]["teacher"] == "student"
     if after and trained is None:
