@@ -57,6 +57,7 @@ STUDENTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str]]] = {
         [{"type": "query_mse"}, {"type": "kl", "weight": 0.05}],
         [],
     ),
+    "cross_encoder": ({"model": ENCODER, "layers": [0, 2, 5], "max_length": 96}, [{"type": "margin_mse"}], []),
 }
 HEADER = (
     "| part | rows/s | loss, first → last | nDCG@10 | GPU memory, GiB | seconds |\n|---|---:|---:|---:|---:|---:|\n"
@@ -99,15 +100,21 @@ def student(kind: str, collection: str, folder: Path, steps: int) -> tuple[float
     training |= {"batches": {"type": "random_batches", "size": 8}, "lists": {"type": "random_documents", "size": 4}}
     if kind == "query_tower":
         training["batch_teacher"] = {"type": "dense", "model": ENCODER, **LENGTHS}
-    lengths = {name: LENGTHS[name] for name in LENGTHS if kind != "inference_free" or name != "query_length"}
+    pairs = kind == "cross_encoder"  # it re-ranks: nothing to encode, to index or to search with
+    shorter = {"inference_free": ["document_length"], "static": [], "cross_encoder": []}.get(kind, list(LENGTHS))
     values = {
         "name": kind,
         "collection": collection,
         "candidates": {"depth": 8, "queries": 100, "dev_queries": 20, "sources": [{"type": "bm25"}]},
         "teacher": cross_encoder if kind == "dense" else bi_encoder,
-        "student": {"type": kind, **settings, **({} if kind == "static" else {**lengths, "dropout": 0.0})},
+        "student": {
+            "type": kind,
+            **settings,
+            **{name: LENGTHS[name] for name in shorter},
+            **({} if kind == "static" else {"dropout": 0.0}),
+        },
         "training": training,
-        "indexes": ["flat", *(str(learned) if index == "learned" else index for index in indexes)],
+        "indexes": [] if pairs else ["flat", *(str(learned) if index == "learned" else index for index in indexes)],
         "evaluation": {"latency_queries": 20, "extrapolation": None, "teacher_depth": 10},
     }
     workspace = Workspace(folder / kind, check_recipe(values), store=folder / "store")
@@ -115,8 +122,22 @@ def student(kind: str, collection: str, folder: Path, steps: int) -> tuple[float
     assert evaluated is not None
     model = workspace.student()
     texts = workspace.collection.document_texts(np.arange(min(2048, workspace.collection.document_count)))
-    model.encode_documents(texts[:64])  # what is done once is not counted
-    rate = timed(lambda: model.encode_documents(texts), len(texts))
+
+    def work(part: list[str]) -> None:
+        _ = model.rerank("open a file", part) if pairs else model.encode_documents(part)
+
+    work(texts[:64])  # what is done once is not counted
+    rate = timed(lambda: work(texts), len(texts))
+    if not pairs:
+        serve(workspace)
+    log = (workspace.student_folder("student") / LOG).read_text().splitlines()
+    course = [entry["loss"] for entry in map(json.loads, log) if "loss" in entry]
+    quality = evaluated.sets[0]["student, distilled"].means["ndcg@10"]
+    return rate, f"{course[0]:.3f} → {course[-1]:.3f}", quality
+
+
+def serve(workspace: Workspace) -> None:
+    """One request of the search page, answered by every column."""
     server = PageServer(port=0)
     server.start(search_page(workspace))
     try:
@@ -128,10 +149,6 @@ def student(kind: str, collection: str, folder: Path, steps: int) -> tuple[float
         c["key"] for c in columns if not c["hits"]
     ]
     assert len(columns) > 1 and not broken, f"the search page: {broken}"
-    log = (workspace.student_folder("student") / LOG).read_text().splitlines()
-    course = [entry["loss"] for entry in map(json.loads, log) if "loss" in entry]
-    quality = evaluated.sets[0]["student, distilled"].means["ndcg@10"]
-    return rate, f"{course[0]:.3f} → {course[-1]:.3f}", quality
 
 
 def teacher(settings: Callable[[], Any], lists: list[TextList]) -> tuple[float, str, float]:
