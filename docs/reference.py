@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import rankdistill
-from rankdistill.recipe import KINDS, Method, Recipe, method_class, method_names, parameters_model, shipped
+from rankdistill.recipe import KINDS, Method, Recipe, method_class, parameters_model, shipped, shipped_methods
 
 SOURCE = Path(__file__).parents[1]
 PLURAL = {
@@ -72,7 +72,7 @@ def recipe_page() -> str:
 def methods_page(kind: str) -> str:
     intro = f"A {kind} is chosen by its `type`; the other keys are its settings."
     seen: set[type[BaseModel]] = set()
-    parts = [part for name in sorted(method_names(kind)) for part in method(kind, name, seen)]
+    parts = [part for name in sorted(shipped_methods(kind)) for part in method(kind, name, seen)]
     return page(PLURAL[kind], intro, *parts)
 
 
