@@ -98,7 +98,7 @@ def theirs(collection: Collection, lists: ScoredLists, batch: int, steps: int, p
     order = generator(42, 0).permutation(len(lists))[: batch * steps]
     rows: dict[str, list[Any]] = {"query": [], "label": []}
     for member in order:
-        query_id, doc_rows, scores, _ = lists.list(int(member))
+        query_id, doc_rows, scores, _ = lists[int(member)]
         rows["query"].append(collection.query_texts([query_id])[0])
         rows["label"].append((scores[0] - scores[1:]).tolist() if len(scores) > 2 else float(scores[0] - scores[1]))
         for place, text in enumerate(collection.document_texts(doc_rows)):

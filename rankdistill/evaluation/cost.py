@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rankdistill.devices import synchronise
+from rankdistill.indexes.base import available_threads
 from rankdistill.progress import progress
 
 WARM_UP = 3  # queries answered before the clock runs; fewer where one takes a second
@@ -304,7 +305,7 @@ def measuring_environment() -> dict[str, Any]:
         threads["torch"] = sys.modules["torch"].get_num_threads()
     if "faiss" in sys.modules:
         threads["faiss"] = sys.modules["faiss"].omp_get_max_threads()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = available_threads()
     return {
         "machine": processor(),
         "cores": allowed,

@@ -10,8 +10,6 @@ Files in the folder of an evaluation: `runs/SYSTEM.trec` (Parquet where ids hold
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rankdistill.artifacts import disk_errors, library_versions, write_atomically
+from rankdistill.artifacts import disk_errors, write_atomically
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.cost import Step, engine_steps, measure_costs, model_bytes
+from rankdistill.evaluation.cost import Step, engine_steps, measure_costs, measuring_environment, model_bytes
 from rankdistill.evaluation.extrapolation import Extrapolation, QuerySplit, measure_splits
 from rankdistill.evaluation.fidelity import Fidelity, measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Metrics, evaluate_run, parse_metric
@@ -523,14 +521,9 @@ def _file_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, threads and library versions."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "machine": f"{platform.machine()} {platform.system()}",
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or allowed or 1),
-        "query_batch": QUERY_BATCH,
-        "libraries": library_versions(),
-    }
+    """What the speeds of rows were measured with; the load, which is another each time, is told with the latencies."""
+    measured = measuring_environment()
+    return {"query_batch": QUERY_BATCH, **{name: measured[name] for name in ("machine", "threads", "libraries")}}
 
 
 def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None:

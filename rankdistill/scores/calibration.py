@@ -6,7 +6,7 @@ list it scores. Errors "after" are cross-fitted: each query's probabilities come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -300,8 +300,3 @@ def _cross_fitted(scores: Floats, labels: Floats, group: NDArray[np.uint64], met
         own = fit(scores[~held], rest, method) if 0 < rest.sum() < len(rest) else fit(scores, labels, method)
         result[held] = own(scores[held])
     return result
-
-
-def calibrated(calibrators: Sequence[Callable[[np.ndarray], Floats]], scores: NDArray[Any]) -> Floats:
-    """[teachers, n] scores of one list as probabilities, each teacher by its own map."""
-    return np.stack([one(row) for one, row in zip(calibrators, scores, strict=True)])

@@ -212,7 +212,7 @@ def second_look(
 
 
 class ScoredLists:
-    """Scored lists on disk, memory-mapped; `lists[i]` or `lists.list(i)` is the i-th."""
+    """Scored lists on disk, memory-mapped; `lists[i]` is the i-th."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -289,10 +289,6 @@ class ScoredLists:
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         query_id = str(self._queries[index].as_py())
         return ScoredList(query_id, self.doc_rows[part], self.scores[part], self.relevance[part])
-
-    def list(self, index: int) -> ScoredList:
-        """(query_id, doc_rows int32 [n], scores float32 [n], relevance int32 [n]), views into the files."""
-        return self[index]
 
     def disagreement_of(self, index: int) -> np.ndarray | None:
         """float32 [n] of the i-th list: the standard deviation over the teachers of a document's normalised scores (0

@@ -130,7 +130,7 @@ class BatchStream(Dataset[dict[str, Any]]):
         """Query ids, and [lists, documents] arrays of the chosen documents, padded to the longest list."""
         queries, chosen = [], []
         for member in members.tolist():
-            query_id, rows, scores, relevance = self.lists.list(member)
+            query_id, rows, scores, relevance = self.lists[member]
             places = self.documents.choose(scores, relevance, generator(self.seed, epoch, member))
             disagreement = self.lists.disagreement_of(member)
             extra = {} if disagreement is None else {"disagreement": disagreement[places]}
@@ -158,7 +158,7 @@ def usable_lists(lists: ScoredLists, documents: DocumentSampler) -> NDArray[np.i
     """
     if type(documents).usable is DocumentSampler.usable:
         return np.arange(len(lists))
-    kept = [number for number in range(len(lists)) if documents.usable(*lists.list(number)[2:])]
+    kept = [number for number in range(len(lists)) if documents.usable(*lists[number][2:])]
     if len(kept) < len(lists):
         warn(f"{len(lists) - len(kept):,} of {len(lists):,} lists have not what {documents.type} needs and are dropped")
     if not kept:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from rankdistill.errors import RankdistillError
@@ -18,6 +19,7 @@ from rankdistill.losses.schedules import Ramp
 from rankdistill.progress import warn
 
 WINDOW = 20  # batches whose mean is judged
+LOOKED = 10  # batches between two looks: each waits for the device
 MOST_EMPTY = 0.5  # of the texts of a side
 MOST_COMMON = 0.95  # of a document's terms in nearly every document of the batch
 MOST_DENSE = 0.25  # of the vocabulary active in a document, once the regularisers count in full
@@ -37,7 +39,9 @@ class SparsityWatch:
         ends = [_end(loss, steps) for loss in losses if isinstance(loss, Sparsity)]
         self.pressed_from = max([EARLY, *ends])
         self.regularised, self.terms = bool(ends), terms
-        self.seen: dict[str, deque[float]] = {}
+        self.seen: dict[str, deque[Tensor]] = {}
+        self.means: dict[str, float] = {}  # of the last batches; there are none before there are enough
+        self.batches = 0
         self.warned = False
 
     def see(self, step: int, figures: Mapping[str, Tensor]) -> None:
@@ -46,7 +50,12 @@ class SparsityWatch:
             RankdistillError: the student has collapsed; says how.
         """
         for name, value in figures.items():
-            self.seen.setdefault(name, deque(maxlen=WINDOW)).append(float(value))
+            self.seen.setdefault(name, deque(maxlen=WINDOW)).append(value)
+        self.batches += 1
+        if self.batches % LOOKED:
+            return
+        full = {name: torch.stack([*seen]).mean() for name, seen in self.seen.items() if len(seen) == WINDOW}
+        self.means = dict(zip(full, torch.stack([*full.values()]).tolist())) if full else {}
         for side in ("document", "query"):
             if self._mean(f"empty/{side}") > MOST_EMPTY:
                 raise RankdistillError(
@@ -81,9 +90,7 @@ class SparsityWatch:
             )
 
     def _mean(self, name: str) -> float:
-        """Of the last batches; 0 before there are enough."""
-        seen = self.seen.get(name, ())
-        return sum(seen) / WINDOW if len(seen) == WINDOW else 0.0
+        return self.means.get(name, 0.0)
 
 
 def _end(loss: Sparsity, steps: int) -> float:

@@ -200,9 +200,13 @@ class StudentTrainer(StepAgain, SafeCheckpoints, Trainer):
         self.dev, self.agreement, self.warned, self.checked = dev, agreement, False, False
         self.watch = watch
         self.overflows = 0  # batches in a row whose loss is not finite
-        self.part_sums: dict[str, float] = {}
+        self.part_sums: dict[str, torch.Tensor] = {}  # on the device: a transfer a part would be a wait a part
         self.part_count = 0
-        self.course: tuple[dict[nn.Module, dict[str, Any]], dict[str, float], int] = ({}, {}, 0)  # before this step
+        self.course: tuple[dict[nn.Module, dict[str, Any]], dict[str, torch.Tensor], int] = (
+            {},
+            {},
+            0,
+        )  # before this step
 
     @property
     def student(self) -> StudentModel:
@@ -269,7 +273,7 @@ class StudentTrainer(StepAgain, SafeCheckpoints, Trainer):
                 fix="lower training.learning_rate, or set training.precision to bf16 or fp32",
             )
         for name, part in [*((f"loss/{name}", part) for name, part in outputs.items()), *figures.items()]:
-            self.part_sums[name] = self.part_sums.get(name, 0.0) + float(part)
+            self.part_sums[name] = self.part_sums[name] + part if name in self.part_sums else part
         self.part_count += 1
         if self.watch is not None:
             self.watch.see(self.state.global_step, figures)
@@ -277,7 +281,8 @@ class StudentTrainer(StepAgain, SafeCheckpoints, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.part_count:
-            logs |= {name: total / self.part_count for name, total in self.part_sums.items()}
+            sums = torch.stack([total.float() for total in self.part_sums.values()]).tolist()
+            logs |= {name: total / self.part_count for name, total in zip(self.part_sums, sums, strict=True)}
             self.part_sums, self.part_count = {}, 0
         super().log(logs, start_time)
 
@@ -743,7 +748,7 @@ def check_lists(lists: ScoredLists, losses: dict[str, Loss], batch_teacher: bool
         )
     needing = [name for name, loss in losses.items() if loss.needs_labels]
     sample = range(0, len(lists), max(1, len(lists) // 1000))
-    labelled = sum(bool((lists.list(number)[3] > 0).any()) for number in sample)
+    labelled = sum(bool((lists[number].relevance > 0).any()) for number in sample)
     if needing and labelled == 0:
         raise RankdistillError(
             f"the loss {needing[0]} needs a labelled positive in each list and no list has one",

@@ -33,7 +33,7 @@ def test_lists_join_candidates_scores_and_labels(tiny_collection: Collection, tm
     }
     lists = build(tiny_collection, tmp_path / "lists", given)
     assert lists.query_ids == ["q-iron", "q-gold"] and len(lists) == 2
-    query_id, rows, scores, relevance = lists.list(0)
+    query_id, rows, scores, relevance = lists[0]
     assert query_id == "q-iron"
     assert tiny_collection.doc_ids(rows) == ["d-iron", "d-gold"]
     np.testing.assert_array_equal(scores, np.float32([3.0, -1.0]))

@@ -188,7 +188,7 @@ def test_it_teaches_a_student_that_searches(done: Workspace, values: dict[str, A
     }
     run = Workspace(tmp_path / "run", load_recipe(changed), tmp_path / "store")
     lists = run.score()
-    query_id, rows, scores, _ = lists.list(0)
+    query_id, rows, scores, _ = lists[0]
     expected = done.student().rerank(*run.collection.query_texts([query_id]), run.collection.document_texts(rows))
     np.testing.assert_allclose(scores, expected, atol=1e-3)
     assert run.train().path.is_dir()
@@ -224,7 +224,7 @@ def test_a_batchs_scores_are_those_of_its_pairs(done: Workspace, small: Callable
     assert distiller._seen is not None
     found, teacher, mask = (one.numpy() for one in distiller._seen)
     for row, member in enumerate(members.tolist()):
-        query_id, rows, scores, _ = lists.list(member)
+        query_id, rows, scores, _ = lists[member]
         own = student.rerank(*collection.query_texts([query_id]), collection.document_texts(rows))
         places = [int(np.flatnonzero(scores == value)[0]) for value in teacher[row][mask[row]]]
         np.testing.assert_allclose(found[row][mask[row]], own[places], atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,28 @@ def log(artifact: Artifact, name: str) -> list[float]:
 def weights(artifact: Artifact) -> list[Tensor]:
     files = sorted((artifact.path / "model").rglob("*.safetensors"))
     return [value for path in files for _, value in sorted(load_file(path).items())]
+
+
+def test_figures_leave_the_device_when_they_are_logged(
+    train: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[str] = []
+    for name in ("__float__", "item", "tolist"):
+        real = getattr(Tensor, name)
+
+        def counted(self: Tensor, *given: Any, name: str = name, real: Any = real) -> Any:
+            asked = sys._getframe(1).f_code
+            if asked.co_filename.endswith(("training/trainer.py", "training/sparsity.py")):
+                waits.append(f"{asked.co_name}: {name}")
+            return real(self, *given)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    losses = [{"type": "margin_mse"}, *FLOPS]
+    artifact = train(tmp_path / "out", steps=40, losses=losses, log_every=20)
+    assert [one for one in waits if one.startswith("log")] == ["log: tolist"] * 2
+    assert [one for one in waits if one.startswith("see")] == ["see: tolist"] * 3 and len(waits) == 5
+    monkeypatch.undo()
+    assert len(log(artifact, "loss/flops_query")) == len(log(artifact, "active_terms/document")) == 2
 
 
 @pytest.mark.parametrize("kind", ["splade", "inference_free"])

@@ -1,4 +1,4 @@
-"""When the watch over a sparse student stops a training, and when it leaves it alone."""
+"""When the watch over a sparse student stops a training, and when it leaves it alone. It looks every 10 batches."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def test_empty_vectors_stop_it_at_once(side: str) -> None:
 
 
 def test_documents_that_are_all_alike_stop_it_within_the_first_hundreds_of_steps() -> None:
-    assert watched(1000, FLOPS, **{"common_terms/document": 0.99}) == 100
+    assert watched(1000, FLOPS, **{"common_terms/document": 0.99}) == 109
 
 
 def test_a_dense_student_is_stopped_once_the_regulariser_counts_in_full(capsys: pytest.CaptureFixture[str]) -> None:
-    assert watched(1000, FLOPS, **{"active_terms/document": 400.0}) == 300
-    assert "400 active terms of 1,000" in capsys.readouterr().err  # told at step 100
-    assert watched(1000, {**FLOPS, "ramp": 0}, **{"active_terms/document": 400.0}) == 100
+    assert watched(1000, FLOPS, **{"active_terms/document": 400.0}) == 309
+    assert "400 active terms of 1,000" in capsys.readouterr().err  # told at step 109
+    assert watched(1000, {**FLOPS, "ramp": 0}, **{"active_terms/document": 400.0}) == 109
     assert (
         watched(1000, {**FLOPS, "weight": {"end": 1.0, "over": 500, "delay": 50}}, **{"active_terms/document": 400.0})
-        == 550
+        == 559
     )
 
 
