@@ -12,6 +12,7 @@ from rankdistill.artifacts import open_artifact
 from rankdistill.errors import UsageError
 from rankdistill.plain import file_name
 from rankdistill.progress import warn
+from rankdistill.run_folder import STUDENT, UNTRAINED, RunFolder
 
 if TYPE_CHECKING:
     from rankdistill.artifacts import Artifact
@@ -24,15 +25,12 @@ if TYPE_CHECKING:
     from rankdistill.indexes.bm25 import BM25
     from rankdistill.indexes.lucene_bm25 import LuceneBM25
     from rankdistill.indexes.mining import Source
-    from rankdistill.stages import Workspace
     from rankdistill.students.cross_encoder import PairModel
 
-STUDENT = "student"
-UNTRAINED = "untrained"
 FUSED = 100  # documents of each member that a fused search looks at, at least
 
 
-def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
+def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
     """Row of the table → system, of all that a suite asks for and the run can fill."""
     from rankdistill.evaluation.evaluate import EngineSystem
     from rankdistill.evaluation.hybrid import fused_rows
@@ -96,7 +94,7 @@ def run_systems(run: Workspace, suite: Suite, collection: Collection, split: str
             index = run.index(specification, student=student, collection=collection)
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
     rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
-    return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(type(run)(folder), collection))
+    return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(RunFolder(folder), collection))
 
 
 def _dense_rows(sources: Sequence[Source], methods: Sequence[Any]) -> dict[str, System]:
@@ -117,7 +115,7 @@ def _dense_rows(sources: Sequence[Source], methods: Sequence[Any]) -> dict[str, 
     return rows
 
 
-def _is_cut(run: Workspace) -> bool:
+def _is_cut(run: RunFolder) -> bool:
     """Whether the student begins as something else than the encoder it is made from; else `untrained` is its row."""
     from rankdistill.students.models import resolve_model, says
 
@@ -132,7 +130,7 @@ def _is_cut(run: Workspace) -> bool:
     return (folder / "modules.json").is_file() and kind == "SentenceTransformer"
 
 
-def _whole_encoder(run: Workspace, name: str, collection: Collection) -> EngineSystem:
+def _whole_encoder(run: RunFolder, name: str, collection: Collection) -> EngineSystem:
     """What could have been used without any training: the encoder as it came, with the student's lengths."""
     from rankdistill.indexes.engines import exhaustive_engine
     from rankdistill.students.dense import DenseStudent
@@ -144,7 +142,7 @@ def _whole_encoder(run: Workspace, name: str, collection: Collection) -> EngineS
     return _engine_system(exhaustive_engine(model, run.vectors("encoder", model, collection)))
 
 
-def _student_of(run: Workspace, collection: Collection) -> EngineSystem:
+def _student_of(run: RunFolder, collection: Collection) -> EngineSystem:
     """Another run's student, searching exactly."""
     from rankdistill.indexes.engines import exhaustive_engine
 
@@ -152,7 +150,7 @@ def _student_of(run: Workspace, collection: Collection) -> EngineSystem:
     return _engine_system(exhaustive_engine(student, run.vectors(STUDENT, student, collection)))
 
 
-def fused_engine(run: Workspace, engine: Engine, names: Sequence[str], count: int) -> FusedEngine:
+def fused_engine(run: RunFolder, engine: Engine, names: Sequence[str], count: int) -> FusedEngine:
     """A run's engine fused by rank with others over its collection: `bm25`, or the student of another run's folder.
 
     Args:
@@ -175,14 +173,14 @@ def fused_engine(run: Workspace, engine: Engine, names: Sequence[str], count: in
             sources = [Source.of(one, run.collection, run.path / "engines") for one in lexical[:1]]
             members[name] = open_bm25(run, sources, run.collection)
         elif Path(name).is_dir():
-            members[name] = _student_of(type(run)(name), run.collection).engine
+            members[name] = _student_of(RunFolder(name), run.collection).engine
         else:
             raise UsageError(f"{name!r} is not there to fuse", where="--fuse", fix="bm25, or the folder of another run")
     return FusedEngine(members, depth=max(count, FUSED))
 
 
 def open_bm25(
-    run: Workspace, sources: Sequence[Source], collection: Collection, lucene: bool = False
+    run: RunFolder, sources: Sequence[Source], collection: Collection, lucene: bool = False
 ) -> BM25 | LuceneBM25:
     """BM25 over a collection: that of the sources, or one with default settings.
 
@@ -215,7 +213,7 @@ def _engine_system(engine: Any, note: str = "") -> EngineSystem:
     return system
 
 
-def _best_step(run: Workspace, name: str) -> str:
+def _best_step(run: RunFolder, name: str) -> str:
     """Which checkpoint a student is: step 0 says that training did not help on dev."""
     manifest = open_artifact(run.student_folder(name), "student").manifest
     dev = manifest.get("dev") or {}
@@ -231,7 +229,7 @@ def _best_step(run: Workspace, name: str) -> str:
 
 
 def _teacher_row(
-    run: Workspace, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
+    run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
 ) -> tuple[str, System | None]:
     """(the row's name, the teacher re-ranking the top of a source of candidates); its scores go to the store.
 
@@ -269,7 +267,7 @@ def _teacher_row(
 
 
 def _first_stage(
-    run: Workspace, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
+    run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
 ) -> Artifact:
     """What a source of candidates finds for a split's queries, to be re-ranked."""
     from rankdistill.indexes.mining import Source, mine
@@ -281,7 +279,7 @@ def _first_stage(
 
 
 def _rerank_row(
-    run: Workspace,
+    run: RunFolder,
     collection: Collection,
     split: str,
     source: Source,
@@ -310,7 +308,7 @@ def _rerank_row(
     return _Reranked(live, candidates.path / FILE, depth, f"{said}; {note}" if note else said, served)
 
 
-def _served_teacher(run: Workspace, collection: Collection, engine: Any, depth: int) -> Reranking | None:
+def _served_teacher(run: RunFolder, collection: Collection, engine: Any, depth: int) -> Reranking | None:
     """The teacher scoring live, to measure its speed; None where its scores or candidates were made elsewhere."""
     from rankdistill.evaluation.cost import Reranking
     from rankdistill.scores.store import ScoreStore

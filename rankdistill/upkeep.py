@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankdistill.artifacts import check_file, check_place, remove_artifacts, remove_leftovers
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.run_folder import RECIPE, STUDENT, WRITTEN, RunFolder
 from rankdistill.students.loading import check_causal_lm, check_model
 from rankdistill.students.models import layer_count, resolve_model
 from rankdistill.students.provenance import MODELS
-from rankdistill.systems import STUDENT
-
-if TYPE_CHECKING:
-    from rankdistill.stages import Workspace
 
 
-def check_run(run: Workspace) -> None:
+def check_run(run: RunFolder) -> None:
     """Refuse what can only fail later, or would delete what is not ours.
 
     Raises:
@@ -71,10 +68,10 @@ def _check_layers(student: Mapping[str, Any]) -> None:
         raise UsageError(f"layers are {known}, not {layers}", where="student.layers", fix="layers that the encoder has")
 
 
-def _check_places(run: Workspace, indexes: list[str]) -> None:
+def _check_places(run: RunFolder, indexes: list[str]) -> None:
     from rankdistill.indexes.faiss_index import check_out_file
 
-    check_file(run.path / "recipe.yaml", mark="# Written by rankdistill")
+    check_file(run.path / RECIPE, mark=WRITTEN)
     members = len(run.recipe.teacher.settings().get("members", ())) if run.recipe.teacher is not None else 0
     teachers = ["teacher", "teacher-calibration", *(f"teacher-{number}" for number in range(members))]
     for name in (STUDENT, "lists", "dev-lists", *teachers):
@@ -92,7 +89,7 @@ def _check_places(run: Workspace, indexes: list[str]) -> None:
             check_place(file)
 
 
-def forget(run: Workspace, stage: str) -> None:
+def forget(run: RunFolder, stage: str) -> None:
     """Delete what a stage made."""
     folders = {
         "mine": ["candidates", "engines"],

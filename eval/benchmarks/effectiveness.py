@@ -24,7 +24,8 @@ from rankdistill.artifacts import write_atomically
 from rankdistill.evaluation.significance import compare_values
 from rankdistill.progress import say
 from rankdistill.recipe import find_declaration, load_recipe, merge, read_yaml
-from rankdistill.stages import STUDENT, Workspace
+from rankdistill.run_folder import STUDENT
+from rankdistill.stages import Workspace
 
 METRICS = ("ndcg@10", "recall@100")
 HALF = {"layers": [0, 2, 5]}

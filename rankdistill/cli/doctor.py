@@ -56,7 +56,7 @@ def damaged_artifacts(run: Path) -> list[str]:
     if not manifests:
         raise RankdistillError("there is no artifact here", where=str(run), fix="give the folder of a run")
     from rankdistill.indexes.faiss_index import damaged_index
-    from rankdistill.stages import RECIPE, recipe_is_whole
+    from rankdistill.run_folder import RECIPE, recipe_is_whole
 
     found = []
     for manifest in manifests:

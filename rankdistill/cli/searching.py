@@ -22,7 +22,8 @@ def searching_workspace(folder: Path) -> Workspace:
     """
     from rankdistill.indexes.engines import INFERENCE_FREE
     from rankdistill.recipe import Recipe, check_values, read_yaml
-    from rankdistill.stages import RECIPE, Workspace
+    from rankdistill.run_folder import RECIPE
+    from rankdistill.stages import Workspace
 
     saved = folder / RECIPE
     if saved.is_file():

@@ -31,7 +31,7 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
     from rankdistill.indexes.engines import exhaustive_engine, open_index
     from rankdistill.indexes.sparse import searched_here
     from rankdistill.indexes.specification import any_specification
-    from rankdistill.stages import STUDENT
+    from rankdistill.run_folder import STUDENT
 
     collection, recipe = workspace.collection, workspace.recipe
     student = workspace.student()

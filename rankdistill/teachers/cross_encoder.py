@@ -9,73 +9,25 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.plain import Section
 from rankdistill.students.loading import is_cross_encoder
 from rankdistill.students.models import resolve_model
 from rankdistill.students.pair_scoring import PairScorer, open_cross_encoder
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.base import Dev, PairTeacher
+from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import CrossEncoder
 
     from rankdistill.collections import Collection
-
-
-class CrossEncoderTraining(Section):
-    """How a cross-encoder is fine-tuned before it teaches."""
-
-    start: Literal["encoder", "head"] = Field(
-        "encoder",
-        description="rank as the encoder does before the first step (see students/pair_encoder.py; an encoder that "
-        "cannot be had that way falls back), or a new head on the first token, which starts at random",
-    )
-    loss: Literal["lce", "bce", "listnet", "lambda"] = Field(
-        "lce",
-        description="over a positive and its negatives: softmax cross-entropy to the labels' gains, binary "
-        "cross-entropy (positives weighted by the number of negatives), ListNet, or LambdaLoss",
-    )
-    target_temperature: float = Field(
-        0.2, gt=0, description="of listnet: the target is softmax(grade / this); at 1 a positive gets e times the rest"
-    )
-    epochs: float = Field(1.0, gt=0, description="passes over the training lists")
-    steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
-    learning_rate: float = Field(1e-4, gt=0)
-    head_learning_rate: float | None = Field(
-        None, gt=0, description="of what is new (head, pooler, classifier); 10 times the encoder's by default"
-    )
-    gate_learning_rate: float = Field(1e-2, gt=0, description="of the gates between the sides, with start: encoder")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    batch_size: int = Field(8, ge=1, description="lists a step: a positive and its negatives each")
-    negatives: int = Field(3, ge=1, description="negatives a positive, one from each depth of the candidates")
-    positives: int = Field(1, ge=1, description="labelled positives a query at most, each with its own negatives")
-    refresh: bool = Field(
-        False, description="halfway, score the candidates with the model as it is and draw negatives by its order"
-    )
-    negatives_below: float = Field(
-        0.95, gt=0, le=1, description="at the refresh, only documents below this share of the positive's score"
-    )
-    queries: int | None = Field(None, ge=1, description="training queries at most, drawn by the seed")
-    checkpoints: int = Field(
-        4, ge=1, description="looks at dev, beside the one before the first step; the best is kept"
-    )
-    patience: int | None = Field(None, ge=1, description="stop after this many looks at dev without a better one")
-    dev_queries: int = Field(100, ge=0, description="dev queries that choose the checkpoint; 0 keeps the last one")
-    dev_depth: int = Field(20, ge=2, description="of their candidates, as many are re-ranked")
-    dropout: float | None = Field(
-        None, ge=0, lt=1, description="the encoder's own by default; 0 spares a CPU a third of each step"
-    )
-    max_length: int | None = Field(None, ge=8, description="tokens a pair in training; the teacher's own by default")
-    precision: Precision = "auto"
 
 
 class CrossEncoderTeacher(PairTeacher):
@@ -179,17 +131,8 @@ class CrossEncoderTeacher(PairTeacher):
                 raise RankdistillError(
                     f"this model gives {model.num_labels} numbers a pair, a teacher gives one", where=str(folder)
                 )
-            self._scorer = self._over(model).freeze()
+            self._scorer = PairScorer(model, self.precision, self.token_budget, self.query_length).freeze()
         return self._scorer.model
-
-    def _over(self, model: CrossEncoder) -> PairScorer:
-        return PairScorer(model, self.precision, self.token_budget, self.query_length)
-
-    def over(self, model: CrossEncoder) -> CrossEncoderTeacher:
-        """A teacher that scores with a model in training, as it is at the time."""
-        teacher = CrossEncoderTeacher(self.model_name, self.max_length)
-        teacher._scorer = self._over(model)
-        return teacher
 
     @property
     def scorer(self) -> PairScorer:
@@ -238,7 +181,18 @@ class CrossEncoderTeacher(PairTeacher):
             raise UsageError("this cross-encoder has no `train` settings", where="teacher.train")
         out = Path(out)
         work = out.with_name(f".{out.name}.training")
-        report = fine_tune(self, self.training, collection, candidates, work, seed=seed, split=split, dev=dev)
+        report = fine_tune(
+            resolve_model(self.model_name).path,
+            self.training,
+            collection,
+            candidates,
+            work,
+            split,
+            dev,
+            seed=seed,
+            max_length=self.max_length,
+            device=self.device,
+        )
         out.mkdir(parents=True, exist_ok=True)
         for item in sorted((work / "model").iterdir()):
             os.replace(item, out / item.name)

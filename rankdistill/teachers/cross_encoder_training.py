@@ -23,26 +23,23 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rankdistill.artifacts import write_atomically
 from rankdistill.devices import place_training
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.losses.base import ListLoss
 from rankdistill.losses.contrastive import LCE
 from rankdistill.losses.divergence import ListNet
 from rankdistill.losses.lambda_loss import LambdaLoss
 from rankdistill.progress import Progress, progress, quiet_transformers, say, warn
-from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.students.dense import set_dropout
 from rankdistill.students.less_memory import GradientCache, StepAgain
-from rankdistill.students.models import resolve_model
-from rankdistill.students.pair_scoring import new_parts, save_cross_encoder, starting_cross_encoder
+from rankdistill.students.pair_scoring import PairScorer, new_parts, save_cross_encoder, starting_cross_encoder
 from rankdistill.students.token_batches import resolve_precision, training_attention
-from rankdistill.teachers.base import Dev, TextList
+from rankdistill.teachers.base import Dev
+from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-from rankdistill.training.trainer import with_rates
+from rankdistill.training.trainer import RerankPool, with_rates
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
-    from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, CrossEncoderTraining
 
 METRIC = "ndcg@10"
 DEV = f"dev_{METRIC}"
@@ -205,48 +202,30 @@ class Listwise(nn.Module):
         return float(self.loss(torch.zeros(grades.shape), grades)), floor
 
 
-class DevCandidates:
-    """Candidates of dev queries that a model re-ranks: nDCG@10.
-
-    Memory: their texts.
-    """
-
-    def __init__(self, collection: Collection, dev: Dev, queries: int, depth: int) -> None:
-        qrels = collection.qrels(dev.split)
-        judged = [item for item in dev.candidates if any(grade > 0 for grade in qrels.get(item[0], {}).values())]
-        some = judged[:: max(1, -(-len(judged) // queries))]  # spread evenly: files are often sorted by topic
-        texts = collection.query_texts([query_id for query_id, _ in some])
-        self.qrels = {query_id: qrels[query_id] for query_id, _ in some}
-        self.lists = []
-        for query, (query_id, doc_ids) in zip(texts, some, strict=True):
-            rows = collection.doc_rows(list(dict.fromkeys(doc_ids))[:depth])
-            rows = rows[rows >= 0]
-            self.lists.append(TextList(query_id, query, collection.doc_ids(rows), collection.document_texts(rows)))
-
-    def evaluate(self, scorer: CrossEncoderTeacher | None) -> float:
-        """Of the candidates as they come where there is no scorer."""
-        given = (
-            scorer.score(self.lists)
-            if scorer
-            else ((item.query_id, item.doc_ids, -np.arange(len(item.doc_ids), dtype=np.float32)) for item in self.lists)
-        )
-        run = Run.from_dict({query_id: dict(zip(ids, scores.tolist(), strict=True)) for query_id, ids, scores in given})
-        return float(evaluate_run(run, self.qrels, [METRIC]).means[METRIC])
+def dev_pool(collection: Collection, dev: Dev, queries: int, depth: int) -> RerankPool:
+    """Candidates of so many labelled dev queries that a model re-ranks."""
+    qrels = collection.qrels(dev.split)
+    judged = [item for item in dev.candidates if any(grade > 0 for grade in qrels.get(item[0], {}).values())]
+    some = judged[:: max(1, -(-len(judged) // queries))]  # spread evenly: files are often sorted by topic
+    query_ids, lists = [query_id for query_id, _ in some], [doc_ids for _, doc_ids in some]
+    return RerankPool.over(collection, dev.split, query_ids, lists, depth, METRIC)
 
 
 class PairTrainer(StepAgain, SafeCheckpoints, Trainer):
     """Minimises `Listwise`; looks at dev, keeps the best model in `best`, draws negatives anew halfway."""
 
-    def __init__(self, model: Listwise, scorer: CrossEncoderTeacher, dev: DevCandidates | None, **options: Any) -> None:
+    def __init__(
+        self, model: Listwise, scorer: PairScorer, dev: RerankPool | None, scoring_length: int | None, **options: Any
+    ) -> None:
         # The eval_dataset is only asked for by the base class: `evaluate` reads the dev candidates.
         super().__init__(model=model, eval_dataset=options["train_dataset"], data_collator=model.collate, **options)
         self.scorer, self.dev, self.settings = scorer, dev, model.settings
-        self.scoring_length = scorer.max_length
+        self.scoring_length = scoring_length
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
         """Rates of their own for what is new: it has further to go than an encoder that is nearly right."""
-        gates, heads = new_parts(self.scorer.load())
+        gates, heads = new_parts(self.scorer.model)
         rate = self.settings.head_learning_rate or 10 * self.settings.learning_rate
         rates = dict.fromkeys(heads, rate) | dict.fromkeys(gates, self.settings.gate_learning_rate)
         return with_rates(super().create_optimizer(*model), rates)  # transformers 5.0 takes none
@@ -260,15 +239,15 @@ class PairTrainer(StepAgain, SafeCheckpoints, Trainer):
     def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
         learner: Listwise = self.accelerator.unwrap_model(self.model)
         fix = "a smaller teacher.train.max_length, or teacher.train.precision: bf16"
-        learner.cache.shrink(error, [inputs["features"]], self.scorer.device, fix)
+        learner.cache.shrink(error, [inputs["features"]], self.scorer.model.device, fix)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if self.dev is not None and self.state.global_step not in self.looks():
-            with _at_rest(self.scorer.load()):
-                metrics = {DEV: self.dev.evaluate(self.scorer)}
+            with _at_rest(self.scorer.model):
+                metrics = {DEV: self.dev.measure(self._pairs(self.dev.queries, self.dev.documents, self.dev.pairs))}
             if metrics[DEV] > max(self.looks().values(), default=-math.inf):
-                save_cross_encoder(self.scorer.load(), Path(self.args.output_dir) / "best", self.scoring_length)
+                save_cross_encoder(self.scorer.model, Path(self.args.output_dir) / "best", self.scoring_length)
             self.log(metrics)
         # As the base class does; it takes the request to evaluate back, which else is served again at the end.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -296,19 +275,28 @@ class PairTrainer(StepAgain, SafeCheckpoints, Trainer):
             write_atomically(file, json.dumps(drawn))
         examples.refreshed = json.loads(file.read_text(encoding="utf-8"))
 
+    def _pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+        """
+        Raises:
+            RankdistillError: a score is no number: the training has diverged.
+        """
+        scores = self.scorer.score_pairs(queries, documents, pairs)
+        if not np.isfinite(scores).all():
+            raise diverged()
+        return scores
+
     def _scores(self, collection: Collection, wanted: dict[str, list[str]]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         ids, title = list(wanted), "scoring candidates for new negatives"
-        with _at_rest(self.scorer.load()), progress(title, len(ids), "queries") as bar:
+        with _at_rest(self.scorer.model), progress(title, len(ids), "queries") as bar:
             for start in range(0, len(ids), 64):
                 block = ids[start : start + 64]
-                lists = []
-                for query_id, query in zip(block, collection.query_texts(block), strict=True):
-                    doc_ids = list(dict.fromkeys(wanted[query_id]))
-                    texts = collection.document_texts(collection.doc_rows(doc_ids))
-                    lists.append(TextList(query_id, query, doc_ids, texts))
-                for query_id, doc_ids, values in self.scorer.score(lists):
-                    found[query_id] = dict(zip(doc_ids, values.tolist(), strict=True))
+                pairs = [(owner, doc_id) for owner, one in enumerate(block) for doc_id in dict.fromkeys(wanted[one])]
+                rows, places = np.unique(collection.doc_rows([doc_id for _, doc_id in pairs]), return_inverse=True)
+                places = np.stack([[owner for owner, _ in pairs], places.ravel()], axis=1)
+                scores = self._pairs(collection.query_texts(block), collection.document_texts(rows), places)
+                for (owner, doc_id), score in zip(pairs, scores.tolist(), strict=True):
+                    found.setdefault(block[owner], {})[doc_id] = score
                 bar.advance(len(block))
         return found
 
@@ -342,17 +330,24 @@ class Course(TrainerCallback):
 
 
 def fine_tune(
-    teacher: CrossEncoderTeacher,
+    start: Path,
     settings: CrossEncoderTraining,
     collection: Collection,
     candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
     work: Path,
+    split: str,
+    dev: Dev | None,
     *,
     seed: int,
-    split: str,
-    dev: Dev | None = None,
+    max_length: int | None,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Train and save `work`/model; see CrossEncoderTeacher.train."""
+    """Train and save `work`/model; see CrossEncoderTeacher.train.
+
+    Args:
+        start: folder of the encoder.
+        max_length: tokens a pair when it teaches.
+    """
     started = time.monotonic()
     lists = TrainingLists(collection, candidates, split, settings, seed)
     steps = settings.steps or max(1, round(settings.epochs * -(-len(lists) // settings.batch_size)))
@@ -362,17 +357,13 @@ def fine_tune(
     )
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)  # a new head starts at random
-    length = settings.max_length or teacher.max_length
-    model = starting_cross_encoder(resolve_model(teacher.model_name).path, settings.start, length, teacher.device)
+    model = starting_cross_encoder(start, settings.start, settings.max_length or max_length, device)
     if settings.dropout is not None:
         set_dropout(model[0].model, settings.dropout)
     learner = Listwise(model, settings)
-    judge = (
-        DevCandidates(collection, dev, settings.dev_queries, settings.dev_depth)
-        if dev and settings.dev_queries
-        else None
-    )
-    precision = resolve_precision(teacher.device, settings.precision)
+    asked, depth = settings.dev_queries, settings.dev_depth
+    judge = dev_pool(collection, dev, asked, depth) if dev and asked else None
+    precision = resolve_precision(device, settings.precision)
     every = max(1, steps // settings.checkpoints)
     arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
@@ -383,7 +374,7 @@ def fine_tune(
         lr_scheduler_type="linear",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        use_cpu=teacher.device.type == "cpu",
+        use_cpu=device.type == "cpu",
         seed=seed,
         save_strategy="steps",
         save_steps=every,
@@ -395,13 +386,13 @@ def fine_tune(
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=teacher.device.type != "cpu",
+        dataloader_pin_memory=device.type != "cpu",
     )
-    place_training(arguments, teacher.device)
+    place_training(arguments, device)
     with progress("training the cross-encoder", steps, "steps") as bar, quiet_transformers():
         course = Course(bar, examples, work / "negatives.json", halfway)
         trainer = PairTrainer(
-            learner, teacher.over(model), judge, args=arguments, train_dataset=examples, callbacks=[course]
+            learner, PairScorer(model), judge, max_length, args=arguments, train_dataset=examples, callbacks=[course]
         )
         course.trainer = trainer
         trainer.remove_callback(PrinterCallback)
@@ -410,13 +401,10 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not np.isfinite(losses).all() or any(not bool(torch.isfinite(one).all()) for one in model.parameters()):
-        raise RankdistillError(
-            "training the cross-encoder diverged (its loss or its weights are no numbers)",
-            fix="lower teacher.train.learning_rate, or train with precision: fp32",
-        )
+        raise diverged()
     best = work / "trainer" / "best"
     if judge is None or not best.is_dir():
-        save_cross_encoder(model, best, teacher.max_length)
+        save_cross_encoder(model, best, max_length)
     shutil.rmtree(work / "model", ignore_errors=True)
     best.rename(work / "model")
     return {
@@ -430,7 +418,7 @@ def fine_tune(
 
 
 def _course(
-    learner: Listwise, examples: Examples, losses: list[float], looks: dict[int, float], judge: DevCandidates | None
+    learner: Listwise, examples: Examples, losses: list[float], looks: dict[int, float], judge: RerankPool | None
 ) -> dict[str, Any]:
     """What the training came to, said and returned."""
     shown = [examples[place][2] for place in range(min(1000, len(examples)))]
@@ -444,7 +432,8 @@ def _course(
         say(f"teach: loss {losses[0]:.3f} → {losses[-1]:.3f} (guessing gives {guess:.3f}{least})")
     if looks and judge is not None:
         best = max(looks, key=lambda step: looks[step])
-        report |= {"dev": looks, "dev_candidates": round(judge.evaluate(None), 4), "best_step": best}
+        as_found = judge.measure(-np.arange(len(judge.pairs), dtype=float))  # in the candidates' own order
+        report |= {"dev": looks, "dev_candidates": round(as_found, 4), "best_step": best}
         say(
             f"teach: {METRIC} over dev candidates {looks[min(looks)]:.3f} before, {looks[best]:.3f} at step {best}, "
             f"which is kept; in the candidates' own order {report['dev_candidates']:.3f}"
@@ -452,6 +441,13 @@ def _course(
         if best == min(looks):
             warn("training made this teacher no better: it ranks as it did before the first step")
     return report
+
+
+def diverged() -> RankdistillError:
+    return RankdistillError(
+        "training the cross-encoder diverged (its loss or its weights are no numbers)",
+        fix="lower teacher.train.learning_rate, or train with precision: fp32",
+    )
 
 
 @contextmanager

@@ -156,6 +156,7 @@ class RerankPool(DevPool):
         kept = list(firsts)
         owners = np.repeat(np.arange(len(kept)), [len(ids) for ids in firsts.values()])
         found = collection.doc_rows(list(itertools.chain.from_iterable(firsts.values())))
+        owners, found = owners[found >= 0], found[found >= 0]
         rows, column = np.unique(found, return_inverse=True)
         return cls(
             kept,
@@ -173,7 +174,10 @@ class RerankPool(DevPool):
         return super().__str__().replace("over a pool of", "of re-ranked candidates,")
 
     def evaluate(self, student: StudentModel) -> float:
-        scores = student.pair_scores(self.queries, self.documents, self.rows, self.pairs)
+        return self.measure(student.pair_scores(self.queries, self.documents, self.rows, self.pairs))
+
+    def measure(self, scores: NDArray[Any]) -> float:
+        """Of scores [N] of the pairs."""
         ranked: dict[str, dict[str, float]] = {query_id: {} for query_id in self.query_ids}
         for (query, document), score in zip(self.pairs.tolist(), scores.tolist(), strict=True):
             ranked[self.query_ids[query]][self.doc_ids[document]] = score

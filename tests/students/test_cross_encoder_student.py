@@ -239,7 +239,7 @@ def test_it_learns_its_teachers_order(done: Workspace, small: Callable[..., Any]
     from rankdistill.training.trainer import train_student
 
     collection, random = done.collection, np.random.default_rng(5)
-    given = ((one[0], collection.doc_ids(one[1]), np.zeros(0)) for one in map(done.score().list, range(9)))
+    given = ((one[0], collection.doc_ids(one[1]), np.zeros(0)) for one in map(done.score().__getitem__, range(9)))
     lists = build_lists(
         given,
         lambda _, ids: random.normal(scale=3, size=len(ids)).astype(np.float32),

@@ -11,8 +11,10 @@ from test_out_of_memory import memory_of
 
 from rankdistill.errors import RankdistillError
 from rankdistill.teachers.base import Dev
-from rankdistill.teachers.cross_encoder import CrossEncoderTeacher, CrossEncoderTraining
-from rankdistill.teachers.cross_encoder_training import DevCandidates, Listwise, PairTrainer, TrainingLists
+from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
+from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
+from rankdistill.teachers.cross_encoder_training import Listwise, PairTrainer, TrainingLists, dev_pool
+from rankdistill.training.trainer import RerankPool
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -162,21 +164,21 @@ def test_the_checkpoint_that_ranks_dev_best_is_kept(
 ) -> None:
     """With a dev metric that falls after the second look, the teacher is what it was at that look."""
     candidates, dev = candidates_of(tiny_collection), dev_of(tiny_collection)
-    real, scores = DevCandidates.evaluate, []
+    real, scores = RerankPool.measure, []
 
-    def falling(self: Any, scorer: CrossEncoderTeacher | None) -> float:
-        if scorer is None:
-            return real(self, scorer)
-        scores.append(np.concatenate([found for _, _, found in scorer.score(self.lists)]))
+    def falling(self: Any, found: np.ndarray) -> float:
+        if found.dtype != np.float32:  # the candidates' own order
+            return real(self, found)
+        scores.append(found)
         return [0.2, 0.8, 0.5, 0.4][len(scores) - 1]
 
-    monkeypatch.setattr(DevCandidates, "evaluate", falling)
+    monkeypatch.setattr(RerankPool, "measure", falling)
     teacher = teacher_of(tiny_encoder, patience=2)
     report = teacher.train(tiny_collection, candidates, tmp_path / "ce", seed=3, dev=dev)
     assert report["dev"] == {0: 0.2, 2: 0.8, 4: 0.5, 6: 0.4} and report["best_step"] == 2
-    lists = DevCandidates(tiny_collection, dev, 100, 20).lists
-    found = np.concatenate([values for _, _, values in teacher.score(lists)])
-    np.testing.assert_allclose(found, scores[1], atol=1e-4)
+    pool = dev_pool(tiny_collection, dev, 100, 20)
+    found = teacher.score_pairs(pool.queries, pool.documents, pool.pairs)
+    np.testing.assert_allclose(found, scores[1], rtol=2e-5)
     assert np.abs(scores[1] - scores[3]).max() > 1e-3
     scores.clear()
     stopped = teacher_of(tiny_encoder, patience=1).train(tiny_collection, candidates, tmp_path / "stop", 3, dev=dev)
@@ -196,9 +198,9 @@ def test_training_that_gains_nothing_keeps_the_start_and_says_so(
     # What is kept ranks as the encoder does.
     from rankdistill.students.pair_encoder import pair_encoder
 
-    item = DevCandidates(tiny_collection, dev_of(tiny_collection), 1, 5).lists[0]
-    ((_, _, found),) = teacher.score([item])
-    expected = pair_encoder(tiny_encoder, None, "cpu").predict([(item.query, text) for text in item.documents])
+    pool = dev_pool(tiny_collection, dev_of(tiny_collection), 1, 5)
+    found = teacher.score_pairs(pool.queries, pool.documents, pool.pairs)
+    expected = pair_encoder(tiny_encoder, None, "cpu").predict([(pool.queries[0], text) for text in pool.documents])
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 

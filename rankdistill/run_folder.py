@@ -1,0 +1,576 @@
+"""A run's folder: the artifacts in it, each made from those before it when it is asked for.
+
+    mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
+
+An artifact whose fingerprint is on disk is not made again, so each can be asked for alone, and a killed run goes on
+where it stopped. The rows of a table (systems.py) and the walk through the stages (stages.py) are made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rankdistill.artifacts import (
+    Artifact,
+    check_file,
+    find_artifact,
+    fingerprint,
+    locked,
+    open_artifact,
+    write_atomically,
+)
+from rankdistill.collections import Collection, open_collection
+from rankdistill.devices import command_device, use_device
+from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.progress import launched, say, warn
+from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
+
+if TYPE_CHECKING:
+    from rankdistill.indexes.base import Engine
+    from rankdistill.indexes.dense import DenseEngine
+    from rankdistill.indexes.faiss_index import FaissIndex
+    from rankdistill.indexes.mining import Source
+    from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
+    from rankdistill.indexes.specification import AnySpecification
+    from rankdistill.runs import Ranking
+    from rankdistill.scores.ensemble import ScoreSource
+    from rankdistill.scores.lists import ScoredLists
+    from rankdistill.students.base import StudentModel
+    from rankdistill.teachers.base import Teacher
+    from rankdistill.teachers.ensemble import EnsembleTeacher
+    from rankdistill.training.warm_up import WarmUpTraining
+
+STUDENT = "student"
+UNTRAINED = "untrained"
+RECIPE = "recipe.yaml"
+WRITTEN = "# Written by rankdistill"  # its first words
+AGREEMENT_DEPTH = 20  # documents of a dev query that are re-ranked, or on which agreement with the teacher is measured
+
+
+class RunFolder:
+    """A run's folder and what fills it, as far as the indexes.
+
+    Args:
+        path: the folder.
+        recipe: what to run; the one saved in the folder unless given.
+        store: folder of the score store; the user's cache unless given.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe | None = None, store: str | Path | None = None) -> None:
+        self.path = Path(path)
+        saved = self.path / RECIPE
+        if recipe is None:
+            if not saved.is_file():
+                raise RankdistillError(
+                    "this is no run", where=str(self.path), fix="give the folder that `rankdistill run` wrote"
+                )
+            recipe = check_recipe(read_yaml(saved), str(saved))
+        self.recipe = recipe
+        use_device(recipe.device)
+        self.store_path = store
+        self._teachers: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        done = [name for name in ("candidates", "lists", STUDENT, "evaluation") if (self.path / name).exists()]
+        return f"{type(self).__name__}({self.path}: {self.recipe.name}; {', '.join(done) or 'nothing'} done)"
+
+    def save_recipe(self) -> None:
+        """The resolved recipe, which reproduces the run."""
+        check_file(self.path / RECIPE, mark=WRITTEN)
+        text = yaml.safe_dump(self.recipe.resolved(), sort_keys=False, allow_unicode=True).encode()
+        write_atomically(self.path / RECIPE, _headed(text))
+
+    @cached_property
+    def collection(self) -> Collection:
+        from rankdistill.sampling.queries import with_unlabelled
+
+        return with_unlabelled(open_collection(self.recipe.collection), self.recipe)
+
+    # -- mine ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def queries(self) -> tuple[list[str], list[str], str | None]:
+        """Training queries, dev queries, and the split whose labels the dev queries have, if they have any."""
+        from rankdistill.evaluation.extrapolation import hold_out
+
+        train, dev, dev_split = self.query_pool
+        return *hold_out(self.collection, train, dev, self.recipe, self.path / "vectors"), dev_split
+
+    @cached_property
+    def query_pool(self) -> tuple[list[str], list[str], str | None]:
+        """The same before any is held out."""
+        from rankdistill.sampling.queries import query_pool
+
+        return query_pool(self.collection, self.recipe)
+
+    @property
+    def labels(self) -> str | None:
+        """The split whose labels the training queries have: None where they are learned from without any."""
+        return "train" if self.recipe.candidates.unlabelled is None else None
+
+    def sources(self, collection: Collection) -> list[Source]:
+        """The recipe's sources of candidates, opened over a collection."""
+        from rankdistill.indexes.mining import Source
+
+        folder = self.path / "engines"
+        settings = [build("source", method.settings()) for method in self.recipe.candidates.sources]
+        opened: dict[str, Any] = {}
+        with locked(folder):
+            return [Source.of(one, collection, folder, opened) for one in settings]
+
+    @cached_property
+    def own_sources(self) -> list[Source]:
+        return self.sources(self.collection)
+
+    def mine(self) -> tuple[Artifact, Artifact]:
+        """Candidates of the training and the dev queries."""
+        from rankdistill.indexes.mining import mine
+
+        train_ids, dev_ids, dev_split = self.queries
+        settings = self.recipe.candidates
+        train = mine(
+            self.collection,
+            self.own_sources,
+            self.path / "candidates" / "train",
+            depth=settings.depth,
+            split=self.labels,
+            query_ids=train_ids,
+            include_positives=settings.include_positives,
+            exclude_positives=settings.exclude_positives,
+            max_positives=settings.max_positives,
+            margin=settings.margin,
+            relative_margin=settings.relative_margin,
+        )
+        dev = mine(
+            self.collection,
+            self.own_sources,
+            self.path / "candidates" / "dev",
+            depth=settings.depth,
+            split=dev_split,
+            query_ids=dev_ids,
+            include_positives=False,
+            drop_same_texts=False,  # it is measured on what a search finds
+        )
+        return train, dev
+
+    # -- teach --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The recipe's teacher, trained where it has to be (a member of an ensemble in a folder of its own)."""
+        from rankdistill.teachers.ensemble import EnsembleTeacher
+
+        if self.recipe.teacher is None:
+            raise UsageError("the recipe names no teacher", where="teacher", fix="add a teacher to the recipe")
+        teacher = build("teacher", self.recipe.teacher.settings(), "teacher")
+        if isinstance(teacher, EnsembleTeacher):
+            settings = self.recipe.teacher.settings()["members"]
+            for number, (member, given) in enumerate(zip(teacher.members, settings, strict=True)):
+                self._trained(member, given, f"teacher-{number}")
+        else:
+            self._trained(teacher, self.recipe.teacher.settings(), "teacher")
+        if isinstance(teacher, EnsembleTeacher) and teacher.needs_calibration:
+            self._calibrate(teacher)
+        return teacher
+
+    def _calibrate(self, ensemble: EnsembleTeacher) -> None:
+        """Fit the members' scores of the training candidates to their labels."""
+        from rankdistill.scores.store import ScoreStore
+        from rankdistill.teachers.calibrating import calibrate_ensemble
+
+        candidates, _ = self.mine()
+        inputs, store = {"candidates": candidates.fingerprint}, ScoreStore(self.store_path)
+        calibrate_ensemble(
+            ensemble,
+            self.collection,
+            lambda: _lists(candidates),
+            self.queries[0],
+            self.path / "teacher-calibration",
+            store,
+            inputs=inputs,
+        )
+
+    def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
+        """Ready to score: trained where it has to be, and told where vectors lie."""
+        from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+        from rankdistill.teachers.trained import train_teacher
+
+        if isinstance(teacher, BiEncoderTeacher):
+            teacher.encoded = self.path
+        if teacher.needs_training:
+            split, seed = self.queries[2], self.recipe.seed
+            train_teacher(teacher, settings, self.collection, *self.mine(), split, self.path / name, seed)
+
+    # -- score --------------------------------------------------------------------------------------------------------
+
+    def scores(self, collection: Collection, candidates: Artifact) -> ScoreSource:
+        """The teacher's scores of candidates; only pairs that the store lacks are paid for."""
+        from rankdistill.scores.store import ScoreStore
+        from rankdistill.teachers.ensemble import EnsembleTeacher
+        from rankdistill.teachers.scoring import score_candidates
+
+        store = ScoreStore(self.store_path)
+        ensemble = self.teacher if isinstance(self.teacher, EnsembleTeacher) else None
+        total = candidates.counts.get("candidates")
+        scored = []
+        for member in ensemble.members if ensemble else [self.teacher]:
+            say(f"score: {member.type} over {candidates.counts.get('queries', '?')} queries")
+            scores = score_candidates(member, collection, _lists(candidates), store, total=total)
+            say(f"score: {scores.scored:,} pairs scored, {scores.reused:,} found in the store")
+            scored.append(scores)
+        return ensemble.combine(scored) if ensemble else scored[0]
+
+    def _probe(self, candidates: Artifact) -> None:
+        """Before a long scoring, what the teachers are worth on some of its lists.
+
+        One that was trained here knows their labels: its training has judged it on dev queries.
+        """
+        from rankdistill.scores.store import ScoreStore
+        from rankdistill.teachers.probe import named, probe_long
+
+        assert self.recipe.teacher is not None and self.labels is not None
+        settings = self.recipe.teacher.settings()
+        members = zip(
+            getattr(self.teacher, "members", [self.teacher]), settings.get("members", [settings]), strict=True
+        )
+        teachers = named(member for member, given in members if member.live and not given.get("train"))
+        engine, store = self.own_sources[0].engine, ScoreStore(self.store_path)
+        probe_long(
+            teachers, self.collection, lambda: _lists(candidates), self.queries[0], engine, store, split=self.labels
+        )
+
+    def score(self, name: str = STUDENT) -> ScoredLists:
+        """Scored lists: the training candidates with the teacher's scores and the labels, as a student reads them."""
+        from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
+
+        candidates, _ = self.mine()
+        inputs = {"candidates": candidates.fingerprint}
+        if self.recipe.teacher is not None:
+            inputs["teacher"] = self.teacher.fingerprint()
+        own, settings = self.recipe.candidates, self.recipe_of(name).candidates
+        look: dict[str, Any] = {key: getattr(settings, key) for key in ("negatives_below", "extra_positives")}
+        path = self.path / ("lists" if all(getattr(own, key) == look[key] for key in look) else f"lists-{name}")
+        look = {key: value for key, value in look.items() if value and self.recipe.teacher is not None}
+        with locked(path):
+            expected = lists_fingerprint(self.collection, self.labels, inputs, look)
+            if find_artifact(path, "lists", expected) is None:
+                # Without a teacher labels alone are read.
+                if self.recipe.teacher is not None and self.labels is not None:
+                    self._probe(candidates)
+                scores = self.scores(self.collection, candidates) if self.recipe.teacher is not None else None
+                found = _lists(candidates)
+                build_lists(found, scores, self.collection, self.labels, path, inputs=inputs, settings=look, **look)
+            return ScoredLists.open(path, self.collection)
+
+    def dev_lists(self) -> ScoredLists | None:
+        """A few short scored lists of dev queries, to measure agreement with the teacher while training."""
+        from rankdistill.indexes.mining import mine
+        from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
+
+        most = self.recipe.training.agreement_queries if self.recipe.teacher is not None else 0
+        if not most:
+            return None
+        _, dev_ids, split = self.queries
+        some = dev_ids[:: -(-len(dev_ids) // most)]  # spread evenly: files are often sorted by topic
+        options: dict[str, Any] = {
+            "depth": AGREEMENT_DEPTH,
+            "split": split,
+            "include_positives": False,
+            "drop_same_texts": False,
+        }
+        folder = self.path / "candidates" / "agreement"
+        candidates = mine(self.collection, self.own_sources, folder, query_ids=some, **options)
+        path = self.path / "dev-lists"
+        inputs = {"candidates": candidates.fingerprint, "teacher": self.teacher.fingerprint()}
+        with locked(path):
+            if find_artifact(path, "lists", lists_fingerprint(self.collection, split, inputs)) is None:
+                scores_of = self.scores(self.collection, candidates).scores_of
+                # A recorded teacher may know training queries only.
+                scored = [one for one in _lists(candidates) if (scores_of(*one[:2]) > float("-inf")).sum() > 1]
+                if not scored:
+                    say("score: no teacher scores of dev queries: agreement with the teacher is not measured")
+                    return None
+                build_lists(scored, scores_of, self.collection, split, path, inputs=inputs)
+            return ScoredLists.open(path, self.collection)
+
+    # -- train --------------------------------------------------------------------------------------------------------
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe of the student or of a baseline.
+
+        Raises:
+            UsageError: the recipe has no baseline of that name.
+        """
+        if name == STUDENT:
+            return self.recipe
+        if name not in self.recipe.baselines:
+            raise UsageError(
+                f"the recipe has no student {name!r}", fix=f"known: {', '.join([STUDENT, *self.recipe.baselines])}"
+            )
+        return self.recipe.baseline(name)
+
+    def student_folder(self, name: str) -> Path:
+        return self.path / STUDENT if name == STUDENT else self.path / "baselines" / name
+
+    def train(self, name: str = STUDENT) -> Artifact:
+        """Train the student, or a baseline, on the scored lists."""
+        from rankdistill.training.diagnostics import Agreement
+        from rankdistill.training.trainer import train_student, training_fingerprint_values
+
+        self.save_recipe()
+        lists = self.score(name)
+        _, dev = self.mine()
+        inputs = {"lists": lists.fingerprint, "dev": dev.fingerprint}
+        recipe = self.recipe_of(name)
+        warm_up = self.warm_up(recipe)
+        if warm_up is not None:
+            inputs["start"] = warm_up.fingerprint
+        path = self.student_folder(name)
+        print_ = fingerprint(training_fingerprint_values(recipe, inputs))
+        rank, processes = launched()
+        if recipe.training.processes > processes == 1:
+            return find_artifact(path, "student", print_) or self._train_together(name, recipe.training.processes)
+        with locked(path) if rank == 0 else nullcontext():  # of several processes, the first writes
+            found = find_artifact(path, "student", print_)
+            if found is not None:
+                return found
+            start = warm_up.run(self.warm_up_folder, self.path).path / "model" if warm_up is not None else None
+            say(f"train: {name}")
+            dev_lists = self.dev_lists()
+            return train_student(
+                recipe,
+                lists,
+                self.collection,
+                self.dev_pool(recipe),
+                path,
+                name=name,
+                inputs=inputs,
+                agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
+                prepared=self.path / "prepared",
+                start=start,
+                encoded=self.path,
+            )
+
+    def warm_up(self, recipe: Recipe) -> WarmUpTraining | None:
+        """The warm-up of a recipe's student, if it has one."""
+        from rankdistill.training.warm_up import warm_up_of
+
+        trained = self._trained_settings if recipe.student != self.recipe.student else None
+        return warm_up_of(recipe, self.collection, lambda: self.queries[0], trained)
+
+    def _trained_settings(self) -> dict[str, Any]:
+        """The trained student as settings of a model; its vectors, which are searched later, are encoded by now."""
+        model = self.train().path / "model"
+        self.vectors(STUDENT, self.student(), self.collection)
+        return {**self.recipe.student.settings(), "model": str(model), "warm_up": None}
+
+    @property
+    def warm_up_folder(self) -> Path:
+        """Beside the score store: other seeds, in other folders, start from the same."""
+        from rankdistill.scores.store import ScoreStore
+
+        return ScoreStore(self.store_path).root / "warm-up"
+
+    def _train_together(self, name: str, processes: int) -> Artifact:
+        from rankdistill.training.processes import run_together
+
+        store = ["--store", str(self.store_path)] if self.store_path is not None else []
+        place = command_device()
+        device = ["--device", place] if place is not None else []
+        arguments = ["train", str(self.path / RECIPE), "--out", str(self.path), "--student", name, *store, *device]
+        run_together(processes, arguments)
+        return open_artifact(self.student_folder(name), "student")
+
+    def dev_pool(self, recipe: Recipe) -> Any:
+        from rankdistill.indexes.engines import CROSS_ENCODER
+        from rankdistill.training.trainer import DevPool, RerankPool
+
+        _, candidates = self.mine()
+        _, dev_ids, dev_split = self.queries
+        found = {query_id: doc_ids for query_id, doc_ids, _ in _lists(candidates)}
+        training = recipe.training
+        judged = dev_split or self.dev_lists()
+        if judged is None:
+            warn("dev queries have neither labels nor teacher scores: the last checkpoint is kept, not the best")
+            return None
+        lists = [found.get(query_id, []) for query_id in dev_ids]
+        pool = (self.collection, judged, dev_ids, lists)
+        if recipe.student_kind == CROSS_ENCODER:
+            return RerankPool.over(*pool, AGREEMENT_DEPTH, training.metric)
+        return DevPool.build(*pool, training.dev_documents, recipe.seed, training.metric)
+
+    def trained(self, name: str = STUDENT) -> Artifact:
+        """A trained student's artifact; an error where there is none, or one of other settings than the recipe's."""
+        from rankdistill.students.provenance import check_student
+
+        artifact = open_artifact(self.student_folder(name), "student")
+        check_student(artifact, self.recipe_of(name), self.path)
+        return artifact
+
+    def student(self, name: str = STUDENT) -> StudentModel:
+        """A trained student, loaded; `untrained` is the one it started from, warmed up where the recipe says so.
+
+        Raises:
+            RankdistillError: it has not been trained yet, or under other settings than the recipe's.
+        """
+        recipe = self.recipe if name == UNTRAINED else self.recipe_of(name)
+        maker = build("student", recipe.student.settings(), "student")
+        if name == UNTRAINED:
+            warm_up, device = self.warm_up(recipe), recipe.student_device
+            start = warm_up.run(self.warm_up_folder, self.path).path / "model" if warm_up is not None else None
+            model: StudentModel = maker.create(device) if start is None else maker.open(start, device)
+            model.prepare(self.collection, self.path / "prepared")  # as its training begins
+        else:
+            model = maker.open(self.trained(name).path / "model", recipe.student_device)
+        return model
+
+    # -- index --------------------------------------------------------------------------------------------------------
+
+    def vectors(self, name: str, student: StudentModel, collection: Collection) -> Artifact:
+        """A student's document vectors of a collection, encoded once."""
+        from rankdistill.indexes.engines import check_vectors, encode_collection
+
+        check_vectors(student)
+        return encode_collection(student, collection, self._vectors_folder(name, collection))
+
+    def _vectors_folder(self, name: str, collection: Collection) -> Path:
+        return self.path / "vectors" / f"{name}-{collection.name}"
+
+    def index_files(self) -> list[str]:
+        """The recipe's indexes that are files: a multi-vector or sparse student's vectors are searched as they are.
+
+        Raises:
+            UsageError: an index that the student cannot have.
+        """
+        from rankdistill.indexes.engines import index_files
+
+        return index_files(self.recipe.student_kind, self.recipe.indexes)
+
+    def index_file(self, specification: str | AnySpecification, collection: Collection | None = None) -> Path:
+        """Where an index lies: a FAISS file, or a sparse student's folder."""
+        from rankdistill.indexes.sparse_specification import SparseSpecification
+        from rankdistill.indexes.specification import any_specification
+
+        folder = self.path / "indexes"
+        if collection is not None and collection.fingerprint != self.collection.fingerprint:
+            folder = folder / collection.name
+        wanted = any_specification(specification)
+        return folder / (wanted.name if isinstance(wanted, SparseSpecification) else f"{wanted.name}.faiss")
+
+    def index(
+        self,
+        specification: str | AnySpecification,
+        out: str | Path | None = None,
+        *,
+        student: StudentModel | None = None,
+        collection: Collection | None = None,
+    ) -> FaissIndex | BuiltSparseIndex:
+        """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
+        from rankdistill.indexes.dense import export_index
+        from rankdistill.indexes.engines import check_index
+        from rankdistill.indexes.sparse import build_sparse_index
+        from rankdistill.indexes.sparse_specification import SparseSpecification
+        from rankdistill.indexes.specification import QuantizerSpecification, any_specification
+
+        check_index(self.recipe.student_kind, specification)
+        collection = collection or self.collection
+        student = student or self.student()
+        out = Path(out) if out is not None else self.index_file(specification, collection)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        vectors = self.vectors(STUDENT, student, collection)
+        wanted = any_specification(specification)
+        if isinstance(wanted, SparseSpecification):
+            return build_sparse_index(student, collection, vectors, wanted, out)
+        if not isinstance(wanted, QuantizerSpecification):
+            return export_index(student, collection, vectors, wanted, out)
+        from rankdistill.quantization.quantize import quantize_student
+
+        own = collection.fingerprint == self.collection.fingerprint
+        return quantize_student(
+            student,
+            collection,
+            vectors,
+            wanted,
+            out,
+            query_ids=self.queries[0] if own and "train" in collection.splits else None,
+            lists=self.score() if own and wanted.relevance == "scores" else None,
+            open_student=self._open_student,
+        )
+
+    def _open_student(self, folder: Path) -> StudentModel:
+        maker = build("student", self.recipe.student.settings(), "student")
+        model: StudentModel = maker.open(folder, self.recipe.student_device)
+        return model
+
+    def searched(self, index: FaissIndex | BuiltSparseIndex, student: Any) -> DenseEngine | SparseEngine:
+        """An index with the encoder its queries need: the student's, or the one that was trained along with it."""
+        from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
+
+        if isinstance(index, BuiltSparseIndex):
+            from rankdistill.indexes.engines import query_encoder
+
+            return SparseEngine(query_encoder(student), index, name=str(index.path))
+        from rankdistill.indexes.dense import DenseEngine
+        from rankdistill.quantization.quantize import query_encoder_folder
+
+        own = query_encoder_folder(index) if index.manifest.get("quantizer") else None
+        if own is not None:
+            index.check_documents(student)
+        return DenseEngine(self._open_student(own) if own else student, index, name=str(index.path))
+
+    def learned(self, specification: str) -> bool:
+        from rankdistill.indexes.specification import QuantizerSpecification, any_specification
+
+        return isinstance(any_specification(specification), QuantizerSpecification)
+
+    def engine(self, index: str | Path | None = None, *, memory_map: bool = False) -> Engine:
+        """The student over an index of it, or over all its vectors, to search with text.
+
+        Of an inference-free student whose documents are encoded the table of query weights alone is read: no torch.
+
+        Args:
+            memory_map: leave a FAISS index's codes on disk until they are touched.
+
+        Raises:
+            RankdistillError: the index belongs to another student or another collection.
+        """
+        from rankdistill.indexes.engines import exhaustive_engine, open_index, query_side
+
+        opened = open_index(index, memory_map=memory_map) if index is not None else None
+        model = self.trained().path / "model"
+        vectors = self._vectors_folder(STUDENT, self.collection)
+        student = query_side(self.recipe.student_kind, model, index, self.collection, vectors) or self.student()
+        if opened is None:
+            return exhaustive_engine(student, self.vectors(STUDENT, student, self.collection))
+        if memory_map and not getattr(opened, "mappable", False):
+            warn("a fast-scan index cannot be memory-mapped: it was read into memory whole")
+        opened.check(collection=self.collection)
+        return self.searched(opened, student)
+
+
+def _headed(recipe: bytes) -> bytes:
+    """A saved recipe's text below who wrote it, and its digest."""
+    digest = hashlib.sha256(recipe).hexdigest()
+    return f"{WRITTEN}, and again by each run into this folder. SHA-256: {digest}\n".encode() + recipe
+
+
+def recipe_is_whole(run: Path) -> bool:
+    """Whether a run's recipe, where it has one, is what was written."""
+    saved = run / RECIPE
+    content = saved.read_bytes() if saved.is_file() else _headed(b"")
+    return content == _headed(content.partition(b"\n")[2])
+
+
+def _lists(candidates: Artifact) -> Iterator[Ranking]:
+    """The (query id, document ids, scores) of a candidates artifact."""
+    from rankdistill.indexes.mining import FILE
+    from rankdistill.runs import iter_run
+
+    return iter_run(candidates.path / FILE)
