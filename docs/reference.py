@@ -157,7 +157,8 @@ def public(name: str, thing: Any) -> Iterator[str]:
         return
     yield f"## `{name}`\n\n{signature(name, thing)}\n\n{prose(thing.__doc__ or '')}"
     if inspect.isclass(thing) and not issubclass(thing, Exception):
-        for inner, member in vars(thing).items():
+        own = [cls for cls in reversed(thing.__mro__) if cls.__module__.startswith("rankdistill")]
+        for inner, member in {name: member for cls in own for name, member in vars(cls).items()}.items():
             function = getattr(member, "__func__", getattr(member, "fget", member))
             if not inner.startswith("_") and inspect.isfunction(function):
                 yield f"### `{name}.{inner}`\n\n{signature(inner, function)}\n\n{prose(function.__doc__ or '')}"

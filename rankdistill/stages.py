@@ -25,8 +25,9 @@ from rankdistill.systems import open_bm25, run_systems
 from rankdistill.upkeep import check_run, forget
 
 if TYPE_CHECKING:
-    from rankdistill.evaluation.evaluate import SuiteEvaluation, System
+    from rankdistill.evaluation.evaluate import System
     from rankdistill.evaluation.extrapolation import QuerySplit
+    from rankdistill.evaluation.results import SuiteEvaluation
     from rankdistill.evaluation.suites import EvaluationSet, Suite
     from rankdistill.indexes.bm25 import BM25
     from rankdistill.indexes.lucene_bm25 import LuceneBM25

@@ -21,7 +21,7 @@ PRELOAD = [
     "rankdistill.training.trainer",
     "rankdistill.evaluation.evaluate",
     "rankdistill.evaluation.suites",
-    "rankdistill.evaluation.table",
+    "rankdistill.evaluation.results",
     "rankdistill.indexes.bm25",
     "rankdistill.indexes.dense",
     "rankdistill.indexes.mining",

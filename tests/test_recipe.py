@@ -87,7 +87,7 @@ def test_an_unknown_word_is_answered_with_the_nearest(changes: dict[str, Any], w
     ("changes", "words"),
     [
         ({"seed": "soon"}, "seed"),
-        ({"training": {"steps": 0}}, "steps"),
+        ({"training": {"steps": -1}}, "steps"),
         ({"training": {"losses": []}}, "losses"),
         ({"training": {"precision": "fp8"}}, "precision"),
         ({"student": {"type": "dense", "query_length": "long"}}, "query_length"),

@@ -369,7 +369,7 @@ def index(
         _print(json.dumps([one.manifest for one in indexes], indent=2) if as_json else "\n".join(map(repr, indexes)))
         return
     from rankdistill.evaluation.operating_points import sweep_student
-    from rankdistill.evaluation.table import print_tables
+    from rankdistill.evaluation.results import print_tables
     from rankdistill.indexes.faiss_index import FaissIndex
 
     found = sweep_student(
@@ -524,7 +524,7 @@ def folds(
     """Measure extrapolation: run a recipe once for each part of the queries held out, and pool per query."""
     _begin(quiet or as_json, device)
     from rankdistill.cli.folds import run_folds
-    from rankdistill.evaluation.table import extrapolation_table, print_tables
+    from rankdistill.evaluation.results import extrapolation_table, print_tables
     from rankdistill.recipe import load_recipe
 
     if protocol not in ("clusters", "similarity"):
@@ -708,7 +708,7 @@ def _workspace(folder: Path) -> Workspace:
 
 
 def _show(result: Any, as_json: bool) -> None:
-    from rankdistill.evaluation.table import print_tables
+    from rankdistill.evaluation.results import print_tables
 
     if as_json:
         print(json.dumps(result.to_json(), indent=2))

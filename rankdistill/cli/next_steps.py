@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rankdistill.evaluation.evaluate import SuiteEvaluation
+    from rankdistill.evaluation.results import SuiteEvaluation
 
 STEPS = (
     ("rankdistill report {run}", "all figures, queries and documents on one page"),
@@ -19,7 +19,7 @@ STEPS = (
 
 def show_run(result: SuiteEvaluation, run: Path, recipe: str) -> None:
     """The tables of quality and what to do next; the rest is in the report."""
-    from rankdistill.evaluation.table import print_tables, tables
+    from rankdistill.evaluation.results import print_tables, tables
 
     print_tables(tables(result, short=True))
     steps = [(command.format(run=run, recipe=recipe), purpose) for command, purpose in STEPS]

@@ -18,8 +18,9 @@ import numpy as np
 
 from rankdistill.artifacts import check_file, file_digest, write_atomically
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.evaluate import Evaluation, Row, environment
+from rankdistill.evaluation.evaluate import environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
+from rankdistill.evaluation.results import Evaluation, Row
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
 from rankdistill.plain import shown_lines
 from rankdistill.progress import progress, say, warn
@@ -137,7 +138,7 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
         UsageError: an unknown form.
     """
     from rankdistill.evaluation import table
-    from rankdistill.evaluation.table import SIGNED
+    from rankdistill.evaluation.results import SIGNED
 
     if form not in FORMS:
         raise UsageError(f"there is no format {form!r}", where="format", fix=f"choose {', '.join(FORMS)}")

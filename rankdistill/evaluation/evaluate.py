@@ -14,9 +14,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 
 from rankdistill.artifacts import disk_errors, write_atomically
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.cost import Step, engine_steps, measure_costs, measuring_environment, model_bytes
-from rankdistill.evaluation.extrapolation import Extrapolation, QuerySplit, measure_splits
+from rankdistill.evaluation.cost import Step, engine_steps, measuring_environment, model_bytes
+from rankdistill.evaluation.extrapolation import QuerySplit, measure_splits
 from rankdistill.evaluation.fidelity import Fidelity, measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Metrics, evaluate_run, parse_metric
-from rankdistill.evaluation.significance import Significance, compare_values, parse_correction, pick_baseline
+from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, markdown
+from rankdistill.evaluation.significance import parse_correction, pick_baseline
 from rankdistill.evaluation.suites import EvaluationSet, Found, Judged, Missing, Suite, load_references, locate
 from rankdistill.progress import Progress, progress, warn
 from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
@@ -188,106 +189,6 @@ def scores_below(lowest: np.float32, count: int) -> np.ndarray:
     # Steps as wide as float32 keeps apart at this size, so that the rest neither ties nor reorders.
     step = max(np.float32(1.0), np.spacing(np.abs(lowest)) * 2)
     return np.asarray(lowest - step * np.arange(1, count + 1, dtype=np.float32), np.float32)
-
-
-@dataclass
-class Row:
-    """One system on one set."""
-
-    system: str
-    means: dict[str, float]
-    notes: dict[str, Any]
-    run: str  # the run file, relative to the evaluation's folder
-    bytes: int | None = None
-    queries_per_second: float | None = None
-    parameters: int | None = None
-    note: str = ""
-    pairs_per_second: float | None = None  # of a system that reads query and document together
-    intervals: dict[str, list[float]] = field(default_factory=dict)  # metric → 95% interval of the mean
-
-
-@dataclass
-class Evaluation:
-    """The rows of one set.
-
-    Attributes:
-        significance: the comparisons of the rows, written to a file of its own.
-        cost: what it costs to serve them (see `cost`), written to a file of its own; None where it was not asked for.
-        fidelity: how far the rows rank as the one named `teacher`, where there is one; files of its own.
-        extrapolation: the rows on queries near the training queries and far from them; files of its own.
-        published: figures of others on this set, to be shown beside and never among the rows.
-        environment: machine, threads, library versions; what the speeds were measured with.
-    """
-
-    name: str
-    split: str
-    collection: dict[str, str]
-    metrics: list[str]
-    depth: int
-    relevance_level: int
-    drop_self_hits: bool
-    rows: list[Row]
-    environment: dict[str, Any] = field(default_factory=dict)
-    published: list[dict[str, Any]] = field(default_factory=list)
-    path: Path | None = None
-    significance: Significance | None = None
-    cost: dict[str, Any] | None = None
-    fidelity: Fidelity | None = None
-    extrapolation: Extrapolation | None = None
-
-    def __repr__(self) -> str:
-        from rankdistill.evaluation.table import plain_table
-
-        return plain_table(self)
-
-    def __getitem__(self, system: str) -> Row:
-        for row in self.rows:
-            if row.system == system:
-                return row
-        raise KeyError(system)
-
-    def to_json(self) -> dict[str, Any]:
-        """What `results.json` holds."""
-        values = asdict(replace(self, fidelity=None, extrapolation=None))
-        del values["path"], values["significance"], values["cost"], values["fidelity"], values["extrapolation"]
-        return values
-
-    def compare_rows(
-        self,
-        values: Mapping[str, Mapping[str, np.ndarray]],
-        *,
-        baseline: str | None = None,
-        family: Literal["all", "baseline"] = "all",
-        correction: str = "holm",
-        alpha: float = 0.05,
-        seed: int = 0,
-    ) -> None:
-        """Fill in the rows' intervals and `significance` from system → metric → value of each query."""
-        missing = {row.system: row.notes["missing_queries"] for row in self.rows if row.notes["missing_queries"]}
-        self.significance = compare_values(
-            values,
-            baseline=baseline,
-            family=family,
-            correction=correction,
-            alpha=alpha,
-            seed=seed,
-            notes={"missing_queries": missing} if missing else None,
-        )
-        for row in self.rows:
-            row.intervals = self.significance.intervals.get(row.system, {})
-
-    def measure_cost(
-        self, systems: Mapping[str, Any], collection: Judged, query_ids: Sequence[str], queries: int
-    ) -> None:
-        """Fill in `cost`, and in the rows what was first measured there: a teacher whose scores were looked up."""
-        self.cost = measure_costs(
-            systems, self.rows, collection, query_ids, depth=self.depth, metric=self.metrics[0], queries=queries
-        )
-        for row in self.rows:
-            found = self.cost["systems"][row.system]
-            row.queries_per_second = found["batch_queries_per_second"]
-            row.bytes, row.parameters = found["bytes"], found["parameters"]
-            row.pairs_per_second = found["pairs_per_second"]
 
 
 def evaluate_systems(
@@ -527,8 +428,6 @@ def environment() -> dict[str, Any]:
 
 
 def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None:
-    from rankdistill.evaluation.table import markdown
-
     if per_query:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.concat_tables(per_query), sink)
@@ -542,45 +441,6 @@ def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None
             measured.write(out)
     write_atomically(out / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
     write_atomically(out / "results.md", markdown(evaluation))
-
-
-@dataclass
-class SuiteEvaluation:
-    """All sets of a suite.
-
-    Attributes:
-        macro: system → metric → mean over the sets (a group of sets counts as one); only of systems that were measured
-            on every set found.
-        missing: sets that were not evaluated, with the reason.
-        students: name → fingerprint of the trained students that were measured.
-    """
-
-    suite: str
-    metrics: list[str]
-    sets: list[Evaluation]
-    missing: list[dict[str, str]]
-    macro: dict[str, dict[str, float]] = field(default_factory=dict)
-    macro_sets: int = 0
-    published: list[dict[str, Any]] = field(default_factory=list)
-    students: dict[str, str] = field(default_factory=dict)
-    path: Path | None = None
-
-    def __repr__(self) -> str:
-        from rankdistill.evaluation.table import plain_table
-
-        return plain_table(self)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "suite": self.suite,
-            "metrics": self.metrics,
-            "macro": self.macro,
-            "macro_sets": self.macro_sets,
-            "missing": self.missing,
-            "published": self.published,
-            "students": self.students,
-            "sets": [one.to_json() for one in self.sets],
-        }
 
 
 Systems = Mapping[str, System | Run | str | Path]
@@ -610,8 +470,6 @@ def evaluate_suite(
     Raises:
         RankdistillError: no set of the suite was found.
     """
-    from rankdistill.evaluation.table import markdown
-
     out = Path(out)
     evaluations: list[Evaluation] = []
     missing: list[dict[str, str]] = []

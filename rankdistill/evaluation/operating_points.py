@@ -23,7 +23,7 @@ from rankdistill.artifacts import Artifact, locked
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment, pareto_front, percentiles
 from rankdistill.evaluation.metrics import Qrels, evaluate_run, parse_metric
-from rankdistill.evaluation.table import Table, latency_text, plain_tables, rate_text
+from rankdistill.evaluation.results import Table, latency_text, plain_tables, rate_text
 from rankdistill.indexes.base import Encoder, Hits, Vectors
 from rankdistill.indexes.dense import ExactIndex
 from rankdistill.indexes.faiss_index import FaissIndex, parts, publish_index

@@ -23,7 +23,8 @@ from rankdistill.evaluation.cost import (
     pareto_front,
     percentiles,
 )
-from rankdistill.evaluation.evaluate import EngineSystem, Row
+from rankdistill.evaluation.evaluate import EngineSystem
+from rankdistill.evaluation.results import Row
 from rankdistill.stages import Workspace
 
 # -- Pareto fronts ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.evaluate import Evaluation, Row
+from rankdistill.evaluation.results import Evaluation, Row, comparisons, latex, markdown, plain_table
 from rankdistill.evaluation.significance import (
     Comparison,
     Significance,
@@ -24,7 +24,6 @@ from rankdistill.evaluation.significance import (
     randomised_tukey_hsd,
     tukey_hsd,
 )
-from rankdistill.evaluation.table import comparisons, latex, markdown, plain_table
 
 
 def values(queries: int, systems: int = 2, seed: int = 0, better: float = 0.08) -> Any:

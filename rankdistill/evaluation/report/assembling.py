@@ -19,9 +19,9 @@ from rankdistill.evaluation.report.data import RunData, read_run_data
 from rankdistill.evaluation.report.findings import metric_name
 from rankdistill.evaluation.report.html import Content, Markup, join, page, tag
 from rankdistill.evaluation.report.queries import Queries, collect_queries
-from rankdistill.evaluation.table import SIGNED
-from rankdistill.evaluation.table import latex as latex_tables
-from rankdistill.evaluation.table import markdown as markdown_tables
+from rankdistill.evaluation.results import SIGNED
+from rankdistill.evaluation.results import latex as latex_tables
+from rankdistill.evaluation.results import markdown as markdown_tables
 
 FILE = "report.html"
 LINKS = (

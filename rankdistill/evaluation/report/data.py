@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rankdistill.artifacts import Artifact
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
+from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
 from rankdistill.evaluation.significance import Significance
 from rankdistill.recipe import Recipe, check_values, read_yaml
 from rankdistill.students.provenance import check_student

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, SetData
-from rankdistill.evaluation.table import bytes_text, rate_text
-from rankdistill.evaluation.verdict import verdict
+from rankdistill.evaluation.results import bytes_text, rate_text, verdict
 
 RESAMPLES = 4000
 FEW_QUERIES = 50

@@ -22,7 +22,7 @@ from rankdistill.evaluation.report.parts import (
     plain,
     section,
 )
-from rankdistill.evaluation.table import figure_text
+from rankdistill.evaluation.results import figure_text
 
 LINES = ("student", "baseline", "teacher", "first-stage", "index", "bm25", "untrained", "other")
 

@@ -38,7 +38,7 @@ from rankdistill.evaluation.report.parts import (
     section,
 )
 from rankdistill.evaluation.report.queries import Queries
-from rankdistill.evaluation.table import bytes_text, figure_text, latency_text, p_text, rate_text, tables
+from rankdistill.evaluation.results import bytes_text, figure_text, latency_text, p_text, rate_text, tables
 
 
 def summary(run: RunData) -> Markup:

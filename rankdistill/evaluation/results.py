@@ -1,4 +1,6 @@
-"""Tables of an evaluation: terminal, plain text, Markdown, LaTeX. Published figures stand apart, marked as published.
+"""What an evaluation found, and its tables: terminal, plain text, Markdown, LaTeX.
+
+Published figures stand apart, marked as published.
 
 A figure that differs significantly from the baseline's carries a mark: ▲ better, ▼ worse; the line below says by which
 test. Markdown also has the 95% intervals.
@@ -8,22 +10,226 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
+import numpy as np
+
+from rankdistill.evaluation.cost import measure_costs
+from rankdistill.evaluation.extrapolation import Extrapolation
+from rankdistill.evaluation.fidelity import Fidelity
 from rankdistill.evaluation.metrics import Metrics
-from rankdistill.evaluation.significance import Significance
-from rankdistill.evaluation.verdict import verdict
+from rankdistill.evaluation.significance import Significance, compare_values
+from rankdistill.evaluation.suites import Judged
 from rankdistill.plain import shown
-
-if TYPE_CHECKING:
-    from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
 
 LEFT = ("system", "set", "source", "reason", "metric", "against", "front", "index", "settings")  # columns of words
 MARKS = {1: "▲", -1: "▼", 0: ""}
 LATEX_MARKS = {"▲": r"$^{\dagger}$", "▼": r"$^{\ddagger}$"}
 CORRECTIONS = {"holm": "Holm", "tukey_hsd": "Tukey HSD"}
 PAIR_ROWS = 30  # comparisons shown in a table; all are in significance.json
+
+
+@dataclass
+class Row:
+    """One system on one set."""
+
+    system: str
+    means: dict[str, float]
+    notes: dict[str, Any]
+    run: str  # the run file, relative to the evaluation's folder
+    bytes: int | None = None
+    queries_per_second: float | None = None
+    parameters: int | None = None
+    note: str = ""
+    pairs_per_second: float | None = None  # of a system that reads query and document together
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # metric → 95% interval of the mean
+
+
+@dataclass
+class Evaluation:
+    """The rows of one set.
+
+    Attributes:
+        significance: the comparisons of the rows, written to a file of its own.
+        cost: what it costs to serve them (see `cost`), written to a file of its own; None where it was not asked for.
+        fidelity: how far the rows rank as the one named `teacher`, where there is one; files of its own.
+        extrapolation: the rows on queries near the training queries and far from them; files of its own.
+        published: figures of others on this set, to be shown beside and never among the rows.
+        environment: machine, threads, library versions; what the speeds were measured with.
+    """
+
+    name: str
+    split: str
+    collection: dict[str, str]
+    metrics: list[str]
+    depth: int
+    relevance_level: int
+    drop_self_hits: bool
+    rows: list[Row]
+    environment: dict[str, Any] = field(default_factory=dict)
+    published: list[dict[str, Any]] = field(default_factory=list)
+    path: Path | None = None
+    significance: Significance | None = None
+    cost: dict[str, Any] | None = None
+    fidelity: Fidelity | None = None
+    extrapolation: Extrapolation | None = None
+
+    def __repr__(self) -> str:
+        return plain_table(self)
+
+    def __getitem__(self, system: str) -> Row:
+        for row in self.rows:
+            if row.system == system:
+                return row
+        raise KeyError(system)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `results.json` holds."""
+        values = asdict(replace(self, fidelity=None, extrapolation=None))
+        del values["path"], values["significance"], values["cost"], values["fidelity"], values["extrapolation"]
+        return values
+
+    def compare_rows(
+        self,
+        values: Mapping[str, Mapping[str, np.ndarray]],
+        *,
+        baseline: str | None = None,
+        family: Literal["all", "baseline"] = "all",
+        correction: str = "holm",
+        alpha: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        """Fill in the rows' intervals and `significance` from system → metric → value of each query."""
+        missing = {row.system: row.notes["missing_queries"] for row in self.rows if row.notes["missing_queries"]}
+        self.significance = compare_values(
+            values,
+            baseline=baseline,
+            family=family,
+            correction=correction,
+            alpha=alpha,
+            seed=seed,
+            notes={"missing_queries": missing} if missing else None,
+        )
+        for row in self.rows:
+            row.intervals = self.significance.intervals.get(row.system, {})
+
+    def measure_cost(
+        self, systems: Mapping[str, Any], collection: Judged, query_ids: Sequence[str], queries: int
+    ) -> None:
+        """Fill in `cost`, and in the rows what was first measured there: a teacher whose scores were looked up."""
+        self.cost = measure_costs(
+            systems, self.rows, collection, query_ids, depth=self.depth, metric=self.metrics[0], queries=queries
+        )
+        for row in self.rows:
+            found = self.cost["systems"][row.system]
+            row.queries_per_second = found["batch_queries_per_second"]
+            row.bytes, row.parameters = found["bytes"], found["parameters"]
+            row.pairs_per_second = found["pairs_per_second"]
+
+
+@dataclass
+class SuiteEvaluation:
+    """All sets of a suite.
+
+    Attributes:
+        macro: system → metric → mean over the sets (a group of sets counts as one); only of systems that were measured
+            on every set found.
+        missing: sets that were not evaluated, with the reason.
+        students: name → fingerprint of the trained students that were measured.
+    """
+
+    suite: str
+    metrics: list[str]
+    sets: list[Evaluation]
+    missing: list[dict[str, str]]
+    macro: dict[str, dict[str, float]] = field(default_factory=dict)
+    macro_sets: int = 0
+    published: list[dict[str, Any]] = field(default_factory=list)
+    students: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    def __repr__(self) -> str:
+        return plain_table(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "suite": self.suite,
+            "metrics": self.metrics,
+            "macro": self.macro,
+            "macro_sets": self.macro_sets,
+            "missing": self.missing,
+            "published": self.published,
+            "students": self.students,
+            "sets": [one.to_json() for one in self.sets],
+        }
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+# The first words about a student: is it better or worse than what one could have used without training it? That is the
+# encoder it was made from, whole and untouched, the first stage and BM25. Told from chance by the corrected
+# randomisation test of the evaluation (significance.py); where none was made, that is said too.
+STUDENTS = ("student, distilled", "student")
+UNTRAINED, BM25, ENCODER, FIRST_STAGE = "student, untrained", "BM25", "encoder: ", "first stage: "
+# How each outcome is said, the worst news first.
+WORDS = {
+    "worse": "significantly worse than",
+    "below": "below, though not tested against,",
+    "better": "significantly better than",
+    "above": "above, though not tested against,",
+    "alike": "not distinguishable from",
+}
+
+
+def reference_rows(names: Sequence[str]) -> list[str]:
+    """Rows that a student is held against: what could be used without training it, the encoders first."""
+    encoders = [name for name in names if name.startswith((ENCODER, FIRST_STAGE))]
+    return encoders + [name for name in (UNTRAINED, BM25) if name in names]
+
+
+def outcomes(evaluation: Evaluation) -> dict[str, tuple[str, float, float]]:
+    """Reference → (a key of WORDS, the student's mean, the reference's mean) in the first metric; {} without a student.
+
+    A row of which the rows beside it show the same as the student's own is compared like any other.
+    """
+    metric = evaluation.metrics[0]
+    means = {row.system: row.means[metric] for row in evaluation.rows if row.means.get(metric) is not None}
+    student = next((name for name in STUDENTS if name in means), None)
+    found: dict[str, tuple[str, float, float]] = {}
+    for name in reference_rows(list(means)) if student else []:
+        ours, theirs = means[str(student)], means[name]
+        try:
+            tested = evaluation.significance.of(str(student), name, metric) if evaluation.significance else None
+        except KeyError:
+            tested = None
+        if tested is None:
+            kind = "below" if ours < theirs else "above" if ours > theirs else "alike"
+        else:
+            kind = "alike" if not tested.significant else "worse" if tested.difference < 0 else "better"
+        found[name] = (kind, ours, theirs)
+    return found
+
+
+def verdict(evaluations: Sequence[Evaluation]) -> list[str]:
+    """One sentence an outcome, the worst first; over several sets, on how many of them."""
+    every = [outcomes(one) for one in evaluations]
+    found = []
+    for kind, words in WORDS.items():
+        parts = []
+        for name in dict.fromkeys(name for one in every for name in one):
+            hits = [one[name] for one in every if name in one and one[name][0] == kind]
+            if hits and len(every) == 1:
+                parts.append(f"“{name}” ({hits[0][1]:.4f} against {hits[0][2]:.4f})")
+            elif hits:
+                parts.append(f"“{name}” (on {len(hits)} of {sum(name in one for one in every)} sets)")
+        if parts:
+            found.append(f"The student is {words} {', '.join(parts)}.")
+    return found
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -69,9 +275,8 @@ def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False,
     Args:
         short: of each set the table of its systems alone, without notes.
     """
-    if not hasattr(evaluation, "sets"):  # by shape: to import the class from here would be a circle
+    if isinstance(evaluation, Evaluation):
         return _set_tables(evaluation, intervals, short)
-    evaluation = cast("SuiteEvaluation", evaluation)
     made = [table for one in evaluation.sets for table in _set_tables(one, intervals, short)]
     if len(evaluation.sets) > 1:
         made.append(_macro_table(evaluation))

