@@ -201,9 +201,13 @@ def heading(level: int, name: str, model: type[BaseModel]) -> str:
 def nested(model: type[BaseModel], prefix: str, level: int, seen: set[type[BaseModel]]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         for found in parts_of(field.annotation):
-            if inspect.isclass(found) and issubclass(found, BaseModel) and found is not Method and found not in seen:
+            if is_section(found) and found not in seen:
                 seen.add(found)
                 yield from sections(found, f"{prefix}{name}.", level, seen)
+
+
+def is_section(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, BaseModel) and hint is not Method
 
 
 def parts_of(hint: Any) -> Iterator[Any]:
@@ -215,7 +219,8 @@ def parts_of(hint: Any) -> Iterator[Any]:
 def table(model: type[BaseModel], says: dict[str, str] | None = None) -> str:
     rows = []
     for name, field in model.model_fields.items():
-        text = field.description or (says or {}).get(name, "")
+        inner = [part.__doc__ or "" for part in parts_of(field.annotation) if is_section(part)]
+        text = field.description or (says or {}).get(name) or "".join(inner[:1]).split("\n")[0]
         rows.append(f"| `{name}` | {kind_of(field)} | {default_of(field)} | {cell(text)} |")
     return "\n".join(["| key | type | default | |", "|---|---|---|---|", *rows])
 
@@ -255,7 +260,7 @@ def hint(annotation: Any) -> str:
         return f"list of {hint(inner[0])}" if inner else "list"
     if annotation is type(None):
         return "null"
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+    if is_section(annotation):
         return f"[section](#{annotation.__name__})"
     return "mapping" if origin is not None else getattr(annotation, "__name__", "any").replace("Any", "any")
 

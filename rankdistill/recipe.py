@@ -97,7 +97,10 @@ class HoldOut(Section):
 class Candidates(Section):
     """Which documents a query's list may hold; see indexes/mining.py."""
 
-    sources: list[Source] = Field(default_factory=lambda: [Method.model_validate({"type": "bm25", "quota": 100})])
+    sources: list[Source] = Field(
+        default_factory=lambda: [Method.model_validate({"type": "bm25", "quota": 100})],
+        description="where they come from, each with a quota",
+    )
     depth: int = Field(100, ge=2, description="documents kept a query, over all sources")
     include_positives: bool = Field(True, description="put the labelled positives into each training list")
     max_positives: int | None = Field(
@@ -128,7 +131,9 @@ class Candidates(Section):
 class Training(Section):
     """How a student learns; see training/trainer.py."""
 
-    losses: list[Loss] = Field(default_factory=lambda: [Method.model_validate({"type": "margin_mse"})], min_length=1)
+    losses: list[Loss] = Field(
+        default_factory=lambda: [Method.model_validate({"type": "margin_mse"})], min_length=1, description="summed"
+    )
     weighting: Weighting | None = Field(None, description="what each list counts in the losses; null: all alike")
     batch_teacher: Student | None = Field(
         None,
@@ -146,20 +151,22 @@ class Training(Section):
     steps: int | None = Field(
         None, ge=0, description="optimiser steps; instead of epochs (0: the start is the student)"
     )
-    epochs: float = Field(1.0, gt=0)
-    learning_rate: float = Field(2e-5, gt=0)
+    epochs: float = Field(1.0, gt=0, description="times each list is seen")
+    learning_rate: float = Field(2e-5, gt=0, description="the highest, of AdamW")
     fit_scale: bool = Field(
         False, description="before the first step, set the student's factor on scores to fit the teacher's margins"
     )
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
-    max_gradient_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_gradient_norm: float = Field(1.0, gt=0, description="longer gradients are cut to it")
     processes: int = Field(
         1, ge=1, description="processes that train together (torchrun); a step's batch is as many times as large"
     )
     accumulation: int = Field(1, ge=1, description="batches a step")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the student's arithmetic; auto: bf16 where the hardware has it"
+    )
     gradient_cache: bool = Field(
         False, description="keep no activations but those of one part of a batch: large batches, one more forward pass"
     )
@@ -220,6 +227,8 @@ class Extrapolation(Section):
 
 
 class Evaluate(Section):
+    """What is measured at the end."""
+
     suite: str = Field("collection", description="a file, or the name of a shipped suite")
     depth: int | None = Field(None, ge=1, description="documents retrieved a query; the suite's unless given")
     teacher_depth: int | None = Field(None, ge=2, description="how deep the teacher re-ranks; the suite's unless given")
@@ -234,16 +243,16 @@ class Evaluate(Section):
 class Recipe(Section):
     """One reproducible run."""
 
-    name: Name = "run"
-    description: str = ""
-    seed: int = Field(42, ge=0, lt=1 << 32)
+    name: Name = Field("run", description="of the run, and of its folder below runs/ unless --out names one")
+    description: str = Field("", description="for people: `recipes list` shows its first line")
+    seed: int = Field(42, ge=0, lt=1 << 32, description="of all that is drawn")
     device: str | None = Field(
         None, description="cpu, cuda, cuda:1 ...: where all of it runs; a GPU if there is one unless given"
     )
-    collection: str
+    collection: str = Field(description="beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs")
     candidates: Candidates = Field(default_factory=Candidates)
-    teacher: Teacher | None = None
-    student: Student
+    teacher: Teacher | None = Field(None, description="who scores the lists; null: the student learns from labels")
+    student: Student = Field(description="who learns from them")
     training: Training = Field(default_factory=Training)
     baselines: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,

@@ -256,6 +256,11 @@ def rows(text: str) -> set[str]:
     return set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
 
 
+def undescribed(text: str) -> list[str]:
+    """The keys whose row ends with an empty cell."""
+    return re.findall(r"^\| `(\w+)` \|.*\| +\|$", text, re.MULTILINE)
+
+
 def part(text: str, heading: str) -> str:
     """The text below a heading of the second level."""
     return re.split(r"^## ", text.split(f"\n## `{heading}`")[1], flags=re.MULTILINE)[0]
@@ -267,6 +272,7 @@ def test_the_reference_has_every_key_of_a_recipe(reference: dict[str, str]) -> N
     keys = {key for name in sections for key in schema["$defs"][name]["properties"]} | schema["properties"].keys()
     assert len(keys) > 60
     assert rows(reference["recipe"]) == keys
+    assert undescribed(reference["recipe"]) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,6 +283,7 @@ def test_the_reference_has_every_method_and_setting(kind: str, reference: dict[s
     for name in headings:
         text = part(reference[kind], name)
         assert schema[f"{kind}.{name}"]["properties"].keys() - {"type"} <= rows(text), name
+        assert undescribed(text.split("\n### ")[0]) == [], name
         assert len(text.strip().splitlines()[0]) > 15, f"{name} has no description"
 
 
