@@ -3,7 +3,7 @@
     mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
 
 An artifact whose fingerprint is on disk is not made again, so each can be asked for alone, and a killed run goes on
-where it stopped. The rows of a table (systems.py) and the walk through the stages (stages.py) are made of it.
+where it stopped. The rows of a table (table_rows.py) and the walk through the stages (stages.py) are made of it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RunFolder:
 
     @cached_property
     def collection(self) -> Collection:
-        from rankdistill.sampling.queries import with_unlabelled
+        from rankdistill.sampling.training_queries import with_unlabelled
 
         return with_unlabelled(open_collection(self.recipe.collection), self.recipe)
 
@@ -106,7 +106,7 @@ class RunFolder:
     @cached_property
     def query_pool(self) -> tuple[list[str], list[str], str | None]:
         """The same before any is held out."""
-        from rankdistill.sampling.queries import query_pool
+        from rankdistill.sampling.training_queries import query_pool
 
         return query_pool(self.collection, self.recipe)
 
@@ -389,7 +389,7 @@ class RunFolder:
         return open_artifact(self.student_folder(name), "student")
 
     def dev_pool(self, recipe: Recipe) -> Any:
-        from rankdistill.indexes.engines import CROSS_ENCODER
+        from rankdistill.indexes.by_student import CROSS_ENCODER
         from rankdistill.training.trainer import DevPool, RerankPool
 
         _, candidates = self.mine()
@@ -435,7 +435,7 @@ class RunFolder:
 
     def vectors(self, name: str, student: StudentModel, collection: Collection) -> Artifact:
         """A student's document vectors of a collection, encoded once."""
-        from rankdistill.indexes.engines import check_vectors, encode_collection
+        from rankdistill.indexes.by_student import check_vectors, encode_collection
 
         check_vectors(student)
         return encode_collection(student, collection, self._vectors_folder(name, collection))
@@ -449,7 +449,7 @@ class RunFolder:
         Raises:
             UsageError: an index that the student cannot have.
         """
-        from rankdistill.indexes.engines import index_files
+        from rankdistill.indexes.by_student import index_files
 
         return index_files(self.recipe.student_kind, self.recipe.indexes)
 
@@ -473,8 +473,8 @@ class RunFolder:
         collection: Collection | None = None,
     ) -> FaissIndex | BuiltSparseIndex:
         """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
+        from rankdistill.indexes.by_student import check_index
         from rankdistill.indexes.dense import export_index
-        from rankdistill.indexes.engines import check_index
         from rankdistill.indexes.sparse import build_sparse_index
         from rankdistill.indexes.sparse_specification import SparseSpecification
         from rankdistill.indexes.specification import QuantizerSpecification, any_specification
@@ -514,7 +514,7 @@ class RunFolder:
         from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
 
         if isinstance(index, BuiltSparseIndex):
-            from rankdistill.indexes.engines import query_encoder
+            from rankdistill.indexes.by_student import query_encoder
 
             return SparseEngine(query_encoder(student), index, name=str(index.path))
         from rankdistill.indexes.dense import DenseEngine
@@ -541,7 +541,7 @@ class RunFolder:
         Raises:
             RankdistillError: the index belongs to another student or another collection.
         """
-        from rankdistill.indexes.engines import exhaustive_engine, open_index, query_side
+        from rankdistill.indexes.by_student import exhaustive_engine, open_index, query_side
 
         opened = open_index(index, memory_map=memory_map) if index is not None else None
         model = self.trained().path / "model"

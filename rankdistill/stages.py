@@ -21,7 +21,7 @@ from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
 from rankdistill.progress import duration, say
 from rankdistill.run_folder import STUDENT, RunFolder
-from rankdistill.systems import open_bm25, run_systems
+from rankdistill.table_rows import open_bm25, run_systems
 from rankdistill.upkeep import check_run, forget
 
 if TYPE_CHECKING:

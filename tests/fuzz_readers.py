@@ -19,7 +19,7 @@ from rankdistill.collections.text_files import read_lines
 from rankdistill.evaluation.compare import read_judgments
 from rankdistill.indexes.foreign_vectors import open_foreign_vectors
 from rankdistill.runs import iter_run, read_run
-from rankdistill.scores.foreign import iter_foreign
+from rankdistill.scores.foreign_scores import iter_foreign
 
 ODD = [b"\t", b"\n", b"\r", b" ", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"[" * 2000, b"1" * 5000, b"nan"]
 ODD += [b"-1e400", b"0.5", b"null", b"{", b"}", b'"', b"\\ud83d", b"\x1f\x8b", b"PAR1", b"score", b"9" * 400, b"1_0"]

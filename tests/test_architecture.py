@@ -18,7 +18,7 @@ MODULES = {
 # Upper rows import lower ones, never the other way; within a row there are no circles.
 ROWS = [
     {"cli"},
-    {"stages", "systems", "upkeep", "run_folder"},
+    {"stages", "table_rows", "upkeep", "run_folder"},
     {"teachers", "training", "quantization", "evaluation"},
     {"students", "losses", "sampling", "indexes", "scores"},
     {"collections", "runs", "artifacts", "recipe"},

@@ -174,7 +174,7 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "import": Step(lambda c, f: None, "BEIR folder → cache", "sorting ids (a sixteenth at a time) and judgements"),
+    "import": Step(lambda c, f: None, "BEIR folder → cache", "sorting ids (a sixteenth at a time) and judgments"),
     "bm25": Step(step_bm25, "build the BM25 index", "vocabulary (300 bytes a distinct word), lengths"),
     "encode": Step(step_encode, f"static student, {DIMENSION} dimensions", "nothing"),
     "mine": Step(step_mine, f"BM25 and dense exact, depth {DEPTH}", "vocabulary, one row of sums a thread, query ids"),

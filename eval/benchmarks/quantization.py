@@ -49,9 +49,9 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.significance import Significance, compare_values
-from rankdistill.indexes.assembly import add_codes, parts_of
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.dense import ExactIndex, iter_doc_ids
+from rankdistill.indexes.faiss_assembly import add_codes, parts_of
 from rankdistill.indexes.faiss_index import FaissIndex, parts
 from rankdistill.indexes.specification import (
     IndexSpecification,

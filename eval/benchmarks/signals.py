@@ -46,7 +46,7 @@ from rankdistill.recipe import build, check_recipe
 from rankdistill.runs import Run, read_run
 from rankdistill.scores.ensemble import combine, normalise
 from rankdistill.scores.lists import build_lists
-from rankdistill.teachers.llm.signals import mean_rank_scores, plackett_luce
+from rankdistill.scores.rank_scores import mean_rank_scores, plackett_luce
 from rankdistill.training.trainer import train_student
 
 Scores = Mapping[str, Mapping[str, float]]  # query → document → score

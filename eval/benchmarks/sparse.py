@@ -29,7 +29,7 @@ from rankdistill.evaluation.fusion import fuse
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.significance import compare_values
 from rankdistill.indexes.base import Hits
-from rankdistill.indexes.engines import encode_collection, exhaustive_engine, prepare_student
+from rankdistill.indexes.by_student import encode_collection, exhaustive_engine, prepare_student
 from rankdistill.indexes.lucene_bm25 import LuceneBM25
 from rankdistill.indexes.sparse import SparseEngine, build_sparse_index
 from rankdistill.indexes.sparse_vectors import open_sparse_vectors

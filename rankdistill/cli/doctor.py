@@ -27,7 +27,7 @@ from rankdistill.errors import RankdistillError
 from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
 
 if TYPE_CHECKING:
-    from rankdistill.indexes.check import IndexCheck
+    from rankdistill.indexes.inspection import IndexCheck
 
 # Extra → the modules it brings.
 EXTRAS = {
@@ -109,9 +109,9 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
     Raises:
         RankdistillError: a file that cannot be read, vectors that are not the index's.
     """
-    from rankdistill.indexes.check import check_index
     from rankdistill.indexes.faiss_index import FaissIndex, manifest_file
     from rankdistill.indexes.foreign_vectors import Side, open_foreign_vectors
+    from rankdistill.indexes.inspection import check_index
 
     ours = manifest_file(file).is_file() or not file.is_file()
     index = FaissIndex.open(file, memory_map=True) if ours else FaissIndex.foreign(file, memory_map=True)

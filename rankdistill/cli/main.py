@@ -467,7 +467,7 @@ def search(
         raise UsageError("the query is empty", fix='rankdistill search RUN "some words"')
     engine = workspace.engine(index_file, memory_map=memory_map)
     if fuse:
-        from rankdistill.systems import fused_engine
+        from rankdistill.table_rows import fused_engine
 
         engine = fused_engine(workspace, engine, fuse, count)
     hits = engine.search([query], count)[0]

@@ -20,7 +20,7 @@ def searching_workspace(folder: Path) -> Workspace:
     Raises:
         RankdistillError: this is no run.
     """
-    from rankdistill.indexes.engines import INFERENCE_FREE
+    from rankdistill.indexes.by_student import INFERENCE_FREE
     from rankdistill.recipe import Recipe, check_values, read_yaml
     from rankdistill.run_folder import RECIPE
     from rankdistill.stages import Workspace
@@ -39,7 +39,7 @@ def refuse_for_sparse(student_type: str, option: str) -> None:
     Raises:
         UsageError: the student is a sparse one.
     """
-    from rankdistill.indexes.engines import SPARSE_STUDENTS
+    from rankdistill.indexes.by_student import SPARSE_STUDENTS
 
     if student_type in SPARSE_STUDENTS:
         raise UsageError(

@@ -28,7 +28,7 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
         RankdistillError: there is no trained student; an index belongs to another one.
     """
     from rankdistill.evaluation.search_page import Column, SearchPage
-    from rankdistill.indexes.engines import exhaustive_engine, open_index
+    from rankdistill.indexes.by_student import exhaustive_engine, open_index
     from rankdistill.indexes.sparse import searched_here
     from rankdistill.indexes.specification import any_specification
     from rankdistill.run_folder import STUDENT

@@ -1,4 +1,4 @@
-"""Where text and judgements come from: each loader streams its source into one cached form, opened as a `Collection`.
+"""Where text and judgments come from: each loader streams its source into one cached form, opened as a `Collection`.
 
 beir:DIR · msmarco:DIR · ir_datasets:NAME · hf:NAME · python-docs[:public]
 """

@@ -52,8 +52,8 @@ def open_source(argument: str, spec: str) -> Collection:
             writer.query(_id(record, where), _text(record, where), line)
         for path in qrels:
             writer.source = str(path)
-            for judgement in read_qrels(path):
-                writer.judgement(stem(path), *judgement)
+            for judgment in read_qrels(path):
+                writer.judgment(stem(path), *judgment)
 
     return imported(key, load, name=folder.resolve().name, spec=spec, files=files)
 

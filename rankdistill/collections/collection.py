@@ -1,4 +1,4 @@
-"""A collection: documents, queries and judgements in named splits, read from the cache through a memory map."""
+"""A collection: documents, queries and judgments in named splits, read from the cache through a memory map."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Collection:
         splits = ", ".join(f"{split} {len(self.query_rows(split)):,}" for split in self.splits)
         return (
             f"Collection({self.name}: {self.document_count:,} documents, {self.query_count:,} queries"
-            f"{'; judged: ' + splits if splits else ', no judgements'})"
+            f"{'; judged: ' + splits if splits else ', no judgments'})"
         )
 
     # Documents
@@ -111,7 +111,7 @@ class Collection:
                 texts += [joined(title, text) for title, text in pairs]
             yield first, texts
 
-    # Queries and judgements
+    # Queries and judgments
 
     def split_name(self, split: str) -> str:
         """The split of that name; dev, validation, valid, val and dev.small stand for each other.
@@ -136,7 +136,7 @@ class Collection:
         return self._tables[name]
 
     def query_rows(self, split: str | None = None) -> Rows:
-        """Rows of the queries that have judgements in `split`, in file order; None: all queries."""
+        """Rows of the queries that have judgments in `split`, in file order; None: all queries."""
         if split is None:
             return np.arange(self.query_count, dtype=np.int64)
         parts = [np.empty(0, np.int64)]
@@ -181,7 +181,7 @@ class Collection:
         return Collection(self.artifact, self.name, self.spec, {**self.unlabelled, **new})
 
     def iter_queries(self, split: str | None = None, batch_size: int = 512) -> Iterator[list[Query]]:
-        """Queries with their judgements in `split`, in file order (None: all queries, no judgements)."""
+        """Queries with their judgments in `split`, in file order (None: all queries, no judgments)."""
         if split is None:
             for _, batch in self._queries.slices(0, self.query_count, batch_size):
                 pairs = zip(batch.column("query_id").to_pylist(), batch.column("text").to_pylist(), strict=True)
@@ -220,7 +220,7 @@ class Collection:
 
         Args:
             split: one of `splits`.
-            missing: also the judgements of documents the collection does not hold. A run made elsewhere, over the
+            missing: also the judgments of documents the collection does not hold. A run made elsewhere, over the
                 whole corpus, is measured with them: without them the ideal ranking is another one.
         """
         return dict(self._iter_judged(split, missing))
@@ -245,7 +245,7 @@ class Collection:
     # For people
 
     def describe(self) -> dict[str, Any]:
-        """Counts, lengths in words, judgements per query of each split, and what import found wrong."""
+        """Counts, lengths in words, judgments per query of each split, and what import found wrong."""
         splits = {}
         for split in self.splits:
             grades: dict[int, int] = {}
@@ -257,7 +257,7 @@ class Collection:
             per_query = np.array(judged) if judged else np.zeros(1)
             splits[split] = {
                 "queries": len(judged),
-                "judgements": int(sum(judged)),
+                "judgments": int(sum(judged)),
                 "judged_per_query": {"mean": round(float(per_query.mean()), 2), "max": int(per_query.max())},
                 "grades": {str(grade): grades[grade] for grade in sorted(grades)},
                 "judged_share_of_pairs": round(sum(judged) / max(1, len(judged) * self.document_count), 6),

@@ -1,9 +1,9 @@
 """`hf:NAME`: a retrieval data set of the Hugging Face hub, or a local folder of parquet files in the same form.
 
-On the hub, the layout that BEIR and MTEB use: configurations `corpus` and `queries`, and judgements either in a
+On the hub, the layout that BEIR and MTEB use: configurations `corpus` and `queries`, and judgments either in a
 configuration `qrels` or `default` of the same repository (mteb/nfcorpus) or in a repository `NAME-qrels`
 (BeIR/nfcorpus). In a folder: corpus*.parquet, queries*.parquet and qrels/SPLIT*.parquet (corpus/*.parquet,
-queries/*.parquet and qrels/SPLIT/*.parquet are read too). Judgements without a column of relevance name relevant pairs:
+queries/*.parquet and qrels/SPLIT/*.parquet are read too). Judgments without a column of relevance name relevant pairs:
 each counts 1.
 
 A hub name is pinned to the revision it has when opened. Where the hub cannot be reached, a collection that was
@@ -115,7 +115,7 @@ def _load(writer: CollectionWriter, layout: _Layout) -> None:
             # NanoBEIR has no such column: it lists relevant pairs alone.
             named = (name for name in row if VALUE_NAME.fullmatch(name.lower()))
             relevance = next((row[name] for name in (*RELEVANCE, *named) if name in row), 1)
-            writer.judgement(split, query_id, doc_id, grade(relevance, where), number)
+            writer.judgment(split, query_id, doc_id, grade(relevance, where), number)
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
@@ -138,7 +138,7 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
             raise RankdistillError(
                 f"a folder of parquet files needs {name}*.parquet or {name}/*.parquet",
                 where=str(folder),
-                fix="beside corpus and queries, judgements go to qrels/SPLIT.parquet",
+                fix="beside corpus and queries, judgments go to qrels/SPLIT.parquet",
             )
     qrels: list[tuple[str, Path]] = []
     judged = [path for path in (folder / "qrels").glob("*") if path.is_dir() and path.name[0] != "."]

@@ -1,8 +1,8 @@
 """`ir_datasets:NAME`: whatever the ir_datasets library knows (MacAvaney et al. 2021).
 
-A name that carries judgements (beir/nfcorpus/test) gives one split, named by what the name adds to its corpus
+A name that carries judgments (beir/nfcorpus/test) gives one split, named by what the name adds to its corpus
 (`test`; msmarco-passage/dev/small → `dev.small`; a corpus of its own, such as vaswani → `test`). A name without
-(beir/nfcorpus) gives its children train, dev, validation and test that have judgements.
+(beir/nfcorpus) gives its children train, dev, validation and test that have judgments.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def open_source(argument: str, spec: str) -> Collection:
                 for query in dataset.queries_iter():
                     writer.query(query.query_id.strip(), plain_text(query))
                 for qrel in dataset.qrels_iter():
-                    writer.judgement(split, qrel.query_id.strip(), qrel.doc_id.strip(), int(qrel.relevance))
+                    writer.judgment(split, qrel.query_id.strip(), qrel.doc_id.strip(), int(qrel.relevance))
 
     return imported(key, load, name=argument.replace("/", "-"), spec=spec)
 
@@ -53,7 +53,7 @@ def split_datasets(name: str, spec: str) -> dict[str, Any]:
     """Split → the library's data set.
 
     Raises:
-        UsageError: the library does not know the name, or has no judgements for it.
+        UsageError: the library does not know the name, or has no judgments for it.
     """
     dataset = _load(name)
     if dataset is None:
@@ -73,7 +73,7 @@ def split_datasets(name: str, spec: str) -> dict[str, Any]:
         judged = [known for known in ir_datasets.registry if known.startswith(f"{name}/")]
         judged = [known for known in judged if ir_datasets.registry[known].has_qrels()][:12]
         raise UsageError(
-            f"ir_datasets has no judgements for {name!r} itself",
+            f"ir_datasets has no judgments for {name!r} itself",
             where=spec,
             fix=f"choose one of its parts: {', '.join(judged)}" if judged else "choose a data set with qrels",
         )

@@ -7,7 +7,7 @@
     triples*.tsv            query, positive, negative by id or by text: see `read_triples`
 
 A folder without collection.tsv but with triples by text is a collection too: its documents are the distinct passages,
-its queries the distinct queries, each named by a hash of its text (`text_id`), and the positives are the judgements
+its queries the distinct queries, each named by a hash of its text (`text_id`), and the positives are the judgments
 of split train.
 """
 
@@ -80,8 +80,8 @@ def open_source(argument: str, spec: str) -> Collection:
                 writer.query(query_id, text, line)
         for path, split in splits.items():
             writer.source = str(path)
-            for judgement in read_qrels(path):
-                writer.judgement(split, *judgement)
+            for judgment in read_qrels(path):
+                writer.judgment(split, *judgment)
 
     return imported(key, load, name=name, spec=spec, files=stamped)
 
@@ -131,7 +131,7 @@ def _from_triples(folder: Path, name: str, spec: str) -> Collection:
                     if passage_id not in recent:
                         writer.document(passage_id, "", passage, line)
                 if f"{query_id} {passage_ids[0]}" not in recent:
-                    writer.judgement("train", query_id, passage_ids[0], 1, line)
+                    writer.judgment("train", query_id, passage_ids[0], 1, line)
                 recent.update((f"q{query_id}", *passage_ids, f"{query_id} {passage_ids[0]}"))
 
     return imported(key, load, name=name, spec=spec, files=stamped)

@@ -83,7 +83,7 @@ def open_source(argument: str, spec: str) -> Collection:
         for name, sentence in queries:
             if times[sentence.casefold()] == 1 and SHORTEST <= len(sentence.split()) <= LONGEST:
                 writer.query(f"q:{name}", sentence)
-                writer.judgement(split_of(name), f"q:{name}", name, 1)
+                writer.judgment(split_of(name), f"q:{name}", name, 1)
 
     return imported(key, load, name="python-docs" + (f"-{argument}" if argument else ""), spec=spec)
 

@@ -209,7 +209,7 @@ def odd_columns(fields: Sequence[str]) -> str | None:
     return None
 
 
-class Judgement(NamedTuple):
+class Judgment(NamedTuple):
     query_id: str
     doc_id: str
     relevance: int
@@ -233,8 +233,8 @@ def grade(value: Any, where: str) -> int:
     return int(found)
 
 
-def read_qrels(path: Path) -> Iterator[Judgement]:
-    """Judgements in TREC form (`query 0 document relevance`, spaces or tabs) or three columns, header or none.
+def read_qrels(path: Path) -> Iterator[Judgment]:
+    """Judgments in TREC form (`query 0 document relevance`, spaces or tabs) or three columns, header or none.
 
     Raises:
         RankdistillError: a line has another number of columns or its relevance is no whole number. A first line is a
@@ -252,7 +252,7 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
                 fix=odd_columns(fields),
             )
         if not (first and is_header(fields)):
-            yield Judgement(fields[0], fields[-2], grade(fields[-1], where), line_number)
+            yield Judgment(fields[0], fields[-2], grade(fields[-1], where), line_number)
         first = False
 
 

@@ -127,7 +127,7 @@ class CollectionWriter:
 
     `root` is cut from sources in `problems`, which stay with the collection when its folder moves.
 
-    Memory does not grow with the texts. Judgements cost about 30 bytes each while their split is sorted.
+    Memory does not grow with the texts. Judgments cost about 30 bytes each while their split is sorted.
 
     Args:
         folder: where the files go.
@@ -140,8 +140,8 @@ class CollectionWriter:
         self.query_repeats: Repeats = "across files"
         self._documents = _Records(folder, "documents", "document", DOCUMENTS)
         self._queries = _Records(folder, "queries", "query", QUERIES)
-        self._judgements: dict[str, TableWriter] = {}
-        self._judgement_sources: dict[str, list[tuple[int, str]]] = {}
+        self._judgments: dict[str, TableWriter] = {}
+        self._judgment_sources: dict[str, list[tuple[int, str]]] = {}
         self._mended = 0
         self.problems: list[str] = []
         self.splits: list[str] = []
@@ -156,13 +156,13 @@ class CollectionWriter:
         self._queries.add(self.source, line, self._id(query_id, line), self._clean(text))
         self._bar.advance()
 
-    def judgement(self, split: str, query_id: str, doc_id: str, relevance: int, line: int = 0) -> None:
-        if split not in self._judgements:
+    def judgment(self, split: str, query_id: str, doc_id: str, relevance: int, line: int = 0) -> None:
+        if split not in self._judgments:
             if not split or split.startswith(".") or "/" in split:
                 raise RankdistillError(f"{split!r} cannot be the name of a split", where=self.source)
-            self._judgements[split] = TableWriter(self.folder / "qrels" / f".{split}.raw", RAW_QRELS)
-            self._judgement_sources[split] = []
-        table, sources = self._judgements[split], self._judgement_sources[split]
+            self._judgments[split] = TableWriter(self.folder / "qrels" / f".{split}.raw", RAW_QRELS)
+            self._judgment_sources[split] = []
+        table, sources = self._judgments[split], self._judgment_sources[split]
         if not sources or sources[-1][1] != self.source:
             sources.append((table.rows, self.source))
         table.add(self._id(query_id, line), self._id(doc_id, line), relevance, line)
@@ -205,17 +205,17 @@ class CollectionWriter:
         documents, queries = (Table(records.writer.path) for records in (self._documents, self._queries))
         document_index = IdIndex(self.folder, "documents", documents, "doc_id")
         query_index = IdIndex(self.folder, "queries", queries, "query_id")
-        kept = sum(self._settle(split, query_index, document_index) for split in self._judgements)
+        kept = sum(self._settle(split, query_index, document_index) for split in self._judgments)
         if not self.splits:
-            self.problems.append("there are no judgements of documents and queries that are here")
-        return {"documents": len(documents), "queries": len(queries), "judgements": kept}
+            self.problems.append("there are no judgments of documents and queries that are here")
+        return {"documents": len(documents), "queries": len(queries), "judgments": kept}
 
     def words(self) -> dict[str, dict[str, int]]:
         return {"documents": self._documents.words(), "queries": self._queries.words()}
 
     def _settle(self, split: str, query_index: IdIndex, document_index: IdIndex) -> int:
-        """Resolve the ids of a split's judgements, sort them by query; how many are of known documents."""
-        raw_writer = self._judgements[split]
+        """Resolve the ids of a split's judgments, sort them by query; how many are of known documents."""
+        raw_writer = self._judgments[split]
         raw_writer.close()
         raw = Table(raw_writer.path)
         rows = [
@@ -228,7 +228,7 @@ class CollectionWriter:
         self._report(split, raw, no_query, "query_id", "queries")
         self._report(split, raw, no_document, "doc_id", "documents")
         known = (query_rows >= 0) & (doc_rows >= 0)
-        order = np.lexsort((doc_rows, query_rows))  # stable: of repeated judgements the last in the file comes last
+        order = np.lexsort((doc_rows, query_rows))  # stable: of repeated judgments the last in the file comes last
         again = (
             known[order[1:]]
             & (query_rows[order[1:]] == query_rows[order[:-1]])
@@ -258,16 +258,16 @@ class CollectionWriter:
         return judged
 
     def _report(self, split: str, raw: Table, where: np.ndarray, column: str, noun: str, what: str = "") -> None:
-        """Add one line to `problems` about the judgements marked in `where`."""
+        """Add one line to `problems` about the judgments marked in `where`."""
         count = int(where.sum())
         if not count:
             return
         row = int(np.argmax(where))
-        source = next(name for first, name in reversed(self._judgement_sources[split]) if first <= row)
+        source = next(name for first, name in reversed(self._judgment_sources[split]) if first <= row)
         place = self._place(source, raw.take("line", [row])[0])
         what = what or f"name {noun} that are not in the collection; they are left out"
         self.problems.append(
-            f"{split}: {count:,} of {len(raw):,} judgements {what} (first: {raw.take(column, [row])[0]!r} at {place})"
+            f"{split}: {count:,} of {len(raw):,} judgments {what} (first: {raw.take(column, [row])[0]!r} at {place})"
         )
 
     def _place(self, source: str, line: int) -> str:
@@ -275,7 +275,7 @@ class CollectionWriter:
 
     def close(self) -> None:
         self._progress.__exit__(None, None, None)
-        for writer in (self._documents.writer, self._queries.writer, *self._judgements.values()):
+        for writer in (self._documents.writer, self._queries.writer, *self._judgments.values()):
             writer.abandon()
 
 

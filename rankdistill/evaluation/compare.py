@@ -137,31 +137,30 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
     Raises:
         UsageError: an unknown form.
     """
-    from rankdistill.evaluation import table
-    from rankdistill.evaluation.results import SIGNED
+    from rankdistill.evaluation import results
 
     if form not in FORMS:
         raise UsageError(f"there is no format {form!r}", where="format", fix=f"choose {', '.join(FORMS)}")
     significance = evaluation.significance
-    shown = table.tables(evaluation, intervals=form != "latex")
+    shown = results.tables(evaluation, intervals=form != "latex")
     if significance is not None and significance.comparisons:
-        shown.append(table.comparisons(significance, f"{evaluation.name}: pairs of runs"))
+        shown.append(results.comparisons(significance, f"{evaluation.name}: pairs of runs"))
     if form == "json":
         values = evaluation.to_json() | {"significance": significance.to_json() if significance else None}
         text = json.dumps(values, indent=2) + "\n"
     elif form == "markdown":
-        text = table.markdown_tables(shown)
+        text = results.markdown_tables(shown)
     elif form == "latex":
-        text = table.latex_tables(shown)
+        text = results.latex_tables(shown)
     else:
-        text = table.plain_tables(shown) + "\n"
+        text = results.plain_tables(shown) + "\n"
     if out is not None:
         reads = [evaluation.collection["spec"], *(row.run for row in evaluation.rows)]
-        check_file(out, reads=reads, mark=SIGNED.get(form, '{\n  "name"').strip())
-        write_atomically(out, text + SIGNED.get(form, ""))
+        check_file(out, reads=reads, mark=results.SIGNED.get(form, '{\n  "name"').strip())
+        write_atomically(out, text + results.SIGNED.get(form, ""))
         say(f"written to {out}")
     elif form == "text":
-        table.print_tables(shown)
+        results.print_tables(shown)
     else:
         print(shown_lines(text), end="")
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from rankdistill.artifacts import fingerprint, locked
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.assembly import add_codes, parts_of
+from rankdistill.indexes.faiss_assembly import add_codes, parts_of
 from rankdistill.indexes.faiss_index import (
     FaissIndex,
     apply_search,

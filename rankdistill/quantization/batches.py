@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.assembly import Metric
 from rankdistill.indexes.base import Rows, Vectors, allocate_array
+from rankdistill.indexes.faiss_assembly import Metric
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.progress import progress

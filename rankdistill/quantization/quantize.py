@@ -35,10 +35,10 @@ from rankdistill.artifacts import (
 )
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.assembly import IndexParts, add_codes, assemble_index, parts_of
 from rankdistill.indexes.base import Vectors, allocate_array
 from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
 from rankdistill.indexes.dense import DenseEngine, ExactIndex, iter_doc_ids
+from rankdistill.indexes.faiss_assembly import IndexParts, add_codes, assemble_index, parts_of
 from rankdistill.indexes.faiss_index import FaissIndex, apply_search, check_out_file, manifest_if_whole, publish_index
 from rankdistill.indexes.foreign_vectors import Ids
 from rankdistill.indexes.specification import QuantizerSpecification

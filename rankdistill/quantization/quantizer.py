@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankdistill.indexes.assembly import IndexParts, Metric, unpack_codes
+from rankdistill.indexes.faiss_assembly import IndexParts, Metric, unpack_codes
 
 DISTANCES_AT_ONCE = 1 << 25  # numbers in one block of distances to codewords
 CODES_AT_ONCE = 4096  # vectors: FAISS holds all their distances to all codewords where a codeword is 16 wide or more

@@ -13,7 +13,7 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.quantization.batches import Queries, TeacherScores
 from rankdistill.sampling.base import generator
-from rankdistill.sampling.queries import pseudo_queries
+from rankdistill.sampling.training_queries import pseudo_queries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

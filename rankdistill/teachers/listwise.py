@@ -16,16 +16,7 @@ import numpy as np
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.scores.store import ScoreKind
-from rankdistill.students.models import resolve_model
-from rankdistill.teachers.base import Dev, TextList, check_finite
-from rankdistill.teachers.listwise_training import ListwiseTraining, fine_tune, orders_fingerprint
-from rankdistill.teachers.llm.answers import REPAIRS, read_answer
-from rankdistill.teachers.llm.asking import AskingTeacher
-from rankdistill.teachers.llm.base import Answer, Decoding, Request
-from rankdistill.teachers.llm.local import TransformersBackend
-from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
-from rankdistill.teachers.llm.signals import (
+from rankdistill.scores.rank_scores import (
     Order,
     PositionBias,
     RankFunction,
@@ -35,6 +26,15 @@ from rankdistill.teachers.llm.signals import (
     plackett_luce,
     shown_order,
 )
+from rankdistill.scores.store import ScoreKind
+from rankdistill.students.models import resolve_model
+from rankdistill.teachers.base import Dev, TextList, check_finite
+from rankdistill.teachers.listwise_training import ListwiseTraining, fine_tune, orders_fingerprint
+from rankdistill.teachers.llm.answers import REPAIRS, read_answer
+from rankdistill.teachers.llm.asking import AskingTeacher
+from rankdistill.teachers.llm.base import Answer, Decoding, Request
+from rankdistill.teachers.llm.local import TransformersBackend
+from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
 from rankdistill.teachers.llm.windows import reorder, windows
 from rankdistill.teachers.reports import added
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
+from rankdistill.scores.rank_scores import plackett_luce, rank_scores
 from rankdistill.scores.store import ScoreKind
 from rankdistill.teachers.base import TextList, check_finite
 from rankdistill.teachers.llm.answers import read_answer
 from rankdistill.teachers.llm.asking import AskingTeacher
 from rankdistill.teachers.llm.base import Answer, Request
 from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
-from rankdistill.teachers.llm.signals import plackett_luce, rank_scores
 
 Pair = tuple[int, int]  # two passages of a list, in the order shown
 

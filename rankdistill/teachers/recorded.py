@@ -13,10 +13,10 @@ from rankdistill.artifacts import file_digest, fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import progress, warn
 from rankdistill.runs import iter_run
-from rankdistill.scores.foreign import ForeignScore, Format, iter_foreign
+from rankdistill.scores.foreign_scores import ForeignScore, Format, iter_foreign
+from rankdistill.scores.rank_scores import RankFunction, mean_rank_scores, plackett_luce
 from rankdistill.scores.store import PairTable, ScoreKind, ScoreStore, TeacherScores, hash_ids, pair_keys
 from rankdistill.teachers.base import Teacher, TextList
-from rankdistill.teachers.llm.signals import RankFunction, mean_rank_scores, plackett_luce
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -86,7 +86,7 @@ class RecordedTeacher(_FileTeacher):
 
     Args:
         file: the file; gzipped text too.
-        format: auto, tsv, triples, trec, jsonl or parquet; see rankdistill.scores.foreign.
+        format: auto, tsv, triples, trec, jsonl or parquet; see rankdistill.scores.foreign_scores.
         score_kind: what the scores are: logit, probability, similarity or rank.
     """
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
-from rankdistill.indexes.engines import prepare_student
+from rankdistill.indexes.by_student import prepare_student
 from rankdistill.indexes.vectors import find_vectors
 from rankdistill.progress import progress
 from rankdistill.students.base import Side, StudentModel, split_by_length, to_device

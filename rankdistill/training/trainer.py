@@ -33,7 +33,7 @@ from rankdistill.artifacts import (
 from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
-from rankdistill.indexes.engines import prepare_student
+from rankdistill.indexes.by_student import prepare_student
 from rankdistill.losses.base import ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build

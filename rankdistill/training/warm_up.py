@@ -20,7 +20,7 @@ from rankdistill.errors import UsageError
 from rankdistill.progress import launched, say
 from rankdistill.recipe import Alignment, Method, Recipe, check_method, check_recipe
 from rankdistill.sampling.base import generator
-from rankdistill.sampling.queries import pseudo_queries
+from rankdistill.sampling.training_queries import pseudo_queries
 from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
 from rankdistill.students.dense import ALIGNED
 from rankdistill.training.trainer import train_student, training_fingerprint_values

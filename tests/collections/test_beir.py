@@ -122,17 +122,17 @@ def test_qrels_of_missing_ids_are_counted_left_out_and_said(
     assert collection.query_ids("test") == ["q1"]
     assert collection.qrels("test", missing=True) == {"q1": {"gone": 1, "d1": 1}, "q2": {"gone": 2, "lost": 1}}
     queries, documents = collection.problems
-    assert "1 of 5 judgements name queries" in queries and "'nobody' at qrels/test.tsv:3" in queries
-    assert "3 of 5 judgements name documents" in documents and "'gone' at qrels/test.tsv:1" in documents
+    assert "1 of 5 judgments name queries" in queries and "'nobody' at qrels/test.tsv:3" in queries
+    assert "3 of 5 judgments name documents" in documents and "'gone' at qrels/test.tsv:1" in documents
     printed = capsys.readouterr().err
     assert all(f"warning: collection metals: {problem}" in printed for problem in collection.problems)
 
 
-def test_judgements_repeated_with_another_grade_are_said(beir_folder: BeirFolder) -> None:
+def test_judgments_repeated_with_another_grade_are_said(beir_folder: BeirFolder) -> None:
     lines = "q1 0 d1 1\nq1 0 d2 1\nq1 0 d1 3\nq1 0 d2 1\n"
     collection = open_collection(f"beir:{beir_folder(qrels={'test': lines})}")
     assert collection.qrels("test") == {"q1": {"d1": 3, "d2": 1}}
-    assert len(collection.problems) == 1 and "1 of 4 judgements are repeated" in collection.problems[0]
+    assert len(collection.problems) == 1 and "1 of 4 judgments are repeated" in collection.problems[0]
 
 
 def test_empty_texts_are_kept_and_counted(beir_folder: BeirFolder) -> None:
@@ -183,7 +183,7 @@ def test_a_failed_import_leaves_nothing(beir_folder: BeirFolder, cache: Path) ->
 def test_shared_collections(shared_data: Path) -> None:
     nfcorpus = open_collection(f"beir:{shared_data / 'beir' / 'nfcorpus'}")
     assert (nfcorpus.document_count, nfcorpus.query_count) == (3633, 3237)
-    counted = {name: (split["queries"], split["judgements"]) for name, split in nfcorpus.describe()["splits"].items()}
+    counted = {name: (split["queries"], split["judgments"]) for name, split in nfcorpus.describe()["splits"].items()}
     assert counted == {"train": (2590, 110575), "dev": (324, 11385), "test": (323, 12334)}
     assert nfcorpus.problems == []
     train, dev = open_collection(f"beir:{shared_data / 'beir' / 'cranfield'}").training_splits()

@@ -33,7 +33,7 @@ def write_documents(count: int, text: str = "text") -> Callable[[writer.Collecti
             target.document(f"doc {i} é", "" if i % 2 else f"title {i}", f"{text} {i}")
         for i in range(20):
             target.query(f"q{i}", f"query {i}")
-            target.judgement("train", f"q{i}", f"doc {i} é", 1)
+            target.judgment("train", f"q{i}", f"doc {i} é", 1)
 
     return load
 
@@ -140,7 +140,7 @@ def test_describe(beir_folder: BeirFolder) -> None:
     assert described["words"]["documents"] == {"p50": 5, "p95": 6, "max": 6}
     assert described["splits"]["test"] == {
         "queries": 2,
-        "judgements": 3,
+        "judgments": 3,
         "judged_per_query": {"mean": 1.5, "max": 2},
         "grades": {"0": 1, "1": 1, "2": 1},
         "judged_share_of_pairs": 0.5,
@@ -172,7 +172,7 @@ def load(target):
         print("ready", flush=True)
         time.sleep(60)
     target.query("q", "query text")
-    target.judgement("test", "q", "d7", 1)
+    target.judgment("test", "q", "d7", 1)
 collection = writer.imported({"process": sys.argv[1]}, load, name="process", spec="process")
 print(collection.document_count, collection.qrels("test"))
 """

@@ -49,16 +49,16 @@ def test_a_parent_gives_its_children_as_splits(registered: str) -> None:
     assert len(collection.problems) == 1 and "'d9' at rdtest-tiny/dev" in collection.problems[0]
 
 
-def test_a_name_with_judgements_is_one_split(registered: str) -> None:
+def test_a_name_with_judgments_is_one_split(registered: str) -> None:
     collection = open_collection(f"ir_datasets:{registered}/test")
     assert (collection.name, collection.splits) == ("rdtest-tiny-test", ("test",))
     assert collection.query_ids() == ["q3"]
 
 
-def test_names_it_does_not_know_or_that_have_no_judgements(registered: str) -> None:
+def test_names_it_does_not_know_or_that_have_no_judgments(registered: str) -> None:
     with pytest.raises(UsageError, match="no data set 'rdtest-tiny/tset'"):
         open_collection(f"ir_datasets:{registered}/tset")
-    with pytest.raises(UsageError, match=r"no judgements[\s\S]*rdtest-odd/monday"):
+    with pytest.raises(UsageError, match=r"no judgments[\s\S]*rdtest-odd/monday"):
         open_collection("ir_datasets:rdtest-odd")
     assert open_collection("ir_datasets:rdtest-odd/monday").splits == ("monday",)
 

@@ -37,7 +37,7 @@ def test_all_files_are_read(folder: Path) -> None:
     assert set(collection.splits) == {"train", "dev.small", "test"}
     assert collection.qrels("test") == {"20": {"2": 3, "0": 0}}
     assert collection.training_splits() == (["10", "11"], ["20"])
-    assert any("1 of 3 judgements name documents" in problem for problem in collection.problems)
+    assert any("1 of 3 judgments name documents" in problem for problem in collection.problems)
 
 
 def test_one_query_id_with_two_texts_is_refused(folder: Path) -> None:

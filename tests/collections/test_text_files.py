@@ -21,7 +21,7 @@ from rankdistill.collections.text_files import is_header, read_lines, read_qrels
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.compare import compare, read_judgments
 from rankdistill.runs import read_run
-from rankdistill.scores.foreign import iter_foreign
+from rankdistill.scores.foreign_scores import iter_foreign
 
 BeirFolder = Callable[..., Path]
 

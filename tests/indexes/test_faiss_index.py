@@ -372,7 +372,7 @@ def test_rotations_are_learned_for_the_bits_that_follow(tmp_path: Path) -> None:
 
 def test_memory_mapped_codes_stay_on_disk(tmp_path: Path) -> None:
     """Opened by a process that may not hold them: anonymous memory grows by less than a tenth of the file."""
-    from rankdistill.indexes.assembly import add_codes, assemble_index
+    from rankdistill.indexes.faiss_assembly import add_codes, assemble_index
     from rankdistill.indexes.faiss_index import publish_index
 
     rng, count = np.random.default_rng(0), 200_000

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.engines import check_index, encode_collection, exhaustive_engine, index_files
+from rankdistill.indexes.by_student import check_index, encode_collection, exhaustive_engine, index_files
 from rankdistill.indexes.multi_vector import (
     MultiVectorEngine,
     TokenIndex,

@@ -13,7 +13,7 @@ from sparse_encoders import WORDS, WordCounts, random_texts, sparse_specificatio
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes import postings
 from rankdistill.indexes.bm25 import BM25
-from rankdistill.indexes.engines import check_index, exhaustive_engine, index_files, open_index, query_encoder
+from rankdistill.indexes.by_student import check_index, exhaustive_engine, index_files, open_index, query_encoder
 from rankdistill.indexes.sparse import (
     BuiltSparseIndex,
     DocumentIds,

@@ -17,7 +17,7 @@ from sparse_encoders import WordCounts, random_texts
 from rankdistill.artifacts import MANIFEST
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes import sparse_vectors
-from rankdistill.indexes.engines import encode_collection
+from rankdistill.indexes.by_student import encode_collection
 from rankdistill.indexes.sparse_vectors import (
     checked_terms,
     encode_document_terms,

@@ -89,7 +89,7 @@ class Learned:
         import torch
         from safetensors.torch import load_file
 
-        from rankdistill.indexes.assembly import IndexParts
+        from rankdistill.indexes.faiss_assembly import IndexParts
         from rankdistill.quantization.quantizer import VectorQuantizer
 
         held = folder / "index.faiss.quantizer"

@@ -13,7 +13,7 @@ from planted import Planted, learn, make_specification, planted
 from safetensors.torch import load_file
 
 from rankdistill.errors import UsageError
-from rankdistill.indexes.assembly import IndexParts
+from rankdistill.indexes.faiss_assembly import IndexParts
 from rankdistill.quantization import training
 from rankdistill.quantization.quantize import quantizer_folder
 from rankdistill.quantization.quantizer import VectorQuantizer

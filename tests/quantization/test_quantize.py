@@ -17,8 +17,8 @@ import torch
 from planted import Learned, Planted, learn, make_specification, planted
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.assembly import parts_of
 from rankdistill.indexes.building import build_index
+from rankdistill.indexes.faiss_assembly import parts_of
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.quantization.batches import Queries, TeacherScores
 from rankdistill.quantization.quantize import quantize, quantize_files, quantizer_folder, recorded_scores

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankdistill.indexes.assembly import IndexParts
+from rankdistill.indexes.faiss_assembly import IndexParts
 from rankdistill.quantization.quantizer import VectorQuantizer, encode, similarity, uniform_codes
 
 SUBSPACES, CODEWORDS, WIDTH, LISTS, COUNT = 3, 16, 4, 5, 60

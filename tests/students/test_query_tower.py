@@ -228,7 +228,7 @@ def test_it_learns_from_queries_alone(
 def test_the_large_model_does_not_run_while_it_learns(
     tiny_collection: Collection, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
 ) -> None:
-    from rankdistill.indexes.engines import prepare_student
+    from rankdistill.indexes.by_student import prepare_student
     from rankdistill.students.base import split_by_length
 
     model = tower(narrow_encoder, tiny_encoder)
@@ -251,7 +251,7 @@ def test_the_large_model_does_not_run_while_it_learns(
 def test_vectors_made_before_are_taken_or_refused(
     tiny_collection: Collection, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
 ) -> None:
-    from rankdistill.indexes.engines import encode_collection
+    from rankdistill.indexes.by_student import encode_collection
     from rankdistill.indexes.vectors import encode_documents
 
     made = encode_documents(large_model(tiny_encoder), tiny_collection, tmp_path / "made")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.scores.foreign import detect_format, iter_foreign
+from rankdistill.scores.foreign_scores import detect_format, iter_foreign
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.bi_encoder import BiEncoderTeacher

@@ -16,7 +16,7 @@ from rankdistill.indexes.mining import Source
 from rankdistill.recipe import build, load_recipe
 from rankdistill.runs import read_run
 from rankdistill.stages import Workspace
-from rankdistill.systems import open_bm25
+from rankdistill.table_rows import open_bm25
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.assembly import add_codes, assemble_index, pack_codes, parts_of, unpack_codes
+from rankdistill.indexes.faiss_assembly import add_codes, assemble_index, pack_codes, parts_of, unpack_codes
 from rankdistill.indexes.faiss_index import parts
 
 DIMENSION, LISTS, COUNT, DEPTH = 24, 6, 300, 40

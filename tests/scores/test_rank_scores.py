@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from rankdistill.errors import UsageError
-from rankdistill.teachers.llm.signals import (
+from rankdistill.scores.rank_scores import (
     PositionBias,
     agreement,
     joined_logits,

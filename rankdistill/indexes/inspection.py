@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.assembly import parts_of
+from rankdistill.indexes.faiss_assembly import parts_of
 from rankdistill.indexes.faiss_index import FaissIndex, parts, reason_of, sign_bits
 from rankdistill.indexes.vectors import check_vectors, row_hashes
 

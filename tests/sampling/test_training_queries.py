@@ -13,7 +13,7 @@ import pytest
 from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import Recipe, load_recipe
-from rankdistill.sampling.queries import query_pool, with_unlabelled
+from rankdistill.sampling.training_queries import query_pool, with_unlabelled
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection

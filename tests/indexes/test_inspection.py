@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.assembly import add_codes, assemble_index
 from rankdistill.indexes.building import build_index
-from rankdistill.indexes.check import check_index
+from rankdistill.indexes.faiss_assembly import add_codes, assemble_index
 from rankdistill.indexes.faiss_index import FaissIndex
+from rankdistill.indexes.inspection import check_index
 from rankdistill.indexes.specification import load_specification, shipped_specifications
 
 COUNT, DIMENSION = 1500, 32

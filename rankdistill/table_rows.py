@@ -35,7 +35,7 @@ def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str
     from rankdistill.evaluation.evaluate import EngineSystem
     from rankdistill.evaluation.hybrid import fused_rows
     from rankdistill.evaluation.reranking import StudentReranking
-    from rankdistill.indexes.engines import exhaustive_engine
+    from rankdistill.indexes.by_student import exhaustive_engine
     from rankdistill.indexes.mining import Source
     from rankdistill.indexes.sparse import searched_here
     from rankdistill.indexes.specification import any_specification
@@ -132,7 +132,7 @@ def _is_cut(run: RunFolder) -> bool:
 
 def _whole_encoder(run: RunFolder, name: str, collection: Collection) -> EngineSystem:
     """What could have been used without any training: the encoder as it came, with the student's lengths."""
-    from rankdistill.indexes.engines import exhaustive_engine
+    from rankdistill.indexes.by_student import exhaustive_engine
     from rankdistill.students.dense import DenseStudent
 
     settings = run.recipe.student.settings()
@@ -144,7 +144,7 @@ def _whole_encoder(run: RunFolder, name: str, collection: Collection) -> EngineS
 
 def _student_of(run: RunFolder, collection: Collection) -> EngineSystem:
     """Another run's student, searching exactly."""
-    from rankdistill.indexes.engines import exhaustive_engine
+    from rankdistill.indexes.by_student import exhaustive_engine
 
     student = run.student()
     return _engine_system(exhaustive_engine(student, run.vectors(STUDENT, student, collection)))
