@@ -34,13 +34,22 @@ PLURAL = {
 assert PLURAL.keys() == KINDS.keys()
 
 
+RESULTS = sorted((SOURCE / "eval" / "results").glob("*.md"))
+
+
+def on_config(config: Any) -> Any:
+    """MkDocs' hook: lists the measured results, whichever there are."""
+    config.nav.append({"Measured": [f"results/{path.name}" for path in RESULTS]})
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
-    """MkDocs' hook: adds the reference, and the measured results, to the site."""
+    """MkDocs' hook: adds the reference and the measured results to the site."""
     from mkdocs.structure.files import File
 
     for name, text in pages().items():
         files.append(File.generated(config, name, content=text))
-    for path in sorted((SOURCE / "eval" / "results").glob("*.md")):
+    for path in RESULTS:
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
