@@ -48,7 +48,7 @@ _PUBLIC = {
     "UsageError": "errors",
     "Workspace": "stages",
     "build_index": "indexes.building",
-    "check_index": "indexes.check",
+    "check_index": "indexes.inspection",
     "compare": "evaluation.compare",
     "evaluate_run": "evaluation.metrics",
     "evaluate_suite": "evaluation.evaluate",
