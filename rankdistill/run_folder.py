@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rankdistill.indexes.mining import Source
     from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
     from rankdistill.indexes.specification import AnySpecification
+    from rankdistill.indexes.vectors import VectorFolders
     from rankdistill.runs import Ranking
     from rankdistill.scores.ensemble import ScoreSource
     from rankdistill.scores.lists import ScoredLists
@@ -203,7 +204,7 @@ class RunFolder:
         from rankdistill.teachers.trained import train_teacher
 
         if isinstance(teacher, BiEncoderTeacher):
-            teacher.encoded = self.path
+            teacher.encoded = self.vector_folders
         if teacher.needs_training:
             split, seed = self.queries[2], self.recipe.seed
             train_teacher(teacher, settings, self.collection, *self.mine(), split, self.path / name, seed)
@@ -341,7 +342,7 @@ class RunFolder:
             found = find_artifact(path, "student", print_)
             if found is not None:
                 return found
-            start = warm_up.run(self.warm_up_folder, self.path).path / "model" if warm_up is not None else None
+            start = self._start(warm_up)
             say(f"train: {name}")
             dev_lists = self.dev_lists()
             return train_student(
@@ -355,7 +356,7 @@ class RunFolder:
                 agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
                 prepared=self.path / "prepared",
                 start=start,
-                encoded=self.path,
+                encoded=self.vector_folders,
             )
 
     def warm_up(self, recipe: Recipe) -> WarmUpTraining | None:
@@ -364,6 +365,10 @@ class RunFolder:
 
         trained = self._trained_settings if recipe.student != self.recipe.student else None
         return warm_up_of(recipe, self.collection, lambda: self.queries[0], trained)
+
+    def _start(self, warm_up: WarmUpTraining | None) -> Path | None:
+        """The folder of the warmed-up model."""
+        return warm_up.run(self.warm_up_folder, self.vector_folders).path / "model" if warm_up is not None else None
 
     def _trained_settings(self) -> dict[str, Any]:
         """The trained student as settings of a model; its vectors, which are searched later, are encoded by now."""
@@ -424,7 +429,7 @@ class RunFolder:
         maker = build("student", recipe.student.settings(), "student")
         if name == UNTRAINED:
             warm_up, device = self.warm_up(recipe), recipe.student_device
-            start = warm_up.run(self.warm_up_folder, self.path).path / "model" if warm_up is not None else None
+            start = self._start(warm_up)
             model: StudentModel = maker.create(device) if start is None else maker.open(start, device)
             model.prepare(self.collection, self.path / "prepared")  # as its training begins
         else:
@@ -438,7 +443,14 @@ class RunFolder:
         from rankdistill.indexes.by_student import check_vectors, encode_collection
 
         check_vectors(student)
-        return encode_collection(student, collection, self._vectors_folder(name, collection))
+        return encode_collection(student, collection, self._vectors_folder(name, collection), self.vector_folders)
+
+    @property
+    def vector_folders(self) -> VectorFolders:
+        """Where document vectors go, and what the run's students and sources left of them."""
+        from rankdistill.indexes.vectors import VectorFolders
+
+        return VectorFolders(self.path / "vectors", ((self.path / "engines", "vectors*"), (self.path / "vectors", "*")))
 
     def _vectors_folder(self, name: str, collection: Collection) -> Path:
         return self.path / "vectors" / f"{name}-{collection.name}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rankdistill.indexes.faiss_index import FaissIndex
     from rankdistill.indexes.multi_vector import MultiVectorEngine
     from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
+    from rankdistill.indexes.vectors import VectorFolders
     from rankdistill.students.base import StudentModel
     from rankdistill.students.query_tower import QueryTowerModel
 
@@ -41,8 +42,14 @@ def check_vectors(student: Any) -> None:
         )
 
 
-def encode_collection(student: Any, collection: Collection, path: str | Path) -> Artifact:
-    """A student's document vectors, encoded once; see `encode_documents` and its like for tokens and terms."""
+def encode_collection(
+    student: Any, collection: Collection, path: str | Path, folders: VectorFolders | None = None
+) -> Artifact:
+    """A student's document vectors, encoded once; see `encode_documents` and its like for tokens and terms.
+
+    Args:
+        folders: where vectors that a dense student's equal may lie already.
+    """
     if hasattr(student, "terms"):
         from rankdistill.indexes.sparse_vectors import encode_document_terms
 
@@ -54,13 +61,13 @@ def encode_collection(student: Any, collection: Collection, path: str | Path) ->
         from rankdistill.indexes.multi_vector import encode_document_tokens
 
         return encode_document_tokens(student, collection, path)
-    from rankdistill.indexes.vectors import encode_documents, find_vectors
+    from rankdistill.indexes.vectors import encode_documents
 
     if isinstance(student, QueryTowerModel):
         if student.made_vectors is not None and (made := _made(student, collection)) is not None:
             return made
         path = Path(path).with_name(f"documents-{collection.name}")  # one for all query encoders over these documents
-    return encode_documents(student, collection, find_vectors(Path(path).parents[1], student, collection) or path)
+    return encode_documents(student, collection, (folders and folders.find(student, collection)) or path)
 
 
 def _made(student: QueryTowerModel, collection: Collection) -> Artifact | None:
@@ -81,8 +88,10 @@ def _made(student: QueryTowerModel, collection: Collection) -> Artifact | None:
     return artifact if inputs.get("collection") == collection.fingerprint else None
 
 
-def prepare_student(student: StudentModel, collection: Collection, folder: Path) -> None:
-    """Called once before a training: what a student keeps for it goes below `folder`.
+def prepare_student(
+    student: StudentModel, collection: Collection, folder: Path, folders: VectorFolders | None = None
+) -> None:
+    """Called once before a training: what a student keeps for it goes below `folder`, its vectors to `folders`.
 
     A query tower is given its documents' vectors, so that the document model does not run while it learns.
     """
@@ -90,7 +99,8 @@ def prepare_student(student: StudentModel, collection: Collection, folder: Path)
     from rankdistill.students.query_tower import QueryTowerModel
 
     if isinstance(student, QueryTowerModel):
-        vectors = encode_collection(student, collection, folder.parent / "vectors" / collection.name)
+        place = (folders.new if folders else folder / "vectors") / collection.name
+        vectors = encode_collection(student, collection, place, folders)
         student.use_vectors(open_vectors(vectors))
     student.prepare(collection, folder)
 

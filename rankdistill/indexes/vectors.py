@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -110,12 +110,17 @@ def encode_queries(
     )
 
 
-def find_vectors(folder: Path, encoder: Encoder, collection: Collection) -> Path | None:
-    """Where, of what a run's students and its sources left, an encoder's document vectors of a collection lie."""
-    wanted = vectors_fingerprint(encoder, collection.fingerprint)
-    manifests = [*folder.glob("vectors/*/manifest.json"), *folder.glob("engines/vectors*/manifest.json")]
-    places = (path.parent for path in sorted(manifests))
-    return next((place for place in places if find_artifact(place, "vectors", wanted) is not None), None)
+class VectorFolders(NamedTuple):
+    """Where document vectors are written, and the folders (pattern below a folder) in which some may lie already."""
+
+    new: Path
+    made: Sequence[tuple[Path, str]] = ()
+
+    def find(self, encoder: Encoder, collection: Collection) -> Path | None:
+        """Where an encoder's document vectors of a collection lie."""
+        wanted = vectors_fingerprint(encoder, collection.fingerprint)
+        places = (place for folder, pattern in self.made for place in sorted(folder.glob(pattern)))
+        return next((place for place in places if find_artifact(place, "vectors", wanted) is not None), None)
 
 
 def vectors_fingerprint(encoder: Encoder, collection_fingerprint: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from rankdistill.collections import Collection
+    from rankdistill.indexes.vectors import VectorFolders
     from rankdistill.students.dense import DenseModel
 
 KEPT_VECTORS = 200_000  # document vectors held in memory at most
@@ -92,8 +92,8 @@ class BiEncoderTeacher(EncoderTeacher):
         self._device_name = device
         self._model: DenseModel | None = None
         self._kept: dict[bytes, np.ndarray] = {}
-        self.encoded: Path | None = None  # folder below which the model's vectors of a collection may lie already
-        self._made: dict[str, np.ndarray | None] = {}  # a collection's fingerprint → its vectors below `encoded`
+        self.encoded: VectorFolders | None = None  # where the model's vectors of a collection may lie already
+        self._made: dict[str, np.ndarray | None] = {}  # a collection's fingerprint → its vectors in `encoded`
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"similarity": self.similarity}
@@ -111,10 +111,10 @@ class BiEncoderTeacher(EncoderTeacher):
 
     def _vectors(self, collection: Collection) -> np.ndarray | None:
         """What mining, for one, has encoded."""
-        from rankdistill.indexes.vectors import find_vectors, open_vectors
+        from rankdistill.indexes.vectors import open_vectors
 
         if self.encoded is not None and collection.fingerprint not in self._made:
-            made = find_vectors(self.encoded, self.load(), collection)
+            made = self.encoded.find(self.load(), collection)
             self._made[collection.fingerprint] = open_vectors(made) if made else None
         return self._made.get(collection.fingerprint)
 

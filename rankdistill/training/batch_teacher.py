@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
 from rankdistill.indexes.by_student import prepare_student
-from rankdistill.indexes.vectors import find_vectors
+from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import progress
 from rankdistill.students.base import Side, StudentModel, split_by_length, to_device
 from rankdistill.students.token_batches import autocast
@@ -54,13 +54,13 @@ class BatchTeacher:
         self._query_rows: dict[str, int] = {}
         self._document_rows = np.zeros(0, dtype=np.int64)
 
-    def prepare(self, lists: ScoredLists, folder: Path, encoded: Path | None = None) -> None:
+    def prepare(self, lists: ScoredLists, folder: Path, encoded: VectorFolders | None = None) -> None:
         """Embed the lists' queries, and documents where they are read, unless that is done or the teacher runs live.
 
         Args:
-            encoded: folder below which the model's vectors of the collection may lie already.
+            encoded: where the model's vectors of the collection may lie already.
         """
-        prepare_student(self.model, self.collection, folder)
+        prepare_student(self.model, self.collection, folder, encoded)
         if self.vectors == "live":
             return
         path = folder / "batch-teacher"
@@ -68,7 +68,7 @@ class BatchTeacher:
         inputs = {"lists": lists.fingerprint}
         print_ = fingerprint(["batch-teacher", settings, inputs])
         query_ids = lists.query_ids
-        made = find_vectors(encoded, self.model, self.collection) if encoded and self.documents else None
+        made = encoded.find(self.model, self.collection) if encoded and self.documents else None
         if made is not None:
             settings["documents"] = False  # read, not made
             print_ = fingerprint(["batch-teacher", settings, inputs])

@@ -34,6 +34,7 @@ from rankdistill.devices import place_training, resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.indexes.by_student import prepare_student
+from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.losses.base import ListLoss, Loss, Regulariser, VectorLoss
 from rankdistill.progress import Progress, launched, say, warn
 from rankdistill.recipe import Recipe, Training, build
@@ -386,7 +387,7 @@ def train_student(
     agreement: Agreement | None = None,
     prepared: Path | None = None,
     start: Path | None = None,
-    encoded: Path | None = None,
+    encoded: VectorFolders | None = None,
 ) -> Artifact:
     """Train the recipe's student on scored lists and save the best checkpoint by the dev metric.
 
@@ -398,7 +399,7 @@ def train_student(
         prepared: folder for what is made once and serves several trainings (clusters of queries, a batch teacher's
             embeddings); beside `out` unless given.
         start: folder of the model to start from, which `inputs` names (a warmed-up one); else the settings make it.
-        encoded: folder below which a batch teacher's vectors of the collection may lie already.
+        encoded: where vectors of the collection may lie already, and go.
 
     Raises:
         RankdistillError: no list has what the losses need, or the loss stops being a number.
@@ -427,7 +428,7 @@ def train_student(
         student = maker.create(device) if start is None else maker.open(start, device)
         if student.reads_pairs:
             check_pair_losses(losses)
-        prepare_student(student, collection, prepared)
+        prepare_student(student, collection, prepared, encoded)
         prepare_regularisers(losses, student, collection, prepared)
         batch_teacher = None
         if batch_teacher_settings is not None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked
 from rankdistill.errors import UsageError
+from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import launched, say
 from rankdistill.recipe import Alignment, Method, Recipe, check_method, check_recipe
 from rankdistill.sampling.base import generator
@@ -92,11 +93,11 @@ class WarmUpTraining:
         lists = lists_fingerprint(self.collection, None, self.inputs)
         self.fingerprint = fingerprint(training_fingerprint_values(self.recipe, {"lists": lists}))
 
-    def run(self, folder: Path, encoded: Path | None = None) -> Artifact:
+    def run(self, folder: Path, encoded: VectorFolders | None = None) -> Artifact:
         """The warmed student, trained below `folder` unless it is there; an interrupted training goes on exactly.
 
         Args:
-            encoded: folder below which the teacher's vectors of the collection may lie already.
+            encoded: where the teacher's vectors of the collection may lie already.
         """
         path = folder / f"student-{self.fingerprint}"
         with locked(path) if launched()[0] == 0 else nullcontext():  # of several processes, the first writes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankdistill.indexes.vectors import encode_documents
+from rankdistill.indexes.vectors import VectorFolders, encode_documents
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.bi_encoder import BiEncoderTeacher
 from rankdistill.teachers.scoring import score_candidates
@@ -26,7 +26,7 @@ def test_it_reads_vectors_that_lie_there_and_encodes_where_they_are_anothers(
     encode_documents(plain.load(), tiny_collection, tmp_path / "engines" / "vectors")
     expected = score_candidates(plain, tiny_collection, everything(tiny_collection), ScoreStore(tmp_path / "a"))
     for number, teacher in enumerate((reading, other)):
-        teacher.encoded = tmp_path
+        teacher.encoded = VectorFolders(tmp_path, ((tmp_path / "engines", "*"),))
         encoded: list[str] = []
         model = teacher.load()
         before = model.encode_documents
