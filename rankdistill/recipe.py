@@ -443,19 +443,31 @@ BOUNDS = {
 }
 
 
+def constructors(cls: type[Any]) -> Iterator[type[Any]]:
+    """The classes whose constructors make it: its own, and where that passes on `**others`, the one above."""
+    for base in cls.__mro__[:-1]:
+        made_by = vars(base).get("__init__")
+        if made_by is not None:
+            yield base
+            kinds = [parameter.kind for parameter in inspect.signature(made_by).parameters.values()]
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                return
+
+
 def parameters_model(cls: type[Any]) -> type[BaseModel]:
     """The class's constructor parameters as a pydantic model (unknown keys forbidden)."""
-    hints = typing.get_type_hints(cls.__init__, include_extras=True)
     fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        default = ... if parameter.default is parameter.empty else parameter.default
-        hint = hints.get(name, Any)
-        plain = {hint, *typing.get_args(hint)} & {int, float} and typing.get_origin(hint) is not Annotated
-        if name in BOUNDS and plain:
-            hint = Annotated[hint, BOUNDS[name]]
-        fields[name] = (hint, default)
+    for base in constructors(cls):
+        hints = typing.get_type_hints(made_by := vars(base)["__init__"], include_extras=True)
+        for name, parameter in inspect.signature(made_by).parameters.items():
+            if name == "self" or name in fields or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            default = ... if parameter.default is parameter.empty else parameter.default
+            hint = hints.get(name, Any)
+            plain = {hint, *typing.get_args(hint)} & {int, float} and typing.get_origin(hint) is not Annotated
+            if name in BOUNDS and plain:
+                hint = Annotated[hint, BOUNDS[name]]
+            fields[name] = (hint, default)
     return create_model(
         cls.__name__,
         __config__=ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False),

@@ -109,7 +109,7 @@ def test_the_code_of_a_method_is_in_a_students_fingerprint(installed: Path) -> N
 def test_a_run_of_methods_of_ones_own(tmp_path: Path, tiny_beir: Path, tiny_encoder: Path) -> None:
     values: dict[str, Any] = {
         "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "acme.methods:PlainBM25"}]},
+        "candidates": {"depth": 6, "sources": [{"type": "acme.methods:PlainBM25", "k1": 1.2, "quota": 6}]},
         "teacher": {"type": "shared_words", "gain": 2.0},
         "student": {"type": "small_static", "model": str(tiny_encoder), "dimension": 4},
         "training": {
@@ -165,5 +165,7 @@ def test_recipes_methods_lists_and_explains(capsys: pytest.CaptureFixture[str]) 
     assert "huber_margins" in (listed := capsys.readouterr().out) and "margin_mse" in listed
     recipes_methods("loss", "acme.methods:HuberMargins")
     assert "knee: margin error from which on" in capsys.readouterr().out
+    recipes_methods("source", "acme.methods:PlainBM25")  # its constructor passes on what all sources take
+    assert "rank_from: first rank taken" in capsys.readouterr().out
     with pytest.raises(UsageError, match="did you mean 'loss'"):
         recipes_methods("los")

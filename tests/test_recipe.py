@@ -15,12 +15,14 @@ from rankdistill.errors import UsageError
 from rankdistill.recipe import (
     KINDS,
     build,
+    constructors,
     find_declaration,
     json_schema,
     load_recipe,
     merge,
     method_class,
     method_names,
+    parameters_model,
     shipped,
 )
 
@@ -227,8 +229,8 @@ def test_every_method_is_found_and_each_of_its_keys_is_explained(kind: str, name
 
     cls = method_class(kind, name)
     assert cls.type == name
-    documentation = inspect.getdoc(cls) or ""
-    for key in inspect.signature(cls).parameters:
+    documentation = "\n".join(inspect.getdoc(one) or "" for one in (cls, *constructors(cls)))
+    for key in parameters_model(cls).model_fields:
         assert f"\n    {key}:" in documentation, f"{cls.__name__} does not explain {key}"
 
 

