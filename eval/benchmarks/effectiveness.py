@@ -49,11 +49,10 @@ def workspace(spec: str, seed: int, options: argparse.Namespace) -> Workspace:
         "name": "effectiveness",
         "seed": seed,
         "collection": spec,
-        "candidates": {"max_positives": 3},
         "training": {"steps": options.steps},
         "baselines": {name: row for name, row in ROWS.items() if options.rows is None or name in options.rows},
         "indexes": [],
-        "evaluation": {"extrapolation": None, "latency_queries": 64},
+        "evaluation": {"extrapolation": None, "latency_queries": 64, "teacher_depth": 50},
     }
     values["teacher"]["members"][0]["train"]["steps"] = options.teacher_steps
     path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}"

@@ -69,6 +69,15 @@ def test_each_positive_has_a_list_and_competes_with_lower_grades_only(tiny_colle
     assert len(lists_of(tiny_collection, grades, positives=2)[0]) == 2
 
 
+def test_positives_are_those_that_mining_has_put_into_the_list(tiny_collection: Collection) -> None:
+    query_id, ids = tiny_collection.query_ids("train")[0], tiny_collection.doc_ids(range(5))
+    judged: Any = _Judged(tiny_collection, {query_id: dict.fromkeys(ids[:3], 1)})
+    settings = CrossEncoderTraining(positives=9)
+    for mined, expected in ((ids[1:], ids[1:3]), (ids[3:], ids[:3])):  # all, where none was
+        lists = TrainingLists(judged, [(query_id, list(mined), np.zeros(0))], "train", settings, 7)
+        assert sorted(positive for _, positive in lists.lists) == sorted(expected)
+
+
 def test_negatives_come_from_every_depth_and_stay_below_the_positive(tiny_collection: Collection) -> None:
     grades = {"best": 1, **{f"n{number}": 0 for number in range(12)}}
     lists, names = lists_of(tiny_collection, grades, negatives=3)
