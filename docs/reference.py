@@ -19,7 +19,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import rankdistill
-from rankdistill.recipe import KINDS, Method, Recipe, method_class, parameters_model, shipped, shipped_methods
+from rankdistill.recipe import (
+    KINDS,
+    Method,
+    Recipe,
+    explained,
+    method_class,
+    parameters_model,
+    shipped,
+    shipped_methods,
+)
 
 SOURCE = Path(__file__).parents[1]
 PLURAL = {
@@ -87,7 +96,7 @@ def methods_page(kind: str) -> str:
 
 def method(kind: str, name: str, seen: set[type[BaseModel]]) -> Iterator[str]:
     cls = method_class(kind, name)
-    says = {key: text for base in reversed(cls.__mro__) for key, text in arguments(base.__doc__ or "").items()}
+    says = explained(cls)
     yield f"## `{name}`\n\n{prose(cls.__doc__ or '', without='Args')}"
     model = parameters_model(cls)
     yield table(model, says) if model.model_fields else "It has no settings."
@@ -278,11 +287,6 @@ def hint(annotation: Any) -> str:
 # Docstrings
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):\n((?:(?: +.*)?\n?)*)", re.MULTILINE)
-
-
-def arguments(doc: str) -> dict[str, str]:
-    """name → description of a docstring's `Args:`."""
-    return items("".join(body for title, body in SECTION.findall(inspect.cleandoc(doc)) if title == "Args"))
 
 
 def items(body: str) -> dict[str, str]:

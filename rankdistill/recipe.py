@@ -17,6 +17,8 @@ import importlib.util
 import inspect
 import json
 import math
+import re
+import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -454,9 +456,21 @@ def constructors(cls: type[Any]) -> Iterator[type[Any]]:
                 return
 
 
+def explained(cls: type[Any]) -> dict[str, str]:
+    """key → what the `Args:` of a class, or of those above it, say of it."""
+    says: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        arguments = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")[2]
+        body = textwrap.dedent(re.split(r"\n(?=\S)", arguments)[0])
+        for names, text in re.findall(r"^(\w[\w, ]*): (.*(?:\n +.*)*)", body, re.MULTILINE):
+            says |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return says
+
+
 def parameters_model(cls: type[Any]) -> type[BaseModel]:
     """The class's constructor parameters as a pydantic model (unknown keys forbidden)."""
     fields: dict[str, Any] = {}
+    says = explained(cls)
     for base in constructors(cls):
         hints = typing.get_type_hints(made_by := vars(base)["__init__"], include_extras=True)
         for name, parameter in inspect.signature(made_by).parameters.items():
@@ -467,7 +481,7 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
             plain = {hint, *typing.get_args(hint)} & {int, float} and typing.get_origin(hint) is not Annotated
             if name in BOUNDS and plain:
                 hint = Annotated[hint, BOUNDS[name]]
-            fields[name] = (hint, default)
+            fields[name] = (Annotated[hint, Field(description=says.get(name))], default)
     return create_model(
         cls.__name__,
         __config__=ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False),

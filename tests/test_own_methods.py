@@ -164,8 +164,8 @@ def test_recipes_methods_lists_and_explains(capsys: pytest.CaptureFixture[str]) 
     recipes_methods("loss")
     assert "huber_margins" in (listed := capsys.readouterr().out) and "margin_mse" in listed
     recipes_methods("loss", "acme.methods:HuberMargins")
-    assert "knee: margin error from which on" in capsys.readouterr().out
+    assert "knee (1.0): margin error from which on" in capsys.readouterr().out
     recipes_methods("source", "acme.methods:PlainBM25")  # its constructor passes on what all sources take
-    assert "rank_from: first rank taken" in capsys.readouterr().out
+    assert "rank_from (1): first rank taken" in capsys.readouterr().out
     with pytest.raises(UsageError, match="did you mean 'loss'"):
         recipes_methods("los")

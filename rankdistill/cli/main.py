@@ -160,16 +160,21 @@ def recipes_methods(
     """What a recipe can name, methods of other installed packages too; one of them with its keys."""
     import inspect
 
-    from rankdistill.recipe import KINDS, constructors, method_class, method_names, nearest
+    from rankdistill.recipe import KINDS, method_class, method_names, nearest, parameters_model
 
     if kind is not None and kind not in KINDS:
         raise UsageError(f"there is no kind of method {kind!r}", fix=nearest(kind, KINDS))
     for one in [kind] if kind else KINDS:
         for known in [name] if name else sorted(method_names(one)):
             cls = method_class(one, known)
-            says = [inspect.getdoc(base) or "(undocumented)" for base in dict.fromkeys([cls, *constructors(cls)])]
-            said = "\n\n".join([f"{one} {known}", *says])
-            _print(said if name else f"{one:9}  {known:22}  {says[0].splitlines()[0]}")
+            said = (inspect.getdoc(cls) or "(its class says nothing of it)").partition("\nArgs:\n")[0]
+            if not name:
+                _print(f"{one:9}  {known:22}  {said.splitlines()[0]}")
+                continue
+            _print(f"{one} {known}\n\n{said}")
+            for key, field in parameters_model(cls).model_fields.items():
+                default = "needed" if field.is_required() else json.dumps(field.default, default=str)
+                _print(f"    {key} ({default}): {field.description or ''}")
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------

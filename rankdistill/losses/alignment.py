@@ -20,7 +20,6 @@ class QueryMSE(VectorLoss):
 
     Args:
         cosine: share of the cosine's part.
-        weight: share in a sum of losses.
     """
 
     type = "query_mse"
@@ -45,7 +44,6 @@ class VectorMSE(VectorLoss):
 
     Args:
         cosine: share of the cosine's part.
-        weight: share in a sum of losses.
     """
 
     type = "vector_mse"

@@ -19,9 +19,12 @@ from rankdistill.losses.schedules import Schedule, Scheduled
 
 
 class Loss(Scheduled, nn.Module, ABC):
-    """Constructor parameters are the keys of a recipe; `weight` is its share in a weighted sum of losses.
+    """Constructor parameters are the keys of a recipe.
 
     What a loss learns about the training's course it keeps in buffers, which are part of a checkpoint.
+
+    Args:
+        weight: share in a sum of losses.
     """
 
     needs_labels = False

@@ -17,7 +17,6 @@ class InfoNCE(ListLoss):
 
     Args:
         temperature: scores are divided by it.
-        weight: share in a sum of losses.
     """
 
     type = "infonce"
@@ -46,9 +45,6 @@ class LCE(ListLoss):
     With one positive in a list this is localised contrastive estimation (Gao et al. 2021, arXiv:2101.08751): -log
     softmax of its score over itself and the mined negatives. Of grades, each document's share of the target is its
     gain, 2^grade - 1, by the list's sum. A list without a positive counts nothing.
-
-    Args:
-        weight: share in a sum of losses.
     """
 
     type = "lce"
@@ -79,7 +75,6 @@ class InBatchInfoNCE(BatchLoss):
 
     Args:
         temperature: scores are divided by it.
-        weight: share in a sum of losses.
     """
 
     type = "in_batch_infonce"

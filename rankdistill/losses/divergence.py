@@ -21,7 +21,6 @@ class Divergence(ListLoss):
     Args:
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type: ClassVar[str]
@@ -58,7 +57,6 @@ class KLDivergence(Divergence):
     Args:
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type = "kl"
@@ -75,7 +73,6 @@ class ReverseKL(Divergence):
     Args:
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type = "reverse_kl"
@@ -90,7 +87,6 @@ class JensenShannon(Divergence):
     Args:
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type = "jensen_shannon"
@@ -113,7 +109,6 @@ class TotalVariation(Divergence):
     Args:
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type = "total_variation"
@@ -130,7 +125,6 @@ class ListNet(Divergence):
 
     Args:
         temperature: tau, of both sides.
-        weight: share in a sum of losses.
     """
 
     type = "listnet"
@@ -152,7 +146,6 @@ class InBatchKL(BatchLoss):
     Args:
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type = "in_batch_kl"

@@ -29,7 +29,6 @@ class LambdaLoss(ListLoss):
         mu: share of NDCG-Loss2 in `ndcg2++`.
         k: only pairs with a document in the student's first k count, and the ideal is that of nDCG@k; all if null.
         temperature: the student's scores are divided by it.
-        weight: share in a sum of losses.
     """
 
     type = "lambda_loss"

@@ -19,7 +19,6 @@ class MarginMSE(ListLoss):
         pairs: which pairs of a list count. `positive_vs_rest`: i is the first document of the list, which must be
             labelled relevant, j each other one (documents - 1 pairs; lists without a positive count nothing).
             `all_pairs`: every i, j with t_i > t_j (no labels needed).
-        weight: share in a sum of losses.
     """
 
     type = "margin_mse"

@@ -19,7 +19,6 @@ class PLD(ListLoss):
     Args:
         temperature: the student's scores are divided by it.
         teacher_temperature: tau.
-        weight: share in a sum of losses.
     """
 
     type = "pld"

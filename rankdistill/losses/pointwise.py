@@ -8,11 +8,7 @@ from rankdistill.losses.base import ListLoss, sums_where
 
 
 class PointwiseMSE(ListLoss):
-    """Mean of (s - t)^2: the student takes over the teacher's very scores, so both need one scale.
-
-    Args:
-        weight: share in a sum of losses.
-    """
+    """Mean of (s - t)^2: the student takes over the teacher's very scores, so both need one scale."""
 
     type = "mse"
     matches = "margins"

@@ -22,7 +22,6 @@ class RankNet(ListLoss):
             et al. 2024, arXiv:2406.15657); `ndcg`: what swapping the two changes in nDCG at the student's present
             ranks, with gain 1 / r (LambdaRank, Burges et al. 2006; JPQ trains with it, arXiv:2108.00644).
         temperature: the student's scores are divided by it.
-        weight: share in a sum of losses.
     """
 
     type = "ranknet"

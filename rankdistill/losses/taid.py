@@ -29,7 +29,6 @@ class TAID(KLDivergence):
         momentum: share of m that a step keeps (the paper's beta).
         temperature: tau_s, the student's.
         teacher_temperature: tau_t; the student's unless given.
-        weight: share in a sum of losses.
     """
 
     type = "taid"

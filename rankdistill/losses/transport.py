@@ -31,7 +31,6 @@ class Sinkhorn(ListLoss):
         blur: weight of the plan's entropy; costs lie between 0 and 2.
         iterations: of Sinkhorn's scaling.
         debias: subtract what the blur alone costs.
-        weight: share in a sum of losses.
     """
 
     type = "sinkhorn"
