@@ -220,8 +220,6 @@ class LuceneBM25Source(BM25Source):
     """BM25 in Lucene over the collection's texts (extra `lucene`).
 
     Args:
-        k1: how soon further occurrences of a term stop counting.
-        b: how much long documents are marked down, 0 to 1.
         language: which of Lucene's analyzers, or "none".
     """
 

@@ -53,10 +53,6 @@ class KLDivergence(Divergence):
     """tau_s^2 * KL(softmax(t / tau_t) || softmax(s / tau_s)): the student covers all that the teacher holds possible.
 
     Hinton et al. 2015, arXiv:1503.02531; mean over the lists of two documents or more; 0 for a perfect student.
-
-    Args:
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type = "kl"
@@ -69,10 +65,6 @@ class ReverseKL(Divergence):
     """tau_s^2 * KL(softmax(s / tau_s) || softmax(t / tau_t)): the student keeps to what the teacher holds most likely.
 
     MiniLLM, Gu et al. 2023, arXiv:2306.08543, over a list in place of a vocabulary; 0 for a perfect student.
-
-    Args:
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type = "reverse_kl"
@@ -83,10 +75,6 @@ class ReverseKL(Divergence):
 
 class JensenShannon(Divergence):
     """tau_s^2 * [KL(p_t || m) + KL(p_s || m)] / 2, m the mean of both: symmetric, at most tau_s^2 * log 2 (Lin 1991).
-
-    Args:
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type = "jensen_shannon"
@@ -105,10 +93,6 @@ class TotalVariation(Divergence):
 
     Its gradient does not grow with the error: robust to a teacher's faults, slow where student and teacher share
     nothing.
-
-    Args:
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type = "total_variation"

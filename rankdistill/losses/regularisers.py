@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -91,13 +91,6 @@ class Sparsity(Regulariser):
 class Flops(Sparsity):
     """Σ_j (mean of |w_j| over the texts)²: the products that a search pays, relaxed (Paria et al. 2020,
     arXiv:2004.05665). It presses on terms that many texts have and leaves rare ones alone.
-
-    Args:
-        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
-        side: whose weights.
-        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
-        threshold: texts with at most so many active terms feel nothing.
-        target: active terms a text to end with; λ is then steered.
     """
 
     type = "flops"
@@ -108,13 +101,6 @@ class Flops(Sparsity):
 
 class L1(Sparsity):
     """Mean over the texts of Σ_j |w_j|: the same pressure on every term.
-
-    Args:
-        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
-        side: whose weights.
-        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
-        threshold: texts with at most so many active terms feel nothing.
-        target: active terms a text to end with; λ is then steered.
     """
 
     type = "l1"
@@ -126,13 +112,6 @@ class L1(Sparsity):
 
 class L2(L1):
     """Mean over the texts of Σ_j w_j²: presses on heavy terms; it makes weights small, not few.
-
-    Args:
-        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
-        side: whose weights.
-        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
-        threshold: texts with at most so many active terms feel nothing.
-        target: active terms a text to end with; λ is then steered.
     """
 
     type = "l2"
@@ -149,11 +128,6 @@ class IdfFlops(Flops):
     below a tenth of the mean it counts as that, or a term of every document would outweigh all others.
 
     Args:
-        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
-        side: whose weights.
-        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
-        threshold: texts with at most so many active terms feel nothing.
-        target: active terms a text to end with; λ is then steered.
         power: how much rarity counts.
     """
 
@@ -163,14 +137,10 @@ class IdfFlops(Flops):
 
     def __init__(
         self,
-        weight: Schedule | None = None,
-        side: Literal["query", "document"] = "document",
-        ramp: Share = 1 / 3,
-        threshold: Terms | None = None,
-        target: Terms | None = None,
         power: float = 2.0,
+        **sparsity: Any,
     ) -> None:
-        super().__init__(weight, side, ramp, threshold, target)
+        super().__init__(**sparsity)
         self.power = power
         self.register_buffer("factors", None)
 
@@ -190,11 +160,6 @@ class DfFlops(Sparsity):
     on a validation set.
 
     Args:
-        weight: share in a sum of losses (λ) once the ramp is over; a ramp of one's own replaces the quadratic one.
-        side: whose weights.
-        ramp: λ rises with the square of the optimiser steps over this share of the training (steps, if above 1).
-        threshold: texts with at most so many active terms feel nothing.
-        target: active terms a text to end with; λ is then steered.
         midpoint: share of the documents at which a term counts half.
         steepness: how sharply it sets in.
         memory: texts over which the running mean looks back.
@@ -205,16 +170,12 @@ class DfFlops(Sparsity):
 
     def __init__(
         self,
-        weight: Schedule | None = None,
-        side: Literal["query", "document"] = "document",
-        ramp: Share = 1 / 3,
-        threshold: Terms | None = None,
-        target: Terms | None = None,
         midpoint: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         steepness: Annotated[float, Field(gt=0)] = 10.0,
         memory: Annotated[float, Field(ge=1)] = 2000,
+        **sparsity: Any,
     ) -> None:
-        super().__init__(weight, side, ramp, threshold, target)
+        super().__init__(**sparsity)
         self.midpoint, self.steepness, self.memory = midpoint, steepness, memory
         self.register_buffer("shares", None)
 
