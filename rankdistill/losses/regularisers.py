@@ -100,8 +100,7 @@ class Flops(Sparsity):
 
 
 class L1(Sparsity):
-    """Mean over the texts of Σ_j |w_j|: the same pressure on every term.
-    """
+    """Mean over the texts of Σ_j |w_j|: the same pressure on every term."""
 
     type = "l1"
     usual = 1e-3
@@ -111,8 +110,7 @@ class L1(Sparsity):
 
 
 class L2(L1):
-    """Mean over the texts of Σ_j w_j²: presses on heavy terms; it makes weights small, not few.
-    """
+    """Mean over the texts of Σ_j w_j²: presses on heavy terms; it makes weights small, not few."""
 
     type = "l2"
 
