@@ -74,7 +74,7 @@ class ReverseKL(Divergence):
 
 
 class JensenShannon(Divergence):
-    """tau_s^2 * [KL(p_t || m) + KL(p_s || m)] / 2, m the mean of both: symmetric, at most tau_s^2 * log 2 (Lin 1991)."""
+    """tau_s^2 * [KL(p_t || m) + KL(p_s || m)] / 2, m the mean of both: symmetric, at most tau_s^2 log 2 (Lin 1991)."""
 
     type = "jensen_shannon"
 
