@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.rank_scores import (
     Order,
@@ -53,7 +52,6 @@ class ListwiseTeacher(AskingTeacher):
     that have an answer.
 
     Args:
-        backend: the engine: its `type` (transformers, openai) and keys.
         prompt: a template of kind listwise: a file, or a shipped name; by default listwise_letters for decoding first,
             else listwise.
         window: passages a prompt.
@@ -67,14 +65,11 @@ class ListwiseTeacher(AskingTeacher):
             windows brought to one scale.
         confidence: multiply a list's scores by how far its orders agree (Kendall's τ, at least 0): less is learnt from
             lists of which the model is not sure.
-        passage_tokens: passages are cut to so many tokens, and so is a query.
         prompt_tokens: passages are cut further until a prompt has at most so many tokens; null: no such limit.
         temperature: of the sampling; 0 always takes the likeliest.
         max_tokens: of an answer; by default enough for a whole ranking.
         seed: of shuffled orders and of the sampling.
         queries_at_once: lists that are asked together, each in all its orders.
-        budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50.
-        prices: money for a million tokens, {prompt: 0.15, answer: 0.60}.
         train: fine-tune the backend's model (transformers) on another teacher's orders first, see ListwiseTraining.
     """
 
@@ -218,7 +213,7 @@ class ListwiseTeacher(AskingTeacher):
     def fingerprint(self) -> str:
         if self.needs_training:
             raise RankdistillError("this listwise model must be trained before it teaches", fix="call train() first")
-        return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
+        return super().fingerprint()
 
     def _settings(self) -> dict[str, Any]:
         """What decides the scores beside the engine."""

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
 from rankdistill.scores.rank_scores import plackett_luce, rank_scores
 from rankdistill.scores.store import ScoreKind
@@ -33,7 +32,6 @@ class PairwiseTeacher(AskingTeacher):
     and share a score. A document of which no answer could be read gets none.
 
     Args:
-        backend: the engine: its `type` (transformers, openai) and keys.
         prompt: a template of kind pairwise: a file, or a shipped name.
         pairs: all: every pair of the list's first `top` documents, the others get no score; passes: neighbours are
             compared from the end of the list to its beginning and swapped where both orders say so, `top` times, after
@@ -42,11 +40,9 @@ class PairwiseTeacher(AskingTeacher):
         signal: wins: the share of votes, a missing one counting half; bradley_terry: log-strengths fitted to the votes
             (both with pairs: all); rank: 1 / r in the order that passes leave.
         decoding: first: the larger of the two letters' logits; generate: the letter that is written.
-        passage_tokens: passages are cut to so many tokens, and so is a query.
         queries_at_once: lists that are asked together.
         budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50. A dry run with passes counts
             the first of them alone: which neighbours the next one has depends on the answers.
-        prices: money for a million tokens, {prompt: 0.15, answer: 0.60}.
     """
 
     type = "pairwise_llm"
@@ -83,9 +79,6 @@ class PairwiseTeacher(AskingTeacher):
             raise UsageError("a pairwise prompt has two identifiers", where="teacher.prompt")
         self.asking.backend.check(decoding)
         self._counts: Counter[str] = Counter()
-
-    def fingerprint(self) -> str:
-        return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
 
     def _settings(self) -> dict[str, Any]:
         names = ("type", "pairs", "top", "signal", "decoding", "passage_tokens")

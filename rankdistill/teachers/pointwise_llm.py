@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.store import ScoreKind
 from rankdistill.teachers.base import TextList, check_finite
@@ -33,11 +32,7 @@ class PointwiseTeacher(AskingTeacher):
     gets no score, which is said.
 
     Args:
-        backend: the engine: its `type` (transformers, openai) and keys.
         prompt: a template of kind pointwise: a file, or a shipped name. The first of its identifiers says yes.
-        passage_tokens: passages are cut to so many tokens, and so is a query.
-        budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50.
-        prices: money for a million tokens, {prompt: 0.15, answer: 0.60}.
     """
 
     type = "pointwise_llm"
@@ -64,9 +59,6 @@ class PointwiseTeacher(AskingTeacher):
         self.passage_tokens = passage_tokens
         self.asking.backend.check("first")
         self._counts: Counter[str] = Counter()
-
-    def fingerprint(self) -> str:
-        return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
 
     def _settings(self) -> dict[str, Any]:
         return {"type": self.type, "prompt": self.prompt.fingerprint(), "passage_tokens": self.passage_tokens}

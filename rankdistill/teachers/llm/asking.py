@@ -6,6 +6,7 @@ a chunk, or of one round of windows; see `AskingTeacher`. In a dry run the same 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError
 from rankdistill.recipe import build
 from rankdistill.teachers.base import Teacher
@@ -331,8 +333,13 @@ class AskingTeacher(Teacher):
     """A teacher that asks a language model through `self.asking.ask(requests)`.
 
     A subclass has a `type`, and a constructor that names `backend`, `budget` and `prices` among its own keys and hands
-    them to this one. Its fingerprint holds `self.asking.backend.fingerprint()` and its own settings, not the budget
-    and not the prices. `self.asking.backend` counts tokens (`count_text`) and refuses decodings (`check`).
+    them to this one. `self.asking.backend` counts tokens (`count_text`) and refuses decodings (`check`).
+
+    Args:
+        backend: the engine: its `type` (transformers, openai) and keys.
+        passage_tokens: passages are cut to so many tokens, and so is a query.
+        budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50.
+        prices: money for a million tokens, {prompt: 0.15, answer: 0.60}.
     """
 
     live: ClassVar[bool] = False  # answers come from the cache where they can: a clock would measure that
@@ -344,3 +351,10 @@ class AskingTeacher(Teacher):
         prices: dict[str, float] | None = None,
     ) -> None:
         self.asking = Asking(backend, budget, prices)
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What decides the scores beside the engine, budget and prices."""
+
+    def fingerprint(self) -> str:
+        return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
