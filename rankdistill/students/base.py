@@ -157,7 +157,14 @@ class StudentModel(nn.Module, ABC):
 
 
 class Student(ABC):
-    """A recipe's student: constructor parameters are the recipe's keys."""
+    """A recipe's student: constructor parameters are the recipe's keys. Those of several students are explained here.
+
+    Args:
+        dropout: share of units dropped in training; the model's own unless given.
+        learn_scale: train the factor along.
+        document_prompt: text put before each document.
+        precision: of encoding; `auto` is bf16 where the device gains from it.
+    """
 
     type: ClassVar[str]
 

@@ -132,7 +132,6 @@ class CrossEncoderStudent(Student):
         start: of an encoder: rank as it does before the first step (one that cannot be had that way falls back), or a
             new head on the first token, which starts at random.
         max_length: tokens a pair is cut to, longest side first.
-        dropout: share of units dropped in training; the model's own unless given.
         gate_learning_rate: of the gates between the two sides, with start: encoder.
         head_learning_rate: of what else the encoder had not (head, pooler, classifier).
         precision: of scoring; `auto` is bf16 where the device gains from it.

@@ -129,14 +129,11 @@ class DenseStudent(_SentenceStudent):
         pooling: how token vectors become one; `keep` is what the model came with, or mean.
         similarity: `cos`, `dot`, or `keep`: what the model came with.
         scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
-        learn_scale: train the factor along.
         query_length: tokens a query is cut to, its prompt not counted; the model's own limit if null.
         document_length: tokens a document is cut to, its prompt not counted; the model's own limit if null.
         query_prompt: text put before each query (models such as E5 want one).
-        document_prompt: text put before each document.
         dropout: share of units dropped in training; the model's own unless given. 0 suits distillation, whose targets
             are no labels to overfit, and spares a CPU a third of each step.
-        precision: of encoding; `auto` is bf16 where the device gains from it.
         warm_up: bring the vectors near to a teacher's, by default to those of the encoder that the student was cut
             from, before it learns from lists (see training/warm_up.py).
     """
@@ -214,7 +211,6 @@ class StaticStudent(_SentenceStudent):
         dimension: keep this many principal components of the start (all unless given).
         similarity: how two vectors are compared.
         scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
-        learn_scale: train the factor along.
         document_length: tokens a text is cut to.
         precision: of encoding.
         warm_up: as of a dense student; its teacher is the encoder.

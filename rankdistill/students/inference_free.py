@@ -54,15 +54,11 @@ class InferenceFreeStudent(SparseStudent):
         activation: of a logit x: `relu` is log(1 + relu(x)), `log1p_relu` the logarithm of 1 + that; `keep` is what the
             model came with, or relu.
         scale: factor on scores during training.
-        learn_scale: train the factor along.
         query_length: tokens a query is cut to; the tokenizer's own limit if null (a long query costs next to nothing).
         document_length: tokens a document is cut to; the model's own limit if null.
-        document_prompt: text put before each document.
-        dropout: share of units dropped in training; the model's own unless given.
         query_terms: keep this many of a query's largest weights; 0 for all.
         document_terms: the same of a document.
         warm_up: what a head learns from the collection before any training; a new one starts with 256 terms a document.
-        precision: of encoding; `auto` is bf16 where the device gains from it.
     """
 
     type = "inference_free"

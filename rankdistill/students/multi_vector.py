@@ -181,7 +181,6 @@ class MultiVectorStudent(Student):
             keep most of every inner product; `random`: random orthogonal directions; `none`: there is none.
         similarity: of two tokens: `cos`, `dot`, or `keep`: what the model came with, `cos` where it had no choice made.
         scale: factor on scores during training; what a model trained here came with, else 1, unless given.
-        learn_scale: train the factor along.
         query_length: tokens a query is cut to, its prompt not counted; what a multi-vector model came with, else 32,
             unless given.
         document_length: tokens a document is cut to, its prompt not counted; what a multi-vector model came with, else
@@ -190,11 +189,8 @@ class MultiVectorStudent(Student):
             the model came with unless given. An encoder that was not trained with them starts far worse with them.
         attend_to_expansion: let the encoder's other tokens see them.
         query_prompt: text put before each query; a special token of the vocabulary ("[unused0] ") stays one token.
-        document_prompt: text put before each document.
         skip_punctuation: punctuation of documents matches nothing; what the model came with unless given, true for a
             new projection.
-        dropout: share of units dropped in training; the model's own unless given.
-        precision: of encoding; `auto` is bf16 where the device gains from it.
         storage: number format of document vectors on disk: fp16 halves them and changes scores by less than 0.001 a
             query token.
     """

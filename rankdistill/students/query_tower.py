@@ -175,13 +175,10 @@ class QueryTowerStudent(Student):
         document_vectors: folder of its vectors of the collection, where they are made (`RUN/vectors/...`); they are
             encoded once unless given.
         scale: factor on scores during training; 20 for cosine and 1 for dot unless given.
-        learn_scale: train the factor along.
         query_length: tokens a query is cut to, of both models.
         document_length: tokens a document is cut to by the document model (one that a run has trained knows its own).
         query_prompt: text put before each query for the query encoder.
         document_prompt: text put before each document for the document model.
-        dropout: share of units dropped in training; the model's own unless given.
-        precision: of encoding; `auto` is bf16 where the device gains from it.
     """
 
     type = "query_tower"

@@ -493,16 +493,12 @@ class SpladeStudent(SparseStudent):
         query_encoder: `shared`: one encoder for both sides; `separate`: queries have their own.
         query_model: what a separate query encoder starts from; the same as documents' unless given.
         scale: factor on scores during training.
-        learn_scale: train the factor along.
         query_length: tokens a query is cut to, its prompt not counted; the model's own limit if null.
         document_length: tokens a document is cut to, its prompt not counted; the model's own limit if null.
         query_prompt: text put before each query.
-        document_prompt: text put before each document.
-        dropout: share of units dropped in training; the model's own unless given.
         query_terms: keep this many of a query's largest weights when it is encoded; 0 for all.
         document_terms: the same of a document.
         warm_up: what a head learns from the collection before any training; a new one starts with 256 terms a document.
-        precision: of encoding; `auto` is bf16 where the device gains from it.
     """
 
     type = "splade"
