@@ -109,6 +109,13 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
             open_artifact(path)
 
 
+def test_an_object_has_no_fingerprint() -> None:
+    """Its text would tell its address: another one in each process."""
+    for value in (object(), Path("x"), {"a": {1, 2}}, float("nan")):
+        with pytest.raises(RankdistillError, match="no fingerprint"):
+            fingerprint({"value": value})
+
+
 def test_a_fingerprint_depends_on_content_alone() -> None:
     assert fingerprint({"a": 1, "b": [1.5, None, "ü"]}) == fingerprint({"b": [1.5, None, "ü"], "a": 1})
     different = [{"a": 1}, {"a": "1"}, {"a": 1.5}, {"a": [1]}, {"b": 1}, [], {}, None, "", [["a", 1]]]

@@ -119,6 +119,7 @@ class RerankList(NamedTuple):
     query: str
     doc_ids: list[str]
     documents: list[str]
+    collection: Any = None
 
 
 @dataclass

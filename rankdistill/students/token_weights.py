@@ -50,6 +50,7 @@ class TokenWeights:
     """
 
     inference_free = True
+    reads_pairs = False
 
     def __init__(
         self,

@@ -426,3 +426,14 @@ def test_fewer_vectors_than_dimensions_train_no_rotation(tmp_path: Path) -> None
     turned = IndexSpecification(name="turned", factory="OPQ16,PQ16x4")
     with pytest.raises(RankdistillError, match="300 vectors cannot train a rotation of 384 dimensions"):
         build_index(vectors, map(str, range(300)), turned, tmp_path / "turned.faiss")
+
+
+def test_a_foreign_index_is_known_by_its_content(tmp_path: Path) -> None:
+    """Not by its path and size: another index of as many bytes is another one, and a moved one is the same."""
+    prints = []
+    for name, seed in (("a", 1), ("b", 2), ("c", 1)):
+        index = faiss.IndexFlatIP(4)
+        index.add(np.random.default_rng(seed).normal(size=(9, 4)).astype(np.float32))
+        faiss.write_index(index, str(tmp_path / f"{name}.faiss"))
+        prints.append(FaissIndex.foreign(tmp_path / f"{name}.faiss").fingerprint)
+    assert prints[0] == prints[2] != prints[1]

@@ -147,6 +147,27 @@ def test_recorded_teachers_give_what_they_have(tiny_collection: Collection, tmp_
         RecordedTeacher(str(tmp_path / "none")).fingerprint()
 
 
+def test_texts_are_not_hashed_where_ids_have_the_scores(
+    tiny_collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing the texts of 500,000 lists took a day, for scores that were found by ids."""
+    from rankdistill.teachers import recorded
+
+    documents, texts = tiny_collection.doc_ids([0, 1]), tiny_collection.document_texts([0, 1])
+    query = tiny_collection.query_texts(["q-iron"])[0]
+    by_id = {"query_id": "q-iron", "pos_ids": documents[:1], "pos_scores": [1.0]}
+    by_text = {"query": query, "pos": texts[1:], "pos_scores": [2.0]}
+    (tmp_path / "scores.jsonl").write_text(f"{json.dumps(by_id)}\n{json.dumps(by_text)}\n")
+    teacher = RecordedTeacher(str(tmp_path / "scores.jsonl"))
+    teacher.table()
+    hashed: list[str] = []
+    real = recorded.hash_ids
+    monkeypatch.setattr(recorded, "hash_ids", lambda ids: hashed.extend(ids) or real(ids))
+    ((_, found, scores),) = teacher.score([TextList("q-iron", query, documents, texts)])
+    assert found == documents and scores.tolist() == [1.0, 2.0]
+    assert texts[0] not in hashed and texts[1] in hashed  # of the one without a score by id
+
+
 @pytest.mark.parametrize("similarity", ["dot", "cos"])
 def test_bi_encoder_scores_are_products_of_its_vectors(
     tiny_encoder: Path, tiny_collection: Collection, similarity: str
