@@ -161,6 +161,22 @@ class RunFolder:
         )
         return train, dev
 
+    def first_stage(self) -> Artifact:
+        """What the first source alone finds for the dev queries: what a re-ranker will be shown."""
+        from rankdistill.indexes.mining import Source, mine
+
+        _, dev_ids, dev_split = self.queries
+        return mine(
+            self.collection,
+            [Source(self.own_sources[0].engine)],
+            self.path / "candidates" / "dev-first-stage",
+            depth=AGREEMENT_DEPTH,
+            split=dev_split,
+            query_ids=dev_ids,
+            include_positives=False,
+            drop_same_texts=False,
+        )
+
     # -- teach --------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -207,7 +223,8 @@ class RunFolder:
             teacher.encoded = self.vector_folders
         if teacher.needs_training:
             split, seed = self.queries[2], self.recipe.seed
-            train_teacher(teacher, settings, self.collection, *self.mine(), split, self.path / name, seed)
+            candidates, dev = self.mine()[0], self.first_stage()
+            train_teacher(teacher, settings, self.collection, candidates, dev, split, self.path / name, seed)
 
     # -- score --------------------------------------------------------------------------------------------------------
 
