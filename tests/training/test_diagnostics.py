@@ -206,7 +206,7 @@ def test_a_student_that_learns_a_wrong_teacher_rings_the_alarm(
     student = {"model": str(right.path / "model")}
     wrong = lists_of(-1, "wrong")
     recipe = make_recipe(
-        student=student, steps=40, checkpoints=5, learning_rate=1e-3, schedule="constant", warmup=0.0, **settings
+        student=student, steps=48, checkpoints=12, learning_rate=1e-3, schedule="constant", warmup=0.0, **settings
     )
     hacked = train_student(
         recipe, wrong, tiny_collection, dev, tmp_path / "two", agreement=Agreement(wrong, tiny_collection)
