@@ -161,21 +161,22 @@ class RunFolder:
         )
         return train, dev
 
-    def first_stage(self) -> Artifact:
-        """What the first source alone finds for the dev queries: what a re-ranker will be shown."""
+    def first_stage(
+        self,
+        collection: Collection,
+        source: Source,
+        name: str,
+        depth: int,
+        split: str,
+        query_ids: list[str] | None = None,
+    ) -> Artifact:
+        """What a source finds by itself for a split's queries, or for these of them: what a re-ranker is shown. Quotas
+        and ranks of the recipe say what a training list holds."""
         from rankdistill.indexes.mining import Source, mine
 
-        _, dev_ids, dev_split = self.queries
-        return mine(
-            self.collection,
-            [Source(self.own_sources[0].engine)],
-            self.path / "candidates" / "dev-first-stage",
-            depth=AGREEMENT_DEPTH,
-            split=dev_split,
-            query_ids=dev_ids,
-            include_positives=False,
-            drop_same_texts=False,
-        )
+        measured: dict[str, Any] = {"split": split, "include_positives": False, "drop_same_texts": False}
+        path = self.path / "candidates" / name
+        return mine(collection, [Source(source.engine)], path, depth=depth, query_ids=query_ids, **measured)
 
     # -- teach --------------------------------------------------------------------------------------------------------
 
@@ -222,9 +223,12 @@ class RunFolder:
         if isinstance(teacher, BiEncoderTeacher):
             teacher.encoded = self.vector_folders
         if teacher.needs_training:
-            split, seed = self.queries[2], self.recipe.seed
-            candidates, dev = self.mine()[0], self.first_stage()
-            train_teacher(teacher, settings, self.collection, candidates, dev, split, self.path / name, seed)
+            (_, dev_ids, split), depth = self.queries, teacher.judged_depth
+            dev = None
+            if split and depth:
+                source = self.own_sources[0]
+                dev = self.first_stage(self.collection, source, f"dev-{name}", depth, split, dev_ids), split
+            train_teacher(teacher, settings, self.collection, self.mine()[0], dev, self.path / name, self.recipe.seed)
 
     # -- score --------------------------------------------------------------------------------------------------------
 

@@ -269,13 +269,7 @@ def _teacher_row(
 def _first_stage(
     run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
 ) -> Artifact:
-    """What a source of candidates finds for a split's queries, to be re-ranked."""
-    from rankdistill.indexes.mining import Source, mine
-
-    path = run.path / "candidates" / file_name(f"{collection.name}-{split}{suffix}")
-    measured: dict[str, Any] = {"split": split, "include_positives": False, "drop_same_texts": False}
-    # The engine alone: quotas and ranks of the recipe say what a training list holds.
-    return mine(collection, [Source(source.engine)], path, depth=depth, **measured)
+    return run.first_stage(collection, source, file_name(f"{collection.name}-{split}{suffix}"), depth, split)
 
 
 def _rerank_row(

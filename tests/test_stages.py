@@ -13,7 +13,9 @@ import yaml
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.report import report
+from rankdistill.indexes.mining import FILE
 from rankdistill.recipe import load_recipe
+from rankdistill.runs import iter_run
 from rankdistill.stages import STAGES, Workspace
 
 Open = Callable[..., Workspace]
@@ -341,3 +343,25 @@ def test_a_baseline_may_read_the_lists_with_a_second_look(values: dict[str, Any]
     assert own.artifact.path.name == "lists" and looked.artifact.path.name == "lists-filter"
     left_out = own.artifact.counts["documents"] - looked.artifact.counts["documents"]
     assert left_out >= looked.artifact.counts["doubtful_negatives"] > 0 == own.artifact.counts["doubtful_negatives"]
+
+
+def test_a_trained_teacher_is_judged_by_the_top_of_the_first_source(values: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the quotas are that training lists are mixed by; and nothing is searched where nothing judges."""
+    model = values["teacher"]["model"]
+    for name, judge in (("judged", {"dev_queries": 4, "dev_depth": 9}), ("unjudged", {"dev_queries": 0})):
+        train = {"start": "head", "steps": 1, "batch_size": 2, "checkpoints": 1, **judge}
+        teacher = {"type": "cross_encoder", "model": model, "max_length": 16, "train": train}
+        candidates = {
+            "depth": 6,
+            "sources": [{"type": "dense", "model": model, "quota": 2}, {"type": "bm25", "quota": 4}],
+        }
+        recipe = load_recipe({**values, "teacher": teacher, "candidates": candidates})
+        run = Workspace(tmp_path / name, recipe, tmp_path / "store")
+        assert run.teacher is not None
+        folder = run.path / "candidates" / "dev-teacher"
+        assert folder.exists() == (name == "judged")
+        if folder.exists():
+            engine, texts = run.own_sources[0].engine, run.collection.query_texts(run.queries[1])
+            found = [run.collection.doc_ids(hits.rows) for hits in engine.search(texts, 9)]
+            assert [doc_ids for _, doc_ids, _ in iter_run(folder / FILE)] == [list(one) for one in found]
+            assert {len(one) for one in found} == {9}

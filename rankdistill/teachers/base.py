@@ -63,6 +63,11 @@ class Teacher(ABC):
         """Whether `train` must come first."""
         return False
 
+    @property
+    def judged_depth(self) -> int:
+        """Documents of each dev query that `train` re-ranks to judge itself; 0: it looks at none."""
+        return 0
+
     def training_inputs(self) -> dict[str, Any]:
         """What `train` starts from beside the candidates, as fingerprints; they replace the settings of their names."""
         return {}

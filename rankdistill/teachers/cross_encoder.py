@@ -74,6 +74,10 @@ class CrossEncoderTeacher(PairTeacher):
     def needs_training(self) -> bool:
         return self.training is not None and self._folder is None
 
+    @property
+    def judged_depth(self) -> int:
+        return self.training.dev_depth if self.training is not None and self.training.dev_queries else 0
+
     def training_inputs(self) -> dict[str, Any]:
         return {"model": resolve_model(self.model_name).revision}
 

@@ -49,7 +49,7 @@ class CrossEncoderTraining(Section):
     )
     patience: int | None = Field(None, ge=1, description="stop after this many looks at dev without a better one")
     dev_queries: int = Field(100, ge=0, description="dev queries that choose the checkpoint; 0 keeps the last one")
-    dev_depth: int = Field(20, ge=2, description="of their candidates, as many are re-ranked")
+    dev_depth: int = Field(20, ge=2, description="of what the first source finds for them, as many are re-ranked")
     dropout: float | None = Field(
         None, ge=0, lt=1, description="the encoder's own by default; 0 spares a CPU a third of each step"
     )

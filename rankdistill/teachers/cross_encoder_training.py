@@ -70,9 +70,7 @@ class TrainingLists:
         for query_id, doc_ids, _ in candidates:
             relevant = sorted(doc_id for doc_id, grade in self.qrels.get(query_id, {}).items() if grade > 0)
             known = [d for d, row in zip(relevant, collection.doc_rows(relevant), strict=True) if row >= 0]
-            mined = set(
-                doc_ids
-            )  # with candidates.max_positives the best ranked of them: far ones are often mislabelled
+            mined = set(doc_ids)  # with max_positives the best ranked: labels of far ones are often noise
             known = [d for d in known if d in mined] or known
             others = list(dict.fromkeys(doc_ids))
             others = [d for d, row in zip(others, collection.doc_rows(others), strict=True) if row >= 0]

@@ -22,8 +22,7 @@ def train_teacher(
     settings: Mapping[str, Any],
     collection: Collection,
     candidates: Artifact,
-    dev: Artifact,
-    dev_split: str | None,
+    dev: tuple[Artifact, str] | None,
     path: Path,
     seed: int,
 ) -> None:
@@ -31,15 +30,15 @@ def train_teacher(
 
     Args:
         settings: the recipe's, of this teacher.
-        dev_split: whose labels the dev queries have, if they have any.
+        dev: what it is judged by, if anything: candidates of dev queries, and the split whose labels they have.
     """
     values = {**unplaced(settings), **teacher.training_inputs(), "seed": seed}
-    inputs = {"candidates": candidates.fingerprint, "dev": dev.fingerprint}
+    inputs = {"candidates": candidates.fingerprint, **({"dev": dev[0].fingerprint} if dev else {})}
     print_ = fingerprint([values, inputs])
     with locked(path):
         if find_artifact(path, "teacher", print_) is None:
             say(f"teach: training {settings['type']}")
-            judged = Dev([(one, ids) for one, ids, _ in iter_run(dev.path / FILE)], dev_split) if dev_split else None
+            judged = Dev([(one, ids) for one, ids, _ in iter_run(dev[0].path / FILE)], dev[1]) if dev else None
             with write_artifact(
                 path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, resume=True
             ) as artifact:

@@ -207,11 +207,8 @@ class StudentTrainer(StepAgain, SafeCheckpoints, Trainer):
         self.overflows = 0  # batches in a row whose loss is not finite
         self.part_sums: dict[str, torch.Tensor] = {}  # on the device: a transfer a part would be a wait a part
         self.part_count = 0
-        self.course: tuple[dict[nn.Module, dict[str, Any]], dict[str, torch.Tensor], int] = (
-            {},
-            {},
-            0,
-        )  # before this step
+        # Before this step.
+        self.course: tuple[dict[nn.Module, dict[str, Any]], dict[str, torch.Tensor], int] = ({}, {}, 0)
 
     @property
     def student(self) -> StudentModel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder
 
 from rankdistill.errors import UsageError
 from rankdistill.recipe import load_recipe
@@ -20,20 +20,6 @@ from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny encoder with weights large enough that its vectors differ."""
-    torch.manual_seed(3)
-    model = SentenceTransformer(str(tiny_encoder), device="cpu")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.0 if "embeddings" in name else 0.3)
-    folder = tmp_path_factory.mktemp("encoder") / "model"
-    model.save_pretrained(str(folder), create_model_card=False)
-    return folder
 
 
 def texts_of(collection: Collection) -> tuple[list[str], list[str]]:
