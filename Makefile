@@ -22,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= logical
-PYTEST := python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
+PYTEST := python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # Without those that need arguments, or a GPU.
 BENCH ?= $(filter-out %/gpu.py %/effectiveness.py,$(wildcard eval/benchmarks/*.py))
 

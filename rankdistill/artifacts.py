@@ -312,7 +312,14 @@ def check_place(path: str | Path) -> None:
     Raises:
         UsageError: there is a file, or a folder that holds something and no manifest of ours, or a file not in it.
     """
-    path = Path(path)
+    try:
+        _refuse_foreign(Path(path))
+    except (UsageError, FileNotFoundError):
+        time.sleep(0.2)  # another process may have been publishing, which takes two renames
+        _refuse_foreign(Path(path))
+
+
+def _refuse_foreign(path: Path) -> None:
     _check_inside(path)
     what = "folder" if path.is_dir() else "file"
     if cache_dir() in path.parents and FINGERPRINTED.fullmatch(path.name):

@@ -19,6 +19,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Small models: threads that spin for each other cost more than they do, above all where tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Long files of few tests: handed out last, they would keep one process at work while the others have nothing left.
+FIRST = {"test_kill.py", "test_processes.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 

@@ -326,6 +326,23 @@ def test_new_empty_and_own_places_are_taken(tmp_path: Path) -> None:
         write(tmp_path / "file")
 
 
+def _publish_without_end(path: Path) -> None:
+    for number in range(sys.maxsize):
+        with write_artifact(path, kind="thing", fingerprint="abc", settings={}) as writer:
+            (writer.path / f"file {number}").write_text("text")
+
+
+def test_what_another_process_is_publishing_is_taken_for_no_stranger_s(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    publishing = Forked(_publish_without_end, tmp_path / "a", folder=tmp_path / "log")
+    try:
+        end = time.time() + 1.5
+        while time.time() < end:
+            check_place(tmp_path / "a")
+    finally:
+        publishing.kill()
+
+
 def test_a_file_is_written_over_only_where_it_is_ours(tmp_path: Path) -> None:
     file = tmp_path / "table.md"
     check_file(file)

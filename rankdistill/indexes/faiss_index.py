@@ -98,7 +98,7 @@ def damaged_index(manifest: Path) -> Path | None:
     path = manifest.with_suffix("")
     try:
         values = json.loads(manifest.read_text(encoding="utf-8"))
-        whole = "sha256" not in values or values["sha256"] == _digests(path, ids_file(path))
+        whole = "bytes" in values and ("sha256" not in values or values["sha256"] == _digests(path, ids_file(path)))
     except (OSError, ValueError, TypeError):
         whole = False
     return None if whole else path
@@ -142,7 +142,10 @@ def publish_index(
             _sync(temporary)
             sizes = {"bytes": temporary.stat().st_size, "ids_bytes": temporary_ids.stat().st_size}
             digests = _digests(temporary, temporary_ids)
-            manifest_file(out_file).unlink(missing_ok=True)
+            # Files without a manifest would be taken for a stranger's, by another process or after a kill.
+            write_atomically(
+                manifest_file(out_file), json.dumps({"kind": "faiss_index", "libraries": library_versions()})
+            )
             os.replace(temporary, out_file)
             os.replace(temporary_ids, ids_file(out_file))
             whole = {
@@ -221,7 +224,7 @@ class FaissIndex:
         manifest = manifest_if_whole(path)
         if not manifest:
             raise RankdistillError(
-                "the index or its ids are damaged, or do not belong together", where=str(path), fix="build it again"
+                "the index was not finished, or it or its ids are damaged", where=str(path), fix="build it again"
             )
         try:
             binary, described = manifest["specification"]["binary"], (manifest["documents"], manifest["dimension"])

@@ -293,8 +293,8 @@ def build_sparse_index(
     wanted = fingerprint(
         [KIND, {**settings, "description": ""}, vectors.fingerprint, *([file_digest(code)] if code else [])]
     )
-    _check_place(out)
     with locked(out):
+        _check_place(out)
         found = find_artifact(out, KIND, wanted)
         if found is not None:
             return BuiltSparseIndex(found)

@@ -15,7 +15,14 @@ import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.building import build_index
-from rankdistill.indexes.faiss_index import FaissIndex, damaged_index, ids_file, manifest_file, sign_bits
+from rankdistill.indexes.faiss_index import (
+    FaissIndex,
+    check_out_file,
+    damaged_index,
+    ids_file,
+    manifest_file,
+    sign_bits,
+)
 from rankdistill.indexes.specification import IndexSpecification, load_specification, shipped_specifications
 
 COUNT, DIMENSION = 1500, 32
@@ -335,7 +342,7 @@ def test_killed_at_any_moment_an_index_is_whole_or_refused(tmp_path: Path) -> No
         try:
             index = FaissIndex.open(path)
         except RankdistillError as error:
-            assert "no manifest" in str(error) or "no index" in str(error)
+            assert "not finished" in str(error) or "no index" in str(error)
             continue
         whole += 1
         count = {"Flat": 3000, "SQ8": 2000}[index.name]
@@ -343,6 +350,29 @@ def test_killed_at_any_moment_an_index_is_whole_or_refused(tmp_path: Path) -> No
     build_index(np.ones((4, 8), np.float32), "abcd", specification(factory="Flat"), path)
     assert FaissIndex.open(path).document_count == 4
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_an_index_being_published_is_taken_for_no_stranger_s(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Another process looks between two renames, or the writer is killed there: the next one builds it again."""
+    path, replace, renames = tmp_path / "x.faiss", os.replace, iter(range(99))
+
+    def stop(source: Any, target: Any) -> None:
+        if next(renames) == moment:
+            raise KeyboardInterrupt
+        replace(source, target)
+        check_out_file(path)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(vectors, IDS, specification(factory="Flat"), path)
+    monkeypatch.undo()
+    with pytest.raises(RankdistillError, match="not finished|no index"):
+        FaissIndex.open(path)
+    assert damaged_index(manifest_file(path)) == path
+    assert build_index(vectors, IDS, specification(factory="Flat"), path).document_count == COUNT
 
 
 def test_specifications_are_checked(tmp_path: Path) -> None:
