@@ -369,7 +369,7 @@ def test_an_index_being_published_is_taken_for_no_stranger_s(
     with pytest.raises(KeyboardInterrupt):
         build_index(vectors, IDS, specification(factory="Flat"), path)
     monkeypatch.undo()
-    with pytest.raises(RankdistillError, match="not finished|no index"):
+    with pytest.raises(RankdistillError, match=r"not finished|no index"):
         FaissIndex.open(path)
     assert damaged_index(manifest_file(path)) == path
     assert build_index(vectors, IDS, specification(factory="Flat"), path).document_count == COUNT
