@@ -2,9 +2,12 @@
 
 For each collection and seed one run of the recipe, with the ablations as its baselines: teacher, student of the
 encoder's size, student of half its layers, and the same without one of their parts, at about the same training time.
-Finished stages are not run again; a killed call goes on where it stopped. Test is measured once a run.
+Finished stages are not run again; a killed call goes on where it stopped. Test is measured once a run; parts are
+compared on dev.
 
-    python eval/benchmarks/effectiveness.py --collection python-docs:public --collection beir:PATH/nfcorpus
+    python eval/benchmarks/effectiveness.py --collection python-docs:public --collection beir:PATH/nfcorpus --rows
+    python eval/benchmarks/effectiveness.py --split dev --seeds 1 --out ablation.md
+    python eval/benchmarks/effectiveness.py --split dev --seeds 1 --rows --teacher '{start: head}' --out head.md
 """
 
 from __future__ import annotations
@@ -54,31 +57,33 @@ def workspace(spec: str, seed: int, options: argparse.Namespace) -> Workspace:
         "indexes": [],
         "evaluation": {"extrapolation": None, "latency_queries": 64, "teacher_depth": 50},
     }
-    values["teacher"]["members"][0]["train"]["steps"] = options.teacher_steps
-    path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}"
+    values["teacher"]["members"][0]["train"] |= {"steps": options.teacher_steps, **options.teacher}
+    changes = "".join(f"-{key}-{value}" for key, value in options.teacher.items())
+    path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}{changes}"
     return Workspace(path, load_recipe(merge(values, own)), options.work / "store")
 
 
 def measure(spec: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """system → metric → a value for each test query, with queries a second beside them."""
     run = workspace(spec, seed, options)
-    done = run.path / "measured.json"
+    done = run.path / f"measured-{options.split}.json"
     if done.is_file():
         measured: dict[str, Any] = json.loads(done.read_text())
         return measured
     for name in (STUDENT, *run.recipe.baselines):
         run.train(name)
     suite = {
-        "name": "effectiveness",
-        "sets": [{"name": "set", "collection": spec, "split": "test"}],
+        "name": f"effectiveness-{options.split}",
+        "sets": [{"name": "set", "collection": spec, "split": options.split}],
         "metrics": list(METRICS),
         "depth": 100,
         "rerank_depth": 50,
         "systems": ["bm25", "sources", "teacher", "student", "baselines"],
     }
-    write_atomically(run.path / "suite.yaml", yaml.safe_dump(suite))
-    one = run.evaluate(run.path / "suite.yaml").sets[0]
-    file = next((run.path / "evaluation" / "effectiveness").rglob("per_query.parquet"))
+    suite_file = run.path / f"{suite['name']}.yaml"
+    write_atomically(suite_file, yaml.safe_dump(suite))
+    one = run.evaluate(suite_file).sets[0]
+    file = next((run.path / "evaluation" / suite["name"]).rglob("per_query.parquet"))
     table = pq.read_table(file).to_pandas()
     measured = {
         row.system: {
@@ -93,7 +98,7 @@ def measure(spec: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     return measured
 
 
-def table(spec: str, seeds: dict[int, dict[str, Any]]) -> list[str]:
+def table(spec: str, seeds: dict[int, dict[str, Any]], split: str) -> list[str]:
     """Means over the seeds, and each row against the encoder: values of a query averaged over seeds."""
     rows = [row for row in next(iter(seeds.values())) if all(row in one for one in seeds.values())]
     values = {row: {m: np.mean([one[row][m] for one in seeds.values()], axis=0) for m in METRICS} for row in rows}
@@ -104,7 +109,7 @@ def table(spec: str, seeds: dict[int, dict[str, Any]]) -> list[str]:
     lines = [
         f"## {Path(spec).name}",
         "",
-        f"{count} test queries, seeds {', '.join(map(str, seeds))}.",
+        f"{count} {split} queries, seeds {', '.join(map(str, seeds))}.",
         "",
         "| system | nDCG@10 | each seed | of the encoder's | Δ | 95 % | p | Recall@100 | queries/s |",
         "|:---|---:|:---|---:|---:|:---|---:|---:|---:|",
@@ -140,6 +145,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=32, help="of the student of the encoder's size")
     parser.add_argument("--teacher-steps", type=int, default=84)
+    parser.add_argument("--teacher", type=yaml.safe_load, default={}, help="changes to the cross-encoder's training")
+    parser.add_argument("--split", default="test", help="whose queries")
     parser.add_argument("--rows", nargs="*", help="of the ablations only these; none: --rows")
     parser.add_argument("--work", type=Path, default=Path("runs/effectiveness"), help="what is made on the way")
     parser.add_argument("--table", action="store_true", help="write the table of what is there, run nothing")
@@ -148,12 +155,13 @@ def main() -> None:
     specs = options.collection or ["python-docs:public"]
     named = " ".join(f"--collection {one.rpartition(':')[0]}:{Path(one.rpartition(':')[2]).name}" for one in specs)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    settings = f"--steps {options.steps} --teacher-steps {options.teacher_steps}"
+    settings = f"--split {options.split} --steps {options.steps} --teacher-steps {options.teacher_steps}"
+    settings += f" --teacher '{json.dumps(options.teacher)}'" if options.teacher else ""
     lines = [
         "# Is the student better than the encoder it came from?",
         "",
         f"`python eval/benchmarks/effectiveness.py {named} {settings}`; {device}, {platform.machine()}, torch "
-        f"{torch.__version__}. The quickstart's recipe; the teacher re-ranks the encoder's first 50. Test nDCG@10 and "
+        f"{torch.__version__}. The quickstart's recipe; the teacher re-ranks the encoder's first 50. nDCG@10 and "
         "Recall@100 of an exhaustive search, means over the seeds; Δ, its bootstrap interval and p against the encoder "
         "(values of a query averaged over seeds, randomisation test, Holm's correction over rows and both metrics; "
         "bold: p < .05).",
@@ -162,10 +170,10 @@ def main() -> None:
     found: dict[str, dict[int, dict[str, Any]]] = {spec: {} for spec in specs}
     for seed in options.seeds:
         for spec in specs:
-            if not options.table or (workspace(spec, seed, options).path / "measured.json").is_file():
+            if not options.table or (workspace(spec, seed, options).path / f"measured-{options.split}.json").is_file():
                 found[spec][seed] = measure(spec, seed, options)
             if found[spec]:  # what is there is written at once
-                body = [line for one, seeds in found.items() if seeds for line in table(one, seeds)]
+                body = [line for one, seeds in found.items() if seeds for line in table(one, seeds, options.split)]
                 write_atomically(options.out, "\n".join([*lines, *body]))
     print(options.out.read_text())
 
