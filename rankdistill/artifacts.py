@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -512,9 +512,41 @@ def write_artifact(
             write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
             _publish(partial, path)
         except BaseException:
-            if not resume:
+            if not resume or not any(partial.iterdir()):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def obtain(
+    path: str | Path,
+    *,
+    kind: str,
+    fingerprint: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+    make: Callable[[ArtifactWriter], object],
+    resume: bool = False,
+) -> Artifact:
+    """The artifact at `path`: what is there with this fingerprint, else made now. A process that asks for it meanwhile
+    waits.
+
+    Args:
+        make: writes the files below its writer's `path` and fills `counts` and `notes`; it must not ask for the same
+            place. For the rest see `write_artifact`.
+
+    Raises:
+        UsageError: something lies at `path` that rankdistill did not write.
+    """
+    with locked(path):
+        artifact = find_artifact(path, kind, fingerprint)
+        if artifact is None:
+            writing = write_artifact(
+                path, kind=kind, fingerprint=fingerprint, settings=settings, inputs=inputs, resume=resume
+            )
+            with writing as writer:
+                make(writer)
+            artifact = open_artifact(path, kind)
+        return artifact
 
 
 def _settled(folder: Path) -> dict[str, tuple[int, str]]:

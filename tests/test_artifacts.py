@@ -17,6 +17,7 @@ from forked import Forked
 from rankdistill.artifacts import (
     CLAIM,
     SMALL,
+    ArtifactWriter,
     cache_dir,
     check_file,
     check_place,
@@ -27,6 +28,7 @@ from rankdistill.artifacts import (
     find_artifact,
     fingerprint,
     locked,
+    obtain,
     open_artifact,
     remove_artifacts,
     remove_leftovers,
@@ -204,6 +206,32 @@ def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path: Path) -> None:
     first.kill()
     assert [other.wait(30).code for other in others] == [0, 0]
     assert log.read_text().split() == ["in", "in", "out", "in", "out"]
+
+
+def _obtain(path: str, print_: str, log: str, fails: bool = False) -> None:
+    def make(writer: ArtifactWriter) -> None:
+        with open(log, "a") as stream:
+            stream.write(print_)
+        time.sleep(0.2)
+        (writer.path / "file").write_text(print_)
+        if fails:
+            raise KeyboardInterrupt
+
+    artifact = obtain(path, kind="thing", fingerprint=print_, settings={}, inputs={"lists": "def"}, make=make)
+    assert (artifact.path / "file").read_text() == print_ and artifact.manifest["inputs"] == {"lists": "def"}
+
+
+def test_what_is_obtained_is_made_once_whoever_asks(tmp_path: Path) -> None:
+    path, log = str(tmp_path / "a"), tmp_path / "log"
+    processes = [Forked(_obtain, path, "x", str(log), folder=tmp_path / str(n)) for n in range(3)]
+    assert [process.wait(30).code for process in processes] == [0, 0, 0] and log.read_text() == "x"
+    with pytest.raises(KeyboardInterrupt):
+        _obtain(path, "y", str(log), fails=True)
+    assert open_artifact(path).fingerprint == "x" and log.read_text() == "xy"
+    _obtain(path, "y", str(log))
+    (tmp_path / "a" / "file").write_text("z")  # damaged
+    _obtain(path, "y", str(log))
+    assert log.read_text() == "xyyy"
 
 
 def _write_forever(path: str) -> None:

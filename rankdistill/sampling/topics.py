@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
+from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import say, warn
 from rankdistill.sampling.base import BatchSampler, generator
@@ -75,27 +75,28 @@ class TopicBatches(BatchSampler):
             "collection": collection.fingerprint,
             "queries": fingerprint(query_ids),
         }
-        path, wanted = folder / "topics", fingerprint(["topics", settings, inputs])
-        with locked(path):
-            if find_artifact(path, "topics", wanted) is None:
-                from rankdistill.indexes.vectors import encode_queries, open_vectors
-                from rankdistill.students.dense import DenseStudent
 
-                # In float32: batches must not depend on whether the device has bf16.
-                encoder = DenseStudent(model=self.model, query_length=self.query_length, precision="fp32").create()
-                encoded = encode_queries(encoder, collection, folder / "query_vectors", query_ids=query_ids)
-                with write_artifact(
-                    path, kind="topics", fingerprint=wanted, settings=settings, inputs=inputs
-                ) as writer:
-                    topics, centroids = cluster(np.asarray(open_vectors(encoded)), clusters)
-                    np.save(writer.path / "topics.npy", topics)
-                    np.save(writer.path / "centroids.npy", centroids)
-                    sizes = np.bincount(topics, minlength=clusters)
-                    writer.counts.update(queries=len(topics), clusters=clusters, empty=int((sizes == 0).sum()))
-                    writer.counts.update(smallest=int(sizes.min()), largest=int(sizes.max()))
-                say(f"topics: {len(topics):,} queries in {clusters:,} clusters of {sizes.min():,} to {sizes.max():,}")
-            topics = np.load(path / "topics.npy", allow_pickle=False)
-            centroids = np.load(path / "centroids.npy", allow_pickle=False)
+        def make(writer: ArtifactWriter) -> None:
+            from rankdistill.indexes.vectors import encode_queries, open_vectors
+            from rankdistill.students.dense import DenseStudent
+
+            # In float32: batches must not depend on whether the device has bf16.
+            encoder = DenseStudent(model=self.model, query_length=self.query_length, precision="fp32").create()
+            encoded = encode_queries(encoder, collection, folder / "query_vectors", query_ids=query_ids)
+            topics, centroids = cluster(np.asarray(open_vectors(encoded)), clusters)
+            np.save(writer.path / "topics.npy", topics)
+            np.save(writer.path / "centroids.npy", centroids)
+            sizes = np.bincount(topics, minlength=clusters)
+            writer.counts.update(queries=len(topics), clusters=clusters, empty=int((sizes == 0).sum()))
+            writer.counts.update(smallest=int(sizes.min()), largest=int(sizes.max()))
+            say(f"topics: {len(topics):,} queries in {clusters:,} clusters of {sizes.min():,} to {sizes.max():,}")
+
+        print_ = fingerprint(["topics", settings, inputs])
+        path = obtain(
+            folder / "topics", kind="topics", fingerprint=print_, settings=settings, inputs=inputs, make=make
+        ).path
+        topics = np.load(path / "topics.npy", allow_pickle=False)
+        centroids = np.load(path / "centroids.npy", allow_pickle=False)
         self.use(topics[members], centroids)
 
     def use(self, topics: NDArray[np.int64], centroids: NDArray[np.float32]) -> None:

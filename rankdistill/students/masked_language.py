@@ -21,7 +21,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
+from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.plain import Section
 from rankdistill.progress import progress, warn
@@ -169,28 +169,25 @@ def warm_up(
     print_ = fingerprint(["warm_up", values, inputs])
     path = folder / f"warm-up-{print_}"
     model: Any = transformer.model
-    with locked(path):
-        if find_artifact(path, "warm_up", print_) is None:
-            before = {name: one.detach().clone() for name, one in model.named_parameters()}
-            training = transformer.training
-            with (
-                torch.random.fork_rng(),
-                write_artifact(path, kind="warm_up", fingerprint=print_, settings=values, inputs=inputs) as artifact,
-            ):
-                torch.manual_seed(settings.seed)
-                if settings.steps:
-                    artifact.counts["loss"] = _learn_masked(transformer, settings, collection, precision)
-                if terms:
-                    artifact.counts["terms"] = _set_biases(transformer, settings, terms, collection, precision)
-                now = dict(model.named_parameters())
-                changed = {name: now[name] for name, old in before.items() if not torch.equal(now[name], old)}
-                save_file({name: one.detach().contiguous() for name, one in changed.items()}, artifact.path / WEIGHTS)
-            transformer.train(training)
-        else:
-            parameters = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, value in load_file(path / WEIGHTS).items():
-                    parameters[name].copy_(value)
+
+    def make(writer: ArtifactWriter) -> None:
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        training = transformer.training
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            if settings.steps:
+                writer.counts["loss"] = _learn_masked(transformer, settings, collection, precision)
+            if terms:
+                writer.counts["terms"] = _set_biases(transformer, settings, terms, collection, precision)
+        changed = {name: value for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+        save_file({name: value.detach().contiguous() for name, value in changed.items()}, writer.path / WEIGHTS)
+        transformer.train(training)
+
+    obtain(path, kind="warm_up", fingerprint=print_, settings=values, inputs=inputs, make=make)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(path / WEIGHTS).items():
+            parameters[name].copy_(value)
     return print_
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, write_artifact
+from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, obtain
 from rankdistill.devices import unplaced
 from rankdistill.indexes.mining import FILE
 from rankdistill.progress import say
@@ -34,15 +34,13 @@ def train_teacher(
     """
     values = {**unplaced(settings), **teacher.training_inputs(), "seed": seed}
     inputs = {"candidates": candidates.fingerprint, **({"dev": dev[0].fingerprint} if dev else {})}
+
+    def make(writer: ArtifactWriter) -> None:
+        say(f"teach: training {settings['type']}")
+        judged = Dev([(query_id, ids) for query_id, ids, _ in iter_run(dev[0].path / FILE)], dev[1]) if dev else None
+        pairs = iter_run(candidates.path / FILE)
+        writer.counts = teacher.train(collection, pairs, writer.path / "model", seed, dev=judged)
+
     print_ = fingerprint([values, inputs])
-    with locked(path):
-        if find_artifact(path, "teacher", print_) is None:
-            say(f"teach: training {settings['type']}")
-            judged = Dev([(one, ids) for one, ids, _ in iter_run(dev[0].path / FILE)], dev[1]) if dev else None
-            with write_artifact(
-                path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, resume=True
-            ) as artifact:
-                artifact.counts = teacher.train(
-                    collection, iter_run(candidates.path / FILE), artifact.path / "model", seed, dev=judged
-                )
+    obtain(path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, make=make, resume=True)
     teacher.use_trained(path / "model")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
+from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
 from rankdistill.indexes.by_student import prepare_student
 from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import progress
@@ -75,15 +75,14 @@ class BatchTeacher:
         if self.documents:
             used = np.unique(lists.doc_rows) if made is None else np.arange(self.collection.document_count)
             self._document_rows = used.astype(np.int64)
-        with locked(path):
-            if find_artifact(path, "batch-teacher", print_) is None:
-                with write_artifact(
-                    path, kind="batch-teacher", fingerprint=print_, settings=settings, inputs=inputs
-                ) as artifact:
-                    self._write(artifact.path / "queries", "query", self.collection.query_texts(query_ids))
-                    if settings["documents"]:
-                        self._write(artifact.path / "documents", "document", self._document_rows)
-                    artifact.counts = {"queries": len(query_ids), "documents": len(self._document_rows)}
+
+        def make(writer: ArtifactWriter) -> None:
+            self._write(writer.path / "queries", "query", self.collection.query_texts(query_ids))
+            if settings["documents"]:
+                self._write(writer.path / "documents", "document", self._document_rows)
+            writer.counts = {"queries": len(query_ids), "documents": len(self._document_rows)}
+
+        obtain(path, kind="batch-teacher", fingerprint=print_, settings=settings, inputs=inputs, make=make)
         self._query_rows = {query_id: row for row, query_id in enumerate(query_ids)}
         self._queries = _Embeddings(path / "queries")
         self._documents = _Embeddings((made or path) / "documents") if self.documents else None
