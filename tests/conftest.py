@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -25,6 +26,12 @@ FIRST = {"test_kill.py", "test_processes.py"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """Each training ends with a collection of garbage, which would look through all objects of libraries and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 if TYPE_CHECKING:

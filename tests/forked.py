@@ -6,6 +6,7 @@ process, and shares nothing with the tests but the disk.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -146,6 +147,7 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], folder: str
         os.close(target)
     os.environ.clear()
     os.environ.update(variables)
+    gc.freeze()  # the libraries' objects: each training collects garbage, and would look through them all
     try:
         function(*arguments)
     finally:

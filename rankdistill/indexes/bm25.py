@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 DATA, INDICES, INDPTR = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
 TOKENS = 2  # of the way texts become terms; a change makes every index stale
 # Han and Hiragana are written without spaces: a character is a term, as in Lucene's StandardTokenizer (UAX 29).
+MARKS = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))  # all of Unicode's that are marks lie here
 IDEOGRAPH = "\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LONG_TERM = 15  # characters: where half of a collection's terms have as many, they are clauses
 # Thai, Lao, Tibetan, Burmese and Khmer are written without spaces too, and no rule of characters parts their words.
@@ -294,7 +294,7 @@ def _tokenizer(language: str, vocabulary: dict[str, int] | None = None) -> Any:
 def _splitter() -> Callable[[str], list[str]]:
     """bm25s's terms, two word characters or more, but with the marks that belong to them (vowel signs of Indic and Thai
     script, accents that have no composed form, joiners), and ideographs one by one."""
-    marks = (code for code in range(0x300, sys.maxunicode) if unicodedata.category(chr(code))[0] == "M")
+    marks = (code for code in MARKS if unicodedata.category(chr(code))[0] == "M")
     runs = [[code for _, code in run] for _, run in groupby(enumerate(marks), lambda pair: pair[1] - pair[0])]
     word = r"\w\u200c\u200d" + "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
     return re.compile(f"[{IDEOGRAPH}]|(?:(?![{IDEOGRAPH}])[{word}]){{2,}}").findall

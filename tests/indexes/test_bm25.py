@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,10 @@ def test_errors_say_what_to_do(make_collection: Any, collection: Collection, tmp
     (tmp_path / "bm25" / bm25.DATA).write_bytes(b"\x93NUMPY")
     with pytest.raises(RankdistillError, match="bm25 artifact is damaged"):
         BM25.open(tmp_path / "bm25")
+
+
+def test_all_marks_of_unicode_are_looked_for() -> None:
+    assert not {n for n in range(sys.maxunicode) if unicodedata.category(chr(n))[0] == "M"} - set(bm25.MARKS)
 
 
 def test_nfcorpus_reaches_the_published_quality(shared_data: Path, tmp_path: Path) -> None:
