@@ -127,6 +127,13 @@ def table(spec: str, seeds: dict[int, dict[str, Any]], split: str) -> list[str]:
         rates = [one[row]["queries/s"] for one in seeds.values() if one[row]["queries/s"]]
         cells += [_figure(recall), f"{np.median(rates):,.0f}" if rates else ""]
         lines.append("| " + " | ".join(cells) + " |")
+    student, labels = "student, distilled", "student, labels"
+    if labels in rows:
+        pair = compare_values({row: {METRICS[0]: values[row][METRICS[0]]} for row in (student, labels)}, seed=1)
+        against = pair.of(student, labels, METRICS[0])
+        low, high = np.percentile(_bootstrap(values[student][METRICS[0]] - values[labels][METRICS[0]]), [2.5, 97.5])
+        figures = f"{against.difference:+.4f} nDCG@10, {low:+.4f} to {high:+.4f}, p = {against.p_randomisation:.4f}"
+        lines += ["", f"The teacher's part, distilled against labels alone on the same lists: {figures}."]
     return [*lines, ""]
 
 
