@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rankdistill.teachers.listwise import ListwiseTeacher
 from rankdistill.teachers.llm.asking import AskingTeacher, ask
 from rankdistill.teachers.llm.base import Answer, Request, Usage
 from rankdistill.teachers.llm.budget import Budget
-from rankdistill.teachers.llm.cache import AnswerCache
+from rankdistill.teachers.llm.cache import FILE, AnswerCache
 from rankdistill.teachers.llm.openai_server import OpenAIBackend
 from rankdistill.teachers.pairwise_llm import PairwiseTeacher
 from rankdistill.teachers.pointwise_llm import PointwiseTeacher
@@ -110,7 +112,7 @@ def llm_body(rng: random.Random, folder: Path) -> None:
 
 @target
 def kept_answers(rng: random.Random, folder: Path) -> None:
-    """A damaged file of answers gives what was written, or the answer is asked again."""
+    """A damaged file of answers gives what was written, or the answer is asked again, or it is refused with words."""
 
     class Engine(OpenAIBackend):
         def answer(self, requests: Any) -> Any:
@@ -120,17 +122,15 @@ def kept_answers(rng: random.Random, folder: Path) -> None:
     engine = Engine("m", "http://127.0.0.1:9/v1")
     asked = [(number, Request(({"role": "user", "content": str(number)},), ("A", "B"))) for number in range(3)]
     list(ask(engine, asked, AnswerCache(folder), Budget()))
-    (segment,) = folder.glob("segment-*.jsonl")
-    lines = segment.read_bytes().splitlines(keepends=True)
-    at = rng.randrange(len(lines))
     if rng.random() < 0.5:
-        record = json.loads(lines[at])
-        holder, key = rng.choice([place for place in places(record) if place != (record, "text")])
-        holder[key] = rng.choice(JUNK)
-        lines[at] = json.dumps(record).encode() + b"\n"
+        with closing(sqlite3.connect(folder / FILE)) as table, table:
+            ((name, text),) = table.execute("SELECT * FROM answers LIMIT 1")
+            record = json.loads(text)
+            holder, key = rng.choice([place for place in places(record) if place != (record, "text")])
+            holder[key] = rng.choice(JUNK)
+            table.execute("UPDATE answers SET record = ? WHERE key = ?", (json.dumps(record), name))
     else:
-        lines[at] = damaged(lines[at], rng)
-    segment.write_bytes(b"".join(lines))
+        (folder / FILE).write_bytes(damaged((folder / FILE).read_bytes(), rng))
     found = dict(ask(engine, asked, AnswerCache(folder), Budget()))
     assert sorted(found) == [0, 1, 2] and all(isinstance(one.text, str) for one in found.values())
     json.dumps([one.logits for one in found.values()], allow_nan=False)

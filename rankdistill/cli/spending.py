@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankdistill.errors import UsageError
 
@@ -43,15 +43,13 @@ def print_estimate(
     collection: Collection,
     candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
     store: ScoreStore,
-) -> dict[str, Any]:
+) -> None:
     """What scoring these candidates would cost; nothing is asked and nothing is kept."""
     from rankdistill.teachers.llm.asking import AskingTeacher
-    from rankdistill.teachers.llm.dry_run import dry_run, missing_pairs
+    from rankdistill.teachers.scoring import dry_run, missing_pairs
 
-    if not isinstance(teacher, AskingTeacher):
+    if isinstance(teacher, AskingTeacher):
+        print("\n".join(dry_run(teacher, collection, candidates, store).lines()))
+    else:
         pairs = missing_pairs(teacher, collection, candidates, store)
         print(f"{pairs:,} pairs to score; a teacher of type {teacher.type!r} asks no language model")
-        return {"pairs": pairs}
-    estimate = dry_run(teacher, collection, candidates, store)
-    print("\n".join(estimate.lines()))
-    return estimate.to_json()

@@ -1,20 +1,21 @@
 """A language model that reads a window of passages and puts them in order, as teacher (RankGPT, Sun et al. 2023,
 arXiv:2304.09542; FIRST, Gangi Reddy et al. 2024, arXiv:2406.15657).
 
-The windows of one list are asked one after another, for each depends on the order that the ones before it gave; those
-of different queries, and of the several orders in which a list is shown, are asked together.
+Windows go from the end of the list to its beginning. The best of each lie in the next one too, so that a good document
+travels to the front however deep it began.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.recipe import build
 from rankdistill.scores.rank_scores import (
     Order,
     PositionBias,
@@ -27,15 +28,13 @@ from rankdistill.scores.rank_scores import (
 )
 from rankdistill.scores.store import ScoreKind
 from rankdistill.students.models import resolve_model
-from rankdistill.teachers.base import Dev, TextList, check_finite
+from rankdistill.teachers.base import Dev, TextList
 from rankdistill.teachers.listwise_training import ListwiseTraining, fine_tune, orders_fingerprint
-from rankdistill.teachers.llm.answers import REPAIRS, read_answer
-from rankdistill.teachers.llm.asking import AskingTeacher
-from rankdistill.teachers.llm.base import Answer, Decoding, Request
+from rankdistill.teachers.llm.answers import REPAIRS
+from rankdistill.teachers.llm.asking import AskingTeacher, Talk, numbered
+from rankdistill.teachers.llm.base import Decoding, Request
 from rankdistill.teachers.llm.local import TransformersBackend
-from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
-from rankdistill.teachers.llm.windows import reorder, windows
-from rankdistill.teachers.reports import added
+from rankdistill.teachers.llm.prompts import fit_passages
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -69,11 +68,11 @@ class ListwiseTeacher(AskingTeacher):
         temperature: of the sampling; 0 always takes the likeliest.
         max_tokens: of an answer; by default enough for a whole ranking.
         seed: of shuffled orders and of the sampling.
-        queries_at_once: lists that are asked together, each in all its orders.
         train: fine-tune the backend's model (transformers) on another teacher's orders first, see ListwiseTraining.
     """
 
     type = "listwise"
+    kind = "listwise"
     reads_lists = True
 
     def __init__(
@@ -87,33 +86,26 @@ class ListwiseTeacher(AskingTeacher):
         orders: Sequence[Order] = ("given",),
         signal: Signal = "reciprocal",
         confidence: bool = False,
-        passage_tokens: int = 200,
         prompt_tokens: int | None = None,
         temperature: float = 0.0,
         max_tokens: int | None = None,
         seed: int = 0,
-        queries_at_once: int = 16,
-        budget: str | float | None = None,
-        prices: dict[str, float] | None = None,
         train: ListwiseTraining | None = None,
+        **asking: Any,
     ) -> None:
-        super().__init__(backend, budget, prices)
+        self.decoding = decoding
+        super().__init__(backend, prompt or ("listwise_letters" if decoding == "first" else "listwise"), **asking)
         self._backend = dict(backend)
         self.training = ListwiseTraining.model_validate(train) if train is not None else None
         self._is_trained = False
-        self.prompt_name = prompt or ("listwise_letters" if decoding == "first" else "listwise")
-        self.prompt: Prompt = load_prompt(self.prompt_name, "listwise")
         self.window, self.step, self.passes = window, step, passes
-        self.decoding: Decoding = decoding
         self.orders: list[Order] = list(orders)
         self.signal: Signal = signal
         self.confidence = confidence
-        self.passage_tokens, self.prompt_tokens, self.max_tokens = passage_tokens, prompt_tokens, max_tokens
+        self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
         self.temperature, self.seed = temperature, seed
-        self.queries_at_once = queries_at_once
         self._check()
         self.score_kind: ScoreKind = "logit" if signal in ("logits", "plackett_luce") else "rank"
-        self._report: dict[str, Any] = {}
 
     def _check(self) -> None:
         """Refuse settings that cannot be kept, before anything is paid for."""
@@ -125,10 +117,6 @@ class ListwiseTeacher(AskingTeacher):
             )
         windows(2 * self.window, self.window, self.step, self.passes)
         self.prompt.names(self.window)
-        self.asking.backend.check(self.decoding)
-        for name in ("passage_tokens", "queries_at_once"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{getattr(self, name)} is too few", where=f"teacher.{name}", fix="at least 1")
         if not self.orders:
             raise UsageError("no order", where="teacher.orders", fix=f"some of {', '.join(get_args(Order))}")
         if self.temperature < 0:
@@ -200,7 +188,7 @@ class ListwiseTeacher(AskingTeacher):
         return counts
 
     def use_trained(self, folder: Path) -> None:
-        self.asking.use_backend({**self._backend, "model": str(folder)})
+        self.asking.backend = build("backend", {**self._backend, "model": str(folder)}, "teacher.backend")
         self._is_trained = True
 
     def _local(self) -> tuple[TransformersBackend, ListwiseTraining]:
@@ -208,7 +196,7 @@ class ListwiseTeacher(AskingTeacher):
             raise UsageError("this listwise model has no `train` settings", where="teacher.train")
         return self.asking.backend, self.training
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- scoring ------------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         if self.needs_training:
@@ -216,259 +204,165 @@ class ListwiseTeacher(AskingTeacher):
         return super().fingerprint()
 
     def _settings(self) -> dict[str, Any]:
-        """What decides the scores beside the engine."""
+        names = (
+            "type", "window", "step", "passes", "decoding", "orders", "signal", "confidence", "passage_tokens",
+            "prompt_tokens", "temperature", "max_tokens",
+        )  # fmt: skip
         random = "shuffled" in self.orders or self.temperature > 0
         return {
-            "type": self.type,
+            **{name: getattr(self, name) for name in names},
             "prompt": self.prompt.fingerprint(),
-            "window": self.window,
-            "step": self.step,
-            "passes": self.passes,
-            "decoding": self.decoding,
-            "orders": self.orders,
-            "signal": self.signal,
-            "confidence": self.confidence,
-            "passage_tokens": self.passage_tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
             "seed": self.seed if random else None,
         }
 
-    def describe(self) -> dict[str, Any]:
-        template = self.prompt.model_dump()
-        return {**self._settings(), "prompt": template, "backend": self.asking.backend.describe()}
+    def _talk(self, item: TextList) -> Talk:
+        texts, places = numbered(item)
+        count, plan = len(texts), windows(len(texts), self.window, self.step, self.passes)
+        counts = Counter(lists=1, same_text=len(places) - count)
+        repairs: Counter[str] = Counter()
+        bias = PositionBias()
+        if plan:
+            passages, cut = self._fitted(texts)
+            (query,), long = self._fitted([item.query])
+            counts.update(queries_cut=long, passages=count, passages_cut=cut)
+        rankings = [list(range(count)) for _ in self.orders]
+        readable = [not plan] * len(rankings)  # an answer said something of the list
+        logits: list[tuple[list[int], np.ndarray]] = []
+        first: list[tuple[np.ndarray, np.ndarray]] = []  # of the first window, by passage: place shown, place answered
+        for position, (start, end) in enumerate(plan):
+            shown = [
+                shown_order(order, end - start, self.seed, item.query, number, position)
+                for number, order in enumerate(self.orders)
+            ]
+            windowed = [ranking[start:end] for ranking in rankings]
+            readings = yield [
+                self._request(query, [passages[window[at]] for at in order], number, counts)
+                for number, (window, order) in enumerate(zip(windowed, shown, strict=True))
+            ]
+            for number, (window, order, reading) in enumerate(zip(windowed, shown, readings, strict=True)):
+                if reading is None or reading.refused:
+                    return None
+                readable[number] |= reading.readable
+                if reading.logits is not None and reading.readable:
+                    logits.append(([window[at] for at in order], reading.logits))
+                answered = [order[at] for at in reading.order]
+                if position == 0:
+                    first.append((np.argsort(order), np.argsort(answered)))
+                rankings[number][start:end] = [window[at] for at in answered]
+                counts.update(answers=1, clean=not reading.repairs)
+                repairs.update(reading.repairs)
+                bias.add(reading.order)
+        orders = [ranking for ranking, said in zip(rankings, readable, strict=True) if said]
+        if not orders or (self.confidence and len(orders) < 2):
+            return None
+        agreed = 0.0
+        if len(orders) > 1 and plan:
+            agreed = agreement(orders)
+            counts["agreement_lists"] = 1
+            # The first window holds the same passages in every order.
+            pairs = [pair for pair, said in zip(first, readable, strict=True) if said]
+            bias.add_repeats(*(np.stack(column) for column in zip(*pairs, strict=True)))
+        self._count({"counts": +counts, "repairs": repairs, "agreement_sum": agreed, "position": bias.to_json()})
+        if self.signal == "logits":
+            scores = joined_logits(logits, count)
+        elif self.signal == "plackett_luce":
+            scores = plackett_luce(orders, count)
+        else:
+            scores = mean_rank_scores(orders, count, self.signal)
+        if self.confidence:
+            scores = scores * max(0.0, agreement(orders))
+        return list(places), scores[list(places.values())]
 
-    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """Scores of each list as it is ready, which need not be in the order given.
+    def _request(self, query: str, passages: list[str], number: int, counts: Counter[str]) -> Request:
+        """A window's request, its passages cut further where the whole prompt would be too long, which is counted.
 
         Raises:
-            BudgetReached: the lists that were ready have been yielded; the answers of the others are kept.
+            UsageError: the prompt is too long even with passages of a token.
         """
-        for start in range(0, len(lists), self.queries_at_once):
-            yield from self._score_together(lists[start : start + self.queries_at_once])
 
-    def _score_together(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        jobs = [_Job(self, item) for item in lists if item.doc_ids]
-        for job in jobs:
-            if job.done:
-                yield from job.result()
-        chains = [chain for job in jobs for chain in job.chains]
-        while active := [chain for chain in chains if not chain.done]:
-            for number, answer in self.asking.ask([(at, chain.request()) for at, chain in enumerate(active)]):
-                chain = active[number]
-                chain.take(answer)
-                if chain.job.done:
-                    yield from chain.job.result()
+        def render() -> Request:
+            return self.prompt.render(
+                query,
+                passages,
+                decoding=self.decoding,
+                temperature=self.temperature,
+                seed=self.seed + number if self.temperature else 0,
+                max_tokens=self.max_tokens,
+            )
 
-    # -- what was counted ---------------------------------------------------------------------------------------------
-
-    def take_report(self) -> dict[str, Any]:
-        report, self._report = self._report, {}
-        return report
+        request, backend = render(), self.asking.backend
+        if self.prompt_tokens is None or backend.count_tokens(request) <= self.prompt_tokens:
+            return request
+        counts["prompts_shortened"] += 1
+        tokens = min(self.passage_tokens, max(backend.count_text(passages)))
+        while (excess := backend.count_tokens(request) - self.prompt_tokens) > 0:
+            if tokens <= 1:
+                raise UsageError(
+                    f"a prompt of {len(passages)} passages is longer than {self.prompt_tokens:,} tokens without any "
+                    "text of the passages",
+                    where="teacher.prompt_tokens",
+                    fix="more of them, or a window of fewer passages",
+                )
+            tokens = max(1, tokens - max(1, excess // len(passages)))
+            passages, _ = fit_passages(passages, tokens, backend.count_text, self.prompt.delimiters)
+            request = render()
+        return request
 
     def report_lines(self, report: dict[str, Any]) -> list[str]:
-        return report_lines(report)
+        """Answers, how many were repaired and how, agreement of the orders, and position bias."""
+        counts: Counter[str] = Counter(report.get("counts", {}))
+        if not counts["answers"]:
+            return []
+        answers, clean = counts["answers"], counts["clean"]
+        lines = [
+            f"{counts['lists']:,} lists, {answers:,} answers, {clean:,} of them ({clean / answers:.0%}) needed no "
+            "repair"
+        ]
+        lines += [f"  {n:,} {REPAIRS[kind]}" for kind, n in Counter(report["repairs"]).most_common()]
+        for name, text in (
+            ("passages_cut", "passages were cut to their token budget"),
+            ("queries_cut", "queries were cut to the same"),
+            ("prompts_shortened", "prompts were shortened further"),
+            ("same_text", "documents have the text of another one and share its score"),
+        ):
+            if counts[name]:
+                lines.append(f"  {counts[name]:,} {text}")
+        if counts["agreement_lists"]:
+            mean = report["agreement_sum"] / counts["agreement_lists"]
+            lines.append(f"agreement of the orders (Kendall's τ): {mean:.3f}")
+        bias = PositionBias(**report["position"])
+        means = [place for place in bias.places() if place is not None]
+        if bias.effect is not None:
+            lines.append(f"position bias: shown a place later, a passage falls {bias.effect:+.3f} places in the answer")
+        if len(means) > 1:
+            half = len(means) // 2
+            early, late = (float(np.mean(part)) for part in (means[:half], means[-half:]))
+            lines.append(
+                f"mean place in the answer (0 first, 1 last): {early:.2f} if shown in the first half, else {late:.2f}"
+            )
+        return lines
 
 
-class _Job:
-    """One list: its distinct texts, and a chain of windows for each order it is shown in."""
+def windows(count: int, size: int, step: int, passes: int = 1) -> list[tuple[int, int]]:
+    """Ranges [start, end) of a list of `count`, in the order in which they are asked.
 
-    def __init__(self, teacher: ListwiseTeacher, item: TextList) -> None:
-        self.teacher, self.item = teacher, item
-        # An id that comes twice is one document; ids of one text are shown once.
-        texts: dict[str, int] = {}
-        self.documents = {d: texts.setdefault(text, len(texts)) for d, text in zip(item.doc_ids, item.documents)}
-        self.refused = False
-        self.report = report = _Report()  # handed on with the scores: a list without them is asked again
-        report.counts["lists"] += 1
-        report.counts["same_text"] += len(self.documents) - len(texts)
-        self.query = ""
-        self.passages: list[str] = []
-        self.logits: list[tuple[list[int], np.ndarray]] = []
-        plan = windows(len(texts), teacher.window, teacher.step, teacher.passes)
-        if plan:
-            count = teacher.asking.backend.count_text
-            self.passages, cut = fit_passages(list(texts), teacher.passage_tokens, count, teacher.prompt.delimiters)
-            (self.query,), long = fit_passages([item.query], teacher.passage_tokens, count, teacher.prompt.delimiters)
-            report.counts["queries_cut"] += long
-            report.counts["passages"] += len(texts)
-            report.counts["passages_cut"] += cut
-        self.count = len(texts)
-        self.chains = [_Chain(self, number, order, plan) for number, order in enumerate(teacher.orders)]
-
-    @property
-    def done(self) -> bool:
-        return all(chain.done for chain in self.chains)
-
-    def result(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """The list's scores; none where no answer said anything of them."""
-        teacher, chains = self.teacher, [chain for chain in self.chains if chain.readable or not chain.plan]
-        orders = [chain.ranking for chain in chains]
-        if self.refused or not orders or (teacher.confidence and len(orders) < 2):
-            return
-        self._count(chains)
-        teacher._report = added(teacher._report, self.report.to_json())
-        if teacher.signal == "logits":
-            scores = joined_logits(self.logits, self.count)
-        elif teacher.signal == "plackett_luce":
-            scores = plackett_luce(orders, self.count)
-        else:
-            scores = mean_rank_scores(orders, self.count, teacher.signal)
-        if teacher.confidence:
-            scores = scores * max(0.0, agreement(orders))
-        doc_ids = list(self.documents)
-        values = scores[list(self.documents.values())].astype(np.float32)
-        check_finite(self.item.query_id, doc_ids, values, teacher.type)
-        yield self.item.query_id, doc_ids, values
-
-    def _count(self, chains: list[_Chain]) -> None:
-        report, orders = self.report, [chain.ranking for chain in chains]
-        if len(orders) > 1 and self.count > 1:
-            report.agreement += agreement(orders)
-            report.counts["agreement_lists"] += 1
-            # The first window of every chain holds the same passages.
-            firsts = [chain.first for chain in chains]
-            report.bias.add_repeats(np.stack([shown for shown, _ in firsts]), np.stack([place for _, place in firsts]))
-
-
-class _Chain:
-    """The windows of a list, one after another, shown in one order."""
-
-    def __init__(self, job: _Job, number: int, order: Order, plan: list[tuple[int, int]]) -> None:
-        self.job, self.number, self.order, self.plan = job, number, order, plan
-        self.ranking = list(range(job.count))
-        self.position = 0
-        self.readable = False  # an answer said something of the list
-        self.first: tuple[np.ndarray, np.ndarray]  # of the first window, by passage: place shown, place answered
-        self._asked: tuple[Request, list[int]]
-
-    @property
-    def done(self) -> bool:
-        return self.position >= len(self.plan) or self.job.refused
-
-    def request(self) -> Request:
-        """What the next window is asked."""
-        teacher = self.job.teacher
-        start, end = self.plan[self.position]
-        names = (self.job.item.query, self.number, self.position)
-        shown = shown_order(self.order, end - start, teacher.seed, *names)
-        passages = [self.job.passages[self.ranking[start + at]] for at in shown]
-        self._asked = teacher_request(teacher, self.job.query, passages, self.number, self.job.report.counts), shown
-        return self._asked[0]
-
-    def take(self, answer: Answer) -> None:
-        """Put the window in the order of its answer."""
-        teacher, (request, shown) = self.job.teacher, self._asked
-        reading = read_answer(answer, request, teacher.prompt)
-        teacher.asking.see(answer, reading.readable)
-        self.readable |= reading.readable
-        if answer.refused:
-            self.job.refused = True
-            return
-        start, _ = self.plan[self.position]
-        if reading.logits is not None and reading.readable:
-            self.job.logits.append(([self.ranking[start + at] for at in shown], reading.logits))
-        if self.position == 0:
-            places, answered = np.empty(len(shown)), np.empty(len(shown))
-            places[shown] = np.arange(len(shown))
-            answered[[shown[at] for at in reading.order]] = np.arange(len(shown))
-            self.first = places, answered
-        reorder(self.ranking, start, [shown[at] for at in reading.order])
-        self.position += 1
-        report = self.job.report
-        report.counts["answers"] += 1
-        report.counts["clean"] += not reading.repairs
-        report.repairs.update(reading.repairs)
-        report.bias.add(reading.order)
-
-
-def teacher_request(
-    teacher: ListwiseTeacher, query: str, passages: list[str], number: int, counts: Counter[str]
-) -> Request:
-    """A window's request, its passages cut further where the whole prompt would be too long, which is counted.
+    100 documents, size 20 and step 10 are 9 windows a pass. Each window holds `size` documents (or all, where there
+    are fewer), the last one of a pass too: it reaches further back where `count` is not a multiple of `step`. A list
+    that fits one window is one window a pass; none of no documents, and none of a single one, which needs no asking.
 
     Raises:
-        UsageError: the prompt is too long even with passages of a token.
+        UsageError: a size below 2, a step above the size (documents would be left out) or below 1, no pass.
     """
-
-    def render() -> Request:
-        return teacher.prompt.render(
-            query,
-            passages,
-            decoding=teacher.decoding,
-            temperature=teacher.temperature,
-            seed=teacher.seed + number if teacher.temperature else 0,
-            max_tokens=teacher.max_tokens,
+    if size < 2:
+        raise UsageError(f"a window of {size} documents orders nothing", where="teacher.window", fix="at least 2")
+    if not 1 <= step <= size:
+        raise UsageError(
+            f"a step of {step} does not fit a window of {size}", where="teacher.step", fix=f"1 to {size}, half is usual"
         )
-
-    request, backend = render(), teacher.asking.backend
-    if teacher.prompt_tokens is None or backend.count_tokens(request) <= teacher.prompt_tokens:
-        return request
-    counts["prompts_shortened"] += 1
-    tokens = min(teacher.passage_tokens, max(backend.count_text(passages)))
-    while (excess := backend.count_tokens(request) - teacher.prompt_tokens) > 0:
-        if tokens <= 1:
-            raise UsageError(
-                f"a prompt of {len(passages)} passages is longer than {teacher.prompt_tokens:,} tokens without any "
-                "text of the passages",
-                where="teacher.prompt_tokens",
-                fix="more of them, or a window of fewer passages",
-            )
-        tokens = max(1, tokens - max(1, excess // len(passages)))
-        passages, _ = fit_passages(passages, tokens, backend.count_text, teacher.prompt.delimiters)
-        request = render()
-    return request
-
-
-class _Report:
-    """What is counted while scoring: sums alone, so that reports add up."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.repairs: Counter[str] = Counter()
-        self.agreement = 0.0
-        self.bias = PositionBias()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "counts": {name: count for name, count in self.counts.items() if count},
-            "repairs": dict(self.repairs),
-            "agreement_sum": self.agreement,
-            "position": self.bias.to_json(),
-        }
-
-
-def report_lines(report: dict[str, Any]) -> list[str]:
-    """For a person: answers, how many were repaired and how, agreement of the orders, and position bias."""
-    counts: Counter[str] = Counter(report.get("counts", {}))
-    if not counts["answers"]:
+    if passes < 1:
+        raise UsageError(f"{passes} passes", where="teacher.passes", fix="at least 1")
+    if count < 2:
         return []
-    answers, clean = counts["answers"], counts["clean"]
-    lines = [
-        f"{counts['lists']:,} lists, {answers:,} answers, {clean:,} of them ({clean / answers:.0%}) needed no repair"
-    ]
-    lines += [f"  {count:,} {REPAIRS[kind]}" for kind, count in sorted(report["repairs"].items(), key=lambda x: -x[1])]
-    for name, text in (
-        ("passages_cut", "passages were cut to their token budget"),
-        ("queries_cut", "queries were cut to the same"),
-        ("prompts_shortened", "prompts were shortened further"),
-        ("same_text", "documents have the text of another one and share its score"),
-    ):
-        if counts[name]:
-            lines.append(f"  {counts[name]:,} {text}")
-    if counts["agreement_lists"]:
-        lines.append(
-            f"agreement of the orders (Kendall's τ): {report['agreement_sum'] / counts['agreement_lists']:.3f}"
-        )
-    bias = PositionBias(**report["position"])
-    places = [place for place in bias.places() if place is not None]
-    if bias.effect is not None:
-        lines.append(f"position bias: shown a place later, a passage falls {bias.effect:+.3f} places in the answer")
-    if len(places) > 1:
-        half = len(places) // 2
-        first, last = (float(np.mean(part)) for part in (places[:half], places[-half:]))
-        lines.append(
-            f"mean place in the answer (0 first, 1 last): {first:.2f} if shown in the first half, else {last:.2f}"
-        )
-    return lines
+    width = min(size, count)
+    starts = [*range(count - width, 0, -step), 0]
+    return [(start, start + width) for start in starts] * passes

@@ -8,7 +8,8 @@ tie, and are counted. All pairs of the first k cost k(k-1) prompts a query; slid
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -16,20 +17,20 @@ import numpy as np
 from rankdistill.errors import UsageError
 from rankdistill.scores.rank_scores import plackett_luce, rank_scores
 from rankdistill.scores.store import ScoreKind
-from rankdistill.teachers.base import TextList, check_finite
-from rankdistill.teachers.llm.answers import read_answer
-from rankdistill.teachers.llm.asking import AskingTeacher
-from rankdistill.teachers.llm.base import Answer, Request
-from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
+from rankdistill.teachers.base import TextList
+from rankdistill.teachers.llm.answers import Reading
+from rankdistill.teachers.llm.asking import AskingTeacher, Talk, numbered
 
 Pair = tuple[int, int]  # two passages of a list, in the order shown
+Votes = dict[Pair, int | None]  # → the place of the winner; None where the answer prefers neither, or cannot be read
 
 
 class PairwiseTeacher(AskingTeacher):
     """A language model asked which of two passages answers the query better, in both orders.
 
     A document's score depends on the list it is in (see `reads_lists`). Documents with the same text are compared once
-    and share a score. A document of which no answer could be read gets none.
+    and share a score. A document of which no answer could be read gets none. A dry run with `pairs: passes` counts the
+    first pass alone: which neighbours the next one has depends on the answers.
 
     Args:
         prompt: a template of kind pairwise: a file, or a shipped name.
@@ -40,12 +41,10 @@ class PairwiseTeacher(AskingTeacher):
         signal: wins: the share of votes, a missing one counting half; bradley_terry: log-strengths fitted to the votes
             (both with pairs: all); rank: 1 / r in the order that passes leave.
         decoding: first: the larger of the two letters' logits; generate: the letter that is written.
-        queries_at_once: lists that are asked together.
-        budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50. A dry run with passes counts
-            the first of them alone: which neighbours the next one has depends on the answers.
     """
 
     type = "pairwise_llm"
+    kind = "pairwise"
     reads_lists = True
 
     def __init__(
@@ -56,73 +55,83 @@ class PairwiseTeacher(AskingTeacher):
         top: int = 10,
         signal: Literal["wins", "bradley_terry", "rank"] = "wins",
         decoding: Literal["first", "generate"] = "first",
-        passage_tokens: int = 200,
-        queries_at_once: int = 16,
-        budget: str | float | None = None,
-        prices: dict[str, float] | None = None,
+        **asking: Any,
     ) -> None:
-        super().__init__(backend, budget, prices)
-        self.prompt: Prompt = load_prompt(prompt, "pairwise")
-        self.pairs: Literal["all", "passes"] = pairs
-        self.top, self.passage_tokens, self.queries_at_once = top, passage_tokens, queries_at_once
-        self.signal: Literal["wins", "bradley_terry", "rank"] = signal
-        self.decoding: Literal["first", "generate"] = decoding
+        self.decoding = decoding
+        super().__init__(backend, prompt, **asking)
+        self.pairs, self.top, self.signal = pairs, top, signal
         self.score_kind: ScoreKind = "logit" if signal == "bradley_terry" else "rank"
-        least = {"top": 2 if pairs == "all" else 1, "passage_tokens": 1, "queries_at_once": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise UsageError(f"{getattr(self, name)} is too few", where=f"teacher.{name}", fix=f"at least {number}")
+        self._at_least(top=2 if pairs == "all" else 1)
         if (signal == "rank") != (pairs == "passes"):
             fix = "signal: rank" if pairs == "passes" else "signal: wins or bradley_terry"
             raise UsageError(f"pairs: {pairs} does not give signal: {signal}", where="teacher.signal", fix=fix)
         if len(self.prompt.names(2)) != 2:
             raise UsageError("a pairwise prompt has two identifiers", where="teacher.prompt")
-        self.asking.backend.check(decoding)
-        self._counts: Counter[str] = Counter()
 
     def _settings(self) -> dict[str, Any]:
         names = ("type", "pairs", "top", "signal", "decoding", "passage_tokens")
         return {**{name: getattr(self, name) for name in names}, "prompt": self.prompt.fingerprint()}
 
-    def describe(self) -> dict[str, Any]:
-        return {**self._settings(), "prompt": self.prompt.model_dump(), "backend": self.asking.backend.describe()}
+    def _talk(self, item: TextList) -> Talk:
+        texts, places = numbered(item)
+        kept = texts[: self.top] if self.pairs == "all" else texts
+        passages, cut = self._fitted(kept)
+        (query,), _ = self._fitted([item.query])
+        votes: Votes = {}
+        known: set[int] = set()  # passages of which an answer could be read
+        ranking = list(range(len(kept)))
+        for pairs in self._comparisons(ranking, votes):
+            readings = yield [
+                self.prompt.render(query, [passages[at] for at in pair], decoding=self.decoding) for pair in pairs
+            ]
+            for pair, reading in zip(pairs, readings, strict=True):
+                votes[pair] = winner(reading)
+                known.update(pair if reading is not None and reading.readable else ())
+        doc_ids = [doc_id for doc_id, at in places.items() if at in known or (not votes and at < len(kept))]
+        if not doc_ids:
+            return None
+        first_shown, undecided = (sum(vote == place for vote in votes.values()) for place in (0, None))
+        self._count(
+            +Counter(
+                passages_cut=cut,
+                below_top=sum(at >= len(kept) for at in places.values()),
+                answers=len(votes),
+                undecided=undecided,
+                first_shown=first_shown,
+                pairs=len(votes) // 2,
+                # The same place twice is one passage once and the other the other time.
+                disagreed=sum(vote is not None and vote == votes[b, a] for (a, b), vote in votes.items()) // 2,
+            )
+        )
+        scores = self._scores(ranking, votes)
+        return doc_ids, scores[[places[doc_id] for doc_id in doc_ids]]
 
-    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """Scores of each list as it is ready, which need not be in the order given.
+    def _comparisons(self, ranking: list[int], votes: Votes) -> Iterator[list[Pair]]:
+        """The pairs that are asked together, in both orders, none twice; `passes` reorder the ranking on the way."""
+        count = len(ranking)
+        if self.pairs == "all":
+            if count > 1:
+                yield [shown for a, b in combinations(range(count), 2) for shown in ((a, b), (b, a))]
+            return
+        for top in range(min(self.top, count - 1)):
+            for at in range(count - 2, top - 1, -1):
+                upper, lower = ranking[at : at + 2]
+                if (upper, lower) not in votes:
+                    yield [(upper, lower), (lower, upper)]
+                if share(votes, lower, upper) == 1.0:
+                    ranking[at : at + 2] = lower, upper
 
-        Raises:
-            BudgetReached: the lists that were ready have been yielded; the answers of the others are kept.
-        """
-        for start in range(0, len(lists), self.queries_at_once):
-            jobs = [_Job(self, item) for item in lists[start : start + self.queries_at_once] if item.doc_ids]
-            for job in jobs:
-                if job.done:
-                    yield from job.result()
-            while any(not job.done for job in jobs):
-                asked = [(job, pair) for job in jobs for pair in job.open]
-                requests = ((at, job.request(pair)) for at, (job, pair) in enumerate(asked))
-                for number, answer in self.asking.ask(requests):
-                    job, pair = asked[number]
-                    job.take(pair, *self._winner(job.request(pair), answer))
-                    if job.done:
-                        yield from job.result()
-
-    def _winner(self, request: Request, answer: Answer) -> tuple[int | None, bool]:
-        """0 or 1, the place of the passage preferred, None where the answer says neither; whether it could be read."""
-        reading = read_answer(answer, request, self.prompt)
-        self.asking.see(answer, reading.readable)
-        if not reading.readable:
-            return None, False
-        if reading.logits is not None:
-            first, second = np.where(np.isnan(reading.logits), -np.inf, reading.logits)
-            return (None if first == second else int(second > first)), True
-        return reading.order[0], True
-
-    # -- what was counted ---------------------------------------------------------------------------------------------
-
-    def take_report(self) -> dict[str, Any]:
-        counts, self._counts = self._counts, Counter()
-        return {name: count for name, count in counts.items() if count}
+    def _scores(self, ranking: list[int], votes: Votes) -> np.ndarray:
+        """float64 [passages]"""
+        count = len(ranking)
+        if self.signal == "rank":
+            scores = np.empty(count)
+            scores[ranking] = rank_scores(count)
+            return scores
+        if self.signal == "bradley_terry":  # Plackett-Luce of orders of two
+            return plackett_luce([(pair[w], pair[1 - w]) for pair, w in votes.items() if w is not None], count)
+        wins = [sum(share(votes, a, b) for b in range(count) if b != a) for a in range(count)]
+        return np.array(wins) / max(count - 1, 1)
 
     def report_lines(self, report: dict[str, Any]) -> list[str]:
         """How often the two orders of a pair disagreed, and how often the passage shown first won."""
@@ -136,101 +145,27 @@ class PairwiseTeacher(AskingTeacher):
             f"the passage shown first won {counts['first_shown'] / decided:.0%} of the answers: without position bias "
             "50% where each pair is decided alike in both orders",
         ]
-        if counts["undecided"]:
-            lines.append(f"{counts['undecided']:,} answers preferred neither passage, or could not be read")
-        if counts["passages_cut"]:
-            lines.append(f"{counts['passages_cut']:,} passages were cut to their token budget")
-        if counts["below_top"]:
-            lines.append(f"{counts['below_top']:,} documents stand below the first ones and have no score")
+        for name, text in (
+            ("undecided", "answers preferred neither passage, or could not be read"),
+            ("passages_cut", "passages were cut to their token budget"),
+            ("below_top", "documents stand below the first ones and have no score"),
+        ):
+            if counts[name]:
+                lines.append(f"{counts[name]:,} {text}")
         return lines
 
 
-class _Job:
-    """One list: its distinct texts, the votes so far, and which pairs are to be shown next."""
+def winner(reading: Reading | None) -> int | None:
+    """0 or 1, the place of the passage preferred; None where the answer says neither."""
+    if reading is None or not reading.readable:
+        return None
+    if reading.logits is None:
+        return reading.order[0]
+    first, second = np.where(np.isnan(reading.logits), -np.inf, reading.logits)
+    return None if first == second else int(second > first)
 
-    def __init__(self, teacher: PairwiseTeacher, item: TextList) -> None:
-        self.teacher, self.item = teacher, item
-        texts: dict[str, int] = {}
-        self.documents = {d: texts.setdefault(text, len(texts)) for d, text in zip(item.doc_ids, item.documents)}
-        count, delimiters = teacher.asking.backend.count_text, teacher.prompt.delimiters
-        kept = list(texts)[: teacher.top] if teacher.pairs == "all" else list(texts)
-        self.count = len(kept)
-        self.passages, cut = fit_passages(kept, teacher.passage_tokens, count, delimiters)
-        (self.query,), _ = fit_passages([item.query], teacher.passage_tokens, count, delimiters)
-        self.documents = {doc_id: at for doc_id, at in self.documents.items() if at < self.count}
-        self.counts = Counter(passages_cut=cut)  # handed on with the scores: a list without them is asked again
-        self.counts["below_top"] += len(set(item.doc_ids)) - len(self.documents)
-        self.known: set[int] = set()  # documents of which an answer could be read
-        self.votes: dict[Pair, int | None] = {}  # (shown first, shown second) → the place of the winner
-        self.open: dict[Pair, None] = {}
-        self.ranking = list(range(self.count))
-        self._steps = self._comparisons()
-        self.done = False
-        self._go_on()
 
-    def _comparisons(self) -> Iterator[list[Pair]]:
-        """The pairs that are asked together, one order of each."""
-        if self.teacher.pairs == "all":
-            if self.count > 1:
-                yield [(a, b) for a in range(self.count) for b in range(a + 1, self.count)]
-            return
-        for top in range(min(self.teacher.top, self.count - 1)):
-            for at in range(self.count - 2, top - 1, -1):
-                upper, lower = self.ranking[at : at + 2]
-                yield [(upper, lower)]
-                if self.better(lower, upper) == 1.0:
-                    self.ranking[at : at + 2] = lower, upper
-
-    def better(self, a: int, b: int) -> float:
-        """The share of the votes of a pair that a got; one that preferred neither counts half."""
-        winners = (self.votes[a, b], self.votes[b, a])
-        return sum(0.5 if winner is None else float(winner == place) for place, winner in enumerate(winners)) / 2
-
-    def _go_on(self) -> None:
-        """Open the next pairs that were not compared yet."""
-        for pairs in self._steps:
-            self.open = dict.fromkeys(shown for a, b in pairs for shown in ((a, b), (b, a)) if shown not in self.votes)
-            if self.open:
-                return
-        self.done = True
-
-    def request(self, pair: Pair) -> Request:
-        passages = [self.passages[at] for at in pair]
-        return self.teacher.prompt.render(self.query, passages, decoding=self.teacher.decoding)
-
-    def take(self, pair: Pair, winner: int | None, readable: bool) -> None:
-        self.votes[pair] = winner
-        del self.open[pair]
-        self.known.update(pair if readable else ())
-        self.counts["answers"] += 1
-        self.counts["undecided"] += winner is None
-        self.counts["first_shown"] += winner == 0
-        if pair[::-1] in self.votes:
-            self.counts["pairs"] += 1
-            # The same place twice is one passage once and the other the other time.
-            self.counts["disagreed"] += winner is not None and winner == self.votes[pair[::-1]]
-        if not self.open:
-            self._go_on()
-
-    def result(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """The list's scores, of the documents of which something is known."""
-        doc_ids = [doc_id for doc_id, at in self.documents.items() if at in self.known or not self.votes]
-        if not doc_ids:
-            return
-        self.teacher._counts.update(self.counts)
-        signal = self.teacher.signal
-        if signal == "rank":
-            scores = np.empty(self.count)
-            scores[self.ranking] = rank_scores(self.count)
-        elif signal == "bradley_terry":
-            # Plackett-Luce of orders of two is Bradley-Terry.
-            orders = [(pair[winner], pair[1 - winner]) for pair, winner in self.votes.items() if winner is not None]
-            scores = plackett_luce(orders, self.count)
-        else:
-            others = max(self.count - 1, 1)
-            scores = np.array(
-                [sum(self.better(a, b) for b in range(self.count) if b != a) / others for a in range(self.count)]
-            )
-        values = scores[[self.documents[doc_id] for doc_id in doc_ids]].astype(np.float32)
-        check_finite(self.item.query_id, doc_ids, values, self.teacher.type)
-        yield self.item.query_id, doc_ids, values
+def share(votes: Votes, a: int, b: int) -> float:
+    """Of the two votes of a pair, what a got; one that preferred neither counts half."""
+    winners = (votes[a, b], votes[b, a])
+    return sum(0.5 if vote is None else float(vote == place) for place, vote in enumerate(winners)) / 2

@@ -22,8 +22,7 @@ from rankdistill.runs import Run
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import Teacher
 from rankdistill.teachers.llm.asking import AskingTeacher
-from rankdistill.teachers.llm.dry_run import missing_pairs
-from rankdistill.teachers.scoring import score_candidates
+from rankdistill.teachers.scoring import missing_pairs, score_candidates
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -232,8 +231,8 @@ def named(teachers: Iterable[Teacher]) -> dict[str, Teacher]:
 
 def _spent(teacher: Teacher) -> tuple[float, float]:
     """Calls and money so far."""
-    spent = teacher.asking.budget.spent if isinstance(teacher, AskingTeacher) else None
-    return (float(spent.calls), spent.money) if spent is not None else (0.0, 0.0)
+    budget = teacher.asking.budget if isinstance(teacher, AskingTeacher) else None
+    return (float(budget.spent.calls), budget.money(budget.spent)) if budget is not None else (0.0, 0.0)
 
 
 def _minus(value: float | None) -> float | None:

@@ -1,12 +1,13 @@
-"""The scoring loop: candidate lists through a teacher into the store, only what is missing."""
+"""The scoring loop: candidate lists through a teacher into the store, only what is missing; and what it would cost."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,20 +18,25 @@ from rankdistill.scores.store import ScoreStore, TeacherScores
 from rankdistill.teachers.base import Teacher, TextList
 from rankdistill.teachers.ensemble import EnsembleTeacher
 from rankdistill.teachers.llm.asking import AskingTeacher, Health
+from rankdistill.teachers.llm.base import Backend
+from rankdistill.teachers.llm.budget import Estimate
 from rankdistill.teachers.reports import keep_report
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
+Candidates = Iterable[tuple[str, Sequence[str], np.ndarray]]  # (query_id, doc_ids, _) a query, each query once
+PAIRS = 4096  # handed to the teacher at once: sorted by length together, texts tokenised once
+
 
 def score_candidates(
     teacher: Teacher,
     collection: Collection,
-    candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+    candidates: Candidates,
     store: ScoreStore | None = None,
     *,
     total: int | None = None,
-    chunk_pairs: int = 4096,
+    chunk_pairs: int = PAIRS,
 ) -> TeacherScores:
     """Score what the store lacks of the candidates; memory is one chunk.
 
@@ -44,29 +50,24 @@ def score_candidates(
         candidates: (query_id, doc_ids, _) a query, each query once; one query at a time is held.
         store: by default the one in the user's cache folder.
         total: candidate pairs, for the time left.
-        chunk_pairs: pairs handed to the teacher at once: sorted by length together, texts tokenised once.
 
     Returns:
         The scores; `.scored` pairs are new, `.reused` were in the store, `.unscored` got none from this teacher.
     """
     store = store or ScoreStore()
-    health = Health()
-    if isinstance(teacher, AskingTeacher):
-        teacher.asking.use_store(store.root)
-        teacher.asking.health = health
-    key = teacher.fingerprint()
-    if teacher.reads_lists:
-        candidates = [(query_id, list(dict.fromkeys(doc_ids)), np.empty(0)) for query_id, doc_ids, _ in candidates]
-        key = lists_key(key, candidates)
+    key, candidates = _key(teacher, candidates)
     scores = store.folder(
         key,
         collection.fingerprint,
         teacher.score_kind,
         describe={"teacher": teacher.describe(), "collection": collection.name},
     )
-    if isinstance(teacher, AskingTeacher):
-        warn_of_another_server(teacher, scores)
-    unknown = 0
+    seen: Counter[str] = Counter()
+    asking = teacher.asking if isinstance(teacher, AskingTeacher) else None
+    if asking is not None:
+        asking.use_store(store.root)
+        asking.health = Health()
+        warn_of_another_server(asking.backend, scores)
     busy = "score: another process is scoring with this teacher: its scores are waited for, not paid for twice"
     with (
         locked(scores.path / "scoring", busy),
@@ -75,69 +76,143 @@ def score_candidates(
         progress("scoring", total, "pairs") as bar,
     ):
         scores.refresh()
-        chunk: list[tuple[str, list[str]]] = []
-        waiting = 0
         prepared = False
-
-        def score_chunk() -> None:
-            nonlocal waiting, prepared
+        for chunk in _chunks(teacher, collection, candidates, scores.missing, chunk_pairs, seen):
             if not prepared:  # not before something is to be scored: it may take long
                 teacher.prepare(collection, prepared_folder(store))
                 prepared = True
-            queries = collection.query_texts([query_id for query_id, _ in chunk])
-            rows = np.concatenate([np.asarray(collection.doc_rows(doc_ids)) for _, doc_ids in chunk])
-            texts = iter(collection.document_texts(rows))
-            lists = [
-                TextList(query_id, query, doc_ids, [next(texts) for _ in doc_ids], collection)
-                for query, (query_id, doc_ids) in zip(queries, chunk, strict=True)
-            ]
-            done = 0
-            for query_id, doc_ids, values in teacher.score(lists):
+            if asking is not None:
+                asking.health.earlier = seen["earlier"]
+            waiting = scores.unscored + sum(len(item.doc_ids) for item in chunk)
+            for query_id, doc_ids, values in teacher.score(chunk):
                 scores.add(query_id, doc_ids, values)
-                done += len(doc_ids)
-            scores.unscored += waiting - done
-            bar.advance(waiting)
-            chunk.clear()
-            waiting = 0
+                waiting -= len(doc_ids)
+            scores.unscored = waiting
+            bar.advance(seen["reused"] + scores.scored + scores.unscored - bar.done)
             scores.refresh()  # another process may have scored what comes next
-
-        for query_id, given, _ in candidates:
-            doc_ids = list(dict.fromkeys(given))
-            absent = scores.missing(query_id, doc_ids)
-            scores.reused += len(doc_ids) - len(absent)
-            health.earlier += len(absent) < len(doc_ids)
-            bar.advance(len(doc_ids) - len(absent))
-            known = (
-                [d for d, row in zip(absent, collection.doc_rows(absent), strict=True) if row >= 0] if absent else []
-            )
-            unknown += len(absent) - len(known)
-            if teacher.reads_lists and len(absent) < len(doc_ids):
-                known = []  # its list is scored: what has no score now got none
-            if waiting and waiting + len(known) > chunk_pairs:
-                score_chunk()  # a list is never torn: a listwise teacher reads it whole
-            if known:
-                chunk.append((query_id, known))
-                waiting += len(known)
-        if chunk:
-            score_chunk()
-    if unknown:
-        warn(f"{unknown:,} candidates are not in {collection.name} and were not scored")
+        scores.reused += seen["reused"]
+        bar.advance(scores.reused + scores.scored + scores.unscored - bar.done)
+    if seen["unknown"]:
+        warn(f"{seen['unknown']:,} candidates are not in {collection.name} and were not scored")
     if scores.unscored:
         warn(f"the teacher has no score for {scores.unscored:,} of the candidates asked for")
-    if isinstance(teacher, AskingTeacher) and teacher.asking.estimate is None:
-        for line in health.lines():
+    if asking is not None:
+        for line in asking.health.lines():
             warn(line)
-        say(f"spent: {teacher.asking.budget.line()}")
-        health.finish()
+        say(f"spent: {asking.budget.line()}")
+        asking.health.earlier = seen["earlier"]
+        asking.health.finish()
     return scores
 
 
-def warn_of_another_server(teacher: AskingTeacher, scores: TeacherScores) -> None:
+def _key(teacher: Teacher, candidates: Candidates) -> tuple[str, Candidates]:
+    """The store's key, and the candidates, which it may take reading to know."""
+    if not teacher.reads_lists:
+        return teacher.fingerprint(), candidates
+    lists = [(query_id, list(dict.fromkeys(doc_ids)), np.empty(0)) for query_id, doc_ids, _ in candidates]
+    return lists_key(teacher.fingerprint(), lists), lists
+
+
+def lists_key(teacher: str, candidates: Candidates) -> str:
+    """The store's key for a teacher (by fingerprint) whose scores depend on the lists: it covers all ids in order."""
+    return fingerprint([teacher, "lists", [[query_id, *doc_ids] for query_id, doc_ids, _ in candidates]])
+
+
+def _chunks(
+    teacher: Teacher,
+    collection: Collection,
+    candidates: Candidates,
+    missing: Callable[[str, Sequence[str]], list[str]],
+    most: int,
+    seen: Counter[str],
+) -> Iterator[list[TextList]]:
+    """Lists of what is missing, about `most` pairs at once; a list is never torn: a listwise teacher reads it whole.
+
+    Args:
+        missing: the documents of a list without a score.
+        seen: gets what is `reused` (pairs that have a score), `unknown` (that the collection lacks), and `earlier`
+            (lists some of which has scores).
+    """
+
+    def texts() -> list[TextList]:
+        queries = collection.query_texts([query_id for query_id, _ in chunk])
+        rows = np.concatenate([np.asarray(collection.doc_rows(doc_ids)) for _, doc_ids in chunk])
+        documents = iter(collection.document_texts(rows))
+        return [
+            TextList(query_id, query, doc_ids, [next(documents) for _ in doc_ids], collection)
+            for query, (query_id, doc_ids) in zip(queries, chunk, strict=True)
+        ]
+
+    chunk: list[tuple[str, list[str]]] = []
+    waiting = 0
+    for query_id, listed, _ in candidates:
+        doc_ids = list(dict.fromkeys(listed))
+        absent = missing(query_id, doc_ids)
+        rows: Iterable[Any] = collection.doc_rows(absent) if absent else []
+        known = [doc_id for doc_id, row in zip(absent, rows, strict=True) if row >= 0]
+        begun = len(absent) < len(doc_ids)
+        seen.update(reused=len(doc_ids) - len(absent), unknown=len(absent) - len(known), earlier=begun)
+        if teacher.reads_lists and begun:
+            known = []  # its list is scored: what has no score now got none
+        if waiting and waiting + len(known) > most:
+            yield texts()
+            chunk, waiting = [], 0
+        if known:
+            chunk.append((query_id, known))
+            waiting += len(known)
+    if chunk:
+        yield texts()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it would cost
+
+
+def missing_pairs(
+    teacher: Teacher, collection: Collection, candidates: Candidates, store: ScoreStore | None = None
+) -> int:
+    """Candidates that the teacher would have to score: those that the store lacks."""
+    return sum(len(item.doc_ids) for chunk in _unscored(teacher, collection, candidates, store) for item in chunk)
+
+
+def dry_run(
+    teacher: AskingTeacher, collection: Collection, candidates: Candidates, store: ScoreStore | None = None
+) -> Estimate:
+    """Walk a whole scoring job, counting calls instead of making them; the store and the answers stay as they are.
+
+    What the store or the cache of answers has already costs nothing here, as it would in the job. The teacher object
+    is of no use for scoring afterwards.
+    """
+    store = store or ScoreStore()
+    teacher.asking.use_store(store.root)
+    estimate = teacher.asking.dry_run()
+    for chunk in _unscored(teacher, collection, candidates, store):
+        estimate.pairs += sum(len(doc_ids) for _, doc_ids, _ in teacher.score(chunk))
+    return estimate
+
+
+def _unscored(
+    teacher: Teacher, collection: Collection, candidates: Candidates, store: ScoreStore | None
+) -> Iterator[list[TextList]]:
+    key, candidates = _key(teacher, candidates)
+    path = (store or ScoreStore()).root / key / collection.fingerprint
+    scores = TeacherScores(path).check(score_kind=teacher.score_kind) if (path / MANIFEST).is_file() else None
+
+    def missing(query_id: str, doc_ids: Sequence[str]) -> list[str]:
+        return list(doc_ids) if scores is None else scores.missing(query_id, doc_ids)
+
+    return _chunks(teacher, collection, candidates, missing, PAIRS, Counter())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def warn_of_another_server(backend: Backend, scores: TeacherScores) -> None:
     """Servers name models freely (`default`): where no revision tells two apart, they would share scores."""
-    now = teacher.asking.backend.describe()
+    now = backend.describe()
     try:
         then = json.loads((scores.path / MANIFEST).read_text(encoding="utf-8"))["description"]["teacher"]["backend"]
-        old, new = (urlsplit(str(one["base_url"])).netloc for one in (then, now))
+        old, new = (urlsplit(str(settings["base_url"])).netloc for settings in (then, now))
     except (OSError, ValueError, KeyError, TypeError):
         return
     if old != new and not now.get("revision"):
@@ -152,19 +227,13 @@ def prepared_folder(store: ScoreStore) -> Path:
     return store.root / "prepared"
 
 
-def lists_key(teacher: str, candidates: Iterable[tuple[str, Sequence[str], np.ndarray]]) -> str:
-    """The store's key for a teacher (by fingerprint) whose scores depend on the lists: it covers all ids in order."""
-    return fingerprint([teacher, "lists", [[query_id, *doc_ids] for query_id, doc_ids, _ in candidates]])
-
-
 @contextmanager
 def _reporting(teacher: Teacher, scores: TeacherScores) -> Iterator[None]:
     """Keep beside the scores what the teacher counted, and say it; also where the work ends early."""
     try:
         yield
     finally:
-        report = teacher.take_report()
-        if report and not (isinstance(teacher, AskingTeacher) and teacher.asking.estimate is not None):
+        if report := teacher.take_report():
             for line in teacher.report_lines(keep_report(scores.path, report)):
                 say(line)
 
@@ -173,12 +242,12 @@ def score_list(teacher: Teacher | EnsembleTeacher, item: TextList) -> np.ndarray
     """Score one list now, past the store: float32 [len(item.doc_ids)], NaN where the teacher has no score."""
     ensemble = teacher if isinstance(teacher, EnsembleTeacher) else None
     members = ensemble.members if ensemble else [cast(Teacher, teacher)]
-    given = [_Given(member, item) for member in members]
-    source = ensemble.combine(given) if ensemble else given[0]
+    scores = [_ListScores(member, item) for member in members]
+    source = ensemble.combine(scores) if ensemble else scores[0]
     return source.scores_of(item.query_id, item.doc_ids)
 
 
-class _Given:
+class _ListScores:
     """A teacher's scores of one list, as the combination of several reads them."""
 
     def __init__(self, teacher: Teacher, item: TextList) -> None:

@@ -118,7 +118,7 @@ def test_the_key_is_sent_and_written_nowhere(job: Job, server: Server) -> None:
     assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
     files = [path for path in job.folder.rglob("*") if path.is_file()]
     assert any(path.name == "manifest.json" and "MY_KEY" in path.read_text() for path in files)
-    assert any(path.name.startswith("segment-") for path in files)
+    assert any(path.name == "answers.sqlite" for path in files)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
@@ -126,7 +126,7 @@ def test_what_is_refused(job: Job, server: Server, tiny_encoder: Path) -> None:
     for more, settings, message in (
         (["--budget", "lots"], {}, "is no budget"),
         (["--budget", "3.50"], {}, "needs prices"),
-        ([], {"prices": {"prompt": 1.0}}, "price of the answer is missing"),
+        ([], {"prices": {"prompt": 1.0}}, "prices.answer: field required"),
         ([], {"decoding": "constrained"}, "held to given words"),
     ):
         ending = job.run(*more, **settings)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import check_method
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.listwise import ListwiseTeacher, report_lines
+from rankdistill.teachers.listwise import ListwiseTeacher
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.budget import BudgetReached
 from rankdistill.teachers.reports import added, keep_report, read_report
@@ -206,11 +206,11 @@ def test_position_bias_and_agreement_are_reported() -> None:
     lists = [planted(20, seed)[0] for seed in range(20)]
     for teacher, agreement, effect in ((honest, "1.000", "+0.000"), (copies, None, "+1.000")):
         scored(teacher, *lists)
-        lines = report_lines(teacher.take_report())
+        lines = teacher.report_lines(teacher.take_report())
         assert any(f"falls {effect} places" in line for line in lines)
         if agreement:
             assert any(line.endswith(f"(Kendall's τ): {agreement}") for line in lines)
-    assert report_lines(honest.take_report()) == []  # taken
+    assert honest.report_lines(honest.take_report()) == []  # taken
 
 
 def test_an_honest_model_outvotes_its_place_in_the_prompt() -> None:

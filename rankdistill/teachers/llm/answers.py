@@ -20,7 +20,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -56,11 +55,13 @@ class Reading:
         order: places of the passages as they were shown, best first: a permutation.
         repairs: kind → how many (see REPAIRS); empty for an answer that obeys the template's rule.
         logits: float64 [n] by the place shown, NaN where absent; None where the answer has none.
+        refused: there is no answer: the engine refused the prompt.
     """
 
     order: tuple[int, ...]
     repairs: Mapping[str, int]
     logits: np.ndarray | None = None
+    refused: bool = False
 
     @property
     def readable(self) -> bool:
@@ -76,11 +77,12 @@ def read_answer(answer: Answer, request: Request, prompt: Prompt) -> Reading:
     """
     if answer.refused:
         count = len(request.identifiers)
-        return Reading(tuple(range(count)), {"missing": count})
+        return Reading(tuple(range(count)), {"missing": count}, refused=True)
     if request.decoding == "first":
         if answer.logits is None:
             raise RankdistillError(
-                "the backend gave no logits of the identifiers", fix="decoding: generate, or a server with logprobs"
+                "the backend gave no logits of the identifiers",
+                fix="a server with logprobs, or decoding: generate (pairwise_llm has it where pointwise_llm has none)",
             )
         return read_logits(answer.logits, request.identifiers)
     return read_text(answer.text, request.identifiers, prompt, before=request.before, finished=answer.finished)
@@ -112,10 +114,9 @@ def read_text(
         names = [item.strip() for item in text.strip().split(prompt.separator.strip())]
         place = {prompt.item.replace("{identifier}", name).strip(): at for at, name in enumerate(identifiers)}
         return Reading(tuple(place[name] for name in names), dict(repairs))
-    named = _named(text, prompt, repairs)
     known = {name: at for at, name in enumerate(identifiers)}
     order: dict[int, None] = {}
-    for name in named:
+    for name in _named(text, prompt, repairs):
         at = known.get(name)
         if at is None:
             repairs["out_of_range"] += 1
@@ -134,40 +135,29 @@ def _named(text: str, prompt: Prompt, repairs: Counter[str]) -> list[str]:
     if not text.strip():
         repairs["empty"] += 1
         return []
-    marked, one = _patterns(prompt)
-    if marked is not None:
-        found = marked.findall(text)
-        if found:
-            between = marked.sub(" ", text).replace(prompt.separator.strip(), " ")
-            repairs["other_text" if any(c.isalnum() for c in between) else "form"] += 1
-            return [_name(token) for token in found]
+    item, alone = _patterns(prompt)
+    if item is not None and (tokens := item.findall(text)):
+        between = item.sub(" ", text).replace(prompt.separator.strip(), " ")
+        repairs["other_text" if any(c.isalnum() for c in between) else "form"] += 1
+        return [_name(token) for token in tokens]
     tokens = [token for piece in _SPLIT.split(text) if (token := piece.strip(_MARKS))]
-    if tokens and all(one.fullmatch(token) for token in tokens):
+    if tokens and all(alone.fullmatch(token) for token in tokens):
         repairs["bare"] += 1
         return [_name(token) for token in tokens]
     repairs["no_identifier"] += 1
     return []
 
 
-@lru_cache(maxsize=64)
-def _identifier_pattern(words: tuple[str, ...] | str) -> str:
-    if words == "numeric":
-        return r"\d+"
-    if words == "letters":
-        return r"[A-Za-z]"
-    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-
-
 def _patterns(prompt: Prompt) -> tuple[re.Pattern[str] | None, re.Pattern[str]]:
     """(an identifier as the template's item, or None where nothing stands around it; an identifier alone)."""
-    words = prompt.identifiers if isinstance(prompt.identifiers, str) else tuple(prompt.identifiers)
-    one = _identifier_pattern(words)
-    opening, closing = (part.strip() for part in prompt.item.split("{identifier}"))
-    # In a bare list a small letter is as likely a word: "a".
-    alone = re.compile("[A-Z]" if words == "letters" else one)
-    if not opening or not closing:
-        return None, alone
-    return re.compile(rf"{re.escape(opening)}\s*({one})\s*{re.escape(closing)}"), alone
+    if isinstance(prompt.identifiers, str):
+        # In a bare list a small letter is as likely a word: "a".
+        marked, alone = {"numeric": (r"\d+", r"\d+"), "letters": ("[A-Za-z]", "[A-Z]")}[prompt.identifiers]
+    else:
+        marked = alone = "|".join(map(re.escape, sorted(prompt.identifiers, key=len, reverse=True)))
+    opening, closing = (re.escape(part.strip()) for part in prompt.item.split("{identifier}"))
+    item = re.compile(rf"{opening}\s*({marked})\s*{closing}") if opening and closing else None
+    return item, re.compile(alone)
 
 
 def _name(token: str) -> str:
@@ -202,10 +192,9 @@ def identifier_logits(tokens: Iterable[tuple[str, float]], identifiers: Sequence
     White space around a token's text (and the marks that some tokenizers write for it) does not count; of two tokens
     that decode to one identifier the larger logit is taken. Other tokens are passed over.
     """
-    wanted = set(identifiers)
-    found: dict[str, float] = {}
+    logits: dict[str, float] = {}
     for text, logit in tokens:
         name = text.strip(" \t\r\n▁Ġ")
-        if name in wanted and logit == logit and logit > found.get(name, -np.inf):
-            found[name] = float(logit)
-    return found
+        if name in identifiers and logit > logits.get(name, -np.inf):  # NaN is not
+            logits[name] = float(logit)
+    return logits

@@ -1,32 +1,45 @@
 """The one way in which teachers ask language models: cached answers first, each new one kept before it is used.
 
-A teacher keeps an `Asking` (engine, cache and budget as the recipe gives them) and calls `ask` with the requests of
-a chunk, or of one round of windows; see `AskingTeacher`. In a dry run the same calls are counted instead of made.
+A teacher says what it asks of one list and what it makes of the answers (`AskingTeacher._talk`). The lists' requests
+are asked together, in rounds, within a budget; in a dry run they are counted instead of made.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from rankdistill.artifacts import fingerprint
-from rankdistill.errors import RankdistillError
+from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import build
-from rankdistill.teachers.base import Teacher
-from rankdistill.teachers.llm.base import Answer, Backend, Request, printable
-from rankdistill.teachers.llm.budget import Budget, Spending
+from rankdistill.teachers.base import Teacher, TextList, check_finite
+from rankdistill.teachers.llm.answers import Reading, read_answer
+from rankdistill.teachers.llm.base import Answer, Backend, Decoding, Request, printable
+from rankdistill.teachers.llm.budget import Budget, BudgetReached, Estimate, Prices
 from rankdistill.teachers.llm.cache import AnswerCache, answers_root
+from rankdistill.teachers.llm.prompts import Kind, Prompt, fit_passages, load_prompt
+from rankdistill.teachers.reports import added
 
 MANY = 8  # answers that tell nothing, before a job may stop for them
+# Requests that are asked together, then their readings in the same order (None: the budget did not hold it); at the
+# end the documents and scores, or None where there are none.
+Talk = Generator[list[Request], list[Reading | None], tuple[list[str], np.ndarray] | None]
+Answering = Callable[[Iterable[tuple[int, Request]]], Iterator[tuple[int, Answer]]]
 
 
 def ask(
-    backend: Backend, requests: Iterable[tuple[int, Request]], cache: AnswerCache, budget: Budget
+    backend: Backend,
+    requests: Iterable[tuple[int, Request]],
+    cache: AnswerCache,
+    budget: Budget,
+    answering: Answering | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer numbered requests, in any order, each once: first those in the cache, then the others, paid.
 
@@ -36,6 +49,7 @@ def ask(
     Args:
         requests: (number, request); the numbers are the caller's and distinct.
         budget: counts what is spent, and its limit is kept.
+        answering: in the backend's place: a dry run's.
 
     Raises:
         BudgetReached: the limit does not hold the next call; the calls under way have been answered, kept and
@@ -43,13 +57,11 @@ def ask(
         UsageError: the engine does not honour a request's decoding; nothing was paid for.
         RankdistillError: the engine failed, or the disk is full; answers that came before are kept.
     """
-    cache.refresh()
     numbers: dict[str, list[int]] = {}  # key → who asked
     missing: list[tuple[str, Request]] = []
     for number, request in requests:
         key = backend.answer_key(request)
-        known = cache.find(key)
-        if known is not None:
+        if (known := cache.find(key)) is not None:
             budget.reused += 1
             yield number, known
         elif key in numbers:
@@ -70,15 +82,14 @@ def ask(
         while position < len(missing):
             at = position
             key, request = missing[at]
-            known = cache.find(key)
-            if known is not None:
+            if (known := cache.find(key)) is not None:
                 budget.reused += 1
                 met.append((key, known))
                 position += 1
+            elif budget.limit is not None and not budget.reserve(at, backend.longest(request)):
+                reached = True
+                return
             else:
-                if budget.limit is not None and not budget.reserve(at, backend.longest(request)):
-                    reached = True
-                    return
                 under_way.add(at)
                 position += 1
                 yield at, request
@@ -88,7 +99,7 @@ def ask(
             begun = position
             # At the limit the calls under way still come in; they may free what was set aside for longer answers, so
             # the rest is tried once more.
-            with closing(_closable(backend.answer(affordable()))) as answers:
+            with closing(_closable((answering or backend.answer)(affordable()))) as answers:
                 for at, answer in answers:
                     if at not in under_way:
                         raise RankdistillError(f"the backend {backend.type} answered what it was not asked, or twice")
@@ -116,82 +127,6 @@ def ask(
 def _closable(answers: Iterator[tuple[int, Answer]]) -> Any:
     """A generator as it is; anything else made one, so that it can be closed when the asker leaves early."""
     return answers if hasattr(answers, "close") else (item for item in answers)
-
-
-class Estimate:
-    """What a job would cost: filled by a dry run.
-
-    The answers of a dry run keep the order in which the passages stand. Where later prompts depend on earlier answers
-    (sliding windows), the estimate therefore counts as many windows with passages in their first order: the number of
-    calls is exact, the tokens are those of these passages.
-    """
-
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
-        self.expected = Spending()  # answers as long as an order without faults
-        self.most = Spending()  # answers as long as they may be
-        self.reused = 0
-        self.pairs = 0  # that the store lacks
-        self._seen: set[str] = set()
-
-    def ask(
-        self, backend: Backend, requests: Iterable[tuple[int, Request]], cache: AnswerCache
-    ) -> Iterator[tuple[int, Answer]]:
-        """Count requests instead of making them; those in the cache are answered from it and cost nothing."""
-        checked: set[str] = set()
-        for number, request in requests:
-            key = backend.answer_key(request)
-            known = cache.find(key)
-            if known is not None:
-                self.reused += 1
-                yield number, known
-                continue
-            if request.decoding not in checked:
-                backend.check(request.decoding)
-                checked.add(request.decoding)
-            answer = _unchanged(request)
-            if key not in self._seen:
-                self._seen.add(key)
-                longest = backend.longest(request)
-                expected = min(longest.answer, backend.count_text([answer.text])[0])
-                self.expected.add(replace(longest, answer=expected), self.budget.prices)
-                self.most.add(longest, self.budget.prices)
-            yield number, answer
-
-    def lines(self) -> list[str]:
-        """For a person."""
-        priced = self.budget.prices is not None
-        lines = [f"{self.pairs:,} pairs to score", f"expected: {self.expected.line(priced)}"]
-        if self.most.answer != self.expected.answer:
-            lines.append(f"at most:  {self.most.line(priced)}")
-        if self.reused:
-            lines.append(f"{self.reused:,} answers are in the cache and cost nothing")
-        limit = self.budget.limit
-        if limit is not None:
-            fits = self.most.of(limit.unit) <= limit.amount
-            lines.append(f"the budget of {limit} {'holds that' if fits else 'may not hold that'}")
-        return lines
-
-    def to_json(self) -> dict[str, Any]:
-        limit = self.budget.limit
-        return {
-            "pairs": self.pairs,
-            "expected": vars(self.expected),
-            "most": vars(self.most),
-            "cached_answers": self.reused,
-            "budget": None if limit is None else {"amount": limit.amount, "unit": limit.unit},
-        }
-
-
-def _unchanged(request: Request) -> Answer:
-    """The answer that leaves the passages in their order."""
-    names = request.identifiers
-    if request.decoding == "first":
-        return Answer(names[0] if names else "", {name: -float(place) for place, name in enumerate(names)})
-    if names and all(name.isdigit() or (len(name) <= 2 and name.isupper()) for name in names):
-        text = " > ".join(f"[{name}]" for name in names)
-        return Answer(text.removeprefix(request.before))
-    return Answer(names[0] if names else "")
 
 
 @dataclass
@@ -273,49 +208,23 @@ class Health:
 
 
 class Asking:
-    """A teacher's language model as its recipe gives it: engine, cache of answers, budget.
-
-    Args:
-        backend: the engine's `type` and keys.
-        budget: `500calls`, `200000tokens`, `3.50`; None for no limit.
-        prices: money for a million tokens: prompt, answer, cached.
-    """
+    """A teacher's language model as its recipe gives it: engine, cache of answers, budget."""
 
     def __init__(
         self,
         backend: Mapping[str, Any],
         budget: str | float | None = None,
-        prices: Mapping[str, Any] | None = None,
+        prices: Prices | Mapping[str, Any] | None = None,
     ) -> None:
         self.backend: Backend = build("backend", backend, "teacher.backend")
         self.budget = Budget(budget, prices)
         self.estimate: Estimate | None = None
         self.health = Health()
-        self._root = answers_root()
+        self.root = answers_root()
 
     def use_store(self, root: str | Path) -> None:
         """Keep answers below this score store's root from now on."""
-        if self._root != answers_root(root):
-            self._root = answers_root(root)
-            self.__dict__.pop("cache", None)
-
-    def use_backend(self, backend: Mapping[str, Any]) -> None:
-        """Ask this engine from now on."""
-        self.backend = build("backend", backend, "teacher.backend")
-        self.__dict__.pop("cache", None)
-
-    @cached_property
-    def cache(self) -> AnswerCache:
-        return AnswerCache(self._root / self.backend.answered_by())
-
-    def see(self, answer: Answer, readable: bool) -> None:
-        """Told by the teacher of each answer whether it could read it.
-
-        Raises:
-            RankdistillError: most answers cannot be read; see `Health`.
-        """
-        if self.estimate is None:
-            self.health.see(answer, readable)
+        self.root = answers_root(root)
 
     def dry_run(self) -> Estimate:
         """From now on count and ask nothing."""
@@ -324,37 +233,132 @@ class Asking:
 
     def ask(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
         """Answer numbered requests, in any order, each once; see `ask`."""
-        if self.estimate is not None:
-            return self.estimate.ask(self.backend, requests, self.cache)
-        return ask(self.backend, requests, self.cache, self.budget)
+        folder, dry = self.root / self.backend.answered_by(), self.estimate
+        if dry is None:
+            return ask(self.backend, requests, AnswerCache(folder), self.budget)
+        return ask(self.backend, requests, AnswerCache(folder, dry.unkept), dry, partial(dry.answer, self.backend))
 
 
 class AskingTeacher(Teacher):
-    """A teacher that asks a language model through `self.asking.ask(requests)`.
+    """A teacher that asks a language model.
 
-    A subclass has a `type`, and a constructor that names `backend`, `budget` and `prices` among its own keys and hands
-    them to this one. `self.asking.backend` counts tokens (`count_text`) and refuses decodings (`check`).
+    A subclass has a `type`, the `kind` of its prompts and `_talk`. Its constructor takes its own settings and hands on
+    the others, documented here.
 
     Args:
         backend: the engine: its `type` (transformers, openai) and keys.
         passage_tokens: passages are cut to so many tokens, and so is a query.
+        queries_at_once: lists that are asked together.
         budget: the most that may be spent: 500calls, 200000tokens, or money such as 3.50.
         prices: money for a million tokens, {prompt: 0.15, answer: 0.60}.
     """
 
     live: ClassVar[bool] = False  # answers come from the cache where they can: a clock would measure that
+    kind: ClassVar[Kind]
+    decoding: Decoding = "first"
 
     def __init__(
         self,
         backend: dict[str, Any],
+        prompt: str,
+        passage_tokens: int = 200,
+        queries_at_once: int = 16,
         budget: str | float | None = None,
-        prices: dict[str, float] | None = None,
+        prices: Prices | None = None,
     ) -> None:
         self.asking = Asking(backend, budget, prices)
+        self.prompt: Prompt = load_prompt(prompt, self.kind)
+        self.passage_tokens, self.queries_at_once = passage_tokens, queries_at_once
+        self._report: dict[str, Any] = {}
+        self._at_least(passage_tokens=1, queries_at_once=1)
+        self.asking.backend.check(self.decoding)
+
+    def _at_least(self, **bounds: int) -> None:
+        for name, least in bounds.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{getattr(self, name)} is too few", where=f"teacher.{name}", fix=f"at least {least}")
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What decides the scores beside the engine, budget and prices."""
+        """What decides the scores beside the engine, budget and prices; of the prompt its fingerprint."""
+
+    @abstractmethod
+    def _talk(self, item: TextList) -> Talk:
+        """What is asked of one list, in rounds, and the scores that it gets at the end."""
 
     def fingerprint(self) -> str:
         return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._settings(), "prompt": self.prompt.model_dump(), "backend": self.asking.backend.describe()}
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """Scores of each list as it is ready, which need not be in the order given.
+
+        Raises:
+            BudgetReached: what was ready has been yielded; the answers of the others are kept.
+        """
+        for start in range(0, len(lists), self.queries_at_once):
+            yield from self._score_together(
+                [item for item in lists[start : start + self.queries_at_once] if item.doc_ids]
+            )
+
+    def _score_together(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        talks = [self._talk(item) for item in lists]
+        asked: dict[int, list[Request]] = {}
+
+        def go_on(at: int, readings: list[Reading | None] | None) -> Iterator[tuple[str, list[str], np.ndarray]]:
+            try:
+                asked[at] = talks[at].send(readings)  # type: ignore[arg-type]  # None begins
+            except StopIteration as end:
+                if end.value is not None:
+                    doc_ids, scores = end.value
+                    check_finite(lists[at].query_id, doc_ids, scores, self.type)
+                    yield lists[at].query_id, doc_ids, scores.astype(np.float32)
+
+        for at in range(len(talks)):
+            yield from go_on(at, None)
+        while asked:
+            this_round, asked = asked, {}
+            places = [(at, place) for at, requests in this_round.items() for place in range(len(requests))]
+            readings: dict[int, list[Reading | None]] = {at: [None] * len(this_round[at]) for at in this_round}
+            try:
+                requests = ((number, this_round[at][place]) for number, (at, place) in enumerate(places))
+                for number, answer in self.asking.ask(requests):
+                    at, place = places[number]
+                    readings[at][place] = self._read(this_round[at][place], answer)
+                    if None not in readings[at]:
+                        yield from go_on(at, readings.pop(at))
+            except BudgetReached:
+                for at in readings if not self.reads_lists else ():  # a list that is read whole is scored whole
+                    yield from go_on(at, readings[at])
+                raise
+
+    def _read(self, request: Request, answer: Answer) -> Reading:
+        reading = read_answer(answer, request, self.prompt)
+        if self.asking.estimate is None:
+            self.asking.health.see(answer, reading.readable)
+        return reading
+
+    def _fitted(self, texts: Iterable[str]) -> tuple[list[str], int]:
+        """Texts escaped and cut to `passage_tokens`, and how many were cut."""
+        return fit_passages(list(texts), self.passage_tokens, self.asking.backend.count_text, self.prompt.delimiters)
+
+    # -- what was counted ---------------------------------------------------------------------------------------------
+
+    def _count(self, report: Mapping[str, Any]) -> None:
+        """Handed on with a list's scores: a list without them is asked again."""
+        self._report = added(self._report, report)
+
+    def take_report(self) -> dict[str, Any]:
+        report, self._report = self._report, {}
+        return report
+
+
+def numbered(item: TextList) -> tuple[list[str], dict[str, int]]:
+    """(a list's distinct texts, document → place of its text): what comes twice is shown once."""
+    texts: dict[str, int] = {}
+    places = {d: texts.setdefault(text, len(texts)) for d, text in zip(item.doc_ids, item.documents, strict=True)}
+    return list(texts), places

@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from rankdistill.errors import UsageError
@@ -49,13 +49,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one call, as the engine counted them; `estimated` where it did not say."""
+    """Tokens of one call, as the engine counted them, or of several that were added."""
 
     prompt: int = 0
     answer: int = 0
     cached: int = 0  # of the prompt, read from the engine's cache
-    estimated: bool = False
+    estimated: int = 0  # calls whose tokens the engine did not tell
     calls: int = 1  # where one answer takes several
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,7 @@ class Backend(ABC):
         A prompt that the engine refuses gets an answer that is `refused`; the others go on.
 
         Raises:
-            RankdistillError: the engine cannot be reached or refuses, after bounded retries. Answers given before are
-                with the caller already.
+            RankdistillError: the engine cannot be reached or refuses, after bounded retries.
         """
 
     def check(self, decoding: str) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import Field
+
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.plain import Section
 from rankdistill.progress import Progress
-from rankdistill.recipe import nearest
-from rankdistill.teachers.llm.base import Usage
+from rankdistill.recipe import check_values
+from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 
 FORM = "500calls, 200000tokens, or an amount of money such as 3.50"
 
@@ -20,44 +22,19 @@ class BudgetReached(RankdistillError):
     """The limit is reached; what was paid for is kept and the same command goes on from there."""
 
 
-@dataclass(frozen=True)
-class Prices:
-    """Money for a million tokens, in any one currency.
+class Prices(Section):
+    """Money for a million tokens, in any one currency."""
 
-    Args:
-        prompt: of the prompt.
-        answer: of the answer.
-        cached: of the part of a prompt that the engine had in its cache; the prompt's price unless given.
-    """
-
-    prompt: float
-    answer: float
-    cached: float | None = None
-
-    @classmethod
-    def read(cls, table: Mapping[str, Any]) -> Prices:
-        """From a recipe's `prices`.
-
-        Raises:
-            UsageError: an unknown key, a missing one, or a price that is no amount.
-        """
-        known = ("prompt", "answer", "cached")
-        for name, value in table.items():
-            if name not in known:
-                raise UsageError(f"unknown price {name!r}", where=f"prices.{name}", fix=nearest(name, known))
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise UsageError(f"{value!r} is no price", where=f"prices.{name}", fix="money for a million tokens")
-        for name in known[:2]:
-            if name not in table:
-                raise UsageError(
-                    f"the price of the {name} is missing", where="prices", fix="money for a million tokens"
-                )
-        return cls(**{name: float(value) for name, value in table.items()})
+    prompt: float = Field(ge=0, description="of the prompt")
+    answer: float = Field(ge=0, description="of the answer")
+    cached: float | None = Field(
+        None, ge=0, description="of the part of a prompt that the engine had in its cache; the prompt's unless given"
+    )
 
     def cost(self, usage: Usage) -> float:
-        """Money for one call."""
+        """Money for one call, or for several."""
         cached = self.prompt if self.cached is None else self.cached
-        fresh = max(usage.prompt - usage.cached, 0)
+        fresh = usage.prompt - usage.cached
         return (fresh * self.prompt + usage.cached * cached + usage.answer * self.answer) / 1e6
 
 
@@ -75,50 +52,15 @@ class Limit:
         Raises:
             UsageError: anything else.
         """
-        found = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*(calls?|tokens?|)\s*", str(text))
-        if found is None:
-            raise UsageError(f"{text!r} is no budget", where="budget", fix=f"give {FORM}")
-        amount = float(re.sub("[_,]", "", found[1]))
-        unit = {"c": "calls", "t": "tokens", "": "money"}[found[2][:1]]
+        parts = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*(calls?|tokens?|)\s*", str(text))
+        amount = float(re.sub("[_,]", "", parts[1])) if parts else 0.0
+        unit = {"c": "calls", "t": "tokens"}.get(parts[2][:1] if parts else "", "money")
         if amount <= 0 or (unit != "money" and amount != int(amount)):
             raise UsageError(f"{text!r} is no budget", where="budget", fix=f"give {FORM}")
         return cls(amount, unit)
 
     def __str__(self) -> str:
         return f"{self.amount:,.2f}" if self.unit == "money" else f"{int(self.amount):,} {self.unit}"
-
-
-@dataclass
-class Spending:
-    """Calls and tokens, counted."""
-
-    calls: int = 0
-    prompt: int = 0
-    answer: int = 0
-    cached: int = 0
-    money: float = 0.0
-    estimated: int = 0  # calls whose tokens the engine did not tell
-
-    def add(self, usage: Usage, prices: Prices | None) -> None:
-        self.calls += usage.calls
-        self.prompt += usage.prompt
-        self.answer += usage.answer
-        self.cached += usage.cached
-        self.estimated += usage.estimated
-        self.money += prices.cost(usage) if prices else 0.0
-
-    def of(self, unit: str) -> float:
-        """What was spent in a limit's unit."""
-        return {"calls": self.calls, "tokens": self.prompt + self.answer, "money": self.money}[unit]
-
-    def line(self, priced: bool) -> str:
-        """For a person: "9 calls, 27,000 + 360 tokens, 0.0043 money"."""
-        text = f"{self.calls:,} calls, {self.prompt:,} prompt and {self.answer:,} answer tokens"
-        if self.cached:
-            text += f" ({self.cached:,} of the prompts' from the engine's cache)"
-        if self.estimated:
-            text += f", {self.estimated:,} calls' tokens estimated"
-        return f"{text}, {self.money:,.4f} in money" if priced else text
 
 
 class Budget:
@@ -129,13 +71,12 @@ class Budget:
 
     Args:
         limit: `500calls`, `200000tokens`, `3.50`; None spends without a limit.
-        prices: money for a million tokens: prompt, answer and, if it differs, cached.
+        prices: money for a million tokens, see `Prices`.
     """
 
-    def __init__(self, limit: str | float | None = None, prices: Mapping[str, Any] | None = None) -> None:
-        self.prices = Prices.read(prices) if prices is not None else None
-        self.limit: Limit | None = None
-        self.spent = Spending()
+    def __init__(self, limit: str | float | None = None, prices: Prices | Mapping[str, Any] | None = None) -> None:
+        self.prices = check_values(Prices, prices, "prices") if prices is not None else None
+        self.spent = Usage(calls=0)
         self.reused = 0  # answers that were paid for earlier
         self._reserved: dict[int, float] = {}
         self._bar: Progress | None = None
@@ -156,22 +97,28 @@ class Budget:
                 "or a budget in calls or tokens",
             )
 
+    def money(self, usage: Usage) -> float:
+        return self.prices.cost(usage) if self.prices else 0.0
+
+    def of(self, usage: Usage) -> float:
+        """Usage in the limit's unit."""
+        assert self.limit is not None
+        tokens = usage.prompt + usage.answer
+        return {"calls": usage.calls, "tokens": tokens, "money": self.money(usage)}[self.limit.unit]
+
     def reserve(self, number: int, most: Usage) -> bool:
         """Set aside what call `number` may cost; False where that no longer fits."""
-        if self.limit is None:
-            return True
-        cost = Spending()
-        cost.add(most, self.prices)
-        wanted = cost.of(self.limit.unit)
-        if self.spent.of(self.limit.unit) + sum(self._reserved.values()) + wanted > self.limit.amount * (1 + 1e-12):
+        assert self.limit is not None
+        cost = self.of(most)
+        if self.of(self.spent) + sum(self._reserved.values()) + cost > self.limit.amount * (1 + 1e-12):
             return False
-        self._reserved[number] = wanted
+        self._reserved[number] = cost
         return True
 
     def pay(self, number: int, usage: Usage) -> None:
         """Count an answer that has come."""
         self._reserved.pop(number, None)
-        self.spent.add(usage, self.prices)
+        self.spent += usage
         self._bar = self._bar or Progress("asking", None, "answers")
         self._bar.advance(1, note=self.line())
 
@@ -179,12 +126,20 @@ class Budget:
         """No call is under way any more."""
         self._reserved.clear()
 
+    def bill(self, usage: Usage) -> str:
+        """For a person: "9 calls, 27,000 prompt and 360 answer tokens, 0.0043 in money"."""
+        text = f"{usage.calls:,} calls, {usage.prompt:,} prompt and {usage.answer:,} answer tokens"
+        if usage.cached:
+            text += f" ({usage.cached:,} of the prompts' from the engine's cache)"
+        if usage.estimated:
+            text += f", {usage.estimated:,} calls' tokens estimated"
+        return f"{text}, {self.money(usage):,.4f} in money" if self.prices else text
+
     def line(self) -> str:
         """What was spent, of how much: one line for a person."""
-        text = self.spent.line(self.prices is not None)
+        text = self.bill(self.spent)
         if self.limit is not None:
-            share = self.spent.of(self.limit.unit) / self.limit.amount
-            text += f" ({share:.0%} of the budget of {self.limit})"
+            text += f" ({self.of(self.spent) / self.limit.amount:.0%} of the budget of {self.limit})"
         return f"{text}; {self.reused:,} answers from the cache" if self.reused else text
 
     def reached(self) -> BudgetReached:
@@ -194,3 +149,53 @@ class Budget:
             fix="everything paid for is kept: run the same command again, with a new or larger --budget (or the "
             "teacher's `budget`), and it goes on from here",
         )
+
+
+class Estimate(Budget):
+    """What a job would cost: a budget without a limit that a dry run spends from, and the answers that it is given.
+
+    They keep the order in which the passages stand. Where later prompts depend on earlier answers (sliding windows),
+    as many windows are counted, with passages in their first order: the number of calls is exact, the tokens are those
+    of these passages.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__(None, budget.prices)
+        self.budget = budget
+        self.most = Usage(calls=0)  # with answers as long as they may be; `spent`: as long as an order without faults
+        self.pairs = 0  # that the store lacks
+        self.unkept: dict[str, Answer] = {}
+
+    def pay(self, number: int, usage: Usage) -> None:
+        self.spent += usage
+
+    def answer(self, backend: Backend, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+        """Answers as `Backend.answer` gives them, without the engine."""
+        for number, request in requests:
+            answer, longest = _unchanged(request), backend.longest(request)
+            self.most += longest
+            length = min(longest.answer, backend.count_text([answer.text])[0])
+            yield number, replace(answer, usage=replace(longest, answer=length))
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = [f"{self.pairs:,} pairs to score", f"expected: {self.bill(self.spent)}"]
+        if self.most.answer != self.spent.answer:
+            lines.append(f"at most:  {self.bill(self.most)}")
+        if self.reused:
+            lines.append(f"{self.reused:,} answers are in the cache and cost nothing")
+        limit = self.budget.limit
+        if limit is not None:
+            fits = self.budget.of(self.most) <= limit.amount
+            lines.append(f"the budget of {limit} {'holds that' if fits else 'may not hold that'}")
+        return lines
+
+
+def _unchanged(request: Request) -> Answer:
+    """The answer that leaves the passages in their order."""
+    names = request.identifiers
+    if request.decoding == "first":
+        return Answer(names[0], {name: -float(place) for place, name in enumerate(names)})
+    if all(name.isdigit() or (len(name) <= 2 and name.isupper()) for name in names):
+        return Answer(" > ".join(f"[{name}]" for name in names).removeprefix(request.before))
+    return Answer(names[0])

@@ -1,24 +1,21 @@
-"""Prompts as files: what a language model is asked, in words that a user can copy and edit.
+"""Prompts as files: what a language model is asked, in words that a user can copy and edit (`configs/prompts/`).
 
-A template is a YAML file (`configs/prompts/`): the texts around the passages, how a passage is shown, what identifies
-it, and the rule that a whole answer obeys. Queries and passages are foreign text. They are put in once, after the
-template was read, so that braces in them mean nothing; and they are escaped (`escaped`): a passage is one line, holds
-nothing that looks like an identifier, a delimiter of the template or a special token of a chat format.
+Queries and passages are foreign text. They are put in once, after the template was read, so that braces in them mean
+nothing; and they are `escaped`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rankdistill.artifacts import fingerprint
-from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.errors import UsageError
 from rankdistill.plain import Section
 from rankdistill.recipe import check_values, find_declaration, nearest, read_yaml
 from rankdistill.teachers.llm.base import Decoding, Request
@@ -27,6 +24,11 @@ FOLDER = "configs/prompts"
 Kind = Literal["listwise", "pointwise", "pairwise"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHOWS = {  # fewest and most passages
+    "listwise": (1, math.inf, "at least one passage"),
+    "pairwise": (2, 2, "two passages"),
+    "pointwise": (1, 1, "one passage"),
+}
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 # Where each placeholder may stand; {query} and {count} may stand anywhere but in `item` and `separator`.
 PLACES = {
@@ -110,13 +112,6 @@ class Prompt(Section):
         """Of everything that the model sees and that its answers are read by."""
         return fingerprint(self.model_dump(exclude={"description"}))
 
-    @property
-    def limit(self) -> int | None:
-        """Passages that one prompt can hold; None: any number."""
-        if self.kind != "listwise":
-            return 1 if self.kind == "pointwise" else 2
-        return len(LETTERS) if self.identifiers == "letters" else None
-
     def names(self, count: int) -> tuple[str, ...]:
         """The identifiers of `count` passages, in their order (or the words that may be answered).
 
@@ -136,7 +131,7 @@ class Prompt(Section):
         return tuple(LETTERS[:count])
 
     def escaped(self, text: str) -> str:
-        """A foreign text as it is shown; see `escaped`, with this template's delimiters."""
+        """A foreign text as this template shows it."""
         return escaped(text, self.delimiters)
 
     @property
@@ -160,22 +155,18 @@ class Prompt(Section):
         seed: int = 0,
         max_tokens: int | None = None,
     ) -> Request:
-        """The request for one query and its passages, in the order they are shown.
+        """The request for one query and its passages, in the order they are shown; both are escaped here.
 
         Args:
-            passages: as they are; they are escaped here (cut them with `fit_passages` first, which escapes as well:
-                escaping twice changes nothing).
+            passages: cut by `fit_passages` (which escapes too: twice changes nothing).
             max_tokens: of the answer; by default enough for a whole ranking and some words around it.
 
         Raises:
             UsageError: no passage, or more than the template can name.
         """
-        if not passages:
-            raise UsageError("a prompt needs at least one passage")
-        if self.kind == "pairwise" and len(passages) != 2:
-            raise UsageError(f"a pairwise prompt shows two passages, not {len(passages)}")
-        if self.kind == "pointwise" and len(passages) != 1:
-            raise UsageError(f"a pointwise prompt shows one passage, not {len(passages)}")
+        fewest, most, shows = SHOWS[self.kind]
+        if not fewest <= len(passages) <= most:
+            raise UsageError(f"a {self.kind} prompt shows {shows}, not {len(passages)}")
         names = self.names(len(passages))
         values = {
             "query": self.escaped(query),
@@ -189,11 +180,9 @@ class Prompt(Section):
             for name, text in zip(names if isinstance(self.identifiers, str) else [""] * len(passages), passages)
         ]
         user = _filled(self.before, values) + "".join(shown) + _filled(self.after, values)
-        messages = [{"role": "user", "content": user.strip()}]
-        if self.system.strip():
-            messages.insert(0, {"role": "system", "content": _filled(self.system, values).strip()})
+        system = [{"role": "system", "content": _filled(self.system, values).strip()}] if self.system.strip() else []
         return Request(
-            messages=tuple(messages),
+            messages=(*system, {"role": "user", "content": user.strip()}),
             identifiers=names,
             decoding=decoding,
             before="" if decoding == "generate" else self.begins,
@@ -209,7 +198,7 @@ class Prompt(Section):
 
     def example(self, names: Sequence[str]) -> str:
         """How an answer looks: the first identifiers in an order that is nobody's favourite."""
-        chosen = [names[place] for place in (2, 0, 1) if place < len(names)][: min(3, len(names))]
+        chosen = [names[place] for place in (2, 0, 1) if place < len(names)]
         return self.separator.join(self.item.replace("{identifier}", name) for name in chosen)
 
 
@@ -261,13 +250,11 @@ def fit_passages(
     """
     texts = [escaped(text, delimiters) for text in passages]
     counts = dict(enumerate(count(texts))) if texts else {}
-    long = [at for at, number in counts.items() if number > tokens]
-    cut = len(long)
-    while long:
+    cut = sum(number > tokens for number in counts.values())
+    while long := [at for at, number in counts.items() if number > tokens and len(texts[at]) > 1]:
         for at in long:
             texts[at] = _shortened(texts[at], tokens / counts[at])
         counts = dict(zip(long, count([texts[at] for at in long]), strict=True))
-        long = [at for at in long if counts[at] > tokens and len(texts[at]) > 1]
     return texts, cut
 
 
@@ -277,12 +264,6 @@ def _shortened(text: str, share: float) -> str:
     kept = text[:length]
     space = kept.rfind(" ")
     return kept[:space] if space > 0.8 * length else kept.rstrip() or kept
-
-
-@lru_cache(maxsize=64)
-def _read(path: Path, content: bytes) -> Prompt:
-    values: dict[str, Any] = read_yaml(path)
-    return check_values(Prompt, values, str(path))
 
 
 def load_prompt(name: str, kind: Kind | None = None) -> Prompt:
@@ -295,10 +276,7 @@ def load_prompt(name: str, kind: Kind | None = None) -> Prompt:
         UsageError: there is none, a key is unknown or wrong, or it is of another kind.
     """
     path = find_declaration(FOLDER, name)
-    try:
-        prompt = _read(path.resolve(), path.read_bytes())  # times can be put back
-    except OSError as error:
-        raise RankdistillError(f"the prompt cannot be read: {error.strerror}", where=str(path)) from None
+    prompt = check_values(Prompt, read_yaml(path), str(path))
     if kind is not None and prompt.kind != kind:
         raise UsageError(f"this prompt is {prompt.kind}, not {kind}", where=str(path), fix=f"prompt: {kind}")
     return prompt

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.teachers.llm.asking import ask
 from rankdistill.teachers.llm.base import Answer, Backend, Decoding, Request, Usage
 from rankdistill.teachers.llm.budget import Budget
-from rankdistill.teachers.llm.cache import AnswerCache
+from rankdistill.teachers.llm.cache import FILE, AnswerCache
 from rankdistill.teachers.llm.openai_server import OpenAIBackend
 
 
@@ -71,7 +73,7 @@ def test_an_answer_comes_back_as_it_was(tmp_path: Path) -> None:
     given = Answer(
         '"half a pair \ud83d, a line\nand \u2028 more',
         {"A": -0.1234567890123456, "B": -7e-17},
-        Usage(5, 6, 2, True, 3),
+        Usage(5, 6, 2, 1, 3),
         0.5,
     )
     cache = AnswerCache(tmp_path / "cache")
@@ -113,60 +115,63 @@ def test_whatever_changes_an_answer_is_another_record(tmp_path: Path) -> None:
     assert backend.asked == 1, "an answer of another engine was taken"
 
 
-def test_what_a_kill_leaves_is_read_as_far_as_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    list(ask(Shout(), requests(5), AnswerCache(tmp_path), Budget()))
-    (segment,) = tmp_path.glob("segment-*.jsonl")
-    whole = segment.read_bytes()
-    for cut in (1, 40, len(whole) // 2):
-        segment.write_bytes(whole[:-cut])
-        backend, lines = Shout(), whole[:-cut].count(b"\n")
-        assert len(texts(ask(backend, requests(5), AnswerCache(tmp_path), Budget()))) == 5
-        assert backend.asked == 5 - lines
-        assert capsys.readouterr().err == ""  # nothing is wrong: the process was killed
-        for other in set(tmp_path.glob("segment-*")) - {segment}:
-            other.unlink()  # a new process writes to a segment of its own
-
-
 @pytest.mark.parametrize(
     "change",
     [
         {"text": 5}, {"text": None}, {"usage": None}, {"usage": {"prompt": "x"}}, {"usage": {"prompt": -1}},
         {"logits": 3}, {"logits": {"A": "x"}}, {"logits": {"A": None}}, {"logits": {"A": float("nan")}},
-        {"logits": {"A": 10**400}}, {"seconds": []}, {"key": 7}, None,
+        {"logits": {"A": 10**400}}, {"seconds": []}, "[" * 3000, "#" * 90, "\ud800", None, 7,
     ],
 )  # fmt: skip
-def test_a_line_of_another_shape_is_asked_again_and_said(
-    change: dict[str, Any] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_record_of_another_shape_is_asked_again_and_said(
+    change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
-    (segment,) = tmp_path.glob("segment-*.jsonl")
-    lines = segment.read_bytes().splitlines(keepends=True)
-    record = json.loads(lines[1])
-    lines[1] = b"[" * 3000 + b"\n" if change is None else json.dumps({**record, **change}).encode() + b"\n"
-    segment.write_bytes(b"".join(lines))
+    with closing(sqlite3.connect(tmp_path / FILE)) as table, table:
+        ((key, record),) = table.execute("SELECT * FROM answers LIMIT 1")
+        if isinstance(change, dict):
+            change = json.dumps({**json.loads(record), **change})
+        elif isinstance(change, str):
+            change = change.encode("utf-8", "surrogatepass")
+        table.execute("UPDATE answers SET record = ? WHERE key = ?", (change, key))
     backend = Shout()
-    assert texts(ask(backend, requests(3), AnswerCache(tmp_path), Budget())) == {n: f"PROMPT {n}" for n in range(3)}
-    assert backend.asked == 1 and "cannot be read and is asked again" in capsys.readouterr().err
+    for asked in (1, 0):
+        assert texts(ask(backend, requests(3), AnswerCache(tmp_path), Budget())) == {n: f"PROMPT {n}" for n in range(3)}
+        assert backend.asked == 1 and ("is asked again" in capsys.readouterr().err) == asked
 
 
-def test_a_damaged_line_is_asked_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
-    (segment,) = tmp_path.glob("segment-*.jsonl")
-    lines = segment.read_bytes().splitlines(keepends=True)
-    segment.write_bytes(lines[0] + b"#" * (len(lines[1]) - 1) + b"\n" + lines[2])
-    backend = Shout()
-    assert texts(ask(backend, requests(3), AnswerCache(tmp_path), Budget())) == {n: f"PROMPT {n}" for n in range(3)}
-    assert backend.asked == 1
-    assert "cannot be read and is asked again" in capsys.readouterr().err
+    (tmp_path / FILE).write_bytes(b"no database" * 1000)
+    with pytest.raises(RankdistillError, match="cannot be read: file is not a database") as caught:
+        list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
+    assert "move this file away" in str(caught.value.fix) and FILE in str(caught.value.where)
 
 
-def test_a_segment_deleted_meanwhile_is_asked_again(tmp_path: Path) -> None:
-    list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
-    cache = AnswerCache(tmp_path)
-    for segment in tmp_path.glob("segment-*"):
-        segment.unlink()
+def test_answers_that_an_earlier_version_kept_are_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line each, as it wrote them; the last one cut by a kill, one damaged."""
+    usage = {"prompt": 8, "answer": 3, "cached": 1, "estimated": False, "calls": 1}
+    lines = [
+        json.dumps({"key": request.key("one"), "text": f"old \ud83d {number}", "logits": {"1": -0.5}, "usage": usage,
+                    "seconds": 0.25, "finished": True})
+        for number, request in requests(4)
+    ]  # fmt: skip
+    lines[1] = "#" * len(lines[1])
+    segment = tmp_path / "segment-00000000001-7-abc.jsonl"
+    segment.write_text("\n".join(lines)[:-9])
     backend = Shout()
-    assert len(texts(ask(backend, requests(3), cache, Budget()))) == 3 and backend.asked == 3
+    for asked in (2, 2):
+        found = dict(ask(backend, requests(4), AnswerCache(tmp_path), Budget()))
+        assert backend.asked == asked and found[1].text == "PROMPT 1" and found[3].text == "PROMPT 3"
+        assert found[2] == Answer("old \ud83d 2", {"1": -0.5}, Usage(8, 3, 1), 0.25)
+    assert capsys.readouterr().err.count("is asked again") == 1
+    # The earlier version has gone on meanwhile.
+    segment.write_text(
+        "\n".join([*lines, lines[0].replace(requests(1)[0][1].key("one"), request("new").key("one"))]) + "\n"
+    )
+    assert AnswerCache(tmp_path).find(request("new").key("one")) and len(AnswerCache(tmp_path)) == 5
 
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
@@ -230,7 +235,7 @@ def test_an_engine_that_fails_leaves_the_answers_before_it(tmp_path: Path) -> No
 
 def ask_server(url: str, cache: str, count: int, concurrency: int = 4) -> None:
     """What a process of its own does: ask, and print what came."""
-    backend = OpenAIBackend("m", url, concurrency=concurrency, backoff=0.01)
+    backend = OpenAIBackend("m", url, concurrency=concurrency)
     budget = Budget()
     found = texts(ask(backend, requests(count), AnswerCache(cache), budget))
     print(json.dumps([found, budget.spent.calls, budget.reused]))
@@ -285,21 +290,16 @@ def test_two_processes_on_one_cache(tmp_path: Path) -> None:
             ending = process.wait()
             assert ending.code == 0, ending.err
             assert json.loads(ending.out)[0] == {str(n): f"PROMPT {n}" for n in range(40)}
-    segments = list((tmp_path / "cache").glob("segment-*.jsonl"))
-    assert 1 <= len(segments) <= 2
-    for segment in segments:
-        assert all(json.loads(line)["key"] for line in segment.read_text().splitlines())
     assert len(AnswerCache(tmp_path / "cache")) == 40
 
 
 def test_what_another_process_has_paid_is_taken(tmp_path: Path) -> None:
-    """Answers that come into the cache while we ask are found at the next look, not paid."""
+    """Answers that come into the cache while we ask are found, not paid."""
     mine = AnswerCache(tmp_path)
 
     def change(number: int, text: str) -> Answer:
         if text == "prompt 0":  # meanwhile, elsewhere
             list(ask(Shout(), requests(5), AnswerCache(tmp_path), Budget()))
-            mine._looked = -1e9  # a second later
         return Answer(text.upper())
 
     backend, budget = Shout(change=change), Budget()
@@ -308,7 +308,7 @@ def test_what_another_process_has_paid_is_taken(tmp_path: Path) -> None:
 
 
 def ask_on_a_full_disk(cache: str) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY))
     backend = Shout()
     handed_on = []
     try:
@@ -322,7 +322,7 @@ def test_a_full_disk_says_so_and_keeps_what_was_handed_on(tmp_path: Path) -> Non
     ending = Forked(ask_on_a_full_disk, str(tmp_path / "cache"), folder=tmp_path / "out").wait()
     assert ending.code == 0, ending.err
     handed_on, asked, what, fix = json.loads(ending.out)
-    assert "disk is full" in what and "finished parts are kept" in fix
+    assert "cannot be written: disk" in what and "free some space" in fix and handed_on
     assert asked == len(handed_on) + 1  # none is asked whose answer could not be kept
     backend = Shout()
     assert len(texts(ask(backend, requests(50), AnswerCache(tmp_path / "cache"), Budget()))) == 50

@@ -50,7 +50,6 @@ def test_shipped_prompts_render(name: str) -> None:
 def test_identifiers_and_the_rule_for_answers() -> None:
     numbers, letters = load_prompt("listwise"), load_prompt("listwise_letters")
     assert numbers.names(3) == ("1", "2", "3") and letters.names(3) == ("A", "B", "C")
-    assert numbers.limit is None and letters.limit == 26
     first = letters.render("q", ["x", "y"], decoding="first")
     assert (first.before, first.max_tokens, first.identifiers) == ("[", 1, ("A", "B"))
     assert load_prompt("pointwise").names(1) == ("yes", "no")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rankdistill.errors import UsageError
-from rankdistill.teachers.llm.windows import reorder, windows
+from rankdistill.teachers.listwise import windows
 
 
 def test_the_published_setting_takes_nine_calls() -> None:
@@ -58,7 +58,7 @@ def test_a_perfect_ranker_brings_the_best_to_the_front(count: int) -> None:
         order = random.Random(seed).sample(range(count), count)
         for number, (start, end) in enumerate(windows(count, 20, 10, passes=10)):
             window = order[start:end]
-            reorder(order, start, sorted(range(end - start), key=window.__getitem__))
+            order[start:end] = sorted(window)
             assert sorted(order) == list(range(count))
             if number == len(windows(count, 20, 10)) - 1:
                 assert order[:10] == list(range(min(10, count)))
