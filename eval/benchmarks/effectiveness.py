@@ -52,6 +52,7 @@ def workspace(spec: str, seed: int, options: argparse.Namespace) -> Workspace:
         "name": "effectiveness",
         "seed": seed,
         "collection": spec,
+        "candidates": {"queries": options.queries},
         "training": {"steps": options.steps},
         "baselines": {name: row for name, row in ROWS.items() if options.rows is None or name in options.rows},
         "indexes": [],
@@ -150,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", action="append", help="again for more; default: python-docs:public")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--queries", type=int, default=512, help="training queries whose lists are scored")
     parser.add_argument("--steps", type=int, default=32, help="of the student of the encoder's size")
     parser.add_argument("--teacher-steps", type=int, default=84)
     parser.add_argument("--teacher", type=yaml.safe_load, default={}, help="changes to the cross-encoder's training")
@@ -162,7 +164,7 @@ def main() -> None:
     specs = options.collection or ["python-docs:public"]
     named = " ".join(f"--collection {one.rpartition(':')[0]}:{Path(one.rpartition(':')[2]).name}" for one in specs)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    settings = f"--split {options.split} --steps {options.steps} --teacher-steps {options.teacher_steps}"
+    settings = f"--split {options.split} --queries {options.queries} --steps {options.steps} --teacher-steps {options.teacher_steps}"
     settings += f" --teacher '{json.dumps(options.teacher)}'" if options.teacher else ""
     lines = [
         "# Is the student better than the encoder it came from?",
