@@ -164,7 +164,8 @@ def main() -> None:
     specs = options.collection or ["python-docs:public"]
     named = " ".join(f"--collection {one.rpartition(':')[0]}:{Path(one.rpartition(':')[2]).name}" for one in specs)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    settings = f"--split {options.split} --queries {options.queries} --steps {options.steps} --teacher-steps {options.teacher_steps}"
+    settings = f"--split {options.split} --queries {options.queries}"
+    settings += f" --steps {options.steps} --teacher-steps {options.teacher_steps}"
     settings += f" --teacher '{json.dumps(options.teacher)}'" if options.teacher else ""
     lines = [
         "# Is the student better than the encoder it came from?",
