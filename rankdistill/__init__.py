@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rankdistill.evaluation.metrics import evaluate_run as evaluate_run
     from rankdistill.evaluation.report import report as report
     from rankdistill.indexes.building import build_index as build_index
+    from rankdistill.indexes.building import merge_indexes as merge_indexes
     from rankdistill.indexes.dense import export_index as export_index
     from rankdistill.indexes.faiss_index import FaissIndex as FaissIndex
     from rankdistill.indexes.inspection import check_index as check_index
-    from rankdistill.indexes.merging import merge_indexes as merge_indexes
     from rankdistill.indexes.mining import mine as mine
     from rankdistill.recipe import load_recipe as load_recipe
     from rankdistill.runs import Run as Run
@@ -57,7 +57,7 @@ _PUBLIC = {
     "fuse": "evaluation.fusion",
     "import_scores": "teachers.recorded",
     "load_recipe": "recipe",
-    "merge_indexes": "indexes.merging",
+    "merge_indexes": "indexes.building",
     "mine": "indexes.mining",
     "open_collection": "collections",
     "pool_folds": "evaluation.extrapolation",

@@ -148,12 +148,12 @@ def step_train(collection: Collection, folder: Path) -> None:
 
 def step_index(collection: Collection, folder: Path, name: str) -> None:
     """Without the student, and so without torch: the vectors are all that is needed."""
+    from rankdistill.indexes.base import DocumentIds
     from rankdistill.indexes.building import build_index
-    from rankdistill.indexes.dense import iter_doc_ids
     from rankdistill.indexes.specification import load_specification
     from rankdistill.indexes.vectors import open_vectors
 
-    vectors, ids = open_vectors(folder / "vectors"), iter_doc_ids(collection)
+    vectors, ids = open_vectors(folder / "vectors"), DocumentIds(collection)
     build_index(vectors, ids, load_specification(name), folder / f"{name}.faiss", similarity="cos")
 
 

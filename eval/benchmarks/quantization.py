@@ -49,8 +49,9 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.significance import Significance, compare_values
+from rankdistill.indexes.base import DocumentIds
 from rankdistill.indexes.building import build_index
-from rankdistill.indexes.dense import ExactIndex, iter_doc_ids
+from rankdistill.indexes.dense import ExactIndex
 from rankdistill.indexes.faiss_assembly import add_codes, parts_of
 from rankdistill.indexes.faiss_index import FaissIndex, parts
 from rankdistill.indexes.specification import (
@@ -332,7 +333,7 @@ def make(data: Data, specification: Specification) -> FaissIndex:
         key = fingerprint(specification.model_dump(exclude={"name", "description"}))
         out = data.folder / "indexes" / f"faiss-{key}.index"
         common = {"vectors_fingerprint": data.vectors.fingerprint, "similarity": data.encoder.similarity}
-        return build_index(documents, iter_doc_ids(data.collection), specification, out, **common)
+        return build_index(documents, DocumentIds(data.collection), specification, out, **common)
     start = make(data, start_of(specification, data.encoder.dimension))
     queries, decided = data.learning_queries(specification)
     along = specification.query == "encoder"
@@ -349,7 +350,7 @@ def make(data: Data, specification: Specification) -> FaissIndex:
     shared = lend_start(specification, start, quantizer_folder(out), fingerprint(values))
     index = quantize(
         documents,
-        iter_doc_ids(data.collection),
+        DocumentIds(data.collection),
         queries,
         specification,
         out,

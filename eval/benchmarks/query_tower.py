@@ -24,7 +24,6 @@ from rankdistill.collections import open_collection
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.significance import holm, randomisation
 from rankdistill.indexes.dense import DenseEngine
-from rankdistill.indexes.sources import source_vectors
 from rankdistill.indexes.vectors import encode_documents
 from rankdistill.progress import say
 from rankdistill.recipe import build, load_recipe
@@ -117,7 +116,8 @@ def main() -> None:
     collection = open_collection(arguments.collection)
     large = build("student", {"type": "dense", "model": LARGE, **LENGTHS}).create("cpu")
     work = arguments.work
-    vectors = encode_documents(large, collection, source_vectors(work / "engines", large.fingerprint, collection))
+    key = fingerprint([large.fingerprint, collection.fingerprint])
+    vectors = encode_documents(large, collection, work / "engines" / f"vectors-{key}")  # where mining looks for them
     engine = DenseEngine.over(large, vectors)
 
     train, dev = collection.training_splits()

@@ -23,24 +23,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import write_atomically
+from rankdistill.artifacts import fingerprint, write_atomically
 from rankdistill.collections import open_collection
 from rankdistill.evaluation.fusion import fuse
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.significance import compare_values
 from rankdistill.indexes.base import Hits
+from rankdistill.indexes.bm25 import bm25_factors
 from rankdistill.indexes.by_student import encode_collection, exhaustive_engine, prepare_student
 from rankdistill.indexes.lucene_bm25 import LuceneBM25
 from rankdistill.indexes.sparse import SparseEngine, build_sparse_index
 from rankdistill.indexes.sparse_vectors import open_sparse_vectors
 from rankdistill.indexes.specification import any_specification
-from rankdistill.indexes.token_bm25 import TokenBM25
 from rankdistill.progress import say
 from rankdistill.recipe import Recipe, build, load_recipe, merge
 from rankdistill.runs import Run, iter_run, write_trec
 from rankdistill.scores.lists import ScoredLists, build_lists
 from rankdistill.stages import Workspace
 from rankdistill.students.models import resolve_model
+from rankdistill.students.token_weights import TokenWeights
 from rankdistill.training.trainer import train_student
 
 METRICS = ("ndcg@10", "recall@100")
@@ -136,6 +137,63 @@ def recipe_of(collection: str, seed: int, queries: int, teacher: dict[str, Any],
         },
     }
     return load_recipe(merge(values, changes))
+
+
+class TokenBM25:
+    """BM25 over a tokenizer's own pieces as sparse vectors: what a learned student of that vocabulary is held against.
+
+    Documents are BM25 impacts of their tokens; queries say which tokens occur, in the very code of an inference-free
+    student. So two rankers are timed in one engine. Special tokens and the unknown one are no terms; nothing is cut.
+    """
+
+    def __init__(self, collection: Any, tokenizer_file: Path, k1: float = 0.9, b: float = 0.4) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer, self.k1, self.b = Tokenizer.from_file(str(tokenizer_file)), k1, b
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.terms = [""] * (max(self.tokenizer.get_vocab().values()) + 1)
+        for term, column in self.tokenizer.get_vocab().items():
+            self.terms[column] = term
+        self.is_term = np.ones(len(self.terms), bool)
+        special = [number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special]
+        self.is_term[[*special, self.tokenizer.token_to_id(self.tokenizer.model.unk_token)]] = False
+        frequencies, lengths = np.zeros(len(self.terms), np.int64), []
+        for _, texts in collection.iter_documents(batch_size=1024):
+            counts = self._counts(texts)
+            frequencies += np.bincount(counts.indices, minlength=len(self.terms))
+            lengths.append(np.asarray(counts.sum(axis=1), np.int64).ravel())
+        self.documents, self.mean = sum(map(len, lengths)), float(np.concatenate(lengths).mean())
+        self.frequencies = frequencies
+        statistics = [frequencies.tolist(), self.documents, self.mean]
+        key = ["token_bm25", k1, b, fingerprint(self.tokenizer.to_str()), fingerprint(statistics)]
+        self.fingerprint = fingerprint(key)
+        weights = self.is_term.astype(np.float32)
+        self.queries = TokenWeights(self.tokenizer, weights, self.fingerprint, self.fingerprint)
+
+    def encode_queries(self, texts: Sequence[str]) -> Any:
+        """csr_matrix float32 [texts, vocabulary]: 1 for each token that occurs."""
+        return self.queries.encode_queries(texts)
+
+    def encode_documents(self, texts: Sequence[str]) -> Any:
+        """csr_matrix float32 [texts, vocabulary]: BM25's weight of each token."""
+        counts = self._counts(texts)
+        lengths = np.asarray(counts.sum(axis=1), np.float64).ravel()
+        idf, norm = bm25_factors(self.frequencies, lengths, self.k1, self.b, self.documents, self.mean)
+        rows = np.repeat(norm, np.diff(counts.indptr))
+        counts.data = (idf[counts.indices] * counts.data / (counts.data + rows)).astype(np.float32)
+        return counts
+
+    def _counts(self, texts: Sequence[str]) -> Any:
+        from scipy import sparse
+
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [np.array(text.ids, np.int64)[self.is_term[text.ids]] for text in encoded]
+        ends = np.cumsum([0, *map(len, ids)])
+        ones = np.ones(ends[-1], np.float32)
+        counts = sparse.csr_matrix((ones, np.concatenate(ids), ends), shape=(len(ids), len(self.terms)))
+        counts.sum_duplicates()
+        return counts
 
 
 class Benchmark:
@@ -297,7 +355,7 @@ class Benchmark:
         """(engines to be timed, what is known of each: bytes, agreement with exact search, quality)."""
         engines: dict[str, Any] = {LUCENE: self.lucene()}
         facts: dict[str, dict[str, Any]] = {LUCENE: {"bytes": bytes_of(engines[LUCENE]), "of": LUCENE}}
-        token = TokenBM25.of(self.collection, resolve_model(ENCODER).path)
+        token = TokenBM25(self.collection, resolve_model(ENCODER).path / "tokenizer.json")
         students = {"BM25 over word pieces": (token, self.vectors("token-bm25", token))}
         for row in EXPORTED:
             folder, recipe = self.trained(row, seed)

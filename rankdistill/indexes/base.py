@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rankdistill.artifacts import fingerprint
+from rankdistill.errors import RankdistillError
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
+
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32]
 Vectors = NDArray[np.float32]
+IDS_AT_ONCE = 65_536
+ENCODE_AGAIN = "encode the collection again with this student"
 
 
 class Hits(NamedTuple):
@@ -60,12 +68,93 @@ class Encoder(Protocol):
         """[len(texts), dimension]"""
 
 
+class StudentEngine:
+    """A student's query encoder over an index of its documents' vectors; one subclass for each kind of vectors."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, encoder: Any, index: Any, *, collection: Any = None, name: str = "") -> None:
+        """Raises RankdistillError when the index belongs to another student or collection."""
+        index.check(encoder, collection)
+        self.encoder, self.index, self.name = encoder, index, name or self.kind
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint([self.kind, self.encoder.fingerprint, self.index.fingerprint])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.encoder!r} over {self.index!r})"
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        if not queries:
+            return []
+        hits: list[Hits] = self.index.search(self.encoder.encode_queries(queries), k)
+        return hits
+
+
+class DocumentIds(Sequence[str]):
+    """A collection's document ids in row order, read as they are asked for."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+
+    def __len__(self) -> int:
+        return self.collection.document_count
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return self.collection.doc_ids(np.arange(*place.indices(len(self))))
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self.collection.doc_ids([place % len(self)])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), IDS_AT_ONCE):
+            yield from self[start : start + IDS_AT_ONCE]
+
+
 def document_fingerprint(encoder: Any) -> str:
     """Of what makes an encoder's document vectors: its own, or that of the model whose documents it was trained for.
 
     An index belongs to whoever made its vectors; every query encoder trained for that maker may search it.
     """
     return str(getattr(encoder, "document_fingerprint", encoder.fingerprint))
+
+
+def vocabulary_fingerprint(terms: Sequence[str]) -> str:
+    return fingerprint(list(terms))
+
+
+def check_inputs(
+    inputs: Mapping[str, Any], encoder: Any, collection: Any, where: str | None, fix: str = ENCODE_AGAIN
+) -> None:
+    """Refuse an encoder or a collection other than those that vectors or an index were made from.
+
+    Args:
+        inputs: fingerprints of `encoder`, `vocabulary` and `collection`; what is not said is not checked.
+
+    Raises:
+        RankdistillError: the student, its vocabulary or the collection is another one.
+    """
+    if encoder is not None:
+        made_by, vocabulary = inputs.get("encoder"), inputs.get("vocabulary")
+        if made_by and made_by not in (encoder.fingerprint, document_fingerprint(encoder)):
+            what = f"this index belongs to another student ({made_by}, not {encoder.fingerprint})"
+            raise RankdistillError(what, where=where, fix=fix)
+        if vocabulary and vocabulary != vocabulary_fingerprint(encoder.terms):
+            what = f"the index's terms are not those of this student's vocabulary of {len(encoder.terms):,}"
+            raise RankdistillError(what, where=where, fix=fix)
+    made_from = inputs.get("collection")
+    if collection is not None and made_from and made_from != collection.fingerprint:
+        raise RankdistillError(
+            f"this index is over another collection ({made_from}, not {collection.fingerprint})",
+            where=where,
+            fix=f"build it again over {collection.name}",
+        )
 
 
 def ranked(rows: NDArray[Any], scores: NDArray[Any], k: int) -> Hits:
@@ -81,6 +170,26 @@ def ranked(rows: NDArray[Any], scores: NDArray[Any], k: int) -> Hits:
     return Hits(rows[order].astype(np.int64), scores[order].astype(np.float32))
 
 
+class Best:
+    """The `k` best documents of each query, whose scores come in blocks of documents, in row order."""
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k, self.scores = k, np.empty((queries, 0), np.float32)
+        self.rows = np.empty((queries, 0), np.int64)
+
+    def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
+        """Scores and rows [queries, n] of a block, or of its best n."""
+        self.scores, self.rows = np.hstack([self.scores, scores]), np.hstack([self.rows, rows])
+        if self.scores.shape[1] > self.k:
+            # Blocks come in row order and the sort is stable, so ties keep the lower row.
+            order = np.argsort(-self.scores, axis=1, kind="stable")[:, : self.k]
+            self.scores = np.take_along_axis(self.scores, order, axis=1)
+            self.rows = np.take_along_axis(self.rows, order, axis=1)
+
+    def hits(self) -> list[Hits]:
+        return [ranked(rows, scores, self.k) for rows, scores in zip(self.rows, self.scores, strict=True)]
+
+
 def no_hits() -> Hits:
     return Hits(np.empty(0, np.int64), np.empty(0, np.float32))
 
@@ -90,16 +199,21 @@ def available_threads() -> int:
 
 
 def allocate_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap[Any, Any]:
-    """A new writable memory-mapped .npy whose disk space is reserved now.
-
-    Without the reservation a full disk would kill the process (SIGBUS) at some later write instead of raising OSError.
-    """
+    """A new writable memory-mapped .npy whose disk space is reserved now."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as stream:
-            try:
-                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
+    with open(path, "r+b") as stream:
+        reserve(stream, path.stat().st_size)
     return array
+
+
+def reserve(stream: BinaryIO, size: int) -> None:
+    """Reserve a file's disk space, so that a full disk is an error now.
+
+    Later it would kill the process (SIGBUS) at some write into a mapping.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise

@@ -4,12 +4,11 @@ Score (Lucene's variant, as in bm25s), summed over the terms of a query:
     ln(1 + (N - df + 0.5) / (df + 0.5)) · tf / (tf + k1 · (1 - b + b · length / mean length))
 Source: Lù, "BM25S: orders of magnitude faster lexical search via eager sparse scoring", arXiv 2407.03618.
 
-bm25s indexes a list of Python lists and breaks ties by chance, so two steps are done here: postings are streamed to
-disk and sorted there, and queries are multiplied with the memory-mapped postings (postings.py). The files are bm25s's
-own: `bm25s.BM25.load(path, mmap=True)` opens them. Nothing is pickled.
+bm25s indexes a list of Python lists and breaks ties by chance. So postings are streamed to disk and sorted there, and
+queries are multiplied with the memory-mapped postings (postings.py). `bm25s.BM25.load(path, mmap=True)` opens them.
 
-What grows while indexing: the vocabulary (three dictionaries of bm25s's tokenizer, some 300 bytes a distinct word) and
-4 bytes a document; postings are memory-mapped files (16 bytes each on disk while building, 8 after).
+What grows while indexing: the vocabulary (some 300 bytes a distinct word) and 4 bytes a document; on disk 16 bytes a
+posting meanwhile, 8 after.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.artifacts import Artifact, fingerprint, obtain, open_artifact
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits
 from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
@@ -37,90 +37,124 @@ if TYPE_CHECKING:
 
 # bm25s's file names
 DATA, INDICES, INDPTR = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
-TOKENS = 2  # of the way texts become terms; a change makes every index stale
-# Han and Hiragana are written without spaces: a character is a term, as in Lucene's StandardTokenizer (UAX 29).
+TOKENS = 2  # of the way texts become terms, here and in Lucene; a change makes every index stale
 MARKS = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))  # all of Unicode's that are marks lie here
+# Han and Hiragana are written without spaces: a character is a term, as in Lucene's StandardTokenizer (UAX 29).
 IDEOGRAPH = "\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LONG_TERM = 15  # characters: where half of a collection's terms have as many, they are clauses
 # Thai, Lao, Tibetan, Burmese and Khmer are written without spaces too, and no rule of characters parts their words.
 UNSPACED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]")
 VOCABULARY, PARAMETERS = "vocab.index.json", "params.index.json"
+FILES = (DATA, INDICES, INDPTR, VOCABULARY, PARAMETERS)
 
 
-class BM25:
-    """An engine that ranks by BM25.
+class LexicalEngine(ABC):
+    """An engine that ranks by BM25: `build` an index, then `open` it.
 
     Args:
         k1: how soon further occurrences of a term stop counting.
         b: how much long documents are marked down, 0 to 1.
-        language: stop words and stemmer: "english", "german", "french" … (Snowball's names), or "none" for neither.
+        language: stop words and stemmer: "english", "german", "french" … or "none" for neither.
         threads: for searching; 0 = all.
     """
 
-    name = "bm25"
+    kind: ClassVar[str]
+    name: str
 
     def __init__(self, k1: float = 0.9, b: float = 0.4, language: str = "english", threads: int = 0) -> None:
         if k1 < 0 or not 0 <= b <= 1:
-            raise UsageError(f"k1 should be at least 0 and b between 0 and 1, not {k1} and {b}", where="bm25")
+            raise UsageError(f"k1 should be at least 0 and b between 0 and 1, not {k1} and {b}", where=self.kind)
         self.k1, self.b, self.language, self.threads = float(k1), float(b), language, threads
-        self.path: Path | None = None  # of the opened index
-        self.document_count = 0
-        self.mean_length = 0.0  # terms a document
-        self._fingerprint = ""
-        self._vocabulary: dict[str, int] = {}
-        self._postings: Postings | None = None
-        self._tokenizer: Any = None
+        self.artifact: Artifact | None = None  # the opened index
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"k1": self.k1, "b": self.b, "language": self.language}
 
     @property
+    def opened(self) -> Artifact:
+        if self.artifact is None:
+            fix = f"build(collection, path), then {type(self).__name__}.open(path)"
+            raise RankdistillError("this BM25 has no index yet", fix=fix)
+        return self.artifact
+
+    @property
+    def path(self) -> Path | None:
+        return self.artifact.path if self.artifact is not None else None
+
+    @property
     def fingerprint(self) -> str:
         """Of the opened index."""
-        if self.path is None:
-            raise RankdistillError("this BM25 has no index yet", fix="build(collection, path), then BM25.open(path)")
-        return self._fingerprint
+        return self.opened.fingerprint
+
+    @property
+    def document_count(self) -> int:
+        return int(self.opened.counts["documents"])
 
     def fingerprint_for(self, collection: Collection) -> str:
-        return fingerprint(["bm25", TOKENS, self.settings, collection.fingerprint])
+        return fingerprint([self.kind, TOKENS, self.settings, collection.fingerprint])
+
+    def __repr__(self) -> str:
+        opened = f", {self.document_count} documents" if self.artifact else ""
+        return f"{type(self).__name__}(k1={self.k1}, b={self.b}, language={self.language!r}{opened})"
+
+    def build(self, collection: Collection, path: str | Path) -> Artifact:
+        """Index a collection's documents (title and text); an index of the same settings and content is kept."""
+        return obtain(
+            path,
+            kind=self.kind,
+            fingerprint=self.fingerprint_for(collection),
+            settings=self.settings,
+            inputs={"collection": collection.fingerprint},
+            make=lambda writer: writer.counts.update(self._write(collection, writer.path)),
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, threads: int = 0) -> Self:
+        """Open a built index, memory-mapped."""
+        artifact = open_artifact(path, cls.kind)
+        engine = cls(**artifact.manifest["settings"], threads=threads)
+        engine._read(artifact)
+        engine.artifact = artifact
+        return engine
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Size of the opened index."""
+
+    @abstractmethod
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        """The `k` best documents of each query; documents that share no term with it are not hits."""
+
+    @abstractmethod
+    def _write(self, collection: Collection, folder: Path) -> dict[str, Any]:
+        """Write the index; its counts."""
+
+    @abstractmethod
+    def _read(self, artifact: Artifact) -> None: ...
+
+
+def no_words(collection: Collection) -> RankdistillError:
+    fix = "check the collection, or the language"
+    return RankdistillError("no document holds a word to index", where=collection.name, fix=fix)
+
+
+class BM25(LexicalEngine):
+    """BM25 over bm25s's files; `language` is one of Snowball's names."""
+
+    kind = name = "bm25"
 
     @property
     def bytes(self) -> int:
-        """Size of the opened index: postings, offsets and vocabulary."""
-        files = (DATA, INDICES, INDPTR, VOCABULARY, PARAMETERS)
-        return sum((self.path / name).stat().st_size for name in files) if self.path is not None else 0
-
-    def __repr__(self) -> str:
-        opened = f", {self.document_count} documents, {len(self._vocabulary)} terms" if self.path else ""
-        return f"BM25(k1={self.k1}, b={self.b}, language={self.language!r}{opened})"
+        """Postings, offsets and vocabulary."""
+        if self.artifact is None:
+            return 0
+        return sum(self.artifact.path.joinpath(file).stat().st_size for file in FILES)
 
     # -- building -----------------------------------------------------------------------------------------------------
 
-    def build(self, collection: Collection, path: str | Path) -> Artifact:
-        """Index a collection's documents (title and text); an index of the same settings and content is kept.
-
-        Raises:
-            RankdistillError: no document holds a single word; the disk is full.
-            UsageError: an unknown language.
-        """
-        path = Path(path)
-        wanted = self.fingerprint_for(collection)
-        with locked(path):
-            found = find_artifact(path, "bm25", wanted)
-            if found is not None:
-                return found
-            with write_artifact(
-                path,
-                kind="bm25",
-                fingerprint=wanted,
-                settings=self.settings,
-                inputs={"collection": collection.fingerprint},
-            ) as writer:
-                writer.counts.update(self._write_index(collection, writer.path))
-            return open_artifact(path, "bm25")
-
-    def _write_index(self, collection: Collection, folder: Path) -> dict[str, Any]:
+    def _write(self, collection: Collection, folder: Path) -> dict[str, Any]:
         tokenizer = _tokenizer(self.language)
         lengths: list[NDArray[np.int32]] = []
         frequencies = np.zeros(1024, np.int64)  # documents a term occurs in; doubled as the vocabulary grows
@@ -143,9 +177,7 @@ class BM25:
         document_lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
         frequencies = frequencies[: len(vocabulary)]
         if not frequencies.sum():
-            raise RankdistillError(
-                "no document holds a word to index", where=collection.name, fix="check the collection, or the language"
-            )
+            raise no_words(collection)
         self._sort_postings(raw, folder, frequencies, document_lengths)
         raw.unlink()
         _warn_of_clauses(vocabulary, frequencies, collection.name)
@@ -178,47 +210,29 @@ class BM25:
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def open(cls, path: str | Path, threads: int = 0) -> BM25:
-        """Open a built index, memory-mapped.
-
-        Raises:
-            RankdistillError: there is no whole BM25 index at `path`.
-        """
-        artifact = open_artifact(path, "bm25")
-        folder = artifact.path
-        engine = cls(**artifact.manifest["settings"], threads=threads)
-        documents = int(artifact.counts["documents"])
+    def _read(self, artifact: Artifact) -> None:
         try:
-            engine._postings = Postings(open_csr(folder, (DATA, INDICES, INDPTR), documents), threads)
-            engine._vocabulary = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+            matrix = open_csr(artifact.path, (DATA, INDICES, INDPTR), int(artifact.counts["documents"]))
+            vocabulary = json.loads((artifact.path / VOCABULARY).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RankdistillError(f"the BM25 index cannot be read: {error}", where=str(folder)) from None
-        engine.path = folder
-        engine.document_count = documents
-        engine.mean_length = float(artifact.counts["mean_length"])
-        engine._fingerprint = artifact.fingerprint
-        engine._tokenizer = _tokenizer(engine.language, engine._vocabulary)
-        return engine
+            raise RankdistillError(f"the BM25 index cannot be read: {error}", where=str(artifact.path)) from None
+        self._postings = Postings(matrix, self.threads)
+        self._tokenizer = _tokenizer(self.language, vocabulary)
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
-        """The `k` best documents of each query; documents that share no term with it are not hits."""
-        return self._opened().search(self.encode_queries(queries), k)
-
-    def _opened(self) -> Postings:
-        if self._postings is None:
-            raise RankdistillError("this BM25 has no index yet", fix="build(collection, path), then BM25.open(path)")
-        return self._postings
+        assert self.opened
+        return self._postings.search(self.encode_queries(queries), k)
 
     def encode_documents(self, texts: Sequence[str]) -> Any:
         """csr_matrix [texts, terms]: weights of any texts, by the statistics of the collection that is indexed.
 
         The product with `encode_queries` is the score that a search gives, to documents without a common term too.
         """
-        frequencies = np.diff(self._opened().matrix.indptr)
+        mean_length = float(self.opened.counts["mean_length"])
+        frequencies = np.diff(self._postings.matrix.indptr)
         vectors = self.encode_queries(texts)
         lengths = np.asarray(vectors.sum(axis=1), np.float64).ravel()
-        idf, norm = bm25_factors(frequencies, lengths, self.k1, self.b, self.document_count, self.mean_length)
+        idf, norm = bm25_factors(frequencies, lengths, self.k1, self.b, self.document_count, mean_length)
         counts = vectors.data.astype(np.float64)
         rows = np.repeat(norm, np.diff(vectors.indptr))
         vectors.data = (idf[vectors.indices] * counts / (counts + rows)).astype(np.float32)
@@ -228,15 +242,15 @@ class BM25:
         """csr_matrix [texts, terms]: how often each term of the index occurs."""
         from scipy import sparse
 
-        postings = self._opened()
+        assert self.opened
+        terms = self._postings.terms
         if not texts:
-            return sparse.csr_matrix((0, postings.terms), dtype=np.float32)
-        found = _tokens(self._tokenizer, texts, False)
-        terms = [np.unique(np.asarray(ids, np.int64), return_counts=True) for ids in found]
-        columns = np.concatenate([ids for ids, _ in terms])
-        counts = np.concatenate([counts for _, counts in terms]).astype(np.float32)
-        ends = np.cumsum([0, *(len(ids) for ids, _ in terms)])
-        return sparse.csr_matrix((counts, columns, ends), shape=(len(terms), postings.terms))
+            return sparse.csr_matrix((0, terms), dtype=np.float32)
+        tokens = [np.asarray(ids, np.int64) for ids in _tokens(self._tokenizer, texts, learn=False)]
+        ends = np.cumsum([0, *map(len, tokens)])
+        counts = sparse.csr_matrix((np.ones(ends[-1], np.float32), np.concatenate(tokens), ends), (len(texts), terms))
+        counts.sum_duplicates()
+        return counts
 
 
 def bm25_factors(

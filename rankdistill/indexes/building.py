@@ -1,24 +1,34 @@
-"""Building an index from vectors: training on a sample, filling by shards, refusing what would not work.
+"""Building an index from vectors: training on a sample, filling by shards, joining what was built apart.
 
 What grows: the index itself is held in memory (`bytes` says how much); vectors are read in shards.
+
+Shards may be built on several machines or days. The first one trains, the others take its training (`trained_by`), so
+that a codeword means the same in all of them. The merged file is the one that building over all vectors with that
+training would have written, byte for byte as far as the last bit of a rotated vector does not depend on how many are
+rotated at once (codes do not, the factors of RaBitQ do).
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import fingerprint, locked
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.faiss_assembly import add_codes, parts_of
 from rankdistill.indexes.faiss_index import (
     FaissIndex,
     apply_search,
     check_out_file,
+    faiss_metric,
+    ids_file,
     manifest_if_whole,
     parts,
     publish_index,
@@ -26,8 +36,9 @@ from rankdistill.indexes.faiss_index import (
     reason_of,
     set_parameter,
     sign_bits,
+    transforms,
 )
-from rankdistill.indexes.foreign_vectors import Ids
+from rankdistill.indexes.foreign_vectors import Ids, check_distinct
 from rankdistill.indexes.specification import IndexSpecification, vectors_needed
 from rankdistill.indexes.vectors import check_vectors, row_hashes
 from rankdistill.progress import progress, warn
@@ -57,8 +68,7 @@ def build_index(
         vectors_fingerprint: when given, an index of the same specification over the same vectors and ids is kept.
         similarity: of the student; `cos` promises vectors of length one and is checked.
         device: where FAISS works, which has GPUs in its own GPU build only: `--device`, which is torch's, does not ask.
-        trained_by: take rotation, lists and codebooks from this index instead of training, so that `merge_indexes` can
-            join what was built apart.
+        trained_by: take rotation, lists and codebooks from this index, so that `merge_indexes` can join the two.
 
     Raises:
         RankdistillError: too few (different) vectors to train, a factory string FAISS cannot hold, NaN, too many zero
@@ -70,11 +80,11 @@ def build_index(
         raise RankdistillError(f"there is nothing to index: vectors of shape {list(vectors.shape)}")
     doc_ids = Ids.of(doc_ids)
     settings = specification.model_dump(exclude={"name", "description"})
-    decided = ["faiss", settings, vectors_fingerprint, doc_ids.digest()]
-    wanted = fingerprint(decided if trained_by is None else [*decided, trained_by.fingerprint])
+    inputs = ["faiss", settings, vectors_fingerprint, doc_ids.digest()]
+    key = fingerprint(inputs if trained_by is None else [*inputs, trained_by.fingerprint])
     check_out_file(out_file)
     with locked(out_file):
-        if vectors_fingerprint and manifest_if_whole(out_file).get("fingerprint") == wanted:
+        if vectors_fingerprint and manifest_if_whole(out_file).get("fingerprint") == key:
             return FaissIndex.open(out_file)
         for leftover in out_file.parent.glob(f".{out_file.name}.*.tmp"):
             leftover.unlink()
@@ -87,7 +97,7 @@ def build_index(
             out_file,
             specification=specification,
             manifest={
-                "fingerprint": wanted,
+                "fingerprint": key,
                 "student_fingerprint": student_fingerprint,
                 "collection_fingerprint": collection_fingerprint,
                 "vectors_fingerprint": vectors_fingerprint,
@@ -107,28 +117,11 @@ def _fill(
     import faiss
 
     count, dimension = vectors.shape
-    factory = specification.resolve(count, dimension) if trained_by is None else str(trained_by.manifest["factory"])
-    where, needed, sample = f"{specification.name}: {factory}", vectors_needed(factory), 0
-    if trained_by is not None:
-        index = _trained_like(trained_by, specification, dimension)
+    if trained_by is None:
+        index, notes = train_index(vectors, specification, device=device)
     else:
-        _check_enough(count, needed, where)
-        index = _untrained(specification, factory, dimension, where)
-    if device == "gpu" and not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()):
-        raise RankdistillError(
-            "a GPU was asked for, but this FAISS sees none",
-            where=where,
-            fix="device: cpu, or pip uninstall faiss-cpu && pip install 'rankdistill[gpu]'",
-        )
-    if device == "gpu":
-        try:
-            index = faiss.index_cpu_to_all_gpus(index)
-        except RuntimeError as error:
-            raise RankdistillError(
-                f"FAISS has no such index on a GPU: {reason_of(error)}", where=where, fix="device: cpu"
-            ) from None
-    if not index.is_trained:
-        sample = _train(index, vectors, specification, needed, where)
+        notes = {"factory": str(trained_by.manifest["factory"]), "trained_on": 0}
+        index = _moved(_trained_like(trained_by, specification, dimension), device, specification.name)
     zeros: list[int] = []
     with progress(f"index {specification.name}", count, "vectors") as bar:
         for start in range(0, count, SHARD):
@@ -138,17 +131,33 @@ def _fill(
             bar.advance(len(shard))
     if device == "gpu":
         index = faiss.index_gpu_to_cpu(index)
+    where = f"{specification.name}: {notes['factory']}"
     refuse_zeros(zeros, count, where)
     apply_search(index, specification.search, where)
-    return index, {"factory": factory, "trained_on": sample, "zero_vectors": len(zeros)}
+    return index, {**notes, "zero_vectors": len(zeros)}
+
+
+def _moved(index: Any, device: str, where: str) -> Any:
+    """The index where it shall work."""
+    import faiss
+
+    if device != "gpu":
+        return index
+    if not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()):
+        raise RankdistillError(
+            "a GPU was asked for, but this FAISS sees none",
+            where=where,
+            fix="device: cpu, or pip uninstall faiss-cpu && pip install 'rankdistill[gpu]'",
+        )
+    try:
+        return faiss.index_cpu_to_all_gpus(index)
+    except RuntimeError as error:
+        what = f"FAISS has no such index on a GPU: {reason_of(error)}"
+        raise RankdistillError(what, where=where, fix="device: cpu") from None
 
 
 def refuse_zeros(zeros: list[int], count: int, where: str) -> None:
-    """Zero vectors match nothing: a few are empty texts, many a broken student.
-
-    Raises:
-        RankdistillError: more than 1% of the vectors.
-    """
+    """Zero vectors match nothing: a few are empty texts, more than 1% of all a broken student."""
     if len(zeros) > ZERO_SHARE * count:
         raise RankdistillError(
             f"{len(zeros)} of {count} vectors are zero",
@@ -160,38 +169,32 @@ def refuse_zeros(zeros: list[int], count: int, where: str) -> None:
 
 
 def train_index(
-    vectors: NDArray[np.float32], specification: IndexSpecification, *, by_residual: bool = True
+    vectors: NDArray[np.float32], specification: IndexSpecification, *, by_residual: bool = True, device: str = "cpu"
 ) -> tuple[Any, dict[str, Any]]:
-    """FAISS's trained, empty index of a specification, and what to note in a manifest.
+    """FAISS's trained, empty index of a specification, and what to note in a manifest; raises as `build_index` does.
 
     Args:
         by_residual: an `IVF,PQ` learns its codewords from what is left after the list's centroid (the factory string of
             fast-scan says it itself: fsr, fs).
-
-    Raises:
-        RankdistillError: as `build_index` does.
     """
     import faiss
 
     count, dimension = vectors.shape
     factory = specification.resolve(count, dimension)
     where, needed = f"{specification.name}: {factory}", vectors_needed(factory)
-    _check_enough(count, needed, where)
-    index = _untrained(specification, factory, dimension, where)
-    for part in parts(index):
-        if isinstance(part, faiss.IndexIVFPQ):
-            part.by_residual = by_residual
-    sample = 0 if index.is_trained else _train(index, vectors, specification, needed, where)
-    return index, {"factory": factory, "trained_on": sample}
-
-
-def _check_enough(count: int, needed: int, where: str) -> None:
     if count < needed:
         raise RankdistillError(
             f"{count} vectors cannot train {needed} lists or codewords",
             where=where,
             fix="an index that needs no training (flat, hnsw), or fewer lists or bits",
         )
+    index = _untrained(specification, factory, dimension, where)
+    for part in parts(index):
+        if isinstance(part, faiss.IndexIVFPQ):
+            part.by_residual = by_residual
+    index = _moved(index, device, where)
+    sample = 0 if index.is_trained else _train(index, vectors, specification, needed, where)
+    return index, {"factory": factory, "trained_on": sample}
 
 
 def _train(index: Any, vectors: NDArray[np.float32], specification: IndexSpecification, needed: int, where: str) -> int:
@@ -225,13 +228,12 @@ def _train(index: Any, vectors: NDArray[np.float32], specification: IndexSpecifi
 def _untrained(specification: IndexSpecification, factory: str, dimension: int, where: str) -> Any:
     import faiss
 
-    metric = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[specification.metric]
     index: Any
     try:
         if specification.binary:
             index = faiss.index_binary_factory(dimension, factory)
         else:
-            index = faiss.index_factory(dimension, factory, metric)
+            index = faiss.index_factory(dimension, factory, faiss_metric(specification.metric))
     except RuntimeError as error:
         raise UsageError(
             f"FAISS does not know this index: {reason_of(error)}",
@@ -247,15 +249,15 @@ def _untrained(specification: IndexSpecification, factory: str, dimension: int, 
 def _trained_like(trained_by: FaissIndex, specification: IndexSpecification, dimension: int) -> Any:
     """Another index's training, empty."""
     learned = trained_by.manifest.get("quantizer") or {}
-    if learned and (learned["query"] != "frozen" or learned["overlap"] > 1 or learned["codes"] not in ("nearest",)):
+    if learned and (learned["query"] != "frozen" or learned["overlap"] > 1 or learned["codes"] != "nearest"):
         raise RankdistillError(
             f"FAISS cannot choose the codes of {trained_by.name}: they were learned together with a map of the queries",
             where=str(trained_by.path),
             fix="rankdistill quantize over all documents, or shards learned with query: frozen and overlap: 1",
         )
     ours, theirs = (
-        one.model_dump(exclude={"name", "description", "search", "seed", "training_sample"})
-        for one in (specification, trained_by.specification)
+        each.model_dump(exclude={"name", "description", "search", "seed", "training_sample"})
+        for each in (specification, trained_by.specification)
     )
     if ours != theirs or trained_by.dimension != dimension:
         raise RankdistillError(
@@ -293,37 +295,29 @@ def check_unit_length(vectors: NDArray[np.float32]) -> None:
 def _sample_rows(count: int, needed: int, specification: IndexSpecification) -> NDArray[np.int64]:
     size = min(count, specification.training_sample or max(MINIMUM_SAMPLE, 256 * needed))
     if size < needed:
-        raise UsageError(
-            f"training_sample {size} is smaller than the {needed} lists or codewords", where=specification.name
-        )
+        what = f"training_sample {size} is smaller than the {needed} lists or codewords"
+        raise UsageError(what, where=specification.name)
     if size == count:
         return np.arange(count)
     return np.sort(np.random.default_rng(specification.seed).choice(count, size, replace=False))
 
 
 def _fit_rotations(index: Any, seed: int) -> list[tuple[Any, Any]]:
-    """Let OPQ learn its rotation for codewords of the index's own bits.
+    """Let OPQ learn its rotation for codewords of the index's own bits; its codebooks are to be held meanwhile.
 
-    FAISS takes 8 bits whatever follows: for 32 subspaces of 4 bits on NFCorpus that left a squared error of .296
-    instead of .219, and of the first ten .570 instead of .639, after five times the training. The codebooks
-    come back too, to be held while FAISS points to them.
+    FAISS takes 8 bits whatever follows: for 32 subspaces of 4 bits on NFCorpus a squared error of .296 instead of .219,
+    and of the first ten .570 instead of .639, after five times the training.
     """
     import faiss
 
-    part: Any
-    rotations: list[tuple[Any, Any]] = []
     bits = [int(part.pq.nbits) for part in parts(index) if hasattr(part, "pq")]
-    for part in parts(index):
-        if not bits or not isinstance(part, faiss.IndexPreTransform):
-            continue
-        chain: Any = part.chain
-        for number in range(chain.size()):
-            rotation: Any = faiss.downcast_VectorTransform(chain.at(number))
-            if isinstance(rotation, faiss.OPQMatrix):
-                codebooks = faiss.ProductQuantizer(rotation.d_out, rotation.M, bits[0])
-                codebooks.cp.seed, codebooks.cp.min_points_per_centroid = seed, 1
-                rotation.pq = codebooks
-                rotations.append((rotation, codebooks))
+    rotations: list[tuple[Any, Any]] = []
+    for rotation in transforms(index) if bits else ():
+        if isinstance(rotation, faiss.OPQMatrix):
+            codebooks = faiss.ProductQuantizer(rotation.d_out, rotation.M, bits[0])
+            codebooks.cp.seed, codebooks.cp.min_points_per_centroid = seed, 1
+            rotation.pq = codebooks
+            rotations.append((rotation, codebooks))
     return rotations
 
 
@@ -336,3 +330,145 @@ def _prepare_training(index: Any, seed: int) -> None:
             if hasattr(owner, "cp"):
                 owner.cp.seed = seed
                 owner.cp.min_points_per_centroid = 1  # what is too few is our error, not one line a subspace
+
+
+# -- joining what was built apart -------------------------------------------------------------------------------------
+
+
+def merge_indexes(files: Sequence[str | Path], out_file: str | Path, *, collection_fingerprint: str = "") -> FaissIndex:
+    """Join index files into one: the vectors of the first, then those of the second …, ids likewise.
+
+    Args:
+        files: shards, in the order in which their documents stand in the collection.
+        collection_fingerprint: of the whole collection, so that searching another one is refused.
+
+    Raises:
+        UsageError: no files; the result would replace one of them.
+        RankdistillError: shards of another specification, student or training; a document in two shards; a type of
+            index that cannot be joined (HNSW).
+    """
+    out_file = Path(out_file)
+    if not files:
+        raise UsageError("there are no indexes to merge")
+    if out_file.resolve() in {Path(file).resolve() for file in files}:
+        raise UsageError("the merged index would replace one of its shards", where=str(out_file), fix="another --out")
+    shards = [FaissIndex.open(file, memory_map=True) for file in files]
+    check_out_file(out_file)
+    first = shards[0]
+    for shard in shards[1:]:
+        _check_alike(first, shard)
+    check_distinct(
+        pq.read_table([ids_file(shard.path) for shard in shards])["doc_id"],
+        "document ids",
+        ", ".join(str(shard.path) for shard in shards),
+        "give each document to one shard",
+    )
+    binary = first.specification.binary
+    merged = _emptied(read_faiss(first.path, binary))
+    trained = _digest(merged, first)
+    with locked(out_file):
+        with progress("merge", sum(shard.document_count for shard in shards), "vectors") as bar:
+            for shard in shards:
+                if shard is not first and _digest(_emptied(read_faiss(shard.path, binary)), first) != trained:
+                    raise RankdistillError(
+                        f"this shard was trained apart from {first.path}: its codes mean something else",
+                        where=str(shard.path),
+                        fix="build it again with trained_by=the first shard",
+                    )
+                part = read_faiss(shard.path, binary)
+                count = part.ntotal
+                try:
+                    _move(merged, part)
+                except RuntimeError as error:
+                    raise RankdistillError(
+                        f"FAISS cannot join indexes of {shard.manifest.get('factory')}: {reason_of(error)}",
+                        where=str(shard.path),
+                        fix="build the index over all vectors at once",
+                    ) from None
+                bar.advance(count)
+        return publish_index(
+            merged,
+            _ids(shards),
+            out_file,
+            specification=first.specification,
+            manifest={
+                "fingerprint": fingerprint(["merged", [shard.fingerprint for shard in shards]]),
+                "student_fingerprint": first.manifest.get("student_fingerprint", ""),
+                "collection_fingerprint": collection_fingerprint,
+                "vectors_fingerprint": fingerprint([shard.manifest.get("vectors_fingerprint") for shard in shards]),
+                "similarity": first.manifest.get("similarity"),
+                "factory": first.manifest.get("factory"),
+                "trained_on": first.manifest.get("trained_on"),
+                "merged_from": [shard.fingerprint for shard in shards],
+            },
+        )
+
+
+def _check_alike(first: FaissIndex, shard: FaissIndex) -> None:
+    for name, value in _description(first).items():
+        if (other := _description(shard)[name]) != value:
+            raise RankdistillError(
+                f"these shards do not belong together: {name} is {value!r} in the first, {other!r} here",
+                where=f"{first.path}, {shard.path}",
+                fix="build all shards with one specification and one student, the later ones trained_by the first",
+            )
+
+
+def _description(shard: FaissIndex) -> dict[str, Any]:
+    named = {"factory": "factory", "student": "student_fingerprint", "similarity": "similarity"}
+    described = {name: shard.manifest.get(key) for name, key in named.items()}
+    return {
+        "dimension": shard.dimension,
+        **described,
+        **shard.specification.model_dump(include={"metric", "binary", "refine"}),
+    }
+
+
+def _ids(shards: Sequence[FaissIndex]) -> Iterator[str]:
+    for shard in shards:
+        for batch in pq.ParquetFile(ids_file(shard.path)).iter_batches(columns=["doc_id"]):
+            yield from batch["doc_id"].to_pylist()
+
+
+def _emptied(index: Any) -> Any:
+    index.reset()
+    for part in parts(index):
+        if hasattr(part, "ntotal2"):
+            part.ntotal2 = 0  # fast-scan: FAISS forgets it
+    return index
+
+
+def _digest(empty: Any, settings_of: FaissIndex) -> str:
+    """Of everything an empty index holds: its rotation, lists and codebooks, searched in one way."""
+    import faiss
+
+    apply_search(empty, settings_of.specification.search, str(settings_of.path))
+    serialize: Any = faiss.serialize_index_binary if settings_of.specification.binary else faiss.serialize_index
+    return hashlib.blake2b(serialize(empty).tobytes()).hexdigest()
+
+
+def _move(merged: Any, part: Any) -> None:
+    """Append what `part` holds to `merged`, stage by stage: FAISS's own merge_from does not know them all."""
+    import faiss
+
+    into: Any
+    source: Any
+    if isinstance(merged, faiss.IndexBinary):
+        into, source = faiss.downcast_IndexBinary(merged), faiss.downcast_IndexBinary(part)
+        if isinstance(into, faiss.IndexBinaryFlat):
+            into.add(faiss.vector_to_array(source.xb).reshape(source.ntotal, -1))
+            return
+    else:
+        into, source = faiss.downcast_index(merged), faiss.downcast_index(part)
+    if isinstance(into, faiss.IndexRefine):
+        _move(into.base_index, source.base_index)
+        _move(into.refine_index, source.refine_index)
+        into.ntotal += source.ntotal
+    elif isinstance(into, faiss.IndexPreTransform):
+        _move(into.index, source.index)
+        into.ntotal += source.ntotal
+    elif isinstance(into, faiss.IndexPQFastScan | faiss.IndexIVFPQFastScan):
+        held = parts_of(source)
+        add_codes(into, held.assignments, held.codes)
+    else:
+        into.merge_from(source, into.ntotal if isinstance(into, faiss.IndexIVF | faiss.IndexBinaryIVF) else 0)

@@ -29,11 +29,7 @@ CROSS_ENCODER = "cross_encoder"
 
 
 def check_vectors(student: Any) -> None:
-    """Refuse a student that has none.
-
-    Raises:
-        UsageError: it reads query and document together.
-    """
+    """Refuse a student that has none: it reads query and document together."""
     if student.reads_pairs:
         raise UsageError(
             "a cross_encoder student has no vectors to search: it re-ranks what a first stage found",
@@ -54,28 +50,22 @@ def encode_collection(
         from rankdistill.indexes.sparse_vectors import encode_document_terms
 
         return encode_document_terms(student, collection, path)
+    from rankdistill.indexes.multi_vector import encode_document_tokens
+    from rankdistill.indexes.vectors import encode_documents
     from rankdistill.students.multi_vector import MultiVectorModel
     from rankdistill.students.query_tower import QueryTowerModel
 
     if isinstance(student, MultiVectorModel):
-        from rankdistill.indexes.multi_vector import encode_document_tokens
-
         return encode_document_tokens(student, collection, path)
-    from rankdistill.indexes.vectors import encode_documents
-
     if isinstance(student, QueryTowerModel):
-        if student.made_vectors is not None and (made := _made(student, collection)) is not None:
-            return made
+        if student.made_vectors is not None and (vectors := _made(student, collection)) is not None:
+            return vectors
         path = Path(path).with_name(f"documents-{collection.name}")  # one for all query encoders over these documents
     return encode_documents(student, collection, (folders and folders.find(student, collection)) or path)
 
 
 def _made(student: QueryTowerModel, collection: Collection) -> Artifact | None:
-    """Vectors that a query tower's document model made before; None where they are of another collection.
-
-    Raises:
-        RankdistillError: they are another model's.
-    """
+    """Vectors that a query tower's document model made before; None where they are of another collection."""
     assert student.made_vectors is not None
     artifact = open_artifact(student.made_vectors, "vectors")
     inputs = artifact.manifest["inputs"]
@@ -106,11 +96,7 @@ def prepare_student(
 
 
 def exhaustive_engine(student: Any, vectors: Artifact) -> DenseEngine | MultiVectorEngine | SparseEngine:
-    """Exact search over a student's document vectors.
-
-    Raises:
-        RankdistillError: they are another student's.
-    """
+    """Exact search over a student's document vectors; an error where they are another student's."""
     from rankdistill.indexes import multi_vector, sparse, sparse_vectors
     from rankdistill.indexes.dense import DenseEngine
 
@@ -148,12 +134,7 @@ def query_side(
 
 
 def open_index(path: str | Path, *, memory_map: bool = False) -> FaissIndex | BuiltSparseIndex:
-    """A FAISS file, or the folder of a sparse student's index.
-
-    Raises:
-        UsageError: a folder cannot be memory-mapped.
-        RankdistillError: there is none, or it is damaged.
-    """
+    """A FAISS file, or the folder of a sparse student's index, which cannot be memory-mapped."""
     if Path(path).is_dir():
         from rankdistill.indexes.sparse import open_sparse_index
 
@@ -172,65 +153,46 @@ def open_index(path: str | Path, *, memory_map: bool = False) -> FaissIndex | Bu
 def index_files(student_type: str, specifications: Sequence[Any], where: str = "indexes") -> list[Any]:
     """The specifications that are built to a file, or folder, of their own.
 
-    Of a multi-vector student there are none: `flat` is its token vectors, which are searched as they are. Nor is the
-    `flat` of a sparse student a file: its vectors are searched exactly. A cross-encoder has nothing to search.
+    `flat` of a multi-vector or sparse student is none: its vectors are searched as they are. A cross-encoder has
+    nothing to search.
 
     Raises:
         UsageError: any other index of a multi-vector student or a cross-encoder, one of dense vectors for a sparse
             student, or of term weights for another.
     """
     files = []
-    for given in specifications:
-        specification = any_specification(given)
-        flat = getattr(specification, "factory", "") == "Flat"
-        sparse = isinstance(specification, SparseSpecification)
+    for declared in specifications:
+        specification = any_specification(declared)
+        flat, sparse = getattr(specification, "factory", "") == "Flat", isinstance(specification, SparseSpecification)
+        what = fix = ""
         if student_type == CROSS_ENCODER and not flat:
-            raise UsageError(
-                f"{specification.name} is an index, and a cross_encoder student re-ranks: it has no vectors",
-                where=where,
-                fix="indexes: [], or a student that searches, which this one can teach",
-            )
-        if student_type == MULTI_VECTOR and not flat:
-            raise UsageError(
-                f"{specification.name} holds one vector a document; a multi_vector student has one a token",
-                where=where,
-                fix="indexes: [flat], which searches all token vectors, or []; or a dense student",
-            )
-        if student_type in SPARSE_STUDENTS and not sparse and not flat:
-            raise UsageError(
-                f"{specification.name} is an index of dense vectors; a {student_type} student has term weights",
-                where=where,
-                fix="flat (exact search), seismic, lucene_impact, or an export: opensearch, elasticsearch, ciff",
-            )
-        if sparse and student_type not in SPARSE_STUDENTS:
-            raise UsageError(
-                f"{specification.name} is an index of term weights; a {student_type} student has none",
-                where=where,
-                fix=f"an index of dense vectors, such as flat; or student.type: {' or '.join(SPARSE_STUDENTS)}",
-            )
+            what = "is an index, and a cross_encoder student re-ranks: it has no vectors"
+            fix = "indexes: [], or a student that searches, which this one can teach"
+        elif student_type == MULTI_VECTOR and not flat:
+            what = "holds one vector a document; a multi_vector student has one a token"
+            fix = "indexes: [flat], which searches all token vectors, or []; or a dense student"
+        elif student_type in SPARSE_STUDENTS and not sparse and not flat:
+            what = f"is an index of dense vectors; a {student_type} student has term weights"
+            fix = "flat (exact search), seismic, lucene_impact, or an export: opensearch, elasticsearch, ciff"
+        elif student_type not in SPARSE_STUDENTS and sparse:
+            what = f"is an index of term weights; a {student_type} student has none"
+            fix = f"an index of dense vectors, such as flat; or student.type: {' or '.join(SPARSE_STUDENTS)}"
+        if what:
+            raise UsageError(f"{specification.name} {what}", where=where, fix=fix)
         if not flat or student_type not in (MULTI_VECTOR, CROSS_ENCODER, *SPARSE_STUDENTS):
-            files.append(given)
+            files.append(declared)
     return files
 
 
 def check_index(student_type: str, specification: Any) -> None:
-    """Refuse an index file that a student cannot have.
-
-    Raises:
-        UsageError: any of a multi-vector student; exact search of a sparse one; vectors of the other kind.
-    """
+    """Refuse an index file that a student cannot have, exact search of one without a file too."""
     if index_files(student_type, [specification]):
         return
+    what = f"exact search of a {student_type} student reads its vectors: there is no file to make"
+    fix: str | None = "search without --index; or --spec seismic, lucene_impact, opensearch, elasticsearch, ciff"
     if student_type == CROSS_ENCODER:
-        raise UsageError("a cross_encoder student has no index: it re-ranks", where=str(specification))
-    if student_type == MULTI_VECTOR:
-        raise UsageError(
-            "a multi_vector student has no index file: its token vectors are searched as they are",
-            where=str(specification),
-            fix="`rankdistill search` and `evaluate` do so without an index",
-        )
-    raise UsageError(
-        f"exact search of a {student_type} student reads its vectors: there is no file to make",
-        where=str(specification),
-        fix="search without --index; or --spec seismic, lucene_impact, opensearch, elasticsearch, ciff",
-    )
+        what, fix = "a cross_encoder student has no index: it re-ranks", None
+    elif student_type == MULTI_VECTOR:
+        what = "a multi_vector student has no index file: its token vectors are searched as they are"
+        fix = "`rankdistill search` and `evaluate` do so without an index"
+    raise UsageError(what, where=str(specification), fix=fix)

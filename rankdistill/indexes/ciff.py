@@ -31,17 +31,9 @@ IDS_AT_ONCE = 65_536
 def build(
     specification: CiffSpecification, vectors: Any, doc_ids: Sequence[str], terms: Sequence[str], folder: Path
 ) -> dict[str, Any]:
-    """Write the file of an export.
+    """Write the file of csr_matrix [documents, vocabulary]; what to count in its manifest.
 
     Memory: 6 bytes a posting, twice while they are put in order of terms.
-
-    Args:
-        vectors: csr_matrix [documents, vocabulary], weights > 0.
-        doc_ids: of the rows.
-        terms: of the columns; one without a string becomes `[id 42]`.
-
-    Returns:
-        what is counted in the manifest.
 
     Raises:
         RankdistillError: ciff-toolkit is not installed; two terms are one string; a document's impacts exceed 2^31; a

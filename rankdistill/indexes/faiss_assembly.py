@@ -11,13 +11,14 @@ Product quantisation: Jégou, Douze & Schmid 2011; fast-scan, its 4-bit layout f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.faiss_index import coded, each_list, faiss_metric, transforms
 
 BLOCK = 65_536  # codes packed at a time
 FAST_SCAN_CODEWORDS = 16
@@ -34,14 +35,10 @@ class IndexParts:
     codebooks: NDArray[np.float32]  # [subspaces, codewords, d/subspaces]
     metric: Metric
     by_residual: bool
-    fast_scan: bool
-    assignments: NDArray[np.int64] | None  # [n], the list of each vector
-    codes: NDArray[np.uint8]  # [n, subspaces], codeword numbers
-    ids: NDArray[np.int64]  # [n], as the index returns them, rising
-
-    @property
-    def bits(self) -> int:
-        return int(self.codebooks.shape[1]).bit_length() - 1
+    fast_scan: bool = False
+    assignments: NDArray[np.int64] | None = None  # [n], the list of each vector
+    codes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), np.uint8))  # [n, subspaces], numbers
+    ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # [n], rising
 
     def decoded(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """v̂ of the vectors at these places of `ids`, [len(rows), d]."""
@@ -66,35 +63,39 @@ def assemble_index(
     Args:
         rotation: [d, dimension], applied to queries as R q; none keeps the vectors as they are.
         centroids: [lists, d]; none makes an index without lists (and `by_residual` means nothing).
-        codebooks: [subspaces, codewords, d/subspaces], codewords a power of two, at most 256.
+        codebooks: [subspaces, codewords, d/subspaces], codewords a power of two, at most 256; 16 for fast-scan.
         by_residual: the codewords describe what is left of a vector after its centroid.
-        fast_scan: the 4-bit layout that is searched in registers; 16 codewords.
+        fast_scan: the 4-bit layout that is searched in registers.
 
     Raises:
-        RankdistillError: shapes that do not fit, NaN, a number of codewords the index cannot hold.
+        RankdistillError: parts that do not fit together, or hold NaN.
     """
     import faiss
 
-    codebooks = _array(codebooks, 3, "codebooks [subspaces, codewords, d/subspaces]")
+    parts = {"codebooks": codebooks, "centroids": centroids, "rotation": rotation}
+    arrays = {name: np.ascontiguousarray(part, np.float32) for name, part in parts.items() if part is not None}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            fix = "the training diverged: a lower learning rate"
+            raise RankdistillError(f"NaN or infinity in the {name}", fix=fix)
+    codebooks, centroids, rotation = arrays["codebooks"], arrays.get("centroids"), arrays.get("rotation")
     subspaces, codewords, width = codebooks.shape
-    inside = subspaces * width
-    bits = int(codewords).bit_length() - 1
-    if codewords != 1 << bits or not 1 <= bits <= 8:
-        raise RankdistillError(f"{codewords} codewords a subspace", fix="a power of two from 2 to 256")
-    if fast_scan and codewords != FAST_SCAN_CODEWORDS:
-        raise RankdistillError(
-            f"a fast-scan index holds {FAST_SCAN_CODEWORDS} codewords a subspace, not {codewords}",
-            fix="bits: 4, or an index without fast-scan",
-        )
+    inside, bits = subspaces * width, int(codewords).bit_length() - 1
+    fits = (
+        codewords == 1 << bits and 1 <= bits <= 8,
+        not fast_scan or codewords == FAST_SCAN_CODEWORDS,
+        centroids is None or centroids.shape[1] == inside,
+        rotation is None or len(rotation) == inside,
+    )
+    if not all(fits):
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        raise RankdistillError(f"parts that no {'fast-scan ' if fast_scan else ''}index holds together: {shapes}")
     index: Any
-    kind = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[metric]
+    kind = faiss_metric(metric)
     if centroids is None:
         index = faiss.IndexPQ(inside, subspaces, bits, kind)
         index.do_polysemous_training = False
     else:
-        centroids = _array(centroids, 2, "centroids [lists, d]")
-        if centroids.shape[1] != inside:
-            raise RankdistillError(f"centroids of {centroids.shape[1]} dimensions, codebooks of {inside}")
         quantizer = faiss.IndexFlat(inside, kind)
         quantizer.add(centroids)
         index = faiss.IndexIVFPQ(quantizer, inside, len(centroids), subspaces, bits, kind)
@@ -109,9 +110,6 @@ def assemble_index(
         index = _fast_scan(index)
     if rotation is None:
         return index
-    rotation = _array(rotation, 2, "rotation [d, dimension]")
-    if rotation.shape[0] != inside:
-        raise RankdistillError(f"a rotation into {rotation.shape[0]} dimensions, codebooks of {inside}")
     transform: Any = faiss.LinearTransform(rotation.shape[1], inside, False)
     faiss.copy_array_to_vector(rotation.ravel(), transform.A)
     transform.is_trained = True
@@ -122,12 +120,7 @@ def assemble_index(
     return outer
 
 
-def add_codes(
-    index: Any,
-    assignments: NDArray[Any] | None,
-    codes: NDArray[Any],
-    ids: NDArray[np.int64] | None = None,
-) -> None:
+def add_codes(index: Any, assignments: NDArray[Any] | None, codes: NDArray[Any]) -> None:
     """Add vectors that are already codes: exactly these codewords, in exactly these lists.
 
     A fast-scan index is packed anew at each call: give it all its codes at once.
@@ -135,30 +128,20 @@ def add_codes(
     Args:
         assignments: [n] the list of each vector; none for an index without lists.
         codes: [n, subspaces] codeword numbers, one byte each (also memory-mapped).
-        ids: [n] what the index returns for them; the rows as they were added unless given (needs lists).
-
-    Raises:
-        RankdistillError: lengths that differ, a list or codeword the index does not have.
-        UsageError: ids for an index without lists.
     """
     import faiss
 
     inner = _quantised(index)
-    lists = isinstance(inner, faiss.IndexIVF)
-    _check_codes(inner, assignments, codes, ids)
+    _check_codes(inner, assignments, codes)
     if isinstance(inner, faiss.IndexPQFastScan | faiss.IndexIVFPQFastScan):
-        _add_to_fast_scan(inner, assignments, codes, ids)
+        _add_to_fast_scan(inner, assignments, codes)
     else:
         for start in range(0, len(codes), BLOCK):
-            stop = min(start + BLOCK, len(codes))
-            packed = pack_codes(np.asarray(codes[start:stop]), inner.pq.nbits)
-            if not lists:
-                inner.add_sa_codes(packed)
-                continue
-            assert assignments is not None
-            prefix = _list_numbers(np.asarray(assignments[start:stop]), inner.coarse_code_size())
-            rows = None if ids is None else np.asarray(ids[start:stop])
-            inner.add_sa_codes(np.hstack([prefix, packed]), rows)
+            block = slice(start, start + BLOCK)
+            packed = pack_codes(np.asarray(codes[block]), inner.pq.nbits)
+            if assignments is not None:
+                packed = np.hstack([_list_numbers(np.asarray(assignments[block]), inner.coarse_code_size()), packed])
+            inner.add_sa_codes(packed)
     if inner is not index:
         index.ntotal = inner.ntotal
 
@@ -166,10 +149,7 @@ def add_codes(
 def parts_of(index: Any) -> IndexParts:
     """The parts of a product-quantised FAISS index (`PQ`, `OPQ,PQ`, `IVF,PQ`, `OPQ,IVF,PQ`, fast-scan or not).
 
-    A refine stage around it is passed over.
-
-    Raises:
-        RankdistillError: another kind of index, more than one transform, more than 8 bits a codeword.
+    A refine stage around it is passed over. An error for any other kind, and for more than 8 bits a codeword.
     """
     import faiss
 
@@ -182,14 +162,11 @@ def parts_of(index: Any) -> IndexParts:
     metric: Metric = "l2" if inner.metric_type == faiss.METRIC_L2 else "inner_product"
     fast = isinstance(inner, faiss.IndexPQFastScan | faiss.IndexIVFPQFastScan)
     centroids: NDArray[np.float32] | None = None
-    assignments: NDArray[np.int64] | None = None
+    by_residual = False
     if isinstance(inner, faiss.IndexIVF):
         centroids = inner.quantizer.reconstruct_n(0, inner.nlist)
-        assignments, codes, ids = _codes_of_lists(inner)
         by_residual = bool(inner.by_residual)
-    else:
-        codes = _codes_without_lists(inner)
-        ids, by_residual = np.arange(len(codes)), False
+    assignments, codes, ids = _held(inner)
     return IndexParts(rotation, centroids, codebooks, metric, by_residual, fast, assignments, codes, ids)
 
 
@@ -214,15 +191,6 @@ def unpack_codes(packed: NDArray[np.uint8], subspaces: int, bits: int) -> NDArra
         block = np.ascontiguousarray(packed[start : start + BLOCK])
         codes[start : start + BLOCK] = faiss.unpack_bitstrings(block, subspaces, bits)
     return codes
-
-
-def _array(values: NDArray[Any], dimensions: int, name: str) -> NDArray[np.float32]:
-    array = np.ascontiguousarray(values, dtype=np.float32)
-    if array.ndim != dimensions or not array.size:
-        raise RankdistillError(f"an array of shape {list(array.shape)} where {name} was expected")
-    if not np.isfinite(array).all():
-        raise RankdistillError(f"NaN or infinity in the {name}", fix="the training diverged: a lower learning rate")
-    return array
 
 
 def _give(part: Any, owner: Any) -> None:
@@ -251,36 +219,24 @@ def _quantised(index: Any) -> Any:
     """The index that holds codes, inside a transform or a refine stage."""
     import faiss
 
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _quantised(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        return _quantised(index.base_index)
+    inner = coded(index)
     known = faiss.IndexPQ, faiss.IndexIVFPQ, faiss.IndexPQFastScan, faiss.IndexIVFPQFastScan
-    if not isinstance(index, known) or isinstance(index, faiss.IndexIVFPQR):
-        raise RankdistillError(f"{type(index).__name__} is no product-quantised index", fix="OPQ,IVF,PQ or part of it")
-    return index
+    if not isinstance(inner, known) or isinstance(inner, faiss.IndexIVFPQR):
+        raise RankdistillError(f"{type(inner).__name__} is no product-quantised index", fix="OPQ,IVF,PQ or part of it")
+    return inner
 
 
 def _rotation(index: Any) -> NDArray[np.float32] | None:
     import faiss
 
-    index = faiss.downcast_index(index)
-    chain: Any
-    if isinstance(index, faiss.IndexRefine):
-        return _rotation(index.base_index)
-    if not isinstance(index, faiss.IndexPreTransform):
+    chain = transforms(index)
+    if not chain:
         return None
-    chain = index.chain
-    transforms: list[Any] = [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
-    names = [type(one).__name__ for one in transforms]
-    inner = faiss.downcast_index(index.index)
-    if len(transforms) != 1 or not isinstance(transforms[0], faiss.LinearTransform) or transforms[0].have_bias:
-        raise RankdistillError(f"the transforms {', '.join(names)} are not one rotation")
-    if isinstance(inner, faiss.IndexPreTransform):
-        raise RankdistillError("a transform inside a transform is not one rotation")
-    matrix: NDArray[np.float32] = faiss.vector_to_array(transforms[0].A)
-    return matrix.reshape(transforms[0].d_out, transforms[0].d_in).copy()
+    if len(chain) != 1 or not isinstance(chain[0], faiss.LinearTransform) or chain[0].have_bias:
+        names = ", ".join(type(transform).__name__ for transform in chain)
+        raise RankdistillError(f"the transforms {names} are not one rotation")
+    matrix: NDArray[np.float32] = faiss.vector_to_array(chain[0].A)
+    return matrix.reshape(chain[0].d_out, chain[0].d_in).copy()
 
 
 def _list_numbers(assignments: NDArray[Any], size: int) -> NDArray[np.uint8]:
@@ -288,31 +244,26 @@ def _list_numbers(assignments: NDArray[Any], size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(assignments, dtype="<i8").view(np.uint8).reshape(-1, 8)[:, :size]
 
 
-def _check_codes(inner: Any, assignments: Any, codes: Any, ids: Any) -> None:
+def _check_codes(inner: Any, assignments: Any, codes: Any) -> None:
+    """FAISS would read and write where nothing is."""
     import faiss
 
-    lists = isinstance(inner, faiss.IndexIVF)
-    if codes.ndim != 2 or codes.shape[1] != inner.pq.M:
-        raise RankdistillError(f"codes of shape {list(codes.shape)} where [n, {inner.pq.M}] was expected")
-    if lists == (assignments is None):
-        raise RankdistillError("assignments belong to an index with lists, and only to one")
-    if ids is not None and not lists:
-        raise UsageError("ids of its own need an index with lists", fix="leave ids out: rows are returned")
-    for name, values in (("assignments", assignments), ("ids", ids)):
-        if values is not None and values.shape != (len(codes),):
-            raise RankdistillError(f"{len(codes)} codes but {name} of shape {list(values.shape)}")
-    if len(codes) and (inner.pq.ksub < 256 or codes.dtype != np.uint8):
-        bad = int(codes.max()) if codes.max() >= inner.pq.ksub else int(min(0, codes.min()))
-        if bad:
-            raise RankdistillError(f"codeword {bad} where there are {inner.pq.ksub}")
-    if assignments is not None and len(codes) and not (assignments.min() >= 0 and assignments.max() < inner.nlist):
+    fits = (
+        codes.ndim == 2 and codes.shape[1] == inner.pq.M and isinstance(inner, faiss.IndexIVF) != (assignments is None)
+    )
+    fits = fits and (assignments is None or assignments.shape == codes.shape[:1])
+    if fits and len(codes):
+        fits = codes.min() >= 0 and codes.max() < inner.pq.ksub
+        fits = fits and (assignments is None or (assignments.min() >= 0 and assignments.max() < inner.nlist))
+    if not fits:
+        lists = "" if assignments is None else f" and assignments {list(assignments.shape)}"
         raise RankdistillError(
-            f"lists {assignments.min()} to {assignments.max()} where there are {inner.nlist}",
-            fix="every document has a list from 0 on; -1 is none",
+            f"codes {list(codes.shape)}{lists}, or numbers in them, that this index has no place for",
+            where=f"{inner.pq.M} subspaces of {inner.pq.ksub} codewords, {getattr(inner, 'nlist', 'no')} lists",
         )
 
 
-def _add_to_fast_scan(inner: Any, assignments: Any, codes: Any, ids: Any) -> None:
+def _add_to_fast_scan(inner: Any, assignments: Any, codes: Any) -> None:
     """Through a plain 4-bit index: FAISS takes no codes into a fast-scan index (add_sa_codes of one with lists reads
     past its input, merge_from of one without leaves what it likes in the padding).
     """
@@ -321,20 +272,17 @@ def _add_to_fast_scan(inner: Any, assignments: Any, codes: Any, ids: Any) -> Non
     plain: Any
     packed: Any
     lists = isinstance(inner, faiss.IndexIVF)
-    if lists and ids is None:
-        ids = np.arange(inner.ntotal, inner.ntotal + len(codes))
     if inner.ntotal:
-        held_lists, held, held_ids = _codes_of_lists(inner) if lists else (None, _codes_without_lists(inner), None)
-        codes = np.concatenate([held, codes])
-        if lists:
-            assignments, ids = np.concatenate([held_lists, assignments]), np.concatenate([held_ids, ids])
+        held_lists, held_codes, _ = _held(inner)
+        codes = np.concatenate([held_codes, codes])
+        assignments = None if held_lists is None else np.concatenate([held_lists, assignments])
     if lists:
         plain = faiss.IndexIVFPQ(inner.quantizer, inner.d, inner.nlist, inner.pq.M, inner.pq.nbits, inner.metric_type)
         plain.own_fields, plain.by_residual = False, inner.by_residual
     else:
         plain = faiss.IndexPQ(inner.d, inner.pq.M, inner.pq.nbits, inner.metric_type)
     plain.pq, plain.is_trained = inner.pq, True
-    add_codes(plain, assignments, codes, ids)
+    add_codes(plain, assignments, codes)
     if lists:
         packed = faiss.IndexIVFPQFastScan(plain)
         packed.own_fields = packed.own_invlists = False
@@ -343,6 +291,33 @@ def _add_to_fast_scan(inner: Any, assignments: Any, codes: Any, ids: Any) -> Non
         packed = faiss.IndexPQFastScan(plain)
         inner.codes, inner.ntotal2 = packed.codes, packed.ntotal2
     inner.ntotal = packed.ntotal
+
+
+def _held(inner: Any) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8], NDArray[np.int64]]:
+    """(assignments, codes, ids) of an index, by rising id."""
+    import faiss
+
+    lists_held = isinstance(inner, faiss.IndexIVF)
+    if not lists_held:
+        codes = _codes_without_lists(inner)
+        return None, codes, np.arange(len(codes))
+    fast, count, start = isinstance(inner, faiss.IndexIVFPQFastScan), int(inner.ntotal), 0
+    lists, ids = np.empty(count, np.int64), np.empty(count, np.int64)
+    codes = np.empty((count, inner.pq.M), np.uint8)
+    for number, list_ids, pointer in each_list(inner):
+        size = len(list_ids)
+        here = slice(start, start + size)
+        lists[here], ids[here] = number, list_ids
+        if fast:
+            invlists: Any = faiss.downcast_InvertedLists(inner.invlists)
+            stored = -(-size // inner.bbs) * invlists.block_size
+            codes[here] = _unpack_blocks(inner, faiss.rev_swig_ptr(pointer, stored), size)
+        else:
+            packed = faiss.rev_swig_ptr(pointer, size * inner.code_size).reshape(size, -1)
+            codes[here] = unpack_codes(packed, inner.pq.M, inner.pq.nbits)
+        start += size
+    order = np.argsort(ids, kind="stable")
+    return lists[order], codes[order], ids[order]
 
 
 def _codes_without_lists(inner: Any) -> NDArray[np.uint8]:
@@ -355,37 +330,6 @@ def _codes_without_lists(inner: Any) -> NDArray[np.uint8]:
     # A view into FAISS's memory, or into the file where the index is memory-mapped; a copy leaves here.
     packed = faiss.rev_swig_ptr(inner.codes.data(), inner.ntotal * inner.code_size).reshape(inner.ntotal, -1)
     return unpack_codes(packed, inner.pq.M, inner.pq.nbits).copy()
-
-
-def _codes_of_lists(inner: Any) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]:
-    """(assignments, codes, ids) of an index with lists, by rising id."""
-    import faiss
-
-    invlists: Any = faiss.downcast_InvertedLists(inner.invlists)
-    sizes = np.array([invlists.list_size(number) for number in range(inner.nlist)], np.int64)
-    ids = np.empty(sizes.sum(), np.int64)
-    codes = np.empty((len(ids), inner.pq.M), np.uint8)
-    fast = isinstance(inner, faiss.IndexIVFPQFastScan)
-    start = 0
-    for number, size in enumerate(sizes.tolist()):
-        if not size:
-            continue
-        id_pointer, code_pointer = invlists.get_ids(number), invlists.get_codes(number)
-        try:
-            ids[start : start + size] = faiss.rev_swig_ptr(id_pointer, size)
-            if fast:
-                stored = -(-size // inner.bbs) * invlists.block_size
-                block = _unpack_blocks(inner, faiss.rev_swig_ptr(code_pointer, stored), size)
-            else:
-                packed = faiss.rev_swig_ptr(code_pointer, size * inner.code_size).reshape(size, -1)
-                block = unpack_codes(packed, inner.pq.M, inner.pq.nbits)
-            codes[start : start + size] = block
-        finally:
-            invlists.release_ids(number, id_pointer)
-            invlists.release_codes(number, code_pointer)
-        start += size
-    order = np.argsort(ids, kind="stable")
-    return np.repeat(np.arange(inner.nlist), sizes)[order], codes[order], ids[order]
 
 
 def _unpack_blocks(inner: Any, blocks: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

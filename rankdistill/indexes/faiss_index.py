@@ -30,7 +30,7 @@ from rankdistill.artifacts import (
     write_atomically,
 )
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Encoder, Hits, Vectors, document_fingerprint, no_hits, ranked
+from rankdistill.indexes.base import Encoder, Hits, Vectors, check_inputs, no_hits, ranked
 from rankdistill.indexes.specification import IndexSpecification, SearchSettings
 from rankdistill.indexes.vectors import check_vectors, vectors_fingerprint
 from rankdistill.progress import warn
@@ -41,8 +41,7 @@ IDS_AT_ONCE = 65_536
 # Our names of search settings → FAISS's. Set one by one: ParameterSpace.initialize would also touch polysemous `ht`.
 SEARCH_SETTINGS = {"nprobe": "nprobe", "efSearch": "efSearch", "k_factor": "k_factor_rf", "max_codes": "max_codes"}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def ids_file(path: str | Path) -> Path:
@@ -58,10 +57,6 @@ def check_out_file(path: str | Path) -> None:
     check_file(manifest_file(path), mark='"faiss_index"')
     for file in (Path(path), ids_file(path)):
         check_file(file, ours=manifest_file(path).is_file())
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _sync(path: Path) -> None:
@@ -111,16 +106,14 @@ def _digests(index: Path, ids: Path) -> list[str]:
 def publish_index(
     index: Any, doc_ids: Iterable[str], out_file: Path, *, specification: IndexSpecification, manifest: dict[str, Any]
 ) -> FaissIndex:
-    """Write a filled FAISS index, its ids and its manifest so that a kill leaves nothing taken for whole.
-
-    Raises:
-        RankdistillError: not as many ids as vectors; a full disk.
-    """
+    """Write a filled FAISS index, its ids and its manifest so that a kill leaves nothing taken for whole."""
     import faiss
 
     check_out_file(out_file)
     out_file.parent.mkdir(parents=True, exist_ok=True)
-    temporary, temporary_ids = (_temporary(path) for path in (out_file, ids_file(out_file)))
+    temporary, temporary_ids = (
+        path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (out_file, ids_file(out_file))
+    )
     try:
         with disk_errors(out_file):
             written = _write_ids(doc_ids, temporary_ids)
@@ -167,11 +160,7 @@ def publish_index(
 
 
 def read_faiss(path: Path, binary: bool, memory_map: bool = False) -> Any:
-    """Read a FAISS file.
-
-    Raises:
-        RankdistillError: it is truncated, damaged, or of the other kind (binary or not).
-    """
+    """Read a FAISS file; an error where it is truncated, damaged, or of the other kind (binary or not)."""
     import faiss
 
     flags = faiss.IO_FLAG_MMAP_IFC if memory_map else 0
@@ -183,15 +172,11 @@ def read_faiss(path: Path, binary: bool, memory_map: bool = False) -> Any:
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Searching
+# -- searching --------------------------------------------------------------------------------------------------------
 
 
 class FaissIndex:
-    """A FAISS index with the ids of its rows.
-
-    `FaissIndex.open(path)` reads what `build_index` wrote; `index` is the plain FAISS object.
-    """
+    """A FAISS index with the ids of its rows; `index` is the plain FAISS object."""
 
     def __init__(self, path: Path, index: Any, manifest: dict[str, Any]) -> None:
         self.path, self.index, self.manifest = path, index, manifest
@@ -212,9 +197,8 @@ class FaissIndex:
         """
         path = Path(path)
         if not path.is_file():
-            raise RankdistillError(
-                "there is no index here", where=str(path), fix="rankdistill index STUDENT --out FILE"
-            )
+            fix = "rankdistill index STUDENT --out FILE"
+            raise RankdistillError("there is no index here", where=str(path), fix=fix)
         if not manifest_file(path).is_file():
             raise RankdistillError(
                 "this index has no manifest: it was not finished, or was not written by rankdistill",
@@ -244,11 +228,7 @@ class FaissIndex:
 
     @classmethod
     def foreign(cls, path: str | Path, *, binary: bool = False, memory_map: bool = False) -> FaissIndex:
-        """Open somebody else's FAISS file; its ids must be the row numbers of the collection.
-
-        Raises:
-            RankdistillError: FAISS cannot read it.
-        """
+        """Open somebody else's FAISS file; its ids must be the row numbers of the collection."""
         import faiss
 
         index = read_faiss(Path(path), binary, memory_map)
@@ -262,9 +242,9 @@ class FaissIndex:
 
     @property
     def fingerprint(self) -> str:
-        made = str(self.manifest.get("fingerprint") or fingerprint(["foreign index", file_digest(self.path)]))
+        built = str(self.manifest.get("fingerprint") or fingerprint(["foreign index", file_digest(self.path)]))
         # Tuned later: still made from the same, but it finds other documents.
-        return fingerprint([made, self.specification.search.model_dump()]) if self.manifest.get("tuned") else made
+        return fingerprint([built, self.specification.search.model_dump()]) if self.manifest.get("tuned") else built
 
     @property
     def dimension(self) -> int:
@@ -288,13 +268,6 @@ class FaissIndex:
         """Whether FAISS can leave the codes on disk; those of fast-scan are read into memory whole."""
         return not any("FastScan" in type(part).__name__ for part in parts(self.index))
 
-    @property
-    def threads(self) -> int:
-        """Threads FAISS searches with; `faiss.omp_set_num_threads` changes them."""
-        import faiss
-
-        return int(faiss.omp_get_max_threads())
-
     def __repr__(self) -> str:
         return (
             f"FaissIndex({self.name}: {self.manifest.get('factory', '')}, {self.document_count} × {self.dimension}, "
@@ -302,57 +275,37 @@ class FaissIndex:
         )
 
     def check(self, encoder: Encoder | None = None, collection: Any = None) -> None:
-        """Refuse a student or a collection this index was not made from.
-
-        Raises:
-            RankdistillError: the dimension, the number of documents or a fingerprint differs.
-        """
-        made_by, made_from = self.manifest.get("student_fingerprint"), self.manifest.get("collection_fingerprint")
-        rebuild = "build the index again with this student: rankdistill index"
+        """Refuse a student or a collection this index was not made from."""
+        manifest, rebuild = self.manifest, "build the index again with this student: rankdistill index"
+        inputs = {"encoder": manifest.get("student_fingerprint"), "collection": manifest.get("collection_fingerprint")}
         if encoder is not None and encoder.dimension != self.dimension:
             raise RankdistillError(
                 f"the index holds vectors of {self.dimension} dimensions, the student makes {encoder.dimension}",
                 where=str(self.path),
                 fix=rebuild,
             )
-        if encoder is not None and made_by and made_by not in (encoder.fingerprint, document_fingerprint(encoder)):
-            raise RankdistillError(
-                f"this index belongs to another student ({made_by}, not {encoder.fingerprint})",
-                where=str(self.path),
-                fix=rebuild,
-            )
-        if encoder is not None and not made_by:
+        check_inputs(inputs, encoder, collection, str(self.path), rebuild)
+        if encoder is not None and not inputs["encoder"]:
             warn(f"{self.path} does not say which student made its vectors: its hits are right only if this one did")
-        if collection is None:
-            return
-        other = f"({made_from}, not {collection.fingerprint})" if made_from else f"({self.document_count:,} documents)"
-        if made_from != collection.fingerprint if made_from else self.document_count != collection.document_count:
+        if collection is not None and not inputs["collection"] and self.document_count != collection.document_count:
             raise RankdistillError(
-                f"this index is over another collection {other}",
+                f"this index is over another collection ({self.document_count:,} documents)",
                 where=str(self.path),
-                fix=f"build the index again over {collection.name}",
+                fix=f"build it again over {collection.name}",
             )
 
     def check_documents(self, student: Encoder) -> None:
-        """Refuse an index whose document vectors another student made; its own query encoder's would pass `check`.
-
-        Raises:
-            RankdistillError: they are not this one's.
-        """
-        made, made_from = self.manifest.get("vectors_fingerprint"), self.manifest.get("collection_fingerprint")
-        if made and made_from and made != (own := vectors_fingerprint(student, str(made_from))):
+        """Refuse an index whose document vectors another student made; its own query encoder's would pass `check`."""
+        vectors, collection = self.manifest.get("vectors_fingerprint"), self.manifest.get("collection_fingerprint")
+        if vectors and collection and vectors != (expected := vectors_fingerprint(student, str(collection))):
             raise RankdistillError(
-                f"this index belongs to another student (its document vectors are {made}, not {own})",
+                f"this index belongs to another student (its document vectors are {vectors}, not {expected})",
                 where=str(self.path),
                 fix="build the index again with this student: rankdistill quantize",
             )
 
     def doc_ids(self, rows: Iterable[int]) -> list[str]:
-        """Ids of rows.
-
-        Raises:
-            RankdistillError: a foreign index, whose ids are not known.
-        """
+        """Ids of rows; those of a foreign index are not known."""
         if self._ids is None:
             try:
                 self._ids = pq.read_table(ids_file(self.path))["doc_id"].combine_chunks()
@@ -362,11 +315,7 @@ class FaissIndex:
         return taken
 
     def set_search(self, **settings: Any) -> None:
-        """Change search settings in memory (nprobe, efSearch, k_factor, max_codes, rescore); the file keeps its own.
-
-        Raises:
-            UsageError: an unknown setting, or one this index lacks.
-        """
+        """Change search settings in memory (nprobe, efSearch, k_factor, max_codes, rescore); the file keeps its own."""
         self._search = check_values(SearchSettings, {**self._search.model_dump(), **settings}, "search")
         apply_search(self.index, SearchSettings(**settings), str(self.path))
 
@@ -388,9 +337,6 @@ class FaissIndex:
 
         Scores: inner product; minus the squared distance for l2; for binary dimension - 2 · Hamming distance, or the
         float query's product with the document's signs when re-scored.
-
-        Raises:
-            RankdistillError: NaN or another dimension.
         """
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         check_vectors(vectors, self.dimension, lambda row: f"query vector {row} for {self.path}")
@@ -416,10 +362,10 @@ class FaissIndex:
             scores = (self.dimension - 2 * distances).astype(np.float32)
             return [ranked(rows[i], scores[i], k) for i in range(len(vectors))]
         hits = []
-        for query, found in zip(vectors, rows, strict=True):
-            found = found[found >= 0]
-            signs = np.unpackbits(self._codes(found), axis=1).astype(np.float32) * 2 - 1
-            hits.append(ranked(found, signs @ query, k))
+        for query, near in zip(vectors, rows, strict=True):
+            near = near[near >= 0]
+            signs = np.unpackbits(self._codes(near), axis=1).astype(np.float32) * 2 - 1
+            hits.append(ranked(near, signs @ query, k))
         return hits
 
     def _codes(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -457,12 +403,46 @@ def parts(index: Any) -> Iterator[Any]:
             yield from parts(inner)
 
 
-def apply_search(index: Any, settings: SearchSettings, where: str = "index") -> None:
-    """Set search settings on an index in memory.
+def coded(index: Any) -> Any:
+    """The innermost index that holds documents: the first stage of a refined one."""
+    import faiss
 
-    Raises:
-        UsageError: the index has no such setting.
-    """
+    wrappers = faiss.IndexRefine | faiss.IndexPreTransform | faiss.IndexIDMap
+    return next(part for part in parts(index) if not isinstance(part, wrappers))
+
+
+def transforms(index: Any) -> list[Any]:
+    """What is applied to a vector before the coded index sees it, in order, each as its own class."""
+    import faiss
+
+    chains: list[Any] = [part.chain for part in parts(index) if isinstance(part, faiss.IndexPreTransform)]
+    return [faiss.downcast_VectorTransform(chain.at(number)) for chain in chains for number in range(chain.size())]
+
+
+def each_list(ivf: Any) -> Iterator[tuple[int, NDArray[np.int64], Any]]:
+    """(number, ids, pointer to the codes) of each list that holds something; the arrays die with the step."""
+    import faiss
+
+    invlists: Any = faiss.downcast_InvertedLists(ivf.invlists)
+    for number in range(ivf.nlist):
+        size = invlists.list_size(number)
+        if size:
+            ids, codes = invlists.get_ids(number), invlists.get_codes(number)
+            try:
+                yield number, faiss.rev_swig_ptr(ids, size), codes
+            finally:
+                invlists.release_ids(number, ids)
+                invlists.release_codes(number, codes)
+
+
+def faiss_metric(metric: str) -> int:
+    import faiss
+
+    return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
+
+
+def apply_search(index: Any, settings: SearchSettings, where: str = "index") -> None:
+    """Set search settings on an index in memory; a UsageError where it has no such setting."""
     for name, value in settings.model_dump(exclude={"rescore"}, exclude_none=True).items():
         if name == "nprobe":
             # FAISS looks at no more lists than there are, but its fast-scan with residuals and inner product then

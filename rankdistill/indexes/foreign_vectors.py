@@ -13,15 +13,13 @@ once, block by block, to a float32 .npy. What grows: nothing in memory beyond on
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import disk_errors, file_digest, fingerprint, locked, write_atomically
+from rankdistill.artifacts import ArtifactWriter, file_digest, fingerprint, obtain
 from rankdistill.collections.storage import DAMAGE
 from rankdistill.collections.text_files import DOCUMENT_NAMES, QUERY_NAMES, data_files, read_lines
 from rankdistill.errors import RankdistillError, UsageError
@@ -38,12 +36,14 @@ from rankdistill.indexes.vectors import check_vectors
 from rankdistill.progress import progress
 
 BLOCK = 16_384  # vectors in memory at a time
+COPY = "vectors.npy"
 VECTOR_COLUMN = "vector"
 ID_COLUMNS = {"documents": "doc_id", "queries": "query_id"}
+PARQUET = (".parquet", ".pq")
 Side = Literal["documents", "queries"]
 
 
-class Ids(Sequence[str]):
+class Ids:
     """Ids by row, as Arrow holds them (a Python list takes five times as much); row numbers where there are none."""
 
     def __init__(self, values: pa.ChunkedArray | None, count: int) -> None:
@@ -60,23 +60,14 @@ class Ids(Sequence[str]):
     def digest(self) -> str:
         """Of the ids in their order."""
         digest = hashlib.blake2b(digest_size=16)
-        for one in self:
-            digest.update(one.encode() + b"\n")
+        for value in self:
+            digest.update(value.encode() + b"\n")
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [self[one] for one in range(*row.indices(self._count))]
-        row = row + self._count if row < 0 else row
-        if not 0 <= row < self._count:
-            raise IndexError(row)
+    def __getitem__(self, row: int) -> str:
         return str(row) if self._values is None else str(self._values[row].as_py())
 
     def __iter__(self) -> Iterator[str]:
@@ -116,8 +107,7 @@ def open_foreign_vectors(
     """Check a file of vectors, copy it to float32 where it is not, and open it memory-mapped.
 
     Args:
-        folder: where the copy goes ({side}.npy), and what was found out ({side}.json); the same file is looked through
-            once.
+        folder: where the artifact goes of what was found out, and of the copy; the same file is looked through once.
         ids: ids of a .npy's rows, in its order.
 
     Raises:
@@ -125,43 +115,42 @@ def open_foreign_vectors(
         RankdistillError: no such file; another shape, type or column than in the table above; NaN or infinity; rows of
             different length; another number of ids than vectors; an id that is missing or comes twice.
     """
-    path, folder = Path(path), Path(folder)
+    path, column = Path(path), ID_COLUMNS[side]
     if not path.exists():
         raise RankdistillError("there are no vectors here", where=str(path))
-    column = ID_COLUMNS[side]
     if path.suffix == ".npy":
-        stored = _open_npy(path)
+        stored, files = _open_npy(path), [path]
         known = _ids_beside(path, ids, column, len(stored))
-        digest = file_digest(path)
         plain = stored.dtype == np.float32 and stored.flags.c_contiguous and stored.dtype.isnative
         source: NDArray[Any] | list[Path] = stored
     else:
-        files = [path] if path.is_file() else data_files(path, "*", (".parquet", ".pq"))
-        if not files or any(file.suffix not in {".parquet", ".pq"} for file in files):
+        files = [path] if path.is_file() else data_files(path, "*", PARQUET)
+        if not files or any(file.suffix not in PARQUET for file in files):
             raise UsageError("vectors come as .npy or Parquet", where=str(path), fix="np.save(FILE, vectors)")
         if ids is not None:
             raise UsageError(f"a Parquet file holds its ids itself, in the column {column}", where=str(path))
-        known = _ids_of_parquet(files, column)
-        digest = _digest_of_files(files)
-        plain, source = False, files
+        known, plain, source = _ids_of_parquet(files, column), False, files
     if not len(known):
         raise RankdistillError("there are no vectors in this file", where=str(path))
-    record_file, copy = folder / f"{side}.json", folder / f"{side}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(copy):
-        record = _record(record_file, digest, None if plain else copy)
-        if not record:
-            record = {"source": digest, **_look_through(source, copy if not plain else None, known, path)}
-            if digest != (file_digest(path) if isinstance(source, np.ndarray) else _digest_of_files(source)):
-                raise RankdistillError("the vectors changed while they were read", where=str(path), fix="run it again")
-            write_atomically(record_file, json.dumps(record, indent=2) + "\n")
-    vectors = np.load(path if plain else copy, mmap_mode="r", allow_pickle=False)
-    made = fingerprint([record["vectors"], known.digest()])
-    return ForeignVectors(path, known, vectors, made, int(record["zero_rows"]), bool(record["unit_length"]))
+    digests = [file_digest(file) for file in files]
 
+    def make(writer: ArtifactWriter) -> None:
+        writer.notes.update(_look_through(source, None if plain else writer.path / COPY, known, path))
+        if digests != [file_digest(file) for file in files]:
+            raise RankdistillError("the vectors changed while they were read", where=str(path), fix="run it again")
 
-def _digest_of_files(files: Sequence[Path]) -> str:
-    return fingerprint([file_digest(file) for file in files])
+    artifact = obtain(
+        Path(folder) / side,
+        kind="foreign_vectors",
+        fingerprint=fingerprint(["foreign_vectors", digests, plain]),
+        settings={"side": side},
+        inputs={},
+        make=make,
+    )
+    notes = artifact.manifest
+    vectors = np.load(path if plain else artifact.path / COPY, mmap_mode="r", allow_pickle=False)
+    key = fingerprint([notes["vectors"], known.digest()])
+    return ForeignVectors(path, known, vectors, key, int(notes["zero_rows"]), bool(notes["unit_length"]))
 
 
 def _open_npy(path: Path) -> NDArray[Any]:
@@ -189,20 +178,20 @@ def _ids_beside(path: Path, given: str | Path | None, column: str, count: int) -
         return Ids(None, count)
     if not file.is_file():
         raise RankdistillError("there are no ids here", where=str(file))
-    if file.suffix in {".parquet", ".pq"}:
-        found = _ids_of_parquet([file], column)
+    if file.suffix in PARQUET:
+        known = _ids_of_parquet([file], column)
     else:
         lines = [line.strip() for _, line in read_lines(file)]
         if len(lines) == count + 1 and re.sub("[^a-z]", "", lines[0].lower()) in QUERY_NAMES | DOCUMENT_NAMES:
             del lines[0]  # a header
-        found = _checked_ids(pa.chunked_array([pa.array(lines, pa.string())]), [file])
-    if len(found) != count:
+        known = _checked_ids(pa.chunked_array([pa.array(lines, pa.string())]), [file])
+    if len(known) != count:
         raise RankdistillError(
-            f"{count} vectors but {len(found)} ids",
+            f"{count} vectors but {len(known)} ids",
             where=f"{path}, {file}",
             fix="one id for each row of the vectors, in their order",
         )
-    return found
+    return known
 
 
 @contextmanager
@@ -239,15 +228,14 @@ def _ids_of_parquet(files: Sequence[Path], column: str) -> Ids:
     chunks: list[pa.Array] = []
     for file in files:
         with _whole(file):
-            found = _open_parquet(file, [column]).read(columns=[column])[column]
-            found.validate(full=True)  # ids that are not UTF-8
-        if len(found) and not (
-            pa.types.is_integer(found.type) or pa.types.is_string(found.type) or pa.types.is_large_string(found.type)
-        ):
+            ids = _open_parquet(file, [column]).read(columns=[column])[column]
+            ids.validate(full=True)  # ids that are not UTF-8
+        kinds = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string
+        if len(ids) and not any(of_kind(ids.type) for of_kind in kinds):
             raise RankdistillError(
-                f"ids of type {found.type} where text or whole numbers were expected", where=f"{file}: {column}"
+                f"ids of type {ids.type} where text or whole numbers were expected", where=f"{file}: {column}"
             )
-        chunks += found.cast(pa.string()).chunks
+        chunks += ids.cast(pa.string()).chunks
     return _checked_ids(pa.chunked_array(chunks, pa.string()), files)
 
 
@@ -257,55 +245,41 @@ def _checked_ids(values: pa.ChunkedArray, files: Sequence[Path]) -> Ids:
     row = pc.index(empty, True).as_py()
     if row >= 0:
         raise RankdistillError("a vector without an id", where=f"{where}: row {row}")
-    if pc.count_distinct(values).as_py() != len(values):
-        counts = pc.value_counts(values)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        raise RankdistillError(f"{len(twice)} ids come twice, the first is {twice[0].as_py()!r}", where=where)
+    check_distinct(values, "ids", where)
     return Ids(values, len(values))
 
 
-def _record(file: Path, digest: str, copy: Path | None) -> dict[str, Any]:
-    """What was found out about this very file before, if its copy is whole."""
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        whole = record["source"] == digest and (copy is None or copy.stat().st_size == record["copy_bytes"])
-        whole = whole and {"vectors", "zero_rows", "unit_length"} <= record.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    return record if whole else {}
+def check_distinct(ids: pa.ChunkedArray, what: str, where: str, fix: str | None = None) -> None:
+    """Refuse ids of which one comes twice."""
+    if pc.count_distinct(ids).as_py() != len(ids):
+        counts = pc.value_counts(ids.combine_chunks())
+        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        found = f"{len(twice)} {what} come twice, the first is {twice[0].as_py()!r}"
+        raise RankdistillError(found, where=where, fix=fix)
 
 
 def _look_through(source: NDArray[Any] | list[Path], copy: Path | None, ids: Ids, path: Path) -> dict[str, Any]:
     """One pass over all vectors: checked, hashed, and written to `copy` if there is to be one."""
     dimension = source.shape[1] if isinstance(source, np.ndarray) else _dimension(source)
     digest = hashlib.blake2b(f"{len(ids)} {dimension}".encode(), digest_size=16)
-    zero_rows, unit_length, done = 0, True, 0
-    partial = copy.with_name(f".{copy.name}.{os.getpid()}.tmp") if copy is not None else None
-    try:
-        with disk_errors(path if copy is None else copy), progress(f"read {path.name}", len(ids), "vectors") as bar:
-            target = None if partial is None else allocate_array(partial, (len(ids), dimension), np.float32)
-            for block in _blocks(source, dimension, path):
-                with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
-                    rows = np.ascontiguousarray(block, dtype=np.float32)
-                first = done
-                check_vectors(rows, dimension, lambda row: f"{path}: row {row}, id {ids[row]!r}", first)
-                digest.update(rows.data)
-                lengths = np.linalg.norm(rows, axis=1)
-                zero_rows += int((lengths == 0).sum())
-                unit_length &= not ((np.abs(lengths - 1) > 1e-2) & (lengths > 0)).any()
-                if target is not None:
-                    target[first : first + len(rows)] = rows
-                done = first + len(rows)
-                bar.advance(len(rows))
-            if target is not None and partial is not None and copy is not None:
-                target.flush()
-                del target
-                os.replace(partial, copy)
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-    found = {"vectors": digest.hexdigest(), "zero_rows": zero_rows, "unit_length": unit_length}
-    return found if copy is None else {**found, "copy_bytes": copy.stat().st_size}
+    zero_rows, unit_length, first = 0, True, 0
+    target = None if copy is None else allocate_array(copy, (len(ids), dimension), np.float32)
+    with progress(f"read {path.name}", len(ids), "vectors") as bar:
+        for block in _blocks(source, dimension):
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
+                rows = np.ascontiguousarray(block, dtype=np.float32)
+            check_vectors(rows, dimension, lambda row: f"{path}: row {row}, id {ids[row]!r}", first)
+            digest.update(rows.data)
+            lengths = np.linalg.norm(rows, axis=1)
+            zero_rows += int((lengths == 0).sum())
+            unit_length &= not ((np.abs(lengths - 1) > 1e-2) & (lengths > 0)).any()
+            if target is not None:
+                target[first : first + len(rows)] = rows
+            first += len(rows)
+            bar.advance(len(rows))
+    if target is not None:
+        target.flush()
+    return {"vectors": digest.hexdigest(), "zero_rows": zero_rows, "unit_length": bool(unit_length)}
 
 
 def _dimension(files: Sequence[Path]) -> int:
@@ -318,7 +292,7 @@ def _dimension(files: Sequence[Path]) -> int:
     raise RankdistillError("there are no vectors in these files", where=", ".join(map(str, files[:3])))
 
 
-def _blocks(source: NDArray[Any] | list[Path], dimension: int, path: Path) -> Iterator[NDArray[Any]]:
+def _blocks(source: NDArray[Any] | list[Path], dimension: int) -> Iterator[NDArray[Any]]:
     if isinstance(source, np.ndarray):
         for start in range(0, len(source), BLOCK):
             yield source[start : start + BLOCK]

@@ -22,12 +22,7 @@ WEIGHTS_AT_ONCE = 8_000_000  # looked at in memory at a time
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Weights → 1 … `levels`.
-
-    Args:
-        maximum: the weight of the highest level; what is above is taken for it.
-        levels: 2^bits - 1.
-    """
+    """Weights → 1 … `levels` (2^bits - 1); `maximum` is that of the highest, and what is above is taken for it."""
 
     maximum: float
     levels: int
@@ -44,13 +39,9 @@ class Quantiser:
 
 
 def fit_quantiser(specification: QuantisedSpecification, vectors: Any) -> tuple[Quantiser, dict[str, Any]]:
-    """The quantiser of a collection's vectors, and for the manifest: maximum, step, and how many weights are clipped.
+    """The quantiser of a csr_matrix [documents, vocabulary], and for the manifest: maximum, step, clipped weights.
 
-    Args:
-        vectors: csr_matrix [documents, vocabulary], weights above 0; may be memory-mapped.
-
-    Raises:
-        RankdistillError: a weight is above the specification's maximum, which says `above: error`.
+    An error where a weight is above the specification's maximum and that says `above: error`.
     """
     highest = max((float(part.max()) for part in _parts(vectors.data)), default=0.0)
     maximum = specification.maximum or highest or 1.0
@@ -68,11 +59,7 @@ def fit_quantiser(specification: QuantisedSpecification, vectors: Any) -> tuple[
 
 
 def term_names(terms: Sequence[str], where: str) -> list[str]:
-    """A vocabulary's terms as an index writes them: one for each id, all different; an id without a term: "[id 17]".
-
-    Raises:
-        RankdistillError: two of one name.
-    """
+    """A vocabulary's terms as an index writes them, all different; an id without a term: "[id 17]"."""
     names = [term or f"[id {number}]" for number, term in enumerate(terms)]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +22,9 @@ from numpy.typing import NDArray
 
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.faiss_assembly import parts_of
-from rankdistill.indexes.faiss_index import FaissIndex, parts, reason_of, sign_bits
+from rankdistill.indexes.faiss_index import FaissIndex, coded, each_list, parts, reason_of, sign_bits, transforms
 from rankdistill.indexes.vectors import check_vectors, row_hashes
 
-BLOCK = 65_536
 UNEVEN = 3.0  # imbalance above which lists cost more than they save; k-means on real vectors ends at 1.2 to 2
 EMPTY = 0.1
 AGREEMENT = 0.95
@@ -41,6 +39,10 @@ class Finding:
     name: str
     value: float | int | str
     warning: str = ""
+
+    @classmethod
+    def of(cls, name: str, value: float, bad: bool = False, warning: str = "") -> Finding:
+        return cls(name, round(value, 4), warning if bad else "")
 
 
 @dataclass(frozen=True)
@@ -111,67 +113,40 @@ def check_index(
     if not count:
         return IndexCheck(str(index.path), repr(index), findings)
     rows = np.sort(np.random.default_rng(seed).permutation(count)[:sample])
-    inner = _coded(index.index)
+    inner = coded(index.index)
     given = None if vectors is None else np.ascontiguousarray(vectors[rows], np.float32)
     if given is not None:
         check_vectors(given, index.dimension, lambda row: f"row {rows[row]}")
     binary = isinstance(inner, faiss.IndexBinary)
-    lists = _lists_of_rows(inner) if hasattr(inner, "invlists") else None
+    turned = None if given is None or binary else _transformed(index.index, given)
     decoded = None if binary else _decoded(inner, rows)
     if decoded is not None and not np.isfinite(decoded).all():
         findings.append(Finding("documents decoded", "NaN", "the codebooks are broken: train again"))
         decoded = None
-    if lists is not None:
+    has_lists = hasattr(inner, "invlists")
+    if has_lists:
         findings += _about_lists(inner)
-        if not binary:
-            inside = decoded if given is None else _transformed(index.index, given)
-            if inside is not None:
-                findings += _about_probing(inner, lists[rows], inside, exact=given is not None)
+        inside = decoded if turned is None else turned
+        if inside is not None:
+            findings += _about_probing(inner, _lists_of_rows(inner)[rows], inside, exact=turned is not None)
     if decoded is not None:
-        unit = index.manifest.get("similarity") == "cos"
-        findings += _about_lengths(decoded, None if given is None else _transformed(index.index, given), unit)
+        findings += _about_lengths(decoded, turned, index.manifest.get("similarity") == "cos")
     hashes = _code_hashes(inner)
     if hashes is not None:
         findings.append(_about_shared_codes(hashes, vectors))
     asked = queries[:sample] if queries is not None else given if given is not None else _outside(index.index, decoded)
     if asked is not None:
-        findings.append(_about_missing(index, asked, min(k, count), lists is not None))
+        findings.append(_about_missing(index, asked, min(k, count), has_lists))
     findings += _about_polysemous(index.index)
     return IndexCheck(str(index.path), repr(index), findings)
 
 
-def _coded(index: Any) -> Any:
-    """The innermost index that holds documents: the first stage of a refined one."""
-    import faiss
-
-    for part in parts(index):
-        if not isinstance(part, faiss.IndexRefine | faiss.IndexPreTransform | faiss.IndexIDMap):
-            return part
-    raise AssertionError("an index ends somewhere")
-
-
 def _lists_of_rows(ivf: Any) -> NDArray[np.int64]:
     lists = np.full(int(ivf.ntotal), -1, np.int64)
-    for number, ids, _ in _each_list(ivf):
+    for number, ids, _ in each_list(ivf):
         known = (ids >= 0) & (ids < len(lists))
         lists[ids[known]] = number
     return lists
-
-
-def _each_list(ivf: Any) -> Iterator[tuple[int, NDArray[np.int64], Any]]:
-    """(number, ids, pointer to the codes) of each list that holds something; the arrays die with the step."""
-    import faiss
-
-    invlists: Any = faiss.downcast_InvertedLists(ivf.invlists)
-    for number in range(ivf.nlist):
-        size = invlists.list_size(number)
-        if size:
-            ids, codes = invlists.get_ids(number), invlists.get_codes(number)
-            try:
-                yield number, faiss.rev_swig_ptr(ids, size), codes
-            finally:
-                invlists.release_ids(number, ids)
-                invlists.release_codes(number, codes)
 
 
 def _decoded(inner: Any, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
@@ -199,30 +174,20 @@ def _decoded(inner: Any, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
 
 def _transformed(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Vectors as the coded index sees them, after any rotation."""
-    import faiss
-
-    for part in parts(index):
-        if isinstance(part, faiss.IndexPreTransform):
-            chain: Any = part.chain
-            for number in range(chain.size()):
-                vectors = faiss.downcast_VectorTransform(chain.at(number)).apply(vectors)
+    for transform in transforms(index):
+        vectors = transform.apply(vectors)
     return vectors
 
 
 def _outside(index: Any, decoded: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
     """Decoded vectors turned back into the student's space, to search with."""
-    import faiss
-
     if decoded is None:
         return None
-    for part in reversed(list(parts(index))):
-        if isinstance(part, faiss.IndexPreTransform):
-            chain: Any = part.chain
-            for number in reversed(range(chain.size())):
-                try:
-                    decoded = faiss.downcast_VectorTransform(chain.at(number)).reverse_transform(decoded)
-                except RuntimeError:
-                    return None
+    try:
+        for transform in reversed(transforms(index)):
+            decoded = transform.reverse_transform(decoded)
+    except RuntimeError:
+        return None
     return decoded
 
 
@@ -231,21 +196,18 @@ def _about_lists(ivf: Any) -> list[Finding]:
     imbalance = float(len(sizes) * (sizes**2).sum() / max(1.0, sizes.sum()) ** 2)
     empty = int((sizes == 0).sum())
     visited = min(1.0, int(ivf.nprobe) / len(sizes) * imbalance)
+    uneven = (
+        f"a search visits {imbalance:.1f} times as many vectors as with even lists: train on more vectors, or with"
+        " normalised centroids"
+    )
     too_many = f"nprobe {ivf.nprobe} of {len(sizes)} lists: set nprobe to {len(sizes)}; fast-scan breaks beyond it"
     return [
         Finding("lists", len(sizes)),
-        Finding("lists, empty", empty, "use fewer lists" if empty > EMPTY * len(sizes) else ""),
+        Finding.of("lists, empty", empty, empty > EMPTY * len(sizes), "use fewer lists"),
         Finding("lists, largest", int(sizes.max())),
-        Finding(
-            "lists, imbalance",
-            round(imbalance, 3),
-            f"a search visits {imbalance:.1f} times as many vectors as with even lists: train on more vectors, or with"
-            " normalised centroids"
-            if imbalance > UNEVEN
-            else "",
-        ),
-        Finding("nprobe", int(ivf.nprobe), too_many if ivf.nprobe > len(sizes) else ""),
-        Finding("vectors visited, about", round(visited, 4)),
+        Finding.of("lists, imbalance", imbalance, imbalance > UNEVEN, uneven),
+        Finding.of("nprobe", int(ivf.nprobe), ivf.nprobe > len(sizes), too_many),
+        Finding.of("vectors visited, about", visited),
     ]
 
 
@@ -254,89 +216,71 @@ def _about_probing(ivf: Any, own: NDArray[np.int64], inside: NDArray[np.float32]
     known = own >= 0
     first = float((probed[known, 0] == own[known]).mean())
     among = float((probed[known] == own[known, None]).any(axis=1).mean())
+    assign = (
+        "documents stand in other lists than those a search for them visits: assign them again by the rule the index"
+        " probes by (its metric), with the final centroids"
+    )
     # A code says only about where its document is, so that its own list may be the second nearest.
     bad = first < (AGREEMENT if exact else 0.8)
+    missed = f"a search for a document misses it with nprobe {ivf.nprobe}"
     return [
-        Finding(
-            "own list probed first",
-            round(first, 4),
-            "documents stand in other lists than those a search for them visits: assign them again by the rule the"
-            " index probes by (its metric), with the final centroids"
-            if bad
-            else "",
-        ),
-        Finding(
-            "own list among the probed",
-            round(among, 4),
-            f"a search for a document misses it with nprobe {ivf.nprobe}" if among < AGREEMENT else "",
-        ),
+        Finding.of("own list probed first", first, bad, assign),
+        Finding.of("own list among the probed", among, among < AGREEMENT, missed),
     ]
 
 
 def _about_lengths(decoded: NDArray[np.float32], given: NDArray[np.float32] | None, unit: bool) -> list[Finding]:
     lengths = np.linalg.norm(decoded, axis=1)
     if given is None and not unit:
-        return [Finding("length of decoded, mean", round(float(lengths.mean()), 4))]
+        return [Finding.of("length of decoded, mean", float(lengths.mean()))]
     before = np.ones(len(lengths)) if given is None else np.linalg.norm(given, axis=1)
     real = before > 0
     if not real.any():
         return []
     kept = lengths[real] / before[real]
-    spread = float(kept.std() / max(kept.mean(), 1e-12))
+    mean, spread = float(kept.mean()), float(kept.std() / max(kept.mean(), 1e-12))
     advice = "inner products rank by it: more bytes, or train the codebooks for ranking (rankdistill quantize)"
     findings = [
-        Finding("length kept, mean", round(float(kept.mean()), 4), advice if kept.mean() < 0.5 else ""),
-        Finding("length kept, spread", round(spread, 4), advice if spread > SPREAD else ""),
+        Finding.of("length kept, mean", mean, mean < 0.5, advice),
+        Finding.of("length kept, spread", spread, spread > SPREAD, advice),
     ]
     if given is not None:
         products = (decoded[real] * given[real]).sum(axis=1)
         cosines = products / np.maximum(lengths[real] * before[real], 1e-12)
-        findings.append(Finding("direction kept, mean", round(float(cosines.mean()), 4)))
+        findings.append(Finding.of("direction kept, mean", float(cosines.mean())))
     return findings
 
 
-def _code_hashes(inner: Any) -> NDArray[np.uint64] | None:
-    """A hash of each document's code and list, in any order; none where documents are not held as codes."""
+def _code_hashes(inner: Any) -> NDArray[np.int64] | None:
+    """A hash of each document's list and code, in any order; none where documents are not held as codes."""
     import faiss
 
     if isinstance(inner, faiss.IndexPQFastScan | faiss.IndexIVFPQFastScan):
         held = parts_of(inner)
-        hashes = row_hashes(held.codes)
-        return hashes if held.assignments is None else hashes + _list_hashes(held.assignments)
+        lists = [] if held.assignments is None else [held.assignments[:, None].view(np.uint8)]
+        return row_hashes(np.hstack([*lists, held.codes]))
     if isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFFastScan):
-        found = []
-        for number, ids, codes in _each_list(inner):
+        hashes = []
+        for number, ids, codes in each_list(inner):
             packed = faiss.rev_swig_ptr(codes, len(ids) * inner.code_size).reshape(len(ids), -1)
-            found.append(row_hashes(packed) + _list_hashes(np.array([number])))
-        return np.concatenate(found)
+            hashes.append(row_hashes(packed, str(number).encode()))
+        return np.concatenate(hashes)
     if isinstance(inner, faiss.IndexFlatCodes):
-        size, made = int(inner.code_size), np.empty(int(inner.ntotal), np.uint64)
-        flat = faiss.rev_swig_ptr(inner.codes.data(), len(made) * size).reshape(-1, size)
-        for start in range(0, len(made), BLOCK):
-            made[start : start + BLOCK] = row_hashes(flat[start : start + BLOCK])
-        return made
+        size = int(inner.code_size)
+        return row_hashes(faiss.rev_swig_ptr(inner.codes.data(), int(inner.ntotal) * size).reshape(-1, size))
     return None
 
 
-def _list_hashes(lists: NDArray[np.int64]) -> NDArray[np.uint64]:
-    return (lists.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-
-
-def _about_shared_codes(hashes: NDArray[np.uint64], vectors: NDArray[np.float32] | None) -> Finding:
+def _about_shared_codes(hashes: NDArray[np.int64], vectors: NDArray[np.float32] | None) -> Finding:
     shared = _share_of_shared(hashes)
-    same = 0.0
-    if vectors is not None:
-        made = np.empty(len(vectors), np.uint64)
-        for start in range(0, len(vectors), BLOCK):
-            made[start : start + BLOCK] = row_hashes(np.ascontiguousarray(vectors[start : start + BLOCK]))
-        same = _share_of_shared(made)
+    same = 0.0 if vectors is None else _share_of_shared(row_hashes(vectors))
     advice = "more subspaces or bits: these documents cannot be told apart"
     if same:
         advice += f" ({same:.1%} have the very vector of another: those never can)"
-    return Finding("codes shared", round(shared, 4), advice if shared - same > SHARED else "")
+    return Finding.of("codes shared", shared, shared - same > SHARED, advice)
 
 
-def _share_of_shared(hashes: NDArray[np.uint64]) -> float:
+def _share_of_shared(hashes: NDArray[np.int64]) -> float:
     _, counts = np.unique(hashes, return_counts=True)
     return float(counts[counts > 1].sum() / len(hashes))
 
@@ -345,33 +289,26 @@ def _about_missing(index: FaissIndex, queries: NDArray[np.float32], k: int, list
     queries = np.ascontiguousarray(queries, np.float32)
     name = f"hits missing (-1) of {k}"
     try:
-        found = index.index.search(sign_bits(queries) if index.specification.binary else queries, k)[1]
+        _, rows = index.index.search(sign_bits(queries) if index.specification.binary else queries, k)
     except RuntimeError as error:
         return Finding(name, "all", f"FAISS cannot search this index: {reason_of(error)}")
-    missing = float((found < 0).mean())
+    missing = float((rows < 0).mean())
     fix = "raise nprobe" if lists else "raise efSearch"
     warning = f"{missing:.1%} of {k} hits are -1, which is no document: {fix}, or ask for fewer"
-    return Finding(name, round(missing, 4), warning if missing else "")
+    return Finding.of(name, missing, missing > 0, warning)
 
 
 def _about_polysemous(index: Any) -> list[Finding]:
     import faiss
 
-    found = False
-    part: Any
     kind: Any = faiss.IndexPQ
     filtering = (kind.ST_polysemous, kind.ST_polysemous_generalize)
-    for part in parts(index):
-        if isinstance(part, faiss.IndexIVFPQ):
-            found |= part.polysemous_ht != 0
-        elif isinstance(part, faiss.IndexPQ):
-            found |= getattr(part, "search_type", None) in filtering
-    if not any(isinstance(part, faiss.IndexIVFPQ | faiss.IndexPQ) for part in parts(index)):
-        return []
-    return [
-        Finding(
-            "polysemous filter",
-            "on" if found else "off",
-            "it drops documents unseen: set polysemous_ht = 0 (IVFPQ) or search_type = ST_PQ (PQ)" if found else "",
-        )
+    quantised: list[Any] = [part for part in parts(index) if isinstance(part, faiss.IndexIVFPQ | faiss.IndexPQ)]
+    on = [
+        part.polysemous_ht != 0 if isinstance(part, faiss.IndexIVFPQ) else part.search_type in filtering
+        for part in quantised
     ]
+    if not on:
+        return []
+    fix = "it drops documents unseen: set polysemous_ht = 0 (IVFPQ) or search_type = ST_PQ (PQ)"
+    return [Finding("polysemous filter", "on" if any(on) else "off", fix if any(on) else "")]

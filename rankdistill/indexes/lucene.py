@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -31,10 +31,10 @@ HITS = '"scoreDocs":['
 
 
 def java_text(text: str) -> Any:
-    """A text as pyjnius passes it on whole: itself, or a string of Java's.
+    """A text as pyjnius passes it on whole: itself, or a string of Java's; half a surrogate pair becomes "?".
 
-    pyjnius (1.9) counts characters where Java counts units of 16 bits: of a text with n characters beyond
-    U+FFFF (emoji, rare ideographs) the last n are cut off. Half a surrogate pair becomes "?".
+    pyjnius (1.9) counts characters where Java counts units of 16 bits: of a text with n characters beyond U+FFFF the
+    last n are cut off.
     """
     if text.isascii() or max(text) < "\ud800":
         return text
@@ -42,7 +42,7 @@ def java_text(text: str) -> Any:
 
 
 class LuceneWriter:
-    """Writes an index of documents (id, text) in row order, as Anserini lays them out, so that pyserini opens it.
+    """A block that writes documents (id, text) in row order, as Anserini lays them out, so that pyserini opens it.
 
     Args:
         folder: a new one.
@@ -53,6 +53,7 @@ class LuceneWriter:
         import jnius
 
         load = jvm.load
+        folder.mkdir()
         self.folder = folder
         with jvm.calls(folder):
             settings = load("org.apache.lucene.index.IndexWriterConfig")(analyzer)
@@ -85,28 +86,24 @@ class LuceneWriter:
         with jvm.calls(f"{self.folder}: document {doc_id}"):
             self._writer.addDocument(self._document)
 
-    def finish(self) -> None:
-        """Merge all into one segment and close."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:  # what fails on the way of letting go of the files is not told
+            with suppress(RankdistillError), jvm.calls(self.folder):
+                self._writer.rollback()
+                self._directory.close()
+            return
         with jvm.calls(self.folder):
             self._writer.forceMerge(1)
             self._writer.close()
             self._directory.close()
         (self.folder / "write.lock").unlink(missing_ok=True)
 
-    def abandon(self) -> None:
-        """Let go of the files after a failure, which is what is told: not what fails on the way."""
-        with suppress(RankdistillError), jvm.calls(self.folder):
-            self._writer.rollback()
-            self._directory.close()
-
 
 class LuceneReader:
-    """An opened index.
-
-    Args:
-        folder: of Lucene's files.
-        similarity: a Java object.
-        documents: how many it should hold.
+    """An opened index of so many documents.
 
     Raises:
         RankdistillError: there is no index, it is damaged, or holds another number of documents.
@@ -124,10 +121,10 @@ class LuceneReader:
             self._searcher.setQueryCache(None)  # it holds queries that do not score
             self._searcher.setMaxClauseCount(2**31 - 1)  # of the whole JVM; else a query of 1,025 terms is refused
             self._writer, self._row, self._score = _json_writer()
-            found = int(self.reader.maxDoc())
-        if found != documents:
+            held = int(self.reader.maxDoc())
+        if held != documents:
             raise RankdistillError(
-                f"the Lucene index holds {found:,} documents and its manifest says {documents:,}",
+                f"the Lucene index holds {held:,} documents and its manifest says {documents:,}",
                 where=str(folder),
                 fix="build it again",
             )
@@ -140,8 +137,8 @@ class LuceneReader:
         if text[start] == "]":
             return no_hits()
         numbers = text[start : text.index("]]", start)].replace("[", "").replace("]", "")
-        found: Any = np.fromstring(numbers, np.float64, sep=",").reshape(-1, 3)
-        return Hits(found[:, self._row].astype(np.int64), found[:, self._score].astype(np.float32))
+        hits: Any = np.fromstring(numbers, np.float64, sep=",").reshape(-1, 3)
+        return Hits(hits[:, self._row].astype(np.int64), hits[:, self._score].astype(np.float32))
 
 
 def _json_writer() -> tuple[Any, int, int]:
@@ -155,21 +152,21 @@ def _json_writer() -> tuple[Any, int, int]:
     return writer, numbers.index(7), numbers.index(0.5)
 
 
-def search_all(one: Callable[[Any], Hits], queries: Sequence[Any], threads: int = 0) -> list[Hits]:
-    """`one` of each query, in several threads where there are many."""
+def search_all(search_one: Callable[[Any], Hits], queries: Sequence[Any], threads: int = 0) -> list[Hits]:
+    """`search_one` of each query, in several threads where there are many."""
     workers = min(threads or available_threads(), len(queries) // QUERIES_A_THREAD)
     if workers <= 1:
-        return [one(query) for query in queries]
+        return [search_one(query) for query in queries]
 
     def part(number: int) -> list[Hits]:
         with jvm.calls("a search"):
-            return [one(query) for query in queries[number::workers]]
+            return [search_one(query) for query in queries[number::workers]]
 
-    found: list[Hits] = [no_hits()] * len(queries)
+    hits: list[Hits] = [no_hits()] * len(queries)
     with ThreadPoolExecutor(workers) as pool:
-        for number, hits in enumerate(pool.map(part, range(workers))):
-            found[number::workers] = hits
-    return found
+        for number, some in enumerate(pool.map(part, range(workers))):
+            hits[number::workers] = some
+    return hits
 
 
 def open_directory(folder: Path) -> Any:

@@ -1,12 +1,10 @@
 """A Lucene index of a sparse student's term weights: whole numbers ("impacts") in place of term frequencies.
 
 Laid out as Anserini lays out an impact index (ImpactSimilarity: a document's score is Σ query weight × impact), so
-that plain pyserini opens it: `LuceneImpactSearcher(folder, encoder)`, whose encoder gives token → whole number. Each
-document is written once a term (`term, impact`), not once an occurrence.
+that plain pyserini opens it: `LuceneImpactSearcher(folder, encoder)`, whose encoder gives token → whole number.
 
-A query's weights are whole numbers too, in steps of its highest; a weight below half a step counts as 0. A hit's score
-is brought back to the scale of the student's inner product. Sums stay exact up to 2^24, that is with 8 bits on either
-side for a good 250 terms a query; ties go by row.
+A query's weights are whole numbers too, in steps of its highest; below half a step they count as 0. A hit's score is
+brought back to the scale of the student's inner product. Sums stay exact up to 2^24; ties go by row.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,7 @@ ROWS_AT_ONCE = 4096
 def build(
     specification: LuceneImpactSpecification, vectors: Any, doc_ids: Sequence[str], terms: Sequence[str], folder: Path
 ) -> dict[str, Any]:
-    """Write the index of a collection's vectors into a folder.
-
-    Args:
-        vectors: csr_matrix [documents, vocabulary]; may be memory-mapped.
-        doc_ids: of each row; hits are rows, so an id that comes twice does no harm here.
-        terms: [vocabulary] strings; an id without one gets a name of its own.
-
-    Returns:
-        counts for the manifest: highest weight, step, clipped weights, documents without a term.
+    """Write the index of csr_matrix [documents, vocabulary] into a folder; what to count in its manifest.
 
     Raises:
         RankdistillError: the extra `lucene` or a fit Java is missing; a weight above the maximum that the specification
@@ -64,30 +55,26 @@ def build(
         )
     quantiser, counts = fit_quantiser(specification, vectors)
     jvm.start()
-    (folder / FILES).mkdir()
-    writer = LuceneWriter(folder / FILES, _analyzer(), jvm.load("io.anserini.search.similarity.ImpactSimilarity")())
+    similarity = jvm.load("io.anserini.search.similarity.ImpactSimilarity")()
     empty = 0
-    try:
-        with progress("impacts in Lucene", vectors.shape[0], "documents") as bar:
-            for start in range(0, vectors.shape[0], ROWS_AT_ONCE):
-                part = vectors[start : start + ROWS_AT_ONCE]
-                impacts, columns, ends = quantiser(part.data).tolist(), part.indices.tolist(), part.indptr.tolist()
-                for row, doc_id in enumerate(doc_ids[start : start + ROWS_AT_ONCE]):
-                    first, last = ends[row], ends[row + 1]
-                    empty += first == last
-                    if sum(impacts[first:last]) > LARGEST_SUM:
-                        raise RankdistillError(
-                            f"the impacts of document {doc_id!r} add up to more than Lucene counts (2^31)",
-                            where=specification.name,
-                            fix=f"fewer bits than {specification.bits}",
-                        )
-                    pairs = zip(columns[first:last], impacts[first:last], strict=True)
-                    writer.add(doc_id, NEXT.join([f"{names[column]}{IMPACT}{impact}" for column, impact in pairs]))
-                bar.advance(part.shape[0])
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.finish()
+    with (
+        LuceneWriter(folder / FILES, _analyzer(), similarity) as writer,
+        progress("impacts in Lucene", vectors.shape[0], "documents") as bar,
+    ):
+        for start in range(0, vectors.shape[0], ROWS_AT_ONCE):
+            part = vectors[start : start + ROWS_AT_ONCE]
+            impacts, columns, ends = quantiser(part.data).tolist(), part.indices.tolist(), part.indptr.tolist()
+            for doc_id, (first, last) in zip(doc_ids[start : start + ROWS_AT_ONCE], pairwise(ends), strict=True):
+                empty += first == last
+                if sum(impacts[first:last]) > LARGEST_SUM:
+                    raise RankdistillError(
+                        f"the impacts of document {doc_id!r} add up to more than Lucene counts (2^31)",
+                        where=specification.name,
+                        fix=f"fewer bits than {specification.bits}",
+                    )
+                pairs = zip(columns[first:last], impacts[first:last], strict=True)
+                writer.add(doc_id, NEXT.join([f"{names[column]}{IMPACT}{impact}" for column, impact in pairs]))
+            bar.advance(part.shape[0])
     write_atomically(folder / TERMS, json.dumps(names, ensure_ascii=False))
     about = {"documents": vectors.shape[0], "step": quantiser.step, "query_bits": specification.query_bits}
     write_atomically(folder / ABOUT, json.dumps(about) + "\n")
@@ -96,11 +83,7 @@ def build(
 
 
 def open_index(folder: Path) -> LuceneImpactIndex:
-    """Open what `build` wrote.
-
-    Raises:
-        RankdistillError: a file is missing or damaged; the extra `lucene` or a fit Java is missing.
-    """
+    """Open what `build` wrote."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         terms = json.loads((folder / TERMS).read_text(encoding="utf-8"))
@@ -113,13 +96,7 @@ def open_index(folder: Path) -> LuceneImpactIndex:
 
 
 class LuceneImpactIndex:
-    """An opened index.
-
-    Args:
-        terms: [vocabulary] as they are in the index.
-        step: the weight of an impact of 1.
-        query_bits: of a query's weights.
-    """
+    """An opened index; `terms` as they are in it, `step` the weight of an impact of 1."""
 
     def __init__(self, folder: Path, reader: LuceneReader, terms: Sequence[str], step: float, query_bits: int) -> None:
         self.folder, self.step, self.levels = folder, step, 2**query_bits - 1
@@ -132,12 +109,12 @@ class LuceneImpactIndex:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary], best first, ties by row."""
         ends, columns, weights = queries.indptr.tolist(), queries.indices.tolist(), queries.data.tolist()
 
-        def one(row: int) -> Hits:
+        def search_one(row: int) -> Hits:
             part = slice(ends[row], ends[row + 1])
             return self._search(columns[part], weights[part], k)
 
         with jvm.calls(self.folder):
-            return search_all(one, range(queries.shape[0]))
+            return search_all(search_one, range(queries.shape[0]))
 
     def search_terms(self, columns: Sequence[int], weights: Sequence[float], k: int) -> Hits:
         """As `search`, of one query without an array: term ids, each once, and their weights."""

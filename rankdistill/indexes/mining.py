@@ -14,26 +14,18 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from rankdistill.artifacts import (
-    Artifact,
-    disk_errors,
-    find_artifact,
-    fingerprint,
-    locked,
-    open_artifact,
-    write_artifact,
-)
+from rankdistill.artifacts import Artifact, ArtifactWriter, disk_errors, fingerprint, obtain
 from rankdistill.collections.collection import joined
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Engine, Hits, Rows, Scores
-from rankdistill.indexes.sources import CandidateSource, RecordedRun
+from rankdistill.indexes.sources import SHARE, CandidateSource, RecordedRun
 from rankdistill.progress import progress, say, warn
 from rankdistill.runs import SCHEMA, RunWriter, iter_run, write_trec
 
@@ -66,26 +58,15 @@ class Source:
         folder: Path,
         opened: dict[str, Engine | RecordedRun] | None = None,
     ) -> Source:
-        """Open a recipe's source; what it needs is built below `folder`.
-
-        Args:
-            opened: engines that are open already: sources that differ in their share alone use one.
-        """
+        """Open a recipe's source; what it needs is built below `folder`, or taken from the `opened` engines."""
         opened = {} if opened is None else opened
         key = settings.engine_key()
         if key not in opened:
             opened[key] = settings.open(collection, folder)
-        return cls(
-            opened[key],
-            settings.quota,
-            settings.rank_from,
-            settings.rank_to,
-            settings.margin,
-            settings.relative_margin,
-        )
+        return cls(opened[key], **{name: getattr(settings, name) for name in SHARE})
 
     def settings(self) -> dict[str, object]:
-        share = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "engine"}
+        share = {name: getattr(self, name) for name in SHARE}
         return {"engine": self.engine.name, "fingerprint": self.engine.fingerprint, **share}
 
 
@@ -115,28 +96,20 @@ def mine(
         split: whose labels count; without it queries are unlabelled.
         query_ids: mine these; all of the split (of the collection) unless given. Those without labels come last.
         include_positives: put the documents labelled relevant (relevance > 0) first.
-        exclude_positives: leave them out altogether (without it and `include_positives`, they stay where mined).
-        max_positives: put at most so many first: the most relevant, then those the sources rank best. The rest is
-            left out.
+        exclude_positives: leave them out altogether; with neither they stay where they are mined.
+        max_positives: put at most so many first, the most relevant, then the best ranked; the rest is left out.
         margin: default of the sources': drop a mined document that scores above best labelled score - margin …
-        relative_margin: … or above (1 - relative_margin) · that score. Where a source does not find a labelled
-            document, no margin applies to that query.
-        drop_same_texts: leave out unlabelled documents whose text is the query's (in some collections the queries are
-            documents) or that of a document labelled relevant: as negatives they would teach the opposite.
+        relative_margin: … or above (1 - relative_margin) · that score; none where no labelled document is found.
+        drop_same_texts: leave out unlabelled documents whose text is the query's or a relevant document's: as negatives
+            they would teach the opposite.
         batch_size: queries at a time.
-
-    Raises:
-        UsageError: no source, or a source without a quota beside others.
-        RankdistillError: a query id the collection does not know; no query at all; a full disk.
     """
     sources = [
-        Source(
-            source.engine,
-            source.quota if source.quota is not None or len(sources) > 1 else depth,
-            source.rank_from,
-            source.rank_to,
-            source.margin if source.margin is not None else margin,
-            source.relative_margin if source.relative_margin is not None else relative_margin,
+        replace(
+            source,
+            quota=source.quota if source.quota is not None or len(sources) > 1 else depth,
+            margin=source.margin if source.margin is not None else margin,
+            relative_margin=source.relative_margin if source.relative_margin is not None else relative_margin,
         )
         for source in sources
     ]
@@ -144,7 +117,6 @@ def mine(
         raise UsageError("there is nothing to mine from", where="candidates.sources")
     if any(source.quota is None for source in sources):
         raise UsageError("each of several sources needs a quota", where="candidates.sources", fix="quota: 50")
-    out = Path(out)
     settings = {
         "sources": [source.settings() for source in sources],
         "depth": depth,
@@ -156,29 +128,15 @@ def mine(
         "batch_size": batch_size,
         "queries": None if query_ids is None else hashlib.sha256("\0".join(query_ids).encode()).hexdigest()[:16],
     }
-    wanted = fingerprint(["candidates", settings, collection.fingerprint])
     total = len(set(query_ids) if query_ids is not None else collection.query_ids(split))
     if not total:
         raise RankdistillError("there are no queries to mine for", where=f"{collection.name}, split {split}")
     miner = _Miner(collection, sources, depth, include_positives, exclude_positives, max_positives, drop_same_texts)
-    with locked(out):
-        found = find_artifact(out, "candidates", wanted)
-        if found is not None:
-            return found
-        with (
-            write_artifact(
-                out,
-                kind="candidates",
-                fingerprint=wanted,
-                settings=settings,
-                inputs={"collection": collection.fingerprint}
-                | {f"source {place}": source.engine.fingerprint for place, source in enumerate(sources, 1)},
-                resume=True,
-            ) as writer,
-            progress("mine", total, "queries") as bar,
-        ):
-            if not (writer.path / FILE).is_file():  # else a kill came after all batches were joined
-                parts: list[Path] = []
+
+    def make(writer: ArtifactWriter) -> None:
+        if not (writer.path / FILE).is_file():  # else a kill came after all batches were joined
+            parts: list[Path] = []
+            with progress("mine", total, "queries") as bar:
                 for queries in _batches(collection, split, query_ids, batch_size):
                     part = writer.path / f"part-{len(parts):06d}.parquet"
                     if not part.is_file():
@@ -187,27 +145,26 @@ def mine(
                                 run.add(query_id, doc_ids, scores)
                     parts.append(part)
                     bar.advance(len(queries))
-                _join(parts, writer.path / FILE)
-            for engine, count in miner.empty.items():
-                if count > MANY_EMPTY * total:
-                    hint = (
-                        ": is its language right? lucene_bm25 parts words of more scripts" if engine == "bm25" else ""
-                    )
-                    warn(f"mine: {engine} finds nothing for {count:,} of {total:,} queries{hint}")
-            if miner.dropped["documents"]:
-                say(
-                    f"mine: {miner.dropped['documents']:,} documents with the text of their query or of a relevant "
-                    f"document were left out, of {miner.dropped['queries']:,} queries"
-                )
-            for part in writer.path.glob("part-*.parquet"):
-                part.unlink()
-            rows = pq.read_metadata(writer.path / FILE).num_rows
-            writer.counts.update({"queries": total, "candidates": rows})
-            encoders = {id(one): one for source in sources if (one := getattr(source.engine, "encoder", None))}
-            if cut := sum(getattr(one, "cut", {}).get("query", 0) for one in encoders.values()):
-                writer.counts["cut_queries"] = cut  # by these encoders since they were loaded
-            writer.notes["file"] = FILE
-        return open_artifact(out, "candidates")
+            _join(parts, writer.path / FILE)
+        for part in writer.path.glob("part-*.parquet"):
+            part.unlink()
+        miner.say_losses(total)
+        writer.counts.update({"queries": total, "candidates": pq.read_metadata(writer.path / FILE).num_rows})
+        encoders = {id(encoder): encoder for source in sources if (encoder := getattr(source.engine, "encoder", None))}
+        if cut := sum(getattr(encoder, "cut", {}).get("query", 0) for encoder in encoders.values()):
+            writer.counts["cut_queries"] = cut  # by these encoders since they were loaded
+        writer.notes["file"] = FILE
+
+    inputs = {f"source {place}": source.engine.fingerprint for place, source in enumerate(sources, 1)}
+    return obtain(
+        out,
+        kind="candidates",
+        fingerprint=fingerprint(["candidates", settings, collection.fingerprint]),
+        settings=settings,
+        inputs={"collection": collection.fingerprint, **inputs},
+        make=make,
+        resume=True,
+    )
 
 
 def export_trec(candidates: Artifact, path: str | Path, tag: str = "rankdistill") -> None:
@@ -255,21 +212,33 @@ class _Miner:
     dropped: Counter[str] = field(default_factory=Counter)
     empty: Counter[str] = field(default_factory=Counter)  # engine → queries it finds nothing for
 
+    def say_losses(self, queries: int) -> None:
+        """Name the engines that find nothing for many queries, and say how many documents were left out."""
+        for engine, count in self.empty.items():
+            if count > MANY_EMPTY * queries:
+                hint = ": is its language right? lucene_bm25 parts words of more scripts" if engine == "bm25" else ""
+                warn(f"mine: {engine} finds nothing for {count:,} of {queries:,} queries{hint}")
+        if self.dropped["documents"]:
+            say(
+                f"mine: {self.dropped['documents']:,} documents with the text of their query or of a relevant "
+                f"document were left out, of {self.dropped['queries']:,} queries"
+            )
+
     def lists(self, queries: Sequence[Query]) -> Iterator[tuple[str, list[str], Scores]]:
         """(query id, document ids, scores) of each query that has any candidate."""
         labels = [self._labels(query.relevant) for query in queries]
         most = max(len(label) for label in labels)
         hits = self._search(queries, most)
         for place, query in enumerate(queries):
-            found = [of_source[place] for of_source in hits]
-            same = self._same_texts(query, found, labels[place]) if self.drop_same_texts else set()
-            rows, scores = self._mix(found, labels[place], same)
+            ranking = [of_source[place] for of_source in hits]
+            same = self._same_texts(query, ranking, labels[place]) if self.drop_same_texts else set()
+            rows, scores = self._mix(ranking, labels[place], same)
             if len(rows):
                 yield query.query_id, self.collection.doc_ids(rows), scores
 
     def _same_texts(self, query: Query, hits: Sequence[Hits], labels: dict[int, int]) -> set[int]:
         """Rows of unlabelled documents whose text is the query's or a relevant document's, but for case and spaces."""
-        rows = {row for source, found in zip(self.sources, hits) for row in found.rows[source.rank_from - 1 :].tolist()}
+        rows = {row for source, its in zip(self.sources, hits) for row in its.rows[source.rank_from - 1 :].tolist()}
         unlabelled = sorted(rows - labels.keys())
         taken = {_plain(query.text)}
         for document in self.collection.documents(list(labels)):
@@ -293,36 +262,33 @@ class _Miner:
         """For each source its hits of each query, deep enough that the quota can be filled after documents are passed
         over. Sources of one engine share one search, as deep as the deepest of them needs."""
         taken = sum(other.quota or 0 for other in self.sources)
-        depths = []
+        depths: dict[str, int] = {}
+        needed = []
         for source in self.sources:
             filtered = source.margin is not None or source.relative_margin is not None
-            needed = source.rank_from - 1 + taken * (2 if filtered else 1) + positives
-            depths.append(source.rank_to or needed + SPARE * self.drop_same_texts)
-        deepest: dict[str, int] = {}
-        for source, depth in zip(self.sources, depths, strict=True):
-            deepest[source.engine.fingerprint] = max(depth, deepest.get(source.engine.fingerprint, 0))
-        found: dict[str, list[Hits]] = {}
-        for source in self.sources:
-            engine, mark = source.engine, source.engine.fingerprint
-            if mark in found:
-                continue
-            if isinstance(engine, RecordedRun):
-                found[mark] = engine.recorded([query.query_id for query in queries], deepest[mark])
-            else:
-                found[mark] = engine.search([query.text for query in queries], deepest[mark])
-            self.empty[engine.name] += sum(not len(hits.rows) for hits in found[mark])
+            least = source.rank_from - 1 + taken * (2 if filtered else 1) + positives
+            needed.append(source.rank_to or least + SPARE * self.drop_same_texts)
+            mark = source.engine.fingerprint
+            depths[mark] = max(needed[-1], depths.get(mark, 0))
+        searched: dict[str, list[Hits]] = {}
+        for engine in (source.engine for source in self.sources):
+            mark = engine.fingerprint
+            if mark not in searched:
+                if isinstance(engine, RecordedRun):
+                    searched[mark] = engine.recorded([query.query_id for query in queries], depths[mark])
+                else:
+                    searched[mark] = engine.search([query.text for query in queries], depths[mark])
+                self.empty[engine.name] += sum(not len(hits.rows) for hits in searched[mark])
         return [
-            [Hits(hits.rows[:depth], hits.scores[:depth]) for hits in found[source.engine.fingerprint]]
-            for source, depth in zip(self.sources, depths, strict=True)
+            [Hits(hits.rows[:depth], hits.scores[:depth]) for hits in searched[source.engine.fingerprint]]
+            for source, depth in zip(self.sources, needed, strict=True)
         ]
 
     def _mix(self, hits: Sequence[Hits], labels: dict[int, int], same: Set[int]) -> tuple[Rows, Scores]:
         """One query's list: labelled documents first if wanted, then the sources' in turn."""
         first = self._first(hits, labels) if self.include_positives else []
         passed_over = same | labels.keys() if self.include_positives or self.exclude_positives else same
-        offers = [
-            self._offer(source, found, labels, passed_over) for source, found in zip(self.sources, hits, strict=True)
-        ]
+        offers = [self._offer(source, its, labels, passed_over) for source, its in zip(self.sources, hits, strict=True)]
         mined: dict[int, float] = {}
         left = [source.quota or 0 for source in self.sources]
         open_sources = list(range(len(self.sources)))
@@ -342,18 +308,18 @@ class _Miner:
     def _first(self, hits: Sequence[Hits], labels: dict[int, int]) -> list[int]:
         """The labelled documents: most relevant first, then best ranked by any source, then by row."""
         ranks: dict[int, int] = {}
-        for found in hits:
-            for rank, row in enumerate(found.rows.tolist()):
+        for its in hits:
+            for rank, row in enumerate(its.rows.tolist()):
                 if row in labels:
                     ranks[row] = min(rank, ranks.get(row, rank))
         order = sorted(labels, key=lambda row: (-labels[row], row not in ranks, ranks.get(row, 0), row))
         return order[: self.max_positives]
 
     def _offer(
-        self, source: Source, found: Hits, labels: dict[int, int], passed_over: Set[int]
+        self, source: Source, hits: Hits, labels: dict[int, int], passed_over: Set[int]
     ) -> Iterator[tuple[int, float]]:
         """A source's documents that may be taken, best first."""
-        rows, scores = found.rows.tolist(), found.scores.tolist()
+        rows, scores = hits.rows.tolist(), hits.scores.tolist()
         known = [score for row, score in zip(rows, scores, strict=True) if row in labels]
         limit = np.inf
         if known and source.margin is not None:

@@ -5,24 +5,17 @@ What grows: on disk 2 (fp16) or 4 bytes · dimension for each token of each docu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import (
-    Artifact,
-    find_artifact,
-    fingerprint,
-    locked,
-    open_artifact,
-    write_artifact,
-)
+from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, open_artifact
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import Hits, no_hits, ranked
-from rankdistill.indexes.ragged import write_ragged
+from rankdistill.indexes.base import Best, Hits, StudentEngine, check_inputs, no_hits
+from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.students.token_vectors import TokenVectors, maxsim_blocks
 
@@ -58,65 +51,45 @@ def encode_document_tokens(
 ) -> Artifact:
     """Encode every document into `path`: tokens.npy [tokens, dimension], offsets.npy int64 [documents + 1].
 
-    Document i has the rows offsets[i] to offsets[i + 1] of tokens.npy. A finished shard is never encoded twice: after a
-    kill at any moment the same call goes on with the next one.
+    Document i has the rows offsets[i] to offsets[i + 1] of tokens.npy.
 
     Raises:
         RankdistillError: there are no documents; the encoder returns NaN or infinite vectors, or such as the number
             format cannot hold; the disk is full.
     """
-    count = collection.document_count
-    if not count:
-        raise RankdistillError("there are no documents to encode", where=collection.name)
-    settings = {"side": "documents", "storage": encoder.storage}
-    wanted = fingerprint([KIND, settings, encoder.fingerprint, collection.fingerprint])
-    path = Path(path)
-    with locked(path):
-        found = find_artifact(path, KIND, wanted)
-        if found is not None:
-            return found
-        with write_artifact(
-            path,
-            kind=KIND,
-            fingerprint=wanted,
-            settings=settings,
-            inputs={"encoder": encoder.fingerprint, "collection": collection.fingerprint},
-            resume=True,
-        ) as writer:
-            tokens = _encode_shards(encoder, collection, writer.path, shard_size)
-            writer.counts.update({"documents": count, "tokens": tokens, "dimension": encoder.dimension})
-            writer.notes["file"] = TOKENS
-        return open_artifact(path, KIND)
+    texts = Texts.documents(collection, shard_size)
+    layout = Layout(np.dtype(FORMATS[encoder.storage]), (encoder.dimension,))
 
-
-def _encode_shards(encoder: TokenEncoder, collection: Collection, folder: Path, shard_size: int) -> int:
-    """The tokens written."""
-    kind = np.dtype(FORMATS[encoder.storage])
-
-    def name_of(row: int) -> str:
-        return f"document {collection.doc_ids([row])[0]!r} of {collection.name}"
-
-    def encode(first: int, texts: list[str]) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-        made = encoder.encode_documents(texts)
+    def encode(first: int, shard: list[str]) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+        tokens = encoder.encode_documents(shard)
         with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite and is refused
-            stored = np.ascontiguousarray(made.vectors, dtype=kind)
-        owner = np.repeat(np.arange(len(made)), np.diff(made.offsets))
-        check_vectors(stored, encoder.dimension, _owner(owner, first, name_of))
-        return np.diff(made.offsets), {TOKENS: stored}
+            stored = np.ascontiguousarray(tokens.vectors, dtype=layout.format)
+        row_of = np.append(np.repeat(np.arange(len(tokens)), np.diff(tokens.offsets)), 0)
+        check_vectors(stored, encoder.dimension, lambda token: texts.name_of(first + int(row_of[token])))
+        return np.diff(tokens.offsets), {TOKENS: stored}
 
-    return write_ragged(folder, {TOKENS: (kind, (encoder.dimension,))}, OFFSETS, collection, encode, shard_size)
+    def finish(writer: ArtifactWriter, tokens: int) -> None:
+        writer.counts.update({"tokens": tokens, "dimension": encoder.dimension})
+        writer.notes["file"] = TOKENS
 
-
-def _owner(owner: NDArray[np.int64], first: int, name_of: Callable[[int], str]) -> Callable[[int], str]:
-    return lambda token: name_of(first + int(owner[token])) if len(owner) else name_of(first)
+    settings = {"side": "documents", "storage": encoder.storage}
+    return encode_texts(
+        path,
+        KIND,
+        texts,
+        encoder,
+        collection,
+        encode,
+        {TOKENS: layout},
+        offsets=OFFSETS,
+        fingerprint=fingerprint([KIND, settings, encoder.fingerprint, collection.fingerprint]),
+        settings=settings,
+        finish=finish,
+    )
 
 
 def open_token_vectors(artifact: Artifact | str | Path) -> TokenVectors:
-    """The token vectors of an artifact, memory-mapped.
-
-    Raises:
-        RankdistillError: it is not one, or its files are damaged.
-    """
+    """The token vectors of an artifact, memory-mapped."""
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(artifact, KIND)
     try:
@@ -154,16 +127,8 @@ class TokenIndex:
         return int(self.vectors.vectors.nbytes + self.vectors.offsets.nbytes)
 
     def check(self, encoder: TokenEncoder | None = None, collection: Any = None) -> None:
-        """Refuse a student or a collection these vectors were not made from.
-
-        Raises:
-            RankdistillError: a fingerprint or the dimension differs.
-        """
-        for what, given in (("encoder", encoder), ("collection", collection)):
-            if given is not None and self.inputs.get(what, given.fingerprint) != given.fingerprint:
-                raise RankdistillError(
-                    f"these token vectors belong to another {what}", fix="encode the collection again with this student"
-                )
+        """Refuse a student or a collection these vectors were not made from."""
+        check_inputs(self.inputs, encoder, collection, self.name)
         if encoder is not None and encoder.dimension != self.dimension:
             raise RankdistillError(f"token vectors of {self.dimension} dimensions, a student of {encoder.dimension}")
 
@@ -172,56 +137,30 @@ class TokenIndex:
         k = min(k, len(self.vectors))
         if k < 1 or not len(queries):
             return [no_hits() for _ in queries]
-        best_scores = np.empty((len(queries), 0), np.float32)
-        best_rows = np.empty((len(queries), 0), np.int64)
+        best = Best(len(queries), k)
         for start, scores in maxsim_blocks(queries, self.vectors, self.device):
-            rows = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
-            best_scores, best_rows = np.hstack([best_scores, scores]), np.hstack([best_rows, rows])
-            # Blocks come in row order and the sort is stable, so ties keep the lower row.
-            order = np.argsort(-best_scores, axis=1, kind="stable")[:, :k]
-            best_scores = np.take_along_axis(best_scores, order, axis=1)
-            best_rows = np.take_along_axis(best_rows, order, axis=1)
-        return [ranked(best_rows[i], best_scores[i], k) for i in range(len(queries))]
+            best.add(scores, np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape))
+        return best.hits()
 
     def scores(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """[rows] scores of one query's token vectors with these documents: re-ranking."""
-        asked = TokenVectors.of([query], self.dimension)
-        self._check_queries(asked)
-        found = [scores[0] for _, scores in maxsim_blocks(asked, self.vectors.take(rows), self.device)]
-        return np.concatenate([np.empty(0, np.float32), *found])
+        queries = TokenVectors.of([query], self.dimension)
+        self._check_queries(queries)
+        blocks = [scores[0] for _, scores in maxsim_blocks(queries, self.vectors.take(rows), self.device)]
+        return np.concatenate([np.empty(0, np.float32), *blocks])
 
     def _check_queries(self, queries: TokenVectors) -> None:
         check_vectors(queries.vectors, self.dimension, lambda row: f"query token {row}")
 
 
-class MultiVectorEngine:
-    """An engine made of a multi-vector student and the token vectors of a collection that it made."""
+class MultiVectorEngine(StudentEngine):
+    """A multi-vector student over the token vectors of a collection."""
 
-    def __init__(
-        self, encoder: TokenEncoder, index: TokenIndex, *, collection: Any = None, name: str = "multi_vector"
-    ) -> None:
-        """Raises RankdistillError when the index belongs to another student or collection."""
-        index.check(encoder, collection)
-        self.encoder, self.index, self.name = encoder, index, name
+    kind = "multi_vector"
 
     @classmethod
-    def over(
-        cls, encoder: TokenEncoder, vectors: Artifact | str | Path, *, name: str = "multi_vector"
-    ) -> MultiVectorEngine:
+    def over(cls, encoder: TokenEncoder, vectors: Artifact | str | Path, *, name: str = "") -> MultiVectorEngine:
         """Exact search over a token vectors artifact, on the encoder's device."""
         artifact = vectors if isinstance(vectors, Artifact) else open_artifact(vectors, KIND)
-        inputs = dict(artifact.manifest["inputs"])
-        device = getattr(encoder, "device", "cpu")
+        inputs, device = dict(artifact.manifest["inputs"]), getattr(encoder, "device", "cpu")
         return cls(encoder, TokenIndex(open_token_vectors(artifact), artifact.fingerprint, inputs, device), name=name)
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(["multi_vector", self.encoder.fingerprint, self.index.fingerprint])
-
-    def __repr__(self) -> str:
-        return f"MultiVectorEngine({self.encoder!r} over {self.index!r})"
-
-    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
-        if not queries:
-            return []
-        return self.index.search(self.encoder.encode_queries(queries), k)

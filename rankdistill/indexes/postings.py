@@ -119,11 +119,11 @@ class Postings:
         blocks = list(self._blocks(queries))
         threads = min(self.threads or available_threads(), len(blocks))
         if threads <= 1:
-            found = [self._search_block(queries[start:end], k) for start, end in blocks]
+            results = [self._search_block(queries[start:end], k) for start, end in blocks]
         else:
             with ThreadPoolExecutor(threads) as pool:  # scipy's product runs outside Python's lock
-                found = list(pool.map(lambda block: self._search_block(queries[block[0] : block[1]], k), blocks))
-        return [hits for block in found for hits in block]
+                results = list(pool.map(lambda block: self._search_block(queries[block[0] : block[1]], k), blocks))
+        return [hits for block in results for hits in block]
 
     def _blocks(self, queries: Any) -> Iterator[tuple[int, int]]:
         lengths = self._offsets[queries.indices + 1] - self._offsets[queries.indices]

@@ -1,11 +1,11 @@
 """Files for OpenSearch and Elasticsearch: term weights as bulk requests, the mapping, a query to try, how to load them.
 
 Both keep a weight as Lucene's FeatureField does, with 9 significant bits: it is written rounded to the nearest such
-number (an error of 1/512 at most), not to the next lower one, as the server would cut it off. What else they refuse,
-and what is done about it, each counted in the manifest:
+number (an error of 1/512 at most), where the server would cut it off. What else they refuse, each counted in the
+manifest:
 
-- dots in the names of terms (they part a path): "." becomes "__", as Elastic's own models have it, and an empty name
-  or one of white space "_"; where that is another term's name, one "_" more. terms.json has the names by term id.
+- dots in the names of terms: "." becomes "__", as in Elastic's own models, an empty name "_"; where that is another
+  term's name, one "_" more. terms.json has the names by term id.
 - weights of 0, and below the smallest normal float32 (1.2e-38): left out.
 - document ids that are empty or longer than 512 bytes: an error, for hits could not be told apart.
 - weights of a query above 64 (OpenSearch's neural_sparse): all of its weights are scaled down together.
@@ -19,7 +19,7 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,25 +40,15 @@ LOWEST = np.float32(np.finfo(np.float32).tiny)
 HIGHEST = np.array(0x7F7F8000, np.uint32).view(np.float32)  # the largest finite number of 9 significant bits
 
 
-class _File(NamedTuple):
-    name: str
-    documents: int
-
-
 def build(
     specification: ServerSpecification, vectors: Any, doc_ids: Sequence[str], terms: Sequence[str], folder: Path
 ) -> dict[str, Any]:
-    """Write the files of an export.
+    """Write the files of csr_matrix [documents, vocabulary]; what to count in the manifest.
 
     Memory: one bulk file, and the rounded weights of one block of documents.
 
     Args:
-        vectors: csr_matrix [documents, vocabulary], weights > 0.
         doc_ids: of the rows; a `sparse.DocumentIds` brings title and text too.
-        terms: of the columns.
-
-    Returns:
-        what is counted in the manifest.
 
     Raises:
         RankdistillError: a document id that no server takes.
@@ -70,7 +60,7 @@ def build(
         raise UsageError("there are no texts to send along", where=f"{specification.name}: texts", fix="texts: false")
     most = int(specification.file_megabytes * 1_000_000)
     counts = {"renamed_terms": renamed, "vanishing_weights": 0}
-    files: list[_File] = []
+    files: list[Path] = []
     waiting: list[bytes] = []
     size = 0
     for document in _documents(specification, vectors, doc_ids, collection, names, counts):
@@ -84,8 +74,8 @@ def build(
     _write_json(folder / INDEX, index_body(specification))
     _write_json(folder / TERMS, names, indent=None)
     _write_example(specification, vectors, doc_ids, names, folder)
-    (folder / HOWTO).write_text(_howto(specification, files), encoding="utf-8")
-    return {**counts, "files": len(files), "bytes": sum((folder / file.name).stat().st_size for file in files)}
+    (folder / HOWTO).write_text(_howto(specification, vectors.shape[0]), encoding="utf-8")
+    return {**counts, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def feature_names(terms: Sequence[str]) -> tuple[list[str], int]:
@@ -131,11 +121,7 @@ def query_body(
 
     Args:
         weights: name of a term (terms.json) → weight > 0.
-        clauses: as rank_feature clauses, which any server with rank_features knows, also without OpenSearch's plugin
-            neural-search.
-
-    Raises:
-        UsageError: clauses of a sparse_vector field.
+        clauses: as rank_feature clauses, which also a server without OpenSearch's plugin neural-search knows.
     """
     field = specification.field
     query: dict[str, Any]
@@ -152,7 +138,7 @@ def query_body(
         query = {"bool": {"should": each}}
     else:
         scale = min(1.0, HEAVIEST / max(weights.values(), default=1.0))
-        query = {"neural_sparse": {field: {"query_tokens": {name: one * scale for name, one in weights.items()}}}}
+        query = {"neural_sparse": {field: {"query_tokens": {name: weight * scale for name, weight in weights.items()}}}}
     return {"size": size, "_source": {"excludes": [field]}, "query": query}
 
 
@@ -191,7 +177,7 @@ def _documents(
                 )
                 shown = ""
                 if document is not None:
-                    title, text = (json.dumps(one, ensure_ascii=False) for one in (document.title, document.text))
+                    title, text = (json.dumps(part, ensure_ascii=False) for part in (document.title, document.text))
                     shown = f',"title":{title},"text":{text}'
                 action = json.dumps({"index": {"_id": doc_id}}, ensure_ascii=False, separators=(",", ":"))
                 yield f"{action}\n{{{field}:{{{features}}}{shown}}}\n".encode()
@@ -209,13 +195,12 @@ def _check_ids(ids: Sequence[str]) -> None:
             )
 
 
-def _write_bulk(specification: ServerSpecification, folder: Path, number: int, documents: list[bytes]) -> _File:
-    name = f"bulk-{number:05}.ndjson"
-    content = b"".join(documents)
+def _write_bulk(specification: ServerSpecification, folder: Path, number: int, documents: list[bytes]) -> Path:
+    path, content = folder / f"bulk-{number:05}.ndjson", b"".join(documents)
     if specification.gzip:
-        name, content = f"{name}.gz", gzip.compress(content, mtime=0)
-    (folder / name).write_bytes(content)
-    return _File(name, len(documents))
+        path, content = path.with_suffix(".ndjson.gz"), gzip.compress(content, mtime=0)
+    path.write_bytes(content)
+    return path
 
 
 def _write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -247,17 +232,16 @@ def _write_example(
         products = rounded_weights(vectors.data[part]) * asked[vectors.indices[part]]
         rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
         scores[first : first + len(indptr) - 1] = np.bincount(rows, products, len(indptr) - 1)
-    found = np.flatnonzero(scores > 0)
-    hits = ranked(found, scores[found], 10)
-    ids = [doc_ids[int(row)] for row in hits.rows]
-    shown = [{"_id": doc_id, "_score": float(score)} for doc_id, score in zip(ids, hits.scores, strict=True)]
+    filled = np.flatnonzero(scores > 0)
+    hits = ranked(filled, scores[filled], 10)
+    shown = [{"_id": doc_ids[int(row)], "_score": float(score)} for row, score in zip(*hits, strict=True)]
     _write_json(folder / QUERY, query_body(specification, query))
     if specification.type == "opensearch":
         _write_json(folder / CLAUSES, query_body(specification, query, clauses=True))
     _write_json(folder / EXPECTED, shown)
 
 
-def _howto(specification: ServerSpecification, files: Sequence[_File]) -> str:
+def _howto(specification: ServerSpecification, documents: int) -> str:
     server = {"opensearch": "OpenSearch", "elasticsearch": "Elasticsearch"}[specification.type]
     url = f"http://localhost:9200/{specification.index}"
     encoding = " -H 'Content-Encoding: gzip'" if specification.gzip else ""
@@ -267,7 +251,7 @@ def _howto(specification: ServerSpecification, files: Sequence[_File]) -> str:
         if server == "OpenSearch"
         else ""
     )
-    return f"""{sum(file.documents for file in files):,} documents for {server}, field type {specification.field_type}.
+    return f"""{documents:,} documents for {server}, field type {specification.field_type}.
 
 Create the index, load the documents, make them visible (add -u USER:PASSWORD and https:// where the server asks):
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import MANIFEST
-from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import Hits, available_threads, no_hits
+from rankdistill.errors import RankdistillError, require
+from rankdistill.indexes.base import Hits, available_threads, no_hits, ranked
 from rankdistill.indexes.sparse_specification import SeismicSpecification
 
 PREFIX, SUFFIX = "index", ".index.seismic"  # the library adds the second
@@ -46,7 +46,7 @@ def build(
         RankdistillError: Seismic is not installed; a weight is above half precision's range (65,504); documents have
             fewer neighbours than asked for.
     """
-    seismic = _library()
+    seismic = require("seismic", extra="sparse", why="a Seismic index")
     large = vectors.shape[1] > SHORT_TERMS
     filled = np.flatnonzero(np.diff(vectors.indptr))
     with _silent():
@@ -88,7 +88,7 @@ def open_index(folder: Path) -> SeismicSearch:
     Raises:
         RankdistillError: Seismic is not installed; the file is missing, damaged or not the one its manifest describes.
     """
-    seismic = _library()
+    seismic = require("seismic", extra="sparse", why="a Seismic index")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     counts, specification = manifest["counts"], SeismicSpecification.model_validate(manifest["settings"])
     large = counts["dimension"] > SHORT_TERMS
@@ -98,8 +98,8 @@ def open_index(folder: Path) -> SeismicSearch:
         # The same file without ids and strings: components and rows as numbers, a third faster a query.
         index = (seismic.SeismicIndexRawLV if large else seismic.SeismicIndexRaw).load(str(folder / FILE))
         rows = np.load(folder / ROWS, allow_pickle=False) if counts["indexed"] < counts["documents"] else None
-        found = (index.len, index.dim, len(rows) if rows is not None else index.len)
-        if found != (counts["indexed"], counts["dimension"], counts["indexed"]):
+        sizes = (index.len, index.dim, len(rows) if rows is not None else index.len)
+        if sizes != (counts["indexed"], counts["dimension"], counts["indexed"]):
             raise ValueError("it is not the index that its manifest describes")
     except (OSError, ValueError) as error:
         raise RankdistillError(
@@ -129,7 +129,7 @@ class SeismicSearch:
                 hits.append(no_hits())
                 continue
             try:
-                found = self.index.search(
+                pairs = self.index.search(
                     columns[start:end],
                     weights[start:end],
                     k,
@@ -142,15 +142,8 @@ class SeismicSearch:
                 if type(error).__name__ != "PanicException":  # how a fault in Rust arrives here
                     raise
                 raise RankdistillError(f"Seismic failed: {error}", fix="build the index again") from None
-            if not found:
-                hits.append(no_hits())
-                continue
-            first, second = zip(*found, strict=True)
-            scores, rows = np.array(first, np.float32), np.array(second, np.int64)
-            if self._rows is not None:
-                rows = self._rows[rows]
-            order = np.lexsort((rows, -scores))
-            hits.append(Hits(rows[order], scores[order]))
+            scores, rows = np.array([score for score, _ in pairs], np.float32), np.array([row for _, row in pairs], int)
+            hits.append(ranked(rows if self._rows is None else self._rows[rows], scores, k))
         return hits
 
 
@@ -166,16 +159,6 @@ def _check_neighbours(index: Any, specification: SeismicSpecification, vectors: 
                 where=f"{specification.name}: neighbours",
                 fix="fewer, or 0; or more postings, so that more are found",
             ) from None
-
-
-def _library() -> Any:
-    try:
-        import seismic
-    except ImportError as error:
-        raise RankdistillError(
-            f"Seismic is not installed ({error})", fix="pip install 'rankdistill[sparse]' (pyseismic-lsr)"
-        ) from None
-    return seismic
 
 
 @contextmanager

@@ -6,7 +6,7 @@ the engine, building in `folder` what is missing. A further engine is one more c
 
 from __future__ import annotations
 
-import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from rankdistill.artifacts import file_digest, fingerprint
+from rankdistill.artifacts import disk_errors, file_digest, fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Engine, Hits, allocate_array, document_fingerprint, no_hits, ranked
+from rankdistill.indexes.base import Engine, Hits, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.dense import DenseEngine, export_index
 from rankdistill.indexes.specification import load_specification
@@ -62,8 +62,8 @@ class CandidateSource(ABC):
 
     def engine_key(self) -> str:
         """The same for sources that differ in their share of a list alone."""
-        own = {name: getattr(value, "settings", value) for name, value in vars(self).items() if name not in SHARE}
-        return fingerprint([self.type, own])
+        settings = {name: getattr(value, "settings", value) for name, value in vars(self).items() if name not in SHARE}
+        return fingerprint([self.type, settings])
 
     @abstractmethod
     def open(self, collection: Collection, folder: Path) -> Engine | RecordedRun:
@@ -165,41 +165,35 @@ class RecordedRun:
 
     name = "run"
 
-    def __init__(self, path: str, digest: str, offsets: dict[str, tuple[int, int]], rows: Any, scores: Any) -> None:
-        self.path, self.fingerprint = path, digest
-        self._offsets, self._rows, self._scores = offsets, rows, scores
+    def __init__(self, digest: str, offsets: dict[str, tuple[int, int]], rows: Any, scores: Any) -> None:
+        self.fingerprint, self._offsets, self._rows, self._scores = digest, offsets, rows, scores
 
     @classmethod
     def read(cls, file: str | Path, collection: Collection, folder: Path) -> RecordedRun:
-        """Read a run by streaming, twice: once to count, once to copy rows and scores to files in `folder`.
+        """Read a run by streaming; rows and scores go to files in `folder`, which vanish with what is returned.
 
-        Raises:
-            RankdistillError: the run is malformed, or names no document of the collection.
+        An error where it is malformed, or names no document of the collection.
         """
         from rankdistill.runs import iter_run
 
         digest = fingerprint(["run", file_digest(file), collection.fingerprint])
+        folder.mkdir(parents=True, exist_ok=True)
         offsets: dict[str, tuple[int, int]] = {}
-        total = 0
-        for query_id, doc_ids, _ in iter_run(file):
-            offsets[query_id] = (total, total + len(doc_ids))
-            total += len(doc_ids)
+        total, unknown, first_unknown = 0, 0, ""
+        row_file, score_file = tempfile.TemporaryFile(dir=folder), tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        with disk_errors(folder):
+            for query_id, doc_ids, query_scores in iter_run(file):
+                offsets[query_id] = (total, total + len(doc_ids))
+                total += len(doc_ids)
+                rows = collection.doc_rows(doc_ids)
+                row_file.write(np.asarray(rows, np.int32).data)
+                score_file.write(np.ascontiguousarray(query_scores, np.float32).data)
+                missing = np.flatnonzero(rows < 0)
+                if len(missing):
+                    unknown += len(missing)
+                    first_unknown = first_unknown or doc_ids[int(missing[0])]
         if not total:
             raise RankdistillError("the run is empty", where=str(file))
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"run-{digest}.{name}.npy" for name in ("rows", "scores")]
-        temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files]
-        rows = allocate_array(temporary[0], (total,), np.int32)
-        scores = allocate_array(temporary[1], (total,), np.float32)
-        unknown, first_unknown = 0, ""
-        for query_id, doc_ids, query_scores in iter_run(file):
-            start, end = offsets[query_id]
-            found = collection.doc_rows(doc_ids)
-            rows[start:end], scores[start:end] = found, query_scores
-            missing = np.flatnonzero(found < 0)
-            if len(missing):
-                unknown += len(missing)
-                first_unknown = first_unknown or doc_ids[int(missing[0])]
         if unknown == total:
             raise RankdistillError(
                 f"no document of this run is in {collection.name} (first: {first_unknown!r})",
@@ -210,17 +204,13 @@ class RecordedRun:
             warn(f"{file}: {unknown} of {total} documents are not in {collection.name} (first: {first_unknown!r})")
         if fingerprint(["run", file_digest(file), collection.fingerprint]) != digest:
             raise RankdistillError("the run changed while it was read", where=str(file), fix="run the command again")
-        for made, path in zip(temporary, files, strict=True):
-            os.replace(made, path)  # the mapping follows; another process keeps the file it has mapped
-        return cls(str(file), digest, offsets, rows, scores)
+        return cls(digest, offsets, np.memmap(row_file, np.int32, "r"), np.memmap(score_file, np.float32, "r"))
 
     def recorded(self, query_ids: Sequence[str], k: int) -> list[Hits]:
         """At most `k` hits a query; a query the run lacks has none."""
-        found = []
+        hits = []
         for query_id in query_ids:
-            if query_id not in self._offsets:
-                found.append(no_hits())
-                continue
-            start, end = self._offsets[query_id]
-            found.append(ranked(np.asarray(self._rows[start:end]), np.asarray(self._scores[start:end]), k))
-        return found
+            start, end = self._offsets.get(query_id, (0, 0))
+            rows, scores = np.asarray(self._rows[start:end]), np.asarray(self._scores[start:end])
+            hits.append(ranked(rows, scores, k) if len(rows) else no_hits())
+        return hits

@@ -7,51 +7,29 @@ files are for a server; both are imported when they are asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from rankdistill.artifacts import (
-    MANIFEST,
-    Artifact,
-    file_digest,
-    find_artifact,
-    fingerprint,
-    locked,
-    open_artifact,
-    write_artifact,
-)
+from rankdistill.artifacts import MANIFEST, Artifact, ArtifactWriter, file_digest, fingerprint, obtain, open_artifact
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Hits, Rows, Scores, document_fingerprint, no_hits
+from rankdistill.indexes.base import DocumentIds, Hits, Rows, Scores, StudentEngine, check_inputs, no_hits
 from rankdistill.indexes.postings import Postings
-from rankdistill.indexes.sparse_specification import SparseSpecification, sparse_specification
+from rankdistill.indexes.sparse_specification import SparseSpecification
 from rankdistill.indexes.sparse_vectors import KIND as VECTORS
-from rankdistill.indexes.sparse_vectors import (
-    TermEncoder,
-    open_postings,
-    open_sparse_vectors,
-    vocabulary_fingerprint,
-)
+from rankdistill.indexes.sparse_vectors import TermEncoder, open_postings, open_sparse_vectors
+from rankdistill.indexes.specification import any_specification
 from rankdistill.progress import warn
-from rankdistill.recipe import check_values, code_of, method_class
+from rankdistill.recipe import code_of
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 KIND = "sparse_index"
-IDS_AT_ONCE = 65_536
-
-# type → module with `build`, and `open_index` for those that are searched here
-MODULES = {
-    "lucene_impact": "lucene_impact",
-    "seismic": "seismic",
-    "opensearch": "search_servers",
-    "elasticsearch": "search_servers",
-    "ciff": "ciff",
-}
+BUILD_AGAIN = "build the index again with this student"
 
 
 class SearchesTerms(Protocol):
@@ -83,11 +61,7 @@ class SparseIndex:
 
     @classmethod
     def open(cls, artifact: Artifact | str | Path) -> SparseIndex:
-        """Over the artifact of `encode_document_terms`.
-
-        Raises:
-            RankdistillError: it is none, or its files are damaged.
-        """
+        """Over the artifact of `encode_document_terms`."""
         if not isinstance(artifact, Artifact):
             artifact = open_artifact(artifact, VECTORS)
         inputs = dict(artifact.manifest["inputs"])
@@ -107,12 +81,8 @@ class SparseIndex:
         return int(matrix.data.nbytes + matrix.indices.nbytes + 8 * (matrix.shape[0] + 1))
 
     def check(self, encoder: TermEncoder | None = None, collection: Any = None) -> None:
-        """Refuse a student, vocabulary or collection these vectors were not made from.
-
-        Raises:
-            RankdistillError: a fingerprint differs.
-        """
-        check_inputs(self.inputs, encoder, collection, self.name, "encode the collection again with this student")
+        """Refuse a student, vocabulary or collection these vectors were not made from."""
+        check_inputs(self.inputs, encoder, collection, self.name)
 
     def search(self, queries: Any, k: int) -> list[Hits]:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
@@ -131,12 +101,10 @@ class BuiltSparseIndex:
 
     def __init__(self, artifact: Artifact) -> None:
         self.path, self.manifest = artifact.path, artifact.manifest
-        settings = dict(artifact.manifest["settings"])
-        known = sparse_specification(str(settings.get("type")), str(self.path))
-        if known is None:
-            raise RankdistillError(f"an index of unknown type {settings.get('type')!r}", where=str(self.path))
-        self.specification = check_values(known, settings, str(self.path))
-        self.type = str(settings["type"])
+        specification = any_specification(dict(artifact.manifest["settings"]))
+        if not isinstance(specification, SparseSpecification):
+            raise RankdistillError("this is no index of a sparse student", where=str(self.path))
+        self.specification, self.type = specification, specification.type
         # Looked at by every search, so they are at hand.
         self.document_count, self.dimension = int(self.counts["documents"]), int(self.counts["dimension"])
 
@@ -169,69 +137,42 @@ class BuiltSparseIndex:
 
     @cached_property
     def opened(self) -> SearchesTerms:
-        """The engine behind it.
-
-        Raises:
-            UsageError: the files are for a server.
-            RankdistillError: a file is missing or damaged, or what reads it is not installed.
-        """
+        """The engine behind it; a UsageError where the files are for a server."""
         if not searched_here(self.specification):
             raise UsageError(
                 f"{self.name} holds files for other software; they are not searched here",
                 where=str(self.path),
                 fix="load them there, or search without --index, or over: seismic, lucene_impact",
             )
-        opened: SearchesTerms = _module(self.type).open_index(self.path)
+        opened: SearchesTerms = _module(self.specification).open_index(self.path)
         return opened
 
     def check(self, encoder: TermEncoder | None = None, collection: Any = None) -> None:
-        """Refuse a student, vocabulary or collection this index was not made from.
-
-        Raises:
-            RankdistillError: a fingerprint differs.
-        """
-        inputs = dict(self.manifest["inputs"])
-        check_inputs(inputs, encoder, collection, str(self.path), "build the index again with this student")
+        """Refuse a student, vocabulary or collection this index was not made from."""
+        check_inputs(self.manifest["inputs"], encoder, collection, str(self.path), BUILD_AGAIN)
 
     def search(self, queries: Any, k: int) -> list[Hits]:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
         check_queries(queries, self.dimension)
         k = min(k, self.document_count)
-        asked = np.diff(queries.indptr) > 0
-        if k < 1 or not asked.any():
+        filled = np.diff(queries.indptr) > 0
+        if k < 1 or not filled.any():
             return [no_hits() for _ in range(queries.shape[0])]
-        if asked.all():
+        if filled.all():
             return self.opened.search(queries, k)
-        found = iter(self.opened.search(queries[np.flatnonzero(asked)], k))
-        return [next(found) if one else no_hits() for one in asked]
+        hits = iter(self.opened.search(queries[np.flatnonzero(filled)], k))
+        return [next(hits) if some else no_hits() for some in filled]
 
 
-class SparseEngine:
-    """An engine made of a sparse encoder of queries and an index of the document vectors that belong to it."""
+class SparseEngine(StudentEngine):
+    """A sparse encoder of queries over an index of the document vectors that belong to it."""
 
-    def __init__(
-        self,
-        encoder: TermEncoder,
-        index: SparseIndex | BuiltSparseIndex,
-        *,
-        collection: Any = None,
-        name: str = "sparse",
-    ) -> None:
-        """Raises RankdistillError when the index belongs to another student or collection."""
-        index.check(encoder, collection)
-        self.encoder, self.index, self.name = encoder, index, name
+    kind = "sparse"
 
     @classmethod
-    def over(cls, encoder: TermEncoder, vectors: Artifact | str | Path, *, name: str = "sparse") -> SparseEngine:
+    def over(cls, encoder: TermEncoder, vectors: Artifact | str | Path, *, name: str = "") -> SparseEngine:
         """Exact search over an artifact of sparse vectors."""
         return cls(encoder, SparseIndex.open(vectors), name=name)
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(["sparse", self.encoder.fingerprint, self.index.fingerprint])
-
-    def __repr__(self) -> str:
-        return f"SparseEngine({self.encoder!r} over {self.index!r})"
 
     @cached_property
     def _shortcut(self) -> tuple[Any, Any] | None:
@@ -250,7 +191,7 @@ class SparseEngine:
         terms_of, search_terms = self._shortcut
         return {
             "encode": lambda texts, _: [terms_of(text) for text in texts],
-            "search": lambda _, found: [search_terms(*one, k) for one in found],
+            "search": lambda _, weighted: [search_terms(terms, weights, k) for terms, weights in weighted],
         }
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
@@ -266,7 +207,8 @@ class SparseEngine:
         if not (filled := np.diff(vectors.indptr) > 0).all():
             first = queries[int(np.flatnonzero(~filled)[0])]
             warn(f"{int((~filled).sum())} of {len(queries)} queries have no term with a weight, so no hits: {first!r}")
-        return self.index.search(vectors, k)
+        hits: list[Hits] = self.index.search(vectors, k)
+        return hits
 
 
 def build_sparse_index(
@@ -280,32 +222,24 @@ def build_sparse_index(
 
     Args:
         student: what encoded the vectors; its vocabulary names the terms.
-
-    Raises:
-        RankdistillError: the vectors are another student's or collection's; what builds it is not installed; whatever
-            the type's `build` raises.
     """
     out = Path(out)
     inputs = dict(vectors.manifest["inputs"])
-    check_inputs(inputs, student, collection, str(vectors.path), "encode the collection again with this student")
+    check_inputs(inputs, student, collection, str(vectors.path))
     settings = specification.model_dump(mode="json")
     code = code_of(specification.type)
-    wanted = fingerprint(
-        [KIND, {**settings, "description": ""}, vectors.fingerprint, *([file_digest(code)] if code else [])]
-    )
-    with locked(out):
-        _check_place(out)
-        found = find_artifact(out, KIND, wanted)
-        if found is not None:
-            return BuiltSparseIndex(found)
-        matrix = open_sparse_vectors(vectors)
-        build = _module(str(settings["type"])).build
-        with write_artifact(out, kind=KIND, fingerprint=wanted, settings=settings, inputs=inputs) as writer:
-            writer.counts.update(
-                {name: vectors.counts[name] for name in ("documents", "dimension", "postings", "empty_documents")}
-            )
-            made = build(specification, matrix, DocumentIds(collection), student.terms, writer.path)
-            writer.counts.update({"bytes": folder_bytes(writer.path), **made})
+
+    def make(writer: ArtifactWriter) -> None:
+        writer.counts.update(
+            {name: vectors.counts[name] for name in ("documents", "dimension", "postings", "empty_documents")}
+        )
+        build = _module(specification).build
+        counts = build(specification, open_sparse_vectors(vectors), DocumentIds(collection), student.terms, writer.path)
+        writer.counts.update({"bytes": folder_bytes(writer.path), **counts})
+
+    _check_place(out)
+    key = [KIND, {**settings, "description": ""}, vectors.fingerprint, *([file_digest(code)] if code else [])]
+    obtain(out, kind=KIND, fingerprint=fingerprint(key), settings=settings, inputs=inputs, make=make)
     return open_sparse_index(out)
 
 
@@ -318,42 +252,13 @@ def _check_place(out: Path) -> None:
 
 
 def open_sparse_index(path: str | Path) -> BuiltSparseIndex:
-    """Open an index's folder; its files are read when it is first searched.
-
-    Raises:
-        RankdistillError: there is none, or it was not finished.
-    """
+    """Open an index's folder; its files are read when it is first searched."""
     return BuiltSparseIndex(open_artifact(path, KIND))
 
 
 def searched_here(specification: Any) -> bool:
     """Whether an index of this specification can be searched by this program."""
-    return not isinstance(specification, SparseSpecification) or hasattr(_module(specification.type), "open_index")
-
-
-def check_inputs(inputs: dict[str, str], encoder: Any, collection: Any, where: str, fix: str) -> None:
-    """Refuse an encoder or a collection other than those of a manifest's `inputs`.
-
-    Raises:
-        RankdistillError: the vocabulary, the student or the collection is another one.
-    """
-    if encoder is not None:
-        made_by = inputs.get("encoder")
-        if made_by is not None and made_by not in (encoder.fingerprint, document_fingerprint(encoder)):
-            raise RankdistillError(f"this index belongs to another student (made by {made_by})", where=where, fix=fix)
-        vocabulary = inputs.get("vocabulary")
-        if vocabulary is not None and vocabulary != vocabulary_fingerprint(encoder.terms):
-            raise RankdistillError(
-                f"the index's terms are not those of this student's vocabulary of {len(encoder.terms):,}",
-                where=where,
-                fix=fix,
-            )
-    if collection is not None and inputs.get("collection", collection.fingerprint) != collection.fingerprint:
-        raise RankdistillError(
-            f"this index is over another collection ({inputs['collection']}, not {collection.fingerprint})",
-            where=where,
-            fix=f"build it again over {collection.name}",
-        )
+    return not isinstance(specification, SparseSpecification) or hasattr(_module(specification), "open_index")
 
 
 def check_queries(queries: Any, dimension: int) -> None:
@@ -369,33 +274,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-class DocumentIds(Sequence[str]):
-    """A collection's document ids in row order, read as they are asked for."""
-
-    def __init__(self, collection: Collection) -> None:
-        self.collection = collection
-
-    def __len__(self) -> int:
-        return self.collection.document_count
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return self.collection.doc_ids(np.arange(*place.indices(len(self))))
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self.collection.doc_ids([place % len(self)])[0]
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), IDS_AT_ONCE):
-            yield from self[start : start + IDS_AT_ONCE]
-
-
-def _module(kind: str) -> Any:
+def _module(specification: SparseSpecification) -> Any:
     """What builds a type, and opens it: a module here, or the one in which another package's specification stands."""
-    if kind in MODULES:
-        return importlib.import_module(f"rankdistill.indexes.{MODULES[kind]}")
-    return importlib.import_module(method_class("index", kind).__module__)
+    own = type(specification)
+    return importlib.import_module(f"rankdistill.indexes.{own.module}" if own.module else own.__module__)

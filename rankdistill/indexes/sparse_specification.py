@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from rankdistill.plain import Name, Section
-from rankdistill.recipe import method_class, method_place
 
 
 class SparseSpecification(Section):
@@ -16,6 +15,8 @@ class SparseSpecification(Section):
     One of another package is named by `type: my_package.my_module:MySpecification`; the functions `build`, and
     `open_index` where this program shall search it, stand beside it in its module.
     """
+
+    module: ClassVar[str] = ""  # of those here, which are imported when they are asked for
 
     type: str
     name: Name
@@ -37,6 +38,7 @@ class QuantisedSpecification(SparseSpecification):
 class LuceneImpactSpecification(QuantisedSpecification):
     """A Lucene index whose term frequencies are impacts; opens with pyserini."""
 
+    module = "lucene_impact"
     type: Literal["lucene_impact"] = Field(default="lucene_impact")
     query_bits: int = Field(default=8, ge=1, le=16, description="of a query's weight")
 
@@ -44,12 +46,14 @@ class LuceneImpactSpecification(QuantisedSpecification):
 class CiffSpecification(QuantisedSpecification):
     """A Common Index File Format export (Lin et al. 2020, arXiv:2003.08276), for PISA, Terrier, JASSv2 ..."""
 
+    module = "ciff"
     type: Literal["ciff"] = Field(default="ciff")
 
 
 class SeismicSpecification(SparseSpecification):
     """A Seismic index (Bruch et al. 2024, arXiv:2404.18812): blocked inverted lists with summaries, approximate."""
 
+    module = "seismic"
     type: Literal["seismic"] = Field(default="seismic")
     postings: int = Field(default=3500, ge=1, description="documents kept a term, on average")
     centroid_fraction: float = Field(default=0.1, gt=0, le=1, description="blocks a list, by its documents")
@@ -63,6 +67,7 @@ class SeismicSpecification(SparseSpecification):
 class ServerSpecification(SparseSpecification):
     """Bulk files and a mapping for a search server."""
 
+    module = "search_servers"
     type: Literal["opensearch", "elasticsearch"]
     field_type: Literal["rank_features", "sparse_vector"]
     index: str = Field(
@@ -107,14 +112,3 @@ SPARSE: dict[str, type[SparseSpecification]] = {
     "elasticsearch": ElasticsearchSpecification,
     "ciff": CiffSpecification,
 }
-
-
-def sparse_specification(kind: str, where: str) -> type[SparseSpecification] | None:
-    """The specification behind a `type`, shipped or of another package; None for a type that is no sparse index.
-
-    Raises:
-        UsageError: another package's that cannot be used.
-    """
-    if kind in SPARSE or method_place("index", kind) is None:
-        return SPARSE.get(kind)
-    return method_class("index", kind, where)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.artifacts import Artifact, ArtifactWriter, find_artifact, fingerprint, open_artifact
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import document_fingerprint
+from rankdistill.indexes.base import document_fingerprint, vocabulary_fingerprint
+from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
-from rankdistill.indexes.ragged import write_ragged
 from rankdistill.progress import warn
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KIND = "sparse_vectors"
 OFFSETS, TERMS, WEIGHTS = "indptr.npy", "terms.npy", "weights.npy"  # by document
 BY_TERM = ("by_term.weights.npy", "by_term.documents.npy", "by_term.indptr.npy")  # what exact search reads
+LAYOUTS = {TERMS: Layout(np.dtype("<i4")), WEIGHTS: Layout(np.dtype("<f4"))}
 SHARD = 1024  # documents encoded and written together
 
 
@@ -53,36 +54,50 @@ def encode_document_terms(
 ) -> Artifact:
     """Encode every document into `path`: indptr.npy int64, terms.npy int32, weights.npy float32, a csr_matrix.
 
-    A copy by term lies beside it for exact search. A finished shard is never encoded twice: after a kill at any moment
-    the same call goes on with the next one. Documents without a term are kept as empty rows, counted and warned about.
+    A copy by term lies beside it for exact search. Documents without a term are kept as empty rows, counted and warned
+    about.
 
     Raises:
         RankdistillError: there are no documents, or none has a term; a weight is NaN, infinite or below 0; the disk is
             full.
     """
-    if not collection.document_count:
-        raise RankdistillError("there are no documents to encode", where=collection.name)
-    made_by = document_fingerprint(encoder)
-    wanted = vectors_fingerprint(encoder, collection)
-    path = Path(path)
-    with locked(path):
-        found = find_artifact(path, KIND, wanted)
-        if found is not None:
-            return found
-        with write_artifact(
-            path,
-            kind=KIND,
-            fingerprint=wanted,
-            settings={"side": "documents"},
-            inputs={
-                "encoder": made_by,
-                "collection": collection.fingerprint,
-                "vocabulary": vocabulary_fingerprint(encoder.terms),
-            },
-            resume=True,
-        ) as writer:
-            writer.counts.update(_encode(encoder, collection, writer.path, shard_size))
-        return open_artifact(path, KIND)
+    texts, dimension = Texts.documents(collection, shard_size), len(encoder.terms)
+
+    def encode(first: int, shard: list[str]) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+        vectors = encoder.encode_documents(shard)
+        vectors = checked_terms(vectors, dimension, lambda row: texts.name_of(first + row))
+        return np.diff(vectors.indptr), {TERMS: vectors.indices, WEIGHTS: vectors.data}
+
+    def finish(writer: ArtifactWriter, postings: int) -> None:
+        if not postings:
+            raise RankdistillError(
+                f"every document of {collection.name} came out empty: no term has a weight",
+                fix="the student has collapsed: less regularisation, or an earlier checkpoint",
+            )
+        lengths = np.diff(np.load(writer.path / OFFSETS, allow_pickle=False))
+        empty = np.flatnonzero(lengths == 0)
+        if len(empty):
+            warn(
+                f"{len(empty):,} of {len(lengths):,} documents came out empty and will never be found: "
+                f"first {texts.name_of(int(empty[0]))}"
+            )
+        _sort_by_term(writer.path, dimension)
+        writer.counts.update({"dimension": dimension, "postings": postings, "empty_documents": len(empty)})
+
+    return encode_texts(
+        path,
+        KIND,
+        texts,
+        encoder,
+        collection,
+        encode,
+        LAYOUTS,
+        offsets=OFFSETS,
+        fingerprint=vectors_fingerprint(encoder, collection),
+        settings={"side": "documents"},
+        inputs={"vocabulary": vocabulary_fingerprint(encoder.terms)},
+        finish=finish,
+    )
 
 
 def find_sparse_vectors(encoder: TermEncoder, collection: Collection, path: str | Path) -> Artifact | None:
@@ -92,38 +107,6 @@ def find_sparse_vectors(encoder: TermEncoder, collection: Collection, path: str 
 
 def vectors_fingerprint(encoder: TermEncoder, collection: Collection) -> str:
     return fingerprint([KIND, document_fingerprint(encoder), collection.fingerprint])
-
-
-def vocabulary_fingerprint(terms: Sequence[str]) -> str:
-    return fingerprint(list(terms))
-
-
-def _encode(encoder: TermDocumentEncoder, collection: Collection, folder: Path, shard_size: int) -> dict[str, int]:
-    dimension = len(encoder.terms)
-
-    def name_of(row: int) -> str:
-        return f"document {collection.doc_ids([row])[0]!r} of {collection.name}"
-
-    def encode(first: int, texts: list[str]) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-        made = checked_terms(encoder.encode_documents(texts), dimension, lambda row: name_of(first + row))
-        return np.diff(made.indptr), {TERMS: made.indices, WEIGHTS: made.data}
-
-    layouts = {TERMS: (np.dtype("<i4"), ()), WEIGHTS: (np.dtype("<f4"), ())}
-    postings = write_ragged(folder, layouts, OFFSETS, collection, encode, shard_size)
-    if not postings:
-        raise RankdistillError(
-            f"every document of {collection.name} came out empty: no term has a weight",
-            fix="the student has collapsed: less regularisation, or an earlier checkpoint",
-        )
-    lengths = np.diff(np.load(folder / OFFSETS, allow_pickle=False))
-    empty = np.flatnonzero(lengths == 0)
-    if len(empty):
-        warn(
-            f"{len(empty):,} of {len(lengths):,} documents came out empty and will never be found: "
-            f"first {name_of(int(empty[0]))}"
-        )
-    _sort_by_term(folder, dimension)
-    return {"documents": len(lengths), "dimension": dimension, "postings": postings, "empty_documents": len(empty)}
 
 
 def _sort_by_term(folder: Path, dimension: int) -> None:
@@ -147,8 +130,7 @@ def _sort_by_term(folder: Path, dimension: int) -> None:
 def checked_terms(vectors: Any, dimension: int, name_of: Callable[[int], str]) -> Any:
     """A csr_matrix float32 [n, dimension]: columns sorted, none twice, no explicit zeros.
 
-    Raises:
-        RankdistillError: another shape; a weight that is NaN, infinite or below 0, named by its row.
+    A weight that is NaN, infinite or below 0 is refused, named by its row.
     """
     from scipy import sparse
 
@@ -173,20 +155,12 @@ def checked_terms(vectors: Any, dimension: int, name_of: Callable[[int], str]) -
 
 
 def open_sparse_vectors(artifact: Artifact | str | Path) -> Any:
-    """The csr_matrix float32 [documents, vocabulary] of an artifact, memory-mapped.
-
-    Raises:
-        RankdistillError: it is not one, or its files are damaged.
-    """
+    """The csr_matrix float32 [documents, vocabulary] of an artifact, memory-mapped."""
     return _open(artifact, (WEIGHTS, TERMS, OFFSETS), "documents", "dimension")
 
 
 def open_postings(artifact: Artifact | str | Path, threads: int = 0) -> Postings:
-    """The same by term, memory-mapped, to be searched.
-
-    Raises:
-        RankdistillError: as `open_sparse_vectors`.
-    """
+    """The same by term, memory-mapped, to be searched."""
     return Postings(_open(artifact, BY_TERM, "dimension", "documents"), threads)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification, sparse_specification
+from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
 from rankdistill.plain import Name, Section, read_yaml, shown
 from rankdistill.recipe import (
     Loss,
@@ -19,6 +19,8 @@ from rankdistill.recipe import (
     check_method,
     check_values,
     find_declaration,
+    method_class,
+    method_place,
     nearest,
     override_value,
     shipped,
@@ -59,19 +61,13 @@ class IndexSpecification(Section):
     search: SearchSettings = SearchSettings()
 
     def resolve(self, count: int, dimension: int) -> str:
-        """The factory string for `count` vectors of `dimension`.
-
-        Raises:
-            RankdistillError: the dimension is not divisible by the number of subspaces (or by 8 when binary); more
-                codewords than the index can hold.
-        """
+        """The factory string for `count` vectors of `dimension`; an error where a part of it cannot divide that."""
         lists = self.lists
         if lists == "auto":
             lists = max(1, min(round(4 * math.sqrt(count)), count // 39))
         subspaces = self.subspaces
         if subspaces == "auto":
-            width = 4 if re.search(r"PQ\{subspaces\}x4", self.factory) else 8
-            subspaces = max(m for m in range(1, max(1, dimension // width) + 1) if dimension % m == 0)
+            subspaces = _divisor(dimension, 4 if re.search(r"PQ\{subspaces\}x4", self.factory) else 8)
         try:
             text = self.factory.format(lists=lists, subspaces=subspaces, dimension=dimension)
         except (KeyError, IndexError, ValueError) as error:
@@ -87,11 +83,7 @@ class IndexSpecification(Section):
 
 
 def load_specification(source: str | Path | dict[str, Any] | IndexSpecification) -> IndexSpecification:
-    """A specification from a YAML file, a shipped name ("ivf_pq") or a mapping.
-
-    Raises:
-        UsageError: no such file or name, an unknown key, a value of the wrong type; a learned index.
-    """
+    """A specification of vectors from a YAML file, a shipped name ("ivf_pq") or a mapping; not of a learned index."""
     specification = any_specification(source)
     if isinstance(specification, QuantizerSpecification):
         raise UsageError(
@@ -120,25 +112,27 @@ def any_specification(
         values, where = {"name": path.stem, **read_yaml(path)}, str(path)
     for change in changes:
         override_value(values, change)
-    kind = values.get("type", "faiss")
-    sparse = sparse_specification(str(kind), f"{where}: type")
-    if sparse is not None:
-        return check_values(sparse, values, where)
-    if kind not in ("faiss", "distill_vq"):
-        known = ("faiss", "distill_vq", *SPARSE)
-        fix = nearest(str(kind), known)
-        raise UsageError(f"there is no index of type {shown(kind)!r}", where=f"{where}: type", fix=fix)
-    if kind != "distill_vq":
-        return check_values(IndexSpecification, values, where)
-    learned = check_values(QuantizerSpecification, values, where)
-    losses = [check_method("loss", loss.settings(), f"{where}: losses.{n}") for n, loss in enumerate(learned.losses)]
-    return learned.model_copy(update={"losses": [Method.model_validate(loss) for loss in losses]})
+    known: dict[str, type[Any]] = {"faiss": IndexSpecification, "distill_vq": QuantizerSpecification, **SPARSE}
+    kind = str(values.get("type", "faiss"))
+    if kind not in known:
+        if method_place("index", kind) is None:
+            what, fix = f"there is no index of type {shown(values['type'])!r}", nearest(kind, known)
+            raise UsageError(what, where=f"{where}: type", fix=fix)
+        known[kind] = method_class("index", kind, f"{where}: type")
+    specification: AnySpecification = check_values(known[kind], values, where)
+    if not isinstance(specification, QuantizerSpecification):
+        return specification
+    losses = [
+        Method.model_validate(check_method("loss", loss.settings(), f"{where}: losses.{number}"))
+        for number, loss in enumerate(specification.losses)
+    ]
+    return specification.model_copy(update={"losses": losses})
 
 
 def shipped_specifications() -> dict[str, IndexSpecification]:
     """The shipped ones that are built; the learned ones are made by `rankdistill quantize`."""
     every = {name: any_specification(path) for name, path in shipped("indexes").items()}
-    return {name: one for name, one in every.items() if isinstance(one, IndexSpecification)}
+    return {name: built for name, built in every.items() if isinstance(built, IndexSpecification)}
 
 
 def vectors_needed(factory: str) -> int:
@@ -146,6 +140,11 @@ def vectors_needed(factory: str) -> int:
     lists = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
     codewords = [1 << int(bits or 8) for bits in re.findall(r"(?<![A-Z])PQ\d+(?:x(\d+))?", factory)]
     return max([1, *lists, *codewords])
+
+
+def _divisor(dimension: int, width: int) -> int:
+    """The largest number of subspaces that are at least so wide."""
+    return max(count for count in range(1, max(1, dimension // width) + 1) if dimension % count == 0)
 
 
 def _check_subspaces(factory: str, dimension: int, where: str) -> None:
@@ -172,8 +171,7 @@ def _check_subspaces(factory: str, dimension: int, where: str) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learned quantisation
+# -- learned quantisation ---------------------------------------------------------------------------------------------
 
 
 class SampledQueries(Section):
@@ -265,8 +263,7 @@ class QuantizerSpecification(Section):
         fast = ("fsr" if self.residual and self.lists else "fs") if self.fast_scan else ""
         subspaces: int | Literal["auto"] = self.subspaces
         if subspaces == "auto":
-            width = 8 if self.bits == 8 else 4
-            subspaces = max(m for m in range(1, max(1, dimension // width) + 1) if dimension % m == 0)
+            subspaces = _divisor(dimension, self.bits)
         return IndexSpecification(
             name=self.name,
             description=self.description,

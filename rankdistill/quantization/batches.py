@@ -21,7 +21,8 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Rows, Vectors, allocate_array
 from rankdistill.indexes.faiss_assembly import Metric
-from rankdistill.indexes.specification import QuantizerSpecification
+from rankdistill.indexes.faiss_index import faiss_metric
+from rankdistill.indexes.specification import QuantizerSpecification, SampledDocuments
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.progress import progress
 from rankdistill.quantization.quantizer import similarity
@@ -92,14 +93,9 @@ class Batch(NamedTuple):
 
 
 class Sampler:
-    """Draws batches.
+    """Draws batches of queries and of documents [n, dimension]; `work` is for the teacher's best of each query.
 
-    Args:
-        documents: [n, dimension], may be memory-mapped.
-        work: folder for the teacher's best documents of each query.
-
-    Raises:
-        UsageError: nothing to learn from: no queries of the kinds asked for, or no labels where labels are asked for.
+    A UsageError where there is nothing to learn from: no queries of the kinds asked for, no labels where they are.
     """
 
     def __init__(self, documents: Vectors, queries: Queries, specification: QuantizerSpecification, work: Path) -> None:
@@ -113,37 +109,38 @@ class Sampler:
         self.vectors = torch.from_numpy(vectors)
         trained = np.setdiff1d(np.arange(len(vectors)), self.held_out)
         self.lists: dict[int, int] = {}
-        wanted, wanted_given = specification.documents, specification.queries.given > 0
+        drawn, given = specification.documents, 0 if queries.given is None else len(queries.given)
+        learnable: set[int] | None = None  # of the pool; None: all
         if specification.relevance == "scores":
             if queries.teacher is None or not len(queries.teacher.queries):
                 raise UsageError("relevance: scores needs a teacher's scored lists", fix="relevance: vectors")
             self.lists = {int(query): number for number, query in enumerate(queries.teacher.queries)}
-            trained = np.array([number for number in trained if int(number) in self.lists], np.int64)
-        if wanted.labelled:
+            learnable = set(self.lists)
+        if drawn.labelled:
             if queries.positives is None:
                 raise UsageError("documents.labelled needs judgments, and there are none", fix="labelled: false")
-            if len(queries.positives) != (0 if queries.given is None else len(queries.given)):
+            if len(queries.positives) != given:
                 raise UsageError(
-                    f"labels of {len(queries.positives)} queries, vectors of"
-                    f" {0 if queries.given is None else len(queries.given)}",
+                    f"labels of {len(queries.positives)} queries, vectors of {given}",
                     where="queries",
                     fix="one entry, maybe empty, for each given query",
                 )
             # Rows of the given queries, which are the pool's first ones where they take part at all.
-            known = {number for number, rows in enumerate(queries.positives) if len(rows) and wanted_given}
-            trained = np.array([number for number in trained if int(number) in known], np.int64)
+            part = specification.queries.given > 0
+            labelled = {number for number, rows in enumerate(queries.positives) if len(rows) and part}
+            learnable = labelled if learnable is None else learnable & labelled
+        if learnable is not None:
+            trained = np.array([number for number in trained.tolist() if number in learnable], np.int64)
         # Kinds of queries that are left after that, each with its share.
         self.kinds = [
             (trained[(trained >= start) & (trained < end)], share) for start, end, share in self.bounds if share
         ]
         self.kinds = [(rows, share) for rows, share in self.kinds if len(rows)]
         if not self.kinds:
-            raise UsageError(
-                "there is no query to learn from", where="queries", fix="give query vectors, or queries.documents: 1"
-            )
+            raise _no_query()
         self.top: NDArray[np.int32] | None = None
-        if wanted.top and specification.relevance == "vectors":
-            self.top = best_documents(vectors, documents, min(wanted.top, len(documents)), self.metric, work / BEST)
+        if drawn.top and specification.relevance == "vectors":
+            self.top = best_documents(vectors, documents, min(drawn.top, len(documents)), self.metric, work / BEST)
 
     def _pool(self, queries: Queries) -> tuple[Vectors, list[tuple[int, int, float]]]:
         """All queries in one array, given ones first; and (first, last + 1, share) of each kind."""
@@ -181,9 +178,7 @@ class Sampler:
             bounds.append((start, start + len(part), share))
             start += len(part)
         if not start:
-            raise UsageError(
-                "there is no query to learn from", where="queries", fix="give query vectors, or queries.documents: 1"
-            )
+            raise _no_query()
         return np.concatenate(parts), bounds
 
     def spread(self) -> float:
@@ -225,14 +220,13 @@ class Sampler:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
-        spec, wanted = self.specification, self.specification.documents
-        random = generator(self.seed, 15, step)
+        spec, random = self.specification, generator(self.seed, 15, step)
         shares = np.array([share for _, share in self.kinds])
         counts = random.multinomial(spec.batch, shares / shares.sum())
         numbers = np.concatenate(
             [random.choice(rows, min(n, len(rows)), replace=False) for (rows, _), n in zip(self.kinds, counts)]
         )
-        return self._recorded(numbers) if spec.relevance == "scores" else self._from_vectors(numbers, wanted, random)
+        return self._recorded(numbers) if spec.relevance == "scores" else self._from_vectors(numbers, random)
 
     def _recorded(self, numbers: Rows) -> Batch:
         """The teacher's own lists, nothing added: other documents have no score."""
@@ -258,62 +252,67 @@ class Sampler:
         tensors = [torch.from_numpy(array) for array in (index, labels, scores, mask)]
         return Batch(self.vectors[numbers], numbers, rows.astype(np.int64), *tensors)
 
-    def _from_vectors(self, numbers: Rows, wanted: Any, random: np.random.Generator) -> Batch:
-        own = np.asarray(self.top[numbers], np.int64) if self.top is not None else np.empty((len(numbers), 0), np.int64)
+    def _from_vectors(self, numbers: Rows, random: np.random.Generator) -> Batch:
+        spec = self.specification.documents
+        best = np.empty((len(numbers), 0), np.int64) if self.top is None else np.asarray(self.top[numbers], np.int64)
         positives = np.empty(0, np.int64)
-        if wanted.labelled:
+        if spec.labelled:
             assert self.queries.positives is not None
             positives = np.array([random.choice(self.queries.positives[int(number)]) for number in numbers], np.int64)
-        drawn = random.choice(len(self.documents), min(wanted.random, len(self.documents)), replace=False)
+        drawn = random.choice(len(self.documents), min(spec.random, len(self.documents)), replace=False)
         needed = np.unique(positives)
-        rows = np.unique(np.concatenate([own.ravel(), positives, drawn]))
-        if len(rows) > wanted.limit:
+        rows = np.unique(np.concatenate([best.ravel(), positives, drawn]))
+        if len(rows) > spec.limit:
             others = np.setdiff1d(rows, needed)
-            kept = random.choice(others, max(0, wanted.limit - len(needed)), replace=False)
+            kept = random.choice(others, max(0, spec.limit - len(needed)), replace=False)
             rows = np.unique(np.concatenate([needed, kept]))
         if len(rows) < 2:
             raise RankdistillError("a list of fewer than two documents", where="documents", fix="documents.top: 200")
-        index = self._index(rows, own, positives, drawn, wanted, random)
+        index = None
+        if not (spec.in_batch and spec.list_size is None and not spec.labelled):  # else each query sees all of them
+            index = self._index(rows, best, positives, drawn, spec, random)
         shape = (len(numbers), len(rows) if index is None else index.shape[1])
-        labels = np.full(shape, -1, np.int64)
-        mask = np.ones(shape, bool) if index is None else index >= 0
-        index = None if index is None else np.maximum(index, 0)
-        if wanted.labelled:
-            assert index is not None and self.queries.positives is not None
-            for place, number in enumerate(numbers):
-                positive = np.isin(rows[index[place]], self.queries.positives[int(number)])
-                labels[place][positive & mask[place]] = 1
-        tensor = None if index is None else torch.from_numpy(index)
+        labels, mask = np.full(shape, -1, np.int64), np.ones(shape, bool)
+        places: Tensor | None = None
+        if index is not None:
+            mask, index = index >= 0, np.maximum(index, 0)
+            places = torch.from_numpy(index)
+            if spec.labelled:
+                assert self.queries.positives is not None
+                for place, number in enumerate(numbers):
+                    positive = np.isin(rows[index[place]], self.queries.positives[int(number)])
+                    labels[place][positive & mask[place]] = 1
         return Batch(
-            self.vectors[numbers], numbers, rows, tensor, torch.from_numpy(labels), None, torch.from_numpy(mask)
+            self.vectors[numbers], numbers, rows, places, torch.from_numpy(labels), None, torch.from_numpy(mask)
         )
 
     @staticmethod
     def _index(
-        rows: Rows, own: Rows, positives: Rows, drawn: Rows, wanted: Any, random: np.random.Generator
-    ) -> Rows | None:
-        """Places in `rows` for each query, [B, D], -1 where a list is shorter; None: all of them."""
-        everything = wanted.in_batch and wanted.list_size is None and not len(positives)
-        if everything:
-            return None
+        rows: Rows, best: Rows, positives: Rows, drawn: Rows, spec: SampledDocuments, random: np.random.Generator
+    ) -> Rows:
+        """Places in `rows` for each query, [B, D], -1 where a list is shorter; its positive first."""
         lists = []
-        for number in range(len(own)):
-            if wanted.in_batch:
-                places = random.permutation(len(rows)) if wanted.list_size else np.arange(len(rows))
+        for number in range(len(best)):
+            if spec.in_batch:
+                places = random.permutation(len(rows)) if spec.list_size else np.arange(len(rows))
             else:
-                wide = np.union1d(own[number], drawn)
+                wide = np.union1d(best[number], drawn)
                 places = np.searchsorted(rows, wide)
-                found = rows[np.minimum(places, len(rows) - 1)] == wide
-                places = random.permutation(places[found])
+                held = rows[np.minimum(places, len(rows) - 1)] == wide
+                places = random.permutation(places[held])
             if len(positives):
                 first = np.searchsorted(rows, positives[number])
                 places = np.concatenate([[first], places[places != first]])
-            lists.append(places[: wanted.list_size])
-        longest = max(len(places) for places in lists)
-        index = np.full((len(lists), longest), -1, np.int64)
+            lists.append(places[: spec.list_size])
+        index = np.full((len(lists), max(map(len, lists))), -1, np.int64)
         for number, places in enumerate(lists):
             index[number, : len(places)] = places
         return index
+
+
+def _no_query() -> UsageError:
+    fix = "give query vectors, or queries.documents: 1"
+    return UsageError("there is no query to learn from", where="queries", fix=fix)
 
 
 def best_documents(queries: Vectors, documents: Any, count: int, metric: Metric, file: Path) -> NDArray[np.int32]:
@@ -326,7 +325,6 @@ def best_documents(queries: Vectors, documents: Any, count: int, metric: Metric,
     """
     import faiss
 
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
     best = allocate_array(file, (len(queries), count), np.int32)
     with progress("teacher's best documents", len(queries), "queries") as bar:
         for first in range(0, len(queries), QUERIES_AT_ONCE):
@@ -334,7 +332,7 @@ def best_documents(queries: Vectors, documents: Any, count: int, metric: Metric,
             heap = faiss.ResultHeap(len(block), count, keep_max=metric == "inner_product")
             for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
                 part = np.ascontiguousarray(documents[start : start + DOCUMENTS_AT_ONCE], dtype=np.float32)
-                scores, rows = faiss.knn(block, part, min(count, len(part)), metric=kind)
+                scores, rows = faiss.knn(block, part, min(count, len(part)), metric=faiss_metric(metric))
                 heap.add_result(D=scores, I=rows + start)
             heap.finalize()
             best[first : first + len(block)] = heap.I

@@ -5,9 +5,8 @@ codebooks), `codes.npy` uint8 [n, M], `lists.npy` int64 [n] and `log.jsonl`; cod
 index file is FAISS's own: a transform for queries, then IndexPQ, IndexIVFPQ or their fast-scan forms.
 
 What grows: in memory the queries (at most `queries.most` of each kind but the given ones), one step's documents and one
-block; the index itself, M bytes and an id a document, while it is written (up to three times that where there are
-lists, which double as they fill); 16 bytes a document where there are lists. On disk M bytes a document, and 4 · top
-bytes a query while it trains.
+block; the index itself while it is written (up to three times its bytes where there are lists, which double as they
+fill); 16 bytes a document where there are lists. On disk M bytes a document, and 4 · top bytes a query meanwhile.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rankdistill.artifacts import (
-    Artifact,
-    file_digest,
-    find_artifact,
-    fingerprint,
-    locked,
-    open_artifact,
-    write_artifact,
-)
+from rankdistill.artifacts import Artifact, ArtifactWriter, file_digest, fingerprint, locked, obtain
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Vectors, allocate_array
+from rankdistill.indexes.base import DocumentIds, Vectors, allocate_array
 from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
-from rankdistill.indexes.dense import DenseEngine, ExactIndex, iter_doc_ids
+from rankdistill.indexes.dense import ExactIndex
 from rankdistill.indexes.faiss_assembly import IndexParts, add_codes, assemble_index, parts_of
-from rankdistill.indexes.faiss_index import FaissIndex, apply_search, check_out_file, manifest_if_whole, publish_index
+from rankdistill.indexes.faiss_index import (
+    FaissIndex,
+    apply_search,
+    check_out_file,
+    faiss_metric,
+    manifest_if_whole,
+    publish_index,
+)
 from rankdistill.indexes.foreign_vectors import Ids
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
-from rankdistill.quantization.quantizer import VectorQuantizer, encode, query_transform
+from rankdistill.quantization.quantizer import VectorQuantizer, query_transform
 from rankdistill.quantization.training import CHECKPOINT, CODES, LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
 
 if TYPE_CHECKING:
@@ -88,22 +87,13 @@ def quantize(
         device: where codebooks learn, by the rule of devices.py; FAISS, which they start from, stays on the CPU.
 
     Raises:
-        UsageError: a specification that cannot be met: no queries, no labels where labels are asked for, a query map
-            under l2.
-        RankdistillError: too few vectors for the codewords or lists, a dimension that the subspaces do not divide, NaN,
-            too many zero vectors, another number of ids than vectors, a loss that stops being a number, a full disk.
+        UsageError: a specification that cannot be met.
+        RankdistillError: vectors as `build_index` refuses them; a loss that stops being a number; a full disk.
     """
     out_file, place = Path(out_file), resolve_device(device)
     if documents.ndim != 2 or not len(documents):
         raise RankdistillError(f"there is nothing to quantise: vectors of shape {list(documents.shape)}")
-    specification = _checked(specification, student)
-    subspaces = specification.started(documents.shape[1]).subspaces
-    if specification.overlap > 1 and isinstance(subspaces, int) and specification.overlap > subspaces:
-        raise UsageError(
-            f"overlap: {specification.overlap} of {subspaces} subspaces would cover a dimension twice",
-            where=f"index specification {specification.name}",
-            fix=f"overlap: {subspaces}, or less",
-        )
+    _check(specification, student, int(documents.shape[1]))
     values = {
         "specification": specification.model_dump(
             mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
@@ -116,8 +106,8 @@ def quantize(
     with locked(out_file):
         trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student, place)
         doc_ids = Ids.of(doc_ids)
-        wanted = fingerprint([values, specification.refine, specification.search.model_dump(), doc_ids.digest()])
-        if manifest_if_whole(out_file).get("fingerprint") == wanted:
+        key = fingerprint([values, specification.refine, specification.search.model_dump(), doc_ids.digest()])
+        if manifest_if_whole(out_file).get("fingerprint") == key:
             return FaissIndex.open(out_file)
         started = time.time()
         index = _export(trained, documents, specification)
@@ -130,7 +120,7 @@ def quantize(
             out_file,
             specification=specification.started(documents.shape[1]),
             manifest={
-                "fingerprint": wanted,
+                "fingerprint": key,
                 "student_fingerprint": student_fingerprint,
                 "collection_fingerprint": collection_fingerprint,
                 "vectors_fingerprint": vectors_fingerprint,
@@ -156,24 +146,19 @@ def quantize_student(
     lists: ScoredLists | None = None,
     open_student: Callable[[Path], StudentModel] | None = None,
 ) -> FaissIndex:
-    """`quantize` for a student's vectors of a collection: the queries it learns from are the collection's.
+    """`quantize` for a student's vectors of a collection (see `encode_documents`), from whose queries it learns.
 
     Args:
-        vectors: see `encode_documents`.
         query_ids, lists: see `collection_queries`.
-
-    Raises:
-        RankdistillError: the vectors are another student's or another collection's; whatever `quantize` raises.
     """
     from rankdistill.quantization.queries import collection_queries
 
-    exact = DenseEngine.over(student, vectors).index
+    exact = ExactIndex.open(vectors)
     exact.check(student, collection)
-    assert isinstance(exact, ExactIndex)
     queries, made_from = collection_queries(student, collection, specification, query_ids=query_ids, lists=lists)
     return quantize(
         exact.vectors,
-        iter_doc_ids(collection),
+        DocumentIds(collection),
         queries,
         specification,
         out_file,
@@ -202,9 +187,6 @@ def quantize_files(
         queries: of the training queries; documents serve as queries without one.
         ids: of a .npy's rows.
         scores: a teacher's scores as a run, for `relevance: scores`; documents and queries by the ids of the vectors.
-
-    Raises:
-        UsageError, RankdistillError: as `open_foreign_vectors` and `quantize`; scores that name none of the vectors.
     """
     from rankdistill.indexes.foreign_vectors import open_foreign_vectors
 
@@ -237,11 +219,7 @@ def quantize_files(
 
 
 def recorded_scores(file: str | Path, query_ids: Sequence[str], doc_ids: Sequence[str]) -> TeacherScores:
-    """A run's scores by the rows of queries and documents; what neither knows is left out and counted.
-
-    Raises:
-        RankdistillError: fewer than two known documents for every known query.
-    """
+    """A run's scores by the rows of queries and documents; what neither knows is left out and counted."""
     from rankdistill.runs import iter_run
 
     query_row = {query_id: row for row, query_id in enumerate(query_ids)}
@@ -275,46 +253,47 @@ def query_encoder_folder(index: FaissIndex) -> Path | None:
     return index.path.with_name(str(named).split("/")[0]) / ENCODER if named else None
 
 
-def _checked(specification: QuantizerSpecification, student: StudentModel | None) -> QuantizerSpecification:
-    """The specification, if its parts go together.
-
-    Raises:
-        UsageError: they do not.
-    """
-    where = f"index specification {specification.name}"
-    if specification.fast_scan and specification.bits != 4:
-        raise UsageError(
-            f"a fast-scan index holds 4-bit codes, not {specification.bits}-bit ones", where=where, fix="bits: 4"
-        )
-    if specification.metric == "l2" and specification.query == "linear":
-        raise UsageError(
+def _check(specification: QuantizerSpecification, student: StudentModel | None, dimension: int) -> None:
+    """Refuse a specification whose parts do not go together."""
+    spec, subspaces = specification, specification.started(dimension).subspaces
+    l2, overlap = spec.metric == "l2", spec.overlap > 1
+    apart = spec.lists or spec.codes != "nearest" or spec.rotation == "learned" or l2
+    for wrong, what, fix in (
+        (
+            spec.fast_scan and spec.bits != 4,
+            f"a fast-scan index holds 4-bit codes, not {spec.bits}-bit ones",
+            "bits: 4",
+        ),
+        (
+            l2 and spec.query == "linear",
             "a query map needs inner products: distances compare with the documents' own space",
-            where=where,
-            fix="query: frozen",
-        )
-    if specification.query == "encoder" and student is None:
-        raise UsageError(
+            "query: frozen",
+        ),
+        (
+            spec.query == "encoder" and student is None,
             "query: encoder trains a run's student along, and there are only vectors here",
-            where=where,
-            fix="query: linear, or give a run",
-        )
-    if specification.metric == "l2" and specification.query == "encoder":
-        raise UsageError("query: encoder needs inner products", where=where, fix="metric: inner_product")
-    if specification.overlap > 1 and (
-        specification.lists
-        or specification.codes != "nearest"
-        or specification.rotation == "learned"
-        or specification.metric == "l2"
-    ):
-        raise UsageError(
+            "query: linear, or give a run",
+        ),
+        (l2 and spec.query == "encoder", "query: encoder needs inner products", "metric: inner_product"),
+        (
+            overlap and apart,
             "overlapping subspaces go with inner products, without lists, codes other than the nearest, and a learned"
             " rotation",
-            where=where,
-            fix="overlap: 1, or lists: 0, codes: nearest, rotation: opq, metric: inner_product",
-        )
-    if specification.codes == "frozen" and specification.rotation == "learned":
-        raise UsageError("frozen codes do not follow a learned rotation", where=where, fix="rotation: opq")
-    return specification
+            "overlap: 1, or lists: 0, codes: nearest, rotation: opq, metric: inner_product",
+        ),
+        (
+            spec.codes == "frozen" and spec.rotation == "learned",
+            "frozen codes do not follow a learned rotation",
+            "rotation: opq",
+        ),
+        (
+            overlap and isinstance(subspaces, int) and spec.overlap > subspaces,
+            f"overlap: {spec.overlap} of {subspaces} subspaces would cover a dimension twice",
+            f"overlap: {subspaces}, or less",
+        ),
+    ):
+        if wrong:
+            raise UsageError(what, where=f"index specification {spec.name}", fix=fix)
 
 
 def quantizer_folder(out_file: Path) -> Path:
@@ -332,73 +311,67 @@ def _train(
     student: StudentModel | None,
     device: torch.device,
 ) -> Artifact:
-    wanted, path = fingerprint(values), quantizer_folder(out_file)
-    found = find_artifact(path, KIND, wanted)
-    if found is not None:
-        return found
-    zeros: list[int] = []
-    for start in range(0, len(documents), BLOCK):
-        zeros += checked_rows(documents, np.arange(start, min(start + BLOCK, len(documents))), False)[1]
-    refuse_zeros(zeros, len(documents), specification.name)
-    if similarity == "cos":
-        check_unit_length(documents)
-    with write_artifact(
-        path, kind=KIND, fingerprint=wanted, settings=values, inputs={"vectors": values["vectors"]}, resume=True
-    ) as writer:
+    spec, count = specification, len(documents)
+
+    def make(writer: ArtifactWriter) -> None:
+        zeros: list[int] = []
+        for start in range(0, count, BLOCK):
+            zeros += checked_rows(documents, np.arange(start, min(start + BLOCK, count)), False)[1]
+        refuse_zeros(zeros, count, spec.name)
+        if similarity == "cos":
+            check_unit_length(documents)
         writer.device, work = str(device), writer.path
         start_file = work / "start.safetensors"
-        parts, notes = _start(documents, specification, start_file)
-        torch.manual_seed(specification.seed)
+        parts, notes = _start(documents, spec, start_file)
+        torch.manual_seed(spec.seed)
         quantizer = VectorQuantizer(
             parts,
-            learn_rotation=specification.rotation == "learned",
-            learn_query_map=specification.query == "linear",
-            softness=specification.softness if specification.codes == "straight_through" else None,
+            learn_rotation=spec.rotation == "learned",
+            learn_query_map=spec.query == "linear",
+            softness=spec.softness if spec.codes == "straight_through" else None,
         ).to(device)
         agreement: dict[str, float] = {}
-        frozen: NDArray[np.uint8] | None = None
-        overlapping = specification.overlap > 1 and specification.steps > 0
-        if specification.codes == "frozen" or overlapping:
-            frozen = _encode_all(documents, quantizer, work)[1]
+        codes: NDArray[np.uint8] | None = None
+        overlapping = spec.overlap > 1 and spec.steps > 0
+        if spec.codes == "frozen" or overlapping:
+            codes = _encode_all(documents, quantizer, work)
         if overlapping:
-            quantizer = VectorQuantizer(
-                parts, learn_query_map=specification.query == "linear", overlap=specification.overlap
-            ).to(device)
-        if specification.steps:
-            sampler = Sampler(documents, queries, specification, work)
-            encoder = None
-            if specification.query == "encoder":
-                # A copy learns: the caller's student goes on to encode documents, and queries for other indexes.
-                student = copy.deepcopy(student)
-                assert student is not None
-                encoder = (student, _query_encoding(student))
-            training = QuantizerTraining(
-                quantizer, sampler, specification, documents, work, codes=frozen, query_encoder=encoder
-            )
+            quantizer = VectorQuantizer(parts, learn_query_map=spec.query == "linear", overlap=spec.overlap).to(device)
+        if spec.steps:
+            sampler = Sampler(documents, queries, spec, work)
+            # A copy learns: the caller's student goes on to encode documents, and queries for other indexes.
+            learning = copy.deepcopy(student) if spec.query == "encoder" else None
+            encoder = None if learning is None else (learning, _query_encoding(learning))
+            training = QuantizerTraining(quantizer, sampler, spec, documents, work, codes=codes, query_encoder=encoder)
             training.run()
             if training.initial is not None and training.final is not None:
                 agreement = {"start": training.initial, "end": training.final, "queries": float(len(sampler.held_out))}
             if agreement and agreement["end"] < agreement["start"]:
                 warn(
-                    f"{specification.name}: training lowered the agreement with exact search from"
+                    f"{spec.name}: training lowered the agreement with exact search from"
                     f" {training.initial:.3f} to {training.final:.3f} of the first ten"
                 )
-        if frozen is None or (quantizer.centroids is not None and not quantizer.by_residual):
-            _encode_all(documents, quantizer, work, keep_codes=frozen is not None)
+            if learning is not None:
+                learning.save(work / ENCODER)
+        if codes is None or (quantizer.centroids is not None and not quantizer.by_residual):
+            _encode_all(documents, quantizer, work, keep_codes=codes is not None)
         save_file({name: value.cpu().contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
-        if specification.query == "encoder" and student is not None and specification.steps:
-            student.save(work / ENCODER)
-        writer.counts = {
-            "documents": len(documents),
-            "dimension": int(documents.shape[1]),
-            "steps": specification.steps,
-        }
+        writer.counts = {"documents": count, "dimension": int(documents.shape[1]), "steps": spec.steps}
         writer.notes = {**notes, "agreement": agreement, "zero_vectors": len(zeros), "log": LOG}
         for leftover in (BEST, LIVE, start_file.name):
             (work / leftover).unlink(missing_ok=True)
         for folder in work.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(folder, ignore_errors=True)
-    return open_artifact(path, KIND)
+
+    return obtain(
+        quantizer_folder(out_file),
+        kind=KIND,
+        fingerprint=fingerprint(values),
+        settings=values,
+        inputs={"vectors": values["vectors"]},
+        make=make,
+        resume=True,
+    )
 
 
 def _start(documents: Vectors, specification: QuantizerSpecification, file: Path) -> tuple[IndexParts, dict[str, Any]]:
@@ -410,19 +383,13 @@ def _start(documents: Vectors, specification: QuantizerSpecification, file: Path
             documents, started.model_copy(update={"refine": None}), by_residual=specification.residual
         )
         parts = parts_of(index)
-        tensors = {"codebooks": torch.from_numpy(parts.codebooks)}
-        if parts.rotation is not None:
-            tensors["rotation"] = torch.from_numpy(parts.rotation)
-        if parts.centroids is not None:
-            tensors["centroids"] = torch.from_numpy(np.array(parts.centroids))
+        held = {"codebooks": parts.codebooks, "rotation": parts.rotation, "centroids": parts.centroids}
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in held.items() if array is not None}
         new = file.with_suffix(".new")
         save_file(tensors, new, metadata={key: str(value) for key, value in notes.items()})
         new.rename(file)
-    from safetensors import safe_open
-
-    arrays = {name: value.numpy() for name, value in load_file(file).items()}
-    with safe_open(file, "pt") as stream:
-        kept = stream.metadata()
+    with safe_open(file, "np") as stream:
+        arrays, kept = {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata()  # noqa: SIM118
     parts = IndexParts(
         arrays.get("rotation"),
         arrays.get("centroids"),
@@ -430,39 +397,33 @@ def _start(documents: Vectors, specification: QuantizerSpecification, file: Path
         specification.metric,
         specification.residual and bool(specification.lists),
         specification.fast_scan,
-        None,
-        np.empty((0, arrays["codebooks"].shape[0]), np.uint8),
-        np.empty(0, np.int64),
     )
     return parts, {"factory": started.resolve(*documents.shape), "trained_on": int(kept["trained_on"])}
 
 
 def _encode_all(
     documents: Vectors, quantizer: VectorQuantizer, work: Path, *, keep_codes: bool = False
-) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
-    """Lists and codes of all documents with the codebooks as they are now, written memory-mapped."""
-    rotation, centroids, codebooks = quantizer.parts()
-    codes: NDArray[np.uint8]
-    if keep_codes:
-        codes = np.load(work / CODES, mmap_mode="r", allow_pickle=False)
-    else:
-        codes = allocate_array(work / CODES, (len(documents), quantizer.subspaces), np.uint8)
-    lists = None if centroids is None else allocate_array(work / LISTS, (len(documents),), np.int64)
+) -> NDArray[np.uint8]:
+    """Write lists and codes of all documents by the codebooks as they are now; the codes, memory-mapped."""
+    codes: Any = (
+        np.load(work / CODES, mmap_mode="r", allow_pickle=False)
+        if keep_codes
+        else allocate_array(work / CODES, (len(documents), quantizer.subspaces), np.uint8)
+    )
+    lists = allocate_array(work / LISTS, (len(documents),), np.int64) if quantizer.centroids is not None else None
     with progress("encode documents to codes", len(documents), "vectors") as bar:
         for start in range(0, len(documents), BLOCK):
             block = np.asarray(documents[start : start + BLOCK], np.float32)
-            found, made = encode(
-                block, rotation, centroids, codebooks, metric=quantizer.metric, by_residual=quantizer.by_residual
-            )
+            block_lists, block_codes = quantizer.encode(block)
             if not keep_codes:
-                codes[start : start + len(block)] = made
-            if lists is not None and found is not None:
-                lists[start : start + len(block)] = found
+                codes[start : start + len(block)] = block_codes
+            if lists is not None:
+                lists[start : start + len(block)] = block_lists
             bar.advance(len(block))
-    for array in (codes, lists):
-        if isinstance(array, np.memmap) and array.mode != "r":
+    for array in (lists, None if keep_codes else codes):
+        if array is not None:
             array.flush()
-    return lists, codes
+    return codes
 
 
 def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpecification) -> Any:
@@ -471,9 +432,8 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
 
     tensors = load_file(trained.path / WEIGHTS)
     codes = np.load(trained.path / CODES, mmap_mode="r", allow_pickle=False)
-    lists = (
-        np.load(trained.path / LISTS, mmap_mode="r", allow_pickle=False) if (trained.path / LISTS).is_file() else None
-    )
+    lists_file = trained.path / LISTS
+    lists = np.load(lists_file, mmap_mode="r", allow_pickle=False) if lists_file.is_file() else None
     plain = specification.rotation == "none" and not {"query_map", "columns"} & tensors.keys()
     transform = query_transform(
         tensors["rotation0"], tensors.get("skew"), tensors.get("query_map"), tensors.get("columns")
@@ -489,8 +449,7 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
     add_codes(index, lists, codes)
     if specification.refine:
         # The second stage compares the query itself with the documents themselves.
-        kind = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[specification.metric]
-        second: Any = faiss.index_factory(documents.shape[1], specification.refine, kind)
+        second: Any = faiss.index_factory(documents.shape[1], specification.refine, faiss_metric(specification.metric))
         if not second.is_trained:
             second.train(np.ascontiguousarray(documents[:BLOCK], dtype=np.float32))
         for start in range(0, len(documents), BLOCK):

@@ -11,7 +11,7 @@ W, the query map, is the identity unless it is trained. Distill-VQ: Xiao et al. 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankdistill.indexes.faiss_assembly import IndexParts, Metric, unpack_codes
+from rankdistill.indexes.faiss_index import faiss_metric
 
 DISTANCES_AT_ONCE = 1 << 25  # numbers in one block of distances to codewords
 CODES_AT_ONCE = 4096  # vectors: FAISS holds all their distances to all codewords where a codeword is 16 wide or more
@@ -107,19 +108,10 @@ class VectorQuantizer(nn.Module):
         for _ in range(sweeps):
             for number, columns in enumerate(self.columns):
                 book = self.codebooks[number]
-                wanted = left[:, columns] + book[codes[:, number]]
-                codes[:, number] = (book.square().sum(dim=1) - 2 * wanted @ book.T).argmin(dim=1)
-                left[:, columns] = wanted - book[codes[:, number]]
+                target = left[:, columns] + book[codes[:, number]]
+                codes[:, number] = (book.square().sum(dim=1) - 2 * target @ book.T).argmin(dim=1)
+                left[:, columns] = target - book[codes[:, number]]
         return codes
-
-    def assign_lists(self, rotated: Tensor) -> Tensor:
-        """The list that the index probes first for each vector [n, d]: int64 [n]."""
-        assert self.centroids is not None
-        centroids = self.centroids.weight.detach()
-        near = rotated @ centroids.T
-        if self.metric == "l2":
-            near = 2 * near - centroids.square().sum(dim=1)
-        return near.argmax(dim=1)
 
     def residuals(self, rotated: Tensor, lists: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the codes describe [n, M, d/M], and the centroids to add to it [n, d], if any."""
@@ -167,13 +159,18 @@ class VectorQuantizer(nn.Module):
             assert codes is not None, "overlapping subspaces have no nearest codes"
             return self.decode(codes), codes
         rest, base = self.residuals(rotated, lists)
-        found = self.nearest(rest) if codes is None else codes
-        decoded = self.decode(found) if codes is not None else self.decode_straight_through(rest, found)
-        return (decoded + base if base is not None and self.by_residual else decoded), found
+        chosen = self.nearest(rest) if codes is None else codes
+        decoded = self.decode(chosen) if codes is not None else self.decode_straight_through(rest, chosen)
+        return (decoded + base if base is not None and self.by_residual else decoded), chosen
 
     def score(self, queries: Tensor, decoded: Tensor) -> Tensor:
         """[queries, documents] as the index scores them (l2: minus the squared distance); queries transformed."""
         return similarity(queries, decoded, self.metric)
+
+    def encode(self, vectors: NDArray[np.float32], by_residual: bool | None = None) -> tuple[Any, NDArray[np.uint8]]:
+        """Lists and codes of vectors [n, dimension], as the parts are now; see `encode`."""
+        residual = self.by_residual if by_residual is None else by_residual
+        return encode(vectors, *self.parts(), metric=self.metric, by_residual=residual)
 
     @torch.no_grad()
     def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.float32]]:
@@ -230,9 +227,8 @@ def encode(
     centroids: NDArray[np.float32] | None,
     codebooks: NDArray[np.float32],
     *,
-    metric: Literal["inner_product", "l2"],
+    metric: Metric,
     by_residual: bool,
-    lists: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
     """Lists [n] and codes [n, M] of vectors [n, dimension], by FAISS's own kernels on all threads.
 
@@ -246,11 +242,10 @@ def encode(
     faiss.copy_array_to_vector(np.ascontiguousarray(rotation, dtype=np.float32).ravel(), turn.A)
     turn.is_trained = True
     rotated = turn.apply(np.ascontiguousarray(vectors, dtype=np.float32))
+    lists: NDArray[np.int64] | None = None
     if centroids is not None:
-        if lists is None:
-            kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
-            _, nearest = faiss.knn(rotated, np.ascontiguousarray(centroids), 1, metric=kind)
-            lists = nearest[:, 0].astype(np.int64)
+        _, nearest = faiss.knn(rotated, np.ascontiguousarray(centroids), 1, metric=faiss_metric(metric))
+        lists = nearest[:, 0].astype(np.int64)
         if by_residual:
             rotated -= centroids[lists]
     quantiser = faiss.ProductQuantizer(subspaces * width, subspaces, codewords.bit_length() - 1)

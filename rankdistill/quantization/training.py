@@ -27,12 +27,13 @@ from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.losses.base import ListLoss
 from rankdistill.progress import progress, say
 from rankdistill.quantization.batches import Batch, Sampler, best_documents
-from rankdistill.quantization.quantizer import VectorQuantizer, encode, uniform_codes
+from rankdistill.quantization.quantizer import VectorQuantizer, uniform_codes
 from rankdistill.recipe import build
 from rankdistill.training.checkpoints import load_state, save_state
 
 LOG, CHECKPOINT, STATE = "log.jsonl", "checkpoint", "state.json"
 WEIGHTS, CODES, LISTS, LIVE = "quantizer.safetensors", "codes.npy", "lists.npy", "live.npy"
+ENCODER = "encoder."  # before the names of a query encoder's tensors
 LOG_EVERY = 10
 # Overlapping subspaces: the share of the steps that fit the vectors, at a higher rate; the share after which codes are
 # held and only codebooks learn; sweeps over all documents then.
@@ -79,14 +80,15 @@ class QuantizerTraining:
                     fix="kl, listnet, margin_mse with all_pairs, or another loss over lists",
                 )
         self._check_pairs()
-        if any(loss.needs_labels for loss in self.losses) and not specification.documents.labelled:
+        unlabelled = next((loss.type for loss in self.losses if loss.needs_labels), None)
+        if unlabelled is not None and not specification.documents.labelled:
             raise RankdistillError(
-                f"the loss {next(one.type for one in self.losses if one.needs_labels)} needs a labelled positive",
+                f"the loss {unlabelled} needs a labelled positive",
                 where="losses",
                 fix="documents: {labelled: true}, or a loss that needs none (kl, listnet)",
             )
-        wanted = specification.temperature
-        self.temperature = TEMPERATURE_SHARE * sampler.spread() if wanted == "auto" else float(wanted)
+        auto = specification.temperature == "auto"
+        self.temperature = TEMPERATURE_SHARE * sampler.spread() if auto else float(specification.temperature)
         # Recorded scores have a scale of their own: brought to that of the similarities, which the student's are.
         self.teacher_scale = sampler.spread() / sampler.teacher_spread() if specification.relevance == "scores" else 1.0
         if specification.codes == "frozen" and quantizer.by_residual and quantizer.centroids is not None:
@@ -98,7 +100,7 @@ class QuantizerTraining:
         self.step = 0
         self.log: list[dict[str, Any]] = []
         self.lists: Tensor | None = None
-        self.optimisers, self.rates = self._optimisers()
+        self.optimisers = self._optimisers()
 
     def run(self) -> None:
         """Train to the last step; goes on from the last checkpoint."""
@@ -135,11 +137,10 @@ class QuantizerTraining:
         quantizer.train()
         batch = self.sampler.batch(self.step).to(self.device)
         vectors = self.sampler.document_vectors(batch.rows).to(self.device)
-        teacher = batch.teacher
-        if teacher is None:
+        if batch.teacher is None:
             teacher = self._listed(self.sampler.similarities(batch.queries, batch.rows), batch)
         else:
-            teacher = teacher * self.teacher_scale
+            teacher = batch.teacher * self.teacher_scale
         queries = batch.queries
         if self.query_encoder is not None:
             queries = self.query_encoder[1]([self.sampler.texts[number] for number in batch.numbers]).to(self.device)
@@ -159,7 +160,9 @@ class QuantizerTraining:
                 if name in parts:
                     self.weights[name] = float(parts["pq"].detach()) / max(float(parts[name].detach()), 1e-12)
         total = sum((self.weights.get(name, 1.0) * part for name, part in parts.items()), torch.zeros(()))
-        if self.step < self._fitting_steps():
+        # Overlapping codebooks first fit the vectors, so that ranking starts from less to repair.
+        fitting = quantizer.columns is not None and self.step < FITTING * spec.steps
+        if fitting:
             total = error / self.weights["error"]
         elif spec.reconstruction:
             total = total + spec.reconstruction * error / self.weights["error"]
@@ -169,14 +172,14 @@ class QuantizerTraining:
                 where=spec.name,
                 fix="a lower codebook_rate, or another temperature",
             )
-        share = _rate(self.step, spec.steps, spec.warmup)
-        for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
+        share, boost = _rate(self.step, spec.steps, spec.warmup), FITTING_RATE if fitting else 1.0
+        for optimiser, rates in self.optimisers:
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * share * (FITTING_RATE if self.step < self._fitting_steps() else 1.0)
+                group["lr"] = rate * share * boost
             optimiser.zero_grad(set_to_none=True)
         if total.requires_grad:
             total.backward()
-        for optimiser in self.optimisers:
+        for optimiser, _ in self.optimisers:
             optimiser.step()
         entry = {"loss": float(total.detach())} | {name: float(part.detach()) for name, part in parts.items()}
         return entry | {"reconstruction": float(error.detach()) / self.weights["error"]}
@@ -202,10 +205,6 @@ class QuantizerTraining:
         """The codes kept of some documents, int64 [rows, M]."""
         assert self.codes is not None
         return torch.from_numpy(self.codes[rows].astype(np.int64)).to(self.device)
-
-    def _fitting_steps(self) -> float:
-        """First steps in which overlapping codebooks fit the vectors, so that ranking starts from less to repair."""
-        return FITTING * self.specification.steps if self.quantizer.columns is not None else 0.0
 
     def _settle(self) -> None:
         """The codes of all documents, also of those no step has drawn, before the codebooks' last steps."""
@@ -235,40 +234,38 @@ class QuantizerTraining:
 
     def _check_pairs(self) -> None:
         """Refuse losses over all pairs of lists too long for that, before the memory does."""
-        spec, wanted = self.specification, self.specification.documents
-        size = wanted.limit if wanted.in_batch else wanted.top + wanted.random + 1
-        size = wanted.list_size or min(size, len(self.documents))
+        spec, drawn = self.specification, self.specification.documents
+        size = drawn.limit if drawn.in_batch else drawn.top + drawn.random + 1
+        size = drawn.list_size or min(size, len(self.documents))
         pairs = min(spec.batch, len(self.sampler.vectors)) * size**2
-        if spec.relevance == "vectors" and pairs > MOST_PAIRS:
-            for loss in self.losses:
-                if loss.over_pairs:
-                    raise UsageError(
-                        f"the loss {loss.type} compares all pairs: {spec.batch} lists of {size} documents would take"
-                        f" {pairs * 4 / 2**30:.0f} GiB a tensor",
-                        where=f"{spec.name}: losses",
-                        fix="documents: {list_size: 64}",
-                    )
+        slow = next((loss.type for loss in self.losses if loss.over_pairs), None)
+        if spec.relevance == "vectors" and pairs > MOST_PAIRS and slow is not None:
+            raise UsageError(
+                f"the loss {slow} compares all pairs: {spec.batch} lists of {size} documents would take"
+                f" {pairs * 4 / 2**30:.0f} GiB a tensor",
+                where=f"{spec.name}: losses",
+                fix="documents: {list_size: 64}",
+            )
 
-    def _optimisers(self) -> tuple[list[torch.optim.Optimizer], list[list[float]]]:
+    def _optimisers(self) -> list[tuple[torch.optim.Optimizer, list[float]]]:
+        """Each with the rates of its groups."""
         spec, quantizer = self.specification, self.quantizer
         # Rates follow the scale of what they move, so that one default suits vectors of any length.
-        dense: list[tuple[list[nn.Parameter], float]] = [
+        groups: list[tuple[list[nn.Parameter], float]] = [
             ([quantizer.codebooks], spec.codebook_rate * float(quantizer.codebooks.detach().std()))
         ]
         if quantizer.query_map is not None:
-            dense.append(([quantizer.query_map], spec.query_rate))
+            groups.append(([quantizer.query_map], spec.query_rate))
         if quantizer.skew is not None:
-            dense.append(([quantizer.skew], spec.rotation_rate))
+            groups.append(([quantizer.skew], spec.rotation_rate))
         if self.query_encoder is not None:
-            dense.append((list(self.query_encoder[0].parameters()), spec.encoder_rate))
-        adam = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in dense], betas=(0.9, 0.98))
-        optimisers: list[torch.optim.Optimizer] = [adam]
-        rates = [[rate for _, rate in dense]]
+            groups.append((list(self.query_encoder[0].parameters()), spec.encoder_rate))
+        adam = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in groups], betas=(0.9, 0.98))
+        optimisers: list[tuple[torch.optim.Optimizer, list[float]]] = [(adam, [rate for _, rate in groups])]
         if quantizer.centroids is not None and quantizer.centroids.weight.requires_grad:
             rate = spec.centroid_rate * float(quantizer.centroids.weight.detach().std())
-            optimisers.append(torch.optim.SparseAdam([quantizer.centroids.weight], lr=rate))
-            rates.append([rate])
-        return optimisers, rates
+            optimisers.append((torch.optim.SparseAdam([quantizer.centroids.weight], lr=rate), [rate]))
+        return optimisers
 
     # -- the whole collection -----------------------------------------------------------------------------------------
 
@@ -280,13 +277,10 @@ class QuantizerTraining:
         if keep and path.is_file():
             self.lists = torch.from_numpy(np.load(path, allow_pickle=False))
             return
-        rotation, centroids, codebooks = self.quantizer.parts()
         lists = np.empty(len(self.documents), np.int64)
         for start in range(0, len(lists), BLOCK):
             block = np.asarray(self.documents[start : start + BLOCK], np.float32)
-            found, _ = encode(block, rotation, centroids, codebooks, metric=self.quantizer.metric, by_residual=False)
-            assert found is not None
-            lists[start : start + BLOCK] = found
+            lists[start : start + BLOCK], _ = self.quantizer.encode(block, by_residual=False)
         self.lists = torch.from_numpy(lists)
 
     def _look_again(self, keep: bool = False) -> None:
@@ -323,25 +317,25 @@ class QuantizerTraining:
         chosen = None if self.codes is None else self.codes[rows]
         decoded = torch.from_numpy(_Decoded(quantizer, self.documents[rows], chosen)[:]).to(self.device)
         asked = queries @ quantizer.query_transform(folded=True).T
-        found = quantizer.score(asked, decoded).topk(exact.shape[1], dim=1).indices
-        return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
+        by_codes = quantizer.score(asked, decoded).topk(exact.shape[1], dim=1).indices
+        return float((exact[:, :, None] == by_codes[:, None, :]).any(dim=2).float().mean())
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, Tensor]:
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.quantizer.state_dict().items()}
         if self.query_encoder is not None:
             encoder = self.query_encoder[0].state_dict()
-            tensors |= {f"encoder.{name}": value.detach().cpu().clone() for name, value in encoder.items()}
+            tensors |= {f"{ENCODER}{name}": value.detach().cpu().clone() for name, value in encoder.items()}
         return tensors
 
     def _save(self) -> None:
         """A checkpoint, renamed into place when whole."""
-        new, final = self.work / f"{CHECKPOINT}.new", self.work / CHECKPOINT
+        new = self.work / f"{CHECKPOINT}.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        save_file(self.state(), new / WEIGHTS)
-        for number, optimiser in enumerate(self.optimisers):
+        save_file(self._state(), new / WEIGHTS)
+        for number, (optimiser, _) in enumerate(self.optimisers):
             save_state(optimiser.state_dict(), new, f"optimiser_{number}")
         if self.lists is not None:
             np.save(new / LISTS, self.lists.numpy())
@@ -351,29 +345,33 @@ class QuantizerTraining:
             np.save(new / CODES, np.asarray(self.codes))
         values = {"step": self.step, "weights": self.weights, "log": self.log, "temperature": self.temperature}
         write_atomically(new / STATE, json.dumps(values))
-        old = self.work / f"{CHECKPOINT}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
+        final = self.work / f"{CHECKPOINT}-{self.step:08d}"
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
         new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        for other in self._checkpoints():
+            if other != final:
+                shutil.rmtree(other, ignore_errors=True)
         self._write_log()
 
+    def _checkpoints(self) -> list[Path]:
+        """The latest first."""
+        return sorted(self.work.glob(f"{CHECKPOINT}-*"), reverse=True)
+
     def _load(self) -> bool:
-        for folder in (self.work / CHECKPOINT, self.work / f"{CHECKPOINT}.old"):
+        for folder in self._checkpoints():
             try:
                 values = json.loads((folder / STATE).read_text(encoding="utf-8"))
                 tensors = load_file(folder / WEIGHTS)
                 states = [load_state(folder, f"optimiser_{number}") for number in range(len(self.optimisers))]
             except (OSError, ValueError):
                 continue
-            own = {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
-            self.quantizer.load_state_dict(own)
+            parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # of the query encoder, of the quantiser
+            for name, value in tensors.items():
+                parts[name.startswith(ENCODER)][name.removeprefix(ENCODER)] = value
+            self.quantizer.load_state_dict(parts[False])
             if self.query_encoder is not None:
-                prefix = "encoder."
-                encoder = {name.removeprefix(prefix): value for name, value in tensors.items() if name not in own}
-                self.query_encoder[0].load_state_dict(encoder)
-            for optimiser, state in zip(self.optimisers, states, strict=True):
+                self.query_encoder[0].load_state_dict(parts[True])
+            for (optimiser, _), state in zip(self.optimisers, states, strict=True):
                 optimiser.load_state_dict(state)
             for name in (LISTS, LIVE):
                 if (folder / name).is_file():
@@ -395,7 +393,7 @@ class _Decoded:
     """All documents as the codes of the moment give them back, a slice at a time: [n, d]."""
 
     def __init__(self, quantizer: VectorQuantizer, documents: Vectors, codes: NDArray[np.uint8] | None) -> None:
-        self.quantizer, self.documents, self.codes, self.parts = quantizer, documents, codes, quantizer.parts()
+        self.quantizer, self.documents, self.codes = quantizer, documents, codes
         self.device = quantizer.codebooks.device
 
     def __len__(self) -> int:
@@ -405,9 +403,9 @@ class _Decoded:
     def __getitem__(self, part: slice) -> NDArray[np.float32]:
         block = np.asarray(self.documents[part], np.float32)
         if self.codes is not None and not self.quantizer.by_residual:
-            given = torch.from_numpy(self.codes[part].astype(np.int64)).to(self.device)
-            return self.quantizer.fold(self.quantizer.decode(given)).cpu().numpy()
-        lists, codes = encode(block, *self.parts, metric=self.quantizer.metric, by_residual=self.quantizer.by_residual)
+            held = torch.from_numpy(self.codes[part].astype(np.int64)).to(self.device)
+            return self.quantizer.fold(self.quantizer.decode(held)).cpu().numpy()
+        lists, codes = self.quantizer.encode(block)
         codes = codes if self.codes is None else self.codes[part]
         decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)).to(self.device))
         if self.quantizer.by_residual and self.quantizer.centroids is not None and lists is not None:

@@ -69,17 +69,6 @@ def test_the_librarys_reader_gives_back_the_quantised_vectors(bits: int, tmp_pat
     assert f"impacts of {bits} bits" in header.description
 
 
-def test_weights_above_the_maximum_are_clipped_and_counted_or_refused(tmp_path: Path) -> None:
-    vectors = random_vectors()
-    ids = [str(n) for n in range(DOCUMENTS)]
-    above = int((vectors.data > 1).sum())
-    counts = build(CiffSpecification(name="ciff", maximum=1), vectors, ids, TERMS, tmp_path)
-    assert counts["clipped_weights"] == above > 0
-    assert max(posting.tf for one in read_back(tmp_path / FILE)[1] for posting in one.postings) == 255
-    with pytest.raises(RankdistillError, match="above the maximum"):
-        build(CiffSpecification(name="ciff", maximum=1, above="error"), vectors, ids, TERMS, tmp_path)
-
-
 def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RankdistillError, match="two of the vocabulary's 50 terms are 'a'"):
         build(CiffSpecification(name="ciff"), random_vectors(), [""] * DOCUMENTS, ["a", *TERMS[1:]], tmp_path)

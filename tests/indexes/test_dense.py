@@ -54,7 +54,7 @@ def test_vectors_and_indexes_of_another_student_are_refused(
     vectors = encode_documents(word_encoder, collection, tmp_path / "v")
     export_index(word_encoder, collection, vectors, load_specification("flat"), tmp_path / "x.faiss")
     other = type(word_encoder)(seed=1)
-    with pytest.raises(RankdistillError, match="another encoder"):
+    with pytest.raises(RankdistillError, match="another student"):
         DenseEngine.over(other, vectors)
     with pytest.raises(RankdistillError, match="another student"):
         DenseEngine(other, FaissIndex.open(tmp_path / "x.faiss"))

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -92,29 +90,33 @@ def test_every_shipped_specification_builds_and_finds(
     for found in hits:
         assert len(found.rows) == 10 and (found.rows >= 0).all() and len(set(found.rows)) == 10
         assert (np.diff(found.scores) <= 0).all()
+    assert index.mappable == ("fs" not in index.manifest["factory"])
     mapped = FaissIndex.open(tmp_path / "x.faiss", memory_map=True)
     for first, second in zip(hits, mapped.search(queries, 10), strict=True):
         np.testing.assert_array_equal(first.rows, second.rows)
         np.testing.assert_array_equal(first.scores, second.scores)
 
 
-@pytest.mark.parametrize("name", ["hnsw", "ivf_pq", "ivf_pq_refine", "opq_pq"])
 def test_plain_faiss_in_a_fresh_process_gives_the_same_ids(
-    name: str, vectors: np.ndarray, queries: np.ndarray, tmp_path: Path
+    vectors: np.ndarray, queries: np.ndarray, tmp_path: Path
 ) -> None:
-    index = build_index(vectors, IDS, load_specification(name), tmp_path / "x.faiss")
+    names = ["hnsw", "ivf_pq", "ivf_pq_refine", "opq_pq"]
+    built = {name: build_index(vectors, IDS, load_specification(name), tmp_path / name) for name in names}
     np.save(tmp_path / "queries.npy", queries)
     code = (
-        "import sys, faiss, numpy as np, pyarrow.parquet as pq\n"
-        "scores, rows = faiss.read_index('x.faiss').search(np.load('queries.npy'), 10)\n"
-        "ids = pq.read_table('x.faiss.ids.parquet')['doc_id'].to_pylist()\n"
+        "import json, sys, faiss, numpy as np, pyarrow.parquet as pq\n"
+        "for name in sys.argv[1:]:\n"
+        "    scores, rows = faiss.read_index(name).search(np.load('queries.npy'), 10)\n"
+        "    ids = pq.read_table(f'{name}.ids.parquet')['doc_id'].to_pylist()\n"
+        "    print(json.dumps([[ids[row] for row in found] for found in rows]))\n"
         "assert not any(module.startswith('rankdistill') for module in sys.modules)\n"
-        "import json; print(json.dumps([[ids[row] for row in found] for found in rows]))"
     )
-    printed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    ours = [index.doc_ids(hits.rows) for hits in index.search(queries, 10)]
-    for mine, theirs in zip(ours, json.loads(printed.stdout), strict=True):
-        assert set(mine) == set(theirs) and mine[0] == theirs[0]
+    command = [sys.executable, "-c", code, *names]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for index, line in zip(built.values(), printed.splitlines(), strict=True):
+        ours = [index.doc_ids(hits.rows) for hits in index.search(queries, 10)]
+        for mine, theirs in zip(ours, json.loads(line), strict=True):
+            assert set(mine) == set(theirs) and mine[0] == theirs[0]
 
 
 def test_binary_opens_with_plain_faiss_and_ranks_by_hamming_distance(
@@ -318,40 +320,6 @@ def test_a_damaged_manifest_is_named(vectors: np.ndarray, tmp_path: Path, change
         FaissIndex.open(path)
 
 
-def test_killed_at_any_moment_an_index_is_whole_or_refused(tmp_path: Path) -> None:
-    """Two specifications are written over each other without end; the process is killed; what is there must agree."""
-    code = (
-        "import sys, numpy as np\n"
-        "from rankdistill.indexes.building import build_index\n"
-        "from rankdistill.indexes.specification import load_specification\n"
-        "vectors = np.random.default_rng(0).normal(size=(3000, 32)).astype('float32')\n"
-        "print('ready', flush=True)\n"
-        "while True:\n"
-        "    for factory, count in (('Flat', 3000), ('SQ8', 2000)):\n"
-        "        spec = load_specification({'name': factory, 'factory': factory})\n"
-        "        build_index(vectors[:count], map(str, range(count)), spec, sys.argv[1])\n"
-    )
-    path, whole = tmp_path / "x.faiss", 0
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for attempt in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline()
-        time.sleep(0.05 + 0.013 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        try:
-            index = FaissIndex.open(path)
-        except RankdistillError as error:
-            assert "not finished" in str(error) or "no index" in str(error)
-            continue
-        whole += 1
-        count = {"Flat": 3000, "SQ8": 2000}[index.name]
-        assert index.document_count == count and index.doc_ids([count - 1]) == [str(count - 1)]
-    build_index(np.ones((4, 8), np.float32), "abcd", specification(factory="Flat"), path)
-    assert FaissIndex.open(path).document_count == 4
-    assert not list(tmp_path.glob(".*.tmp"))
-
-
 @pytest.mark.parametrize("moment", range(4))
 def test_an_index_being_published_is_taken_for_no_stranger_s(
     vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
@@ -443,17 +411,10 @@ def test_memory_mapped_codes_stay_on_disk(tmp_path: Path) -> None:
         assert int(printed[0][0]) > 0.4 * size and int(printed[1][0]) < 0.1 * size, (name, printed, size)
 
 
-@pytest.mark.parametrize(("name", "mappable"), [("opq_pq_fs", False), ("ivf_pq_fs", False), ("ivf_pq", True)])
-def test_what_cannot_be_mapped_says_so(name: str, mappable: bool, vectors: np.ndarray, tmp_path: Path) -> None:
-    assert build_index(vectors, IDS, load_specification(name), tmp_path / name).mappable == mappable
-
-
 def test_fewer_vectors_than_dimensions_train_no_rotation(tmp_path: Path) -> None:
     """FAISS corrupts its memory there and the process is gone."""
-    from rankdistill.indexes.specification import IndexSpecification
-
     vectors = np.random.default_rng(0).normal(size=(300, 384)).astype(np.float32)
-    turned = IndexSpecification(name="turned", factory="OPQ16,PQ16x4")
+    turned = specification(factory="OPQ16,PQ16x4")
     with pytest.raises(RankdistillError, match="300 vectors cannot train a rotation of 384 dimensions"):
         build_index(vectors, map(str, range(300)), turned, tmp_path / "turned.faiss")
 

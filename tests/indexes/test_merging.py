@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.building import build_index
+from rankdistill.indexes.building import build_index, merge_indexes
 from rankdistill.indexes.faiss_index import FaissIndex, ids_file
-from rankdistill.indexes.merging import merge_indexes
 from rankdistill.indexes.specification import load_specification
 
 CUTS = [0, 700, 701, 1200]

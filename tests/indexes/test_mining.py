@@ -1,11 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +11,6 @@ import pytest
 from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits
-from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.mining import FILE, Source, export_trec, mine
 from rankdistill.indexes.sources import BM25Source, DenseSource, RunSource
 from rankdistill.recipe import build
@@ -130,35 +124,27 @@ def test_batches_do_not_change_the_file_and_nothing_is_mined_twice(
     assert sorted(path.name for path in first.path.iterdir()) == [FILE, "manifest.json"]
 
 
-def test_a_killed_run_goes_on_with_the_batch_in_flight(collection: Collection, tmp_path: Path) -> None:
-    code = (
-        "import sys, time\n"
-        "from rankdistill.collections import open_collection\n"
-        "from rankdistill.indexes.bm25 import BM25\n"
-        "from rankdistill.indexes.mining import Source, mine\n"
-        "class Slow:\n"
-        "    name, fingerprint = 'slow', 'slow'\n"
-        "    def search(self, queries, k):\n"
-        "        open(sys.argv[4], 'a').write('\\n'.join(queries) + '\\n')\n"
-        "        time.sleep(0.15)\n"
-        "        return BM25.open(sys.argv[2]).search(queries, k)\n"
-        "mine(open_collection(sys.argv[1]), [Source(Slow())], sys.argv[3], depth=5, batch_size=1)\n"
-    )
-    BM25().build(collection, tmp_path / "bm25")
-    log = tmp_path / "log"
-    arguments = [collection.spec, *(str(tmp_path / name) for name in ("bm25", "slow", "log"))]
-    for kill_after in (3, 6, 99):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
-        while process.poll() is None:
-            if log.exists() and len(log.read_text().splitlines()) >= kill_after:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.005)
-    assert process.returncode == 0
-    searched = log.read_text().splitlines()
-    assert set(searched) == set(QUERIES) and len(searched) <= len(QUERIES) + 2
-    whole = mine(collection, [Source(BM25.open(tmp_path / "bm25"))], tmp_path / "whole", depth=5)
-    assert pq.read_table(tmp_path / "slow" / FILE).equals(pq.read_table(whole.path / FILE))
+def test_a_stopped_run_goes_on_with_the_batch_in_flight(
+    collection: Collection, ascending: Fixed, tmp_path: Path
+) -> None:
+    """A finished batch lies in a file that appears when it is whole; tests/test_kill.py kills the whole pipeline."""
+    search, searched = ascending.search, list[str]()
+
+    def stops(queries: Any, k: int) -> list[Hits]:
+        searched.extend(queries)
+        if len(searched) in (4, 7):
+            raise KeyboardInterrupt
+        return search(queries, k)
+
+    ascending.search = stops  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            mine(collection, [Source(ascending)], tmp_path / "stopped", depth=5, batch_size=1)
+        assert not (tmp_path / "stopped").exists()
+    stopped = mine(collection, [Source(ascending)], tmp_path / "stopped", depth=5, batch_size=1)
+    assert len(searched) == len(QUERIES) + 2 and set(searched) == set(QUERIES)
+    whole = mine(collection, [Source(ascending)], tmp_path / "whole", depth=5)
+    assert pq.read_table(stopped.path / FILE).equals(pq.read_table(whole.path / FILE))
 
 
 def test_trec_runs_go_out_and_come_in_as_a_source(

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,31 +19,8 @@ from rankdistill.indexes.multi_vector import (
 from rankdistill.students import token_vectors
 from rankdistill.students.token_vectors import TokenVectors
 
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-
 TEXTS = [" ".join(f"w{(row * 7 + place * place) % 23}" for place in range(1 + row % 9)) for row in range(100)]
 QUERIES = ["w1 w2 w3", "w7", "w20 w5 w5 w11 w0"]
-
-# Encodes slowly and writes down every text it encodes, so that a killed process leaves a record.
-SLOW_ENCODER = """
-import sys, time
-import numpy as np
-from rankdistill.collections import open_collection
-from rankdistill.indexes.multi_vector import encode_document_tokens
-from rankdistill.students.token_vectors import TokenVectors
-
-class Slow:
-    dimension, storage, fingerprint = 2, "fp16", "slow"
-    def encode_documents(self, texts):
-        with open(sys.argv[3], "a") as log:
-            for text in texts:
-                time.sleep(0.002)
-                log.write(text + "\\n")
-        return TokenVectors.of([np.array([[len(word), ord(word[-1])] for word in text.split()]) for text in texts], 2)
-
-encode_document_tokens(Slow(), open_collection(sys.argv[1]), sys.argv[2], shard_size=10)
-"""
 
 
 class WordTokens:
@@ -144,7 +116,7 @@ def test_bytes_are_those_on_disk(make_collection: Any, tmp_path: Path) -> None:
 def test_another_students_or_collections_vectors_are_refused(make_collection: Any, tmp_path: Path) -> None:
     encoder, collection = WordTokens(), make_collection(TEXTS)
     artifact = encode_document_tokens(encoder, collection, tmp_path / "v")
-    with pytest.raises(RankdistillError, match="another encoder"):
+    with pytest.raises(RankdistillError, match="another student"):
         MultiVectorEngine.over(WordTokens(seed=1), artifact)
     index = TokenIndex(open_token_vectors(artifact), artifact.fingerprint, dict(artifact.manifest["inputs"]))
     with pytest.raises(RankdistillError, match="another collection"):
@@ -172,55 +144,6 @@ def test_bad_vectors_are_refused_by_name(
     with pytest.raises(RankdistillError, match="NaN or infinity") as caught:
         encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v", shard_size=10)
     assert "'d3'" in str(caught.value)
-    encoder.encode_documents = lambda texts: encode(texts[:-1])  # type: ignore[method-assign]
-    with pytest.raises(RankdistillError, match="came back for"):
-        encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v")
-
-
-def test_after_kill_9_no_finished_shard_is_encoded_again(make_collection: Any, tmp_path: Path) -> None:
-    collection: Collection = make_collection(TEXTS)
-    log, kills = tmp_path / "log", 0
-    command = [sys.executable, "-c", SLOW_ENCODER, collection.spec, str(tmp_path / "v"), str(log)]
-    while True:
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-        before = len(log.read_text().splitlines()) if log.exists() else 0
-        # Killed 25 texts later: two shards are finished, the third is in flight.
-        while process.poll() is None and kills < 2:
-            if log.exists() and len(log.read_text().splitlines()) >= before + 25:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.002)
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-    encoded = log.read_text().splitlines()
-    assert kills == 2 and set(encoded) == set(TEXTS)
-    assert 100 <= len(encoded) <= 100 + kills * 10  # at most the shard in flight, each time
-    stored = open_token_vectors(tmp_path / "v")
-    for text, vectors in zip(TEXTS, stored, strict=True):
-        np.testing.assert_array_equal(vectors, [[len(word), ord(word[-1])] for word in text.split()])
-
-
-def test_what_was_written_beyond_the_last_shard_is_cut_off(make_collection: Any, tmp_path: Path) -> None:
-    """As a kill between two writes leaves it: tokens without their lengths, and half a vector."""
-    encoder, collection = WordTokens(), make_collection(TEXTS)
-    encode = encoder.encode_documents
-
-    def fails(texts: Any) -> TokenVectors:
-        if encoder.encoded >= 40:
-            raise KeyboardInterrupt
-        return encode(texts)
-
-    encoder.encode_documents = fails  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        encode_document_tokens(encoder, collection, tmp_path / "v", shard_size=20)
-    (partial,) = tmp_path.rglob("tokens.npy")
-    with open(partial, "ab") as stream:
-        stream.write(b"\x01" * 77)
-    encoder.encode_documents = encode  # type: ignore[method-assign]
-    stored = open_token_vectors(encode_document_tokens(encoder, collection, tmp_path / "v", shard_size=20))
-    np.testing.assert_array_equal(stored.vectors, encode(TEXTS).vectors)
 
 
 def test_a_student_and_its_engine(make_collection: Any, tiny_encoder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from scipy import sparse
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes.base import DocumentIds
 from rankdistill.indexes.search_servers import (
     HEAVIEST,
     build,
@@ -22,7 +23,6 @@ from rankdistill.indexes.search_servers import (
     query_body,
     rounded_weights,
 )
-from rankdistill.indexes.sparse import DocumentIds
 from rankdistill.indexes.sparse_specification import ElasticsearchSpecification, OpenSearchSpecification
 from rankdistill.indexes.specification import any_specification
 
@@ -266,7 +266,7 @@ def test_an_index_of_a_student_is_exported_and_not_searched_here(make_collection
     """Through the one way that builds every index of a sparse student: ids, texts and counts arrive."""
     from sparse_encoders import WordCounts, random_texts
 
-    from rankdistill.indexes.sparse import build_sparse_index
+    from rankdistill.indexes.sparse import build_sparse_index, searched_here
     from rankdistill.indexes.sparse_vectors import encode_document_terms
 
     texts = random_texts(50)
@@ -280,5 +280,6 @@ def test_an_index_of_a_student_is_exported_and_not_searched_here(make_collection
         expected.data = rounded_weights(expected.data)
         assert (as_matrix(documents, encoder.terms) != expected).nnz == 0
         assert index.counts["renamed_terms"] == index.counts["vanishing_weights"] == 0 and index.counts["files"] == 1
-        with pytest.raises(UsageError, match="not searched here"):
+        assert index.bytes > 0 and not searched_here(index.specification)
+        with pytest.raises(UsageError, match="for other software; they are not searched here"):
             index.search(encoder.encode_queries(["w1"]), 3)

@@ -11,20 +11,17 @@ from scipy import sparse
 from sparse_encoders import WORDS, WordCounts, random_texts, sparse_specification
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes import postings
+from rankdistill.indexes.base import DocumentIds
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.by_student import check_index, exhaustive_engine, index_files, open_index, query_encoder
 from rankdistill.indexes.sparse import (
     BuiltSparseIndex,
-    DocumentIds,
     SparseEngine,
     SparseIndex,
     build_sparse_index,
     open_sparse_index,
-    searched_here,
 )
 from rankdistill.indexes.sparse_vectors import encode_document_terms
-from rankdistill.indexes.token_bm25 import TokenBM25
 
 if TYPE_CHECKING:
     from rankdistill.artifacts import Artifact
@@ -58,19 +55,6 @@ def test_exact_search_is_the_product_with_every_document(collection: Collection,
             # Each text is there twice, so every hit ties with another: the lower row is first.
             assert hits.rows.tolist() == [int(row) for row in expected]
             assert 150 not in hits.rows  # an empty document is never a hit
-
-
-def test_hits_do_not_depend_on_batches_or_threads(
-    collection: Collection, vectors: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index, queries = SparseIndex.open(vectors), WordCounts().encode_queries(random_texts(150, seed=3))
-    together = index.search(queries, 20)
-    monkeypatch.setattr(postings, "POSTINGS_A_BLOCK", 500)
-    index.postings.threads = 3
-    for one, other in zip(together, index.search(queries, 20), strict=True):
-        assert one.rows.tolist() == other.rows.tolist() and one.scores.tolist() == other.scores.tolist()
-    alone = [index.search(queries[row], 20)[0].rows.tolist() for row in range(150)]
-    assert alone == [hits.rows.tolist() for hits in together]
 
 
 def test_scores_of_rows_are_those_of_the_search(vectors: Artifact) -> None:
@@ -166,14 +150,6 @@ def test_an_index_is_built_once_and_checked(
     assert build_sparse_index(encoder, collection, vectors, other, out).name == "other"  # another of its kind
 
 
-def test_exports_are_not_searched(collection: Collection, vectors: Artifact, tmp_path: Path) -> None:
-    specification = sparse_specification("opensearch")
-    index = build_sparse_index(WordCounts(), collection, vectors, specification, tmp_path / "export")
-    assert index.bytes > 0 and not searched_here(specification)
-    with pytest.raises(UsageError, match="for other software"):
-        index.search(WordCounts().encode_queries(["w1"]), 5)
-
-
 def test_each_student_has_its_own_indexes() -> None:
     for student in ("splade", "inference_free"):
         assert index_files(student, ["flat", "seismic", "seismic_fast", "ciff"]) == ["seismic", "seismic_fast", "ciff"]
@@ -206,34 +182,3 @@ def test_what_serves_a_students_queries() -> None:
     assert query_encoder(encoder) is encoder
     encoder.token_weights = table = WordCounts()
     assert query_encoder(encoder) is table
-
-
-def word_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {"[UNK]": 0, "[CLS]": 1, **{f"w{number}": number + 2 for number in range(WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.add_special_tokens(["[CLS]"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
-    tokenizer.enable_truncation(3)
-    return tokenizer
-
-
-def test_bm25_of_tokens_is_bm25_where_tokens_are_words(make_collection: Any, tmp_path: Path) -> None:
-    collection = make_collection(random_texts(120))
-    encoder = TokenBM25.of(collection, word_tokenizer(), k1=1.2, b=0.7)
-    vectors = encode_document_terms(encoder, collection, tmp_path / "v")
-    mine = SparseEngine.over(encoder, vectors).search(QUERIES, 50)
-    BM25(k1=1.2, b=0.7, language="none").build(collection, tmp_path / "bm25")
-    distinct = [" ".join(dict.fromkeys(query.split())) for query in QUERIES]  # queries are sets of tokens
-    for own, theirs in zip(mine, BM25.open(tmp_path / "bm25").search(distinct, 50), strict=True):
-        np.testing.assert_allclose(own.scores, theirs.scores, rtol=1e-5)
-        assert sorted(own.rows[:20].tolist()) == sorted(theirs.rows[:20].tolist())
-    assert encoder.encode_queries(["[CLS] unknown"]).nnz == 0  # special and unknown tokens are no terms
-    assert encoder.terms[2] == "w0" and encoder.dimension == WORDS + 2
-    assert encoder.fingerprint != TokenBM25.of(collection, word_tokenizer(), k1=0.9).fingerprint
-    with pytest.raises(RankdistillError, match="no document has a token"):
-        TokenBM25.of(make_collection(["unknown"]), word_tokenizer())
-    with pytest.raises(RankdistillError, match="no tokenizer here"):
-        TokenBM25.of(collection, tmp_path)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,32 +20,6 @@ from rankdistill.indexes.sparse_vectors import (
     open_postings,
     open_sparse_vectors,
 )
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-
-# Encodes slowly and writes down every text it encodes, so that a killed process leaves a record.
-SLOW_ENCODER = """
-import sys, time
-import numpy as np
-from scipy import sparse
-from rankdistill.collections import open_collection
-from rankdistill.indexes.sparse_vectors import encode_document_terms
-
-class Slow:
-    terms, fingerprint = [f"w{n}" for n in range(40)], "slow"
-    def encode_documents(self, texts):
-        with open(sys.argv[3], "a") as log:
-            for text in texts:
-                time.sleep(0.002)
-                log.write(text + "\\n")
-        rows = [sorted({int(word[1:]) for word in text.split()}) for text in texts]
-        ends = np.cumsum([0, *map(len, rows)])
-        columns = np.concatenate(rows).astype(int)
-        return sparse.csr_matrix((columns + 1.0, columns, ends), shape=(len(texts), 40))
-
-encode_document_terms(Slow(), open_collection(sys.argv[1]), sys.argv[2], shard_size=10)
-"""
 
 
 def is_mapped(array: Any) -> bool:
@@ -96,30 +65,6 @@ def test_the_query_side_does_not_decide_the_vectors(make_collection: Any, tmp_pa
     other: Any = WordCounts()
     other.fingerprint, other.document_fingerprint = "with other query weights", encoder.fingerprint
     assert find_sparse_vectors(other, collection, tmp_path / "v") == made
-
-
-@pytest.mark.parametrize("moment", [0.3, 0.8])
-def test_a_killed_encoding_goes_on_where_it_stopped(make_collection: Any, tmp_path: Path, moment: float) -> None:
-    texts = random_texts(200)
-    collection: Collection = make_collection([f"{text} w{row % 40}" for row, text in enumerate(texts)])
-    log = tmp_path / "log"
-    arguments = [sys.executable, "-c", SLOW_ENCODER, collection.spec, str(tmp_path / "v"), str(log)]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    while not log.exists() or len(log.read_text().splitlines()) < moment * 200:
-        time.sleep(0.005)
-        assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "v").exists()
-    subprocess.run(arguments, check=True, stderr=subprocess.DEVNULL)
-    encoded = log.read_text().splitlines()
-    assert 200 <= len(encoded) <= 210  # the shard in flight alone was encoded twice
-    stored = open_sparse_vectors(tmp_path / "v")
-    for row, text in enumerate(collection.document_texts(range(200))):
-        terms = sorted({int(word[1:]) for word in text.split()})
-        assert stored[row].indices.tolist() == terms
-        assert stored[row].data.tolist() == [term + 1.0 for term in terms]
-    np.testing.assert_array_equal(open_postings(tmp_path / "v").matrix.toarray(), stored.toarray().T)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])

@@ -1,12 +1,7 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,29 +11,7 @@ import torch
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.vectors import encode_documents, encode_queries, open_vectors
 
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-
 TEXTS = [f"text number {row} of many" for row in range(100)]
-
-# Encodes slowly and writes down every text it encodes, so that a killed process leaves a record.
-SLOW_ENCODER = """
-import sys, time
-import numpy as np
-from rankdistill.collections import open_collection
-from rankdistill.indexes.vectors import encode_documents
-
-class Slow:
-    dimension, similarity, fingerprint = 4, "dot", "slow"
-    def encode_documents(self, texts):
-        with open(sys.argv[3], "a") as log:
-            for text in texts:
-                time.sleep(0.002)
-                log.write(text + "\\n")
-        return np.array([[len(text), *map(ord, text[-3:])] for text in texts], np.float32)
-
-encode_documents(Slow(), open_collection(sys.argv[1]), sys.argv[2], shard_size=10)
-"""
 
 
 def test_vectors_are_the_encoders_row_by_row(make_collection: Any, word_encoder: Any, tmp_path: Path) -> None:
@@ -61,32 +34,6 @@ def test_queries_keep_their_ids(make_collection: Any, word_encoder: Any, tmp_pat
     np.testing.assert_array_equal(open_vectors(artifact), word_encoder.encode_queries(collection.query_texts(ids)))
 
 
-def test_after_kill_9_no_finished_shard_is_encoded_again(make_collection: Any, tmp_path: Path) -> None:
-    collection: Collection = make_collection(TEXTS)
-    log, kills = tmp_path / "log", 0
-    command = [sys.executable, "-c", SLOW_ENCODER, collection.spec, str(tmp_path / "v"), str(log)]
-    while True:
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-        before = len(log.read_text().splitlines()) if log.exists() else 0
-        # Killed 25 texts later: two shards are finished, the third is in flight.
-        while process.poll() is None and kills < 3:
-            if log.exists() and len(log.read_text().splitlines()) >= before + 25:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.002)
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-    encoded = log.read_text().splitlines()
-    assert kills == 3
-    assert set(encoded) == set(TEXTS)
-    assert 100 <= len(encoded) <= 100 + kills * 10  # at most the shard in flight, each time
-    vectors = open_vectors(tmp_path / "v")
-    expected = np.array([[len(text), *map(ord, text[-3:])] for text in TEXTS], np.float32)
-    np.testing.assert_array_equal(vectors, expected)
-
-
 def test_bad_vectors_are_refused_by_name(make_collection: Any, word_encoder: Any, tmp_path: Path) -> None:
     collection = make_collection(TEXTS)
     encode = word_encoder.encode_documents
@@ -103,31 +50,8 @@ def test_bad_vectors_are_refused_by_name(make_collection: Any, word_encoder: Any
     word_encoder.encode_documents = lambda texts: encode(texts)[:, :5]
     with pytest.raises(RankdistillError, match=r"\[n, 16\] was expected"):
         encode_documents(word_encoder, collection, tmp_path / "v")
-    word_encoder.encode_documents = lambda texts: encode(texts)[:-1]
-    with pytest.raises(RankdistillError, match="99 vectors came back for 100 texts"):
-        encode_documents(word_encoder, collection, tmp_path / "v")
     with pytest.raises(RankdistillError, match="there is no vectors here"):
         open_vectors(tmp_path / "v")
-
-
-def test_a_full_disk_is_said_and_finished_shards_stay(make_collection: Any, word_encoder: Any, tmp_path: Path) -> None:
-    """A limit on the size of files makes the reservation fail as a full disk does."""
-    import errno
-    import resource
-
-    collection = make_collection(TEXTS)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
-    try:
-        with pytest.raises((RankdistillError, OSError)) as caught:
-            encode_documents(word_encoder, collection, tmp_path / "v")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert isinstance(caught.value, RankdistillError) or caught.value.errno == errno.EFBIG
-    encode_documents(word_encoder, collection, tmp_path / "v")
-    assert open_vectors(tmp_path / "v").shape == (100, 16)
 
 
 def test_vectors_say_what_they_were_computed_in(

@@ -94,7 +94,6 @@ class Learned:
 
         held = folder / "index.faiss.quantizer"
         tensors = load_file(held / "quantizer.safetensors")
-        none = np.empty(0, np.int64)
         wide = specification.overlap if "columns" in tensors else 1
         parts = IndexParts(
             tensors["rotation0"].numpy(),
@@ -103,9 +102,6 @@ class Learned:
             specification.metric,
             specification.residual,
             specification.fast_scan,
-            None,
-            np.empty((0, 0), np.uint8),
-            none,
         )
         learned = {"learn_rotation": "skew" in tensors, "learn_query_map": "query_map" in tensors}
         model = VectorQuantizer(parts, **learned, overlap=wide)

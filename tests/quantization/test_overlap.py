@@ -9,37 +9,11 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from planted import Planted, learn, make_specification, planted
-from safetensors.torch import load_file
+from planted import Learned, Planted, learn, make_specification, planted
 
 from rankdistill.errors import UsageError
-from rankdistill.indexes.faiss_assembly import IndexParts
-from rankdistill.quantization import training
-from rankdistill.quantization.quantize import quantizer_folder
-from rankdistill.quantization.quantizer import VectorQuantizer
 
 OVERLAP: dict[str, Any] = {"overlap": 2, "steps": 40, "checkpoint_every": 15}
-
-
-def model_and_codes(index_file: Path) -> tuple[VectorQuantizer, torch.Tensor]:
-    tensors = load_file(quantizer_folder(index_file) / "quantizer.safetensors")
-    books = tensors["codebooks"].numpy()
-    none = np.empty((0, 0), np.uint8)
-    start = IndexParts(
-        tensors["rotation0"].numpy(),
-        None,
-        books[:, :, :4],
-        "inner_product",
-        False,
-        False,
-        None,
-        none,
-        np.empty(0, np.int64),
-    )
-    model = VectorQuantizer(start, learn_query_map=True, overlap=2)
-    model.load_state_dict(tensors)
-    codes = np.load(quantizer_folder(index_file) / "codes.npy").astype(np.int64)
-    return model, torch.from_numpy(codes)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +26,8 @@ def test_the_index_scores_as_the_model_and_holds_no_more_bytes(tmp_path: Path, d
     index: Any = faiss.read_index(str(tmp_path / "index.faiss"))
     inner: Any = faiss.downcast_index(index.index)
     assert inner.code_size == 2  # 4 subspaces of 4 bits
-    model, codes = model_and_codes(tmp_path / "index.faiss")
+    held = Learned.open(tmp_path, make_specification(**OVERLAP))
+    model, codes = held.model, held.codes
     transform = model.query_transform().detach().numpy()
     assert transform.shape == (32, 16)
     decoded = model.decode(codes).detach()
@@ -68,7 +43,7 @@ def test_the_index_scores_as_the_model_and_holds_no_more_bytes(tmp_path: Path, d
 
 def test_turns_lower_the_error_and_each_turn_is_the_best_for_its_subspace(tmp_path: Path, data: Planted) -> None:
     learn(tmp_path, data, **OVERLAP)
-    model, _ = model_and_codes(tmp_path / "index.faiss")
+    model = Learned.open(tmp_path, make_specification(**OVERLAP)).model
     rotated = torch.from_numpy(data.documents[:100]) @ model.rotation().T
     random = torch.randint(16, (100, 4), generator=torch.Generator().manual_seed(0))
 
@@ -90,28 +65,6 @@ def test_it_keeps_more_of_the_ranking_than_disjoint_subspaces(tmp_path: Path, da
         made = learn(tmp_path / str(overlap), data, overlap=overlap, steps=200)
         ends[overlap] = made.manifest["agreement"]["end"]
     assert ends[4] > ends[1] + 0.03
-
-
-def test_stopped_and_resumed_it_ends_the_same(tmp_path: Path, data: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = learn(tmp_path / "whole", data, **OVERLAP)
-    real = training.QuantizerTraining._train_step
-    calls = 0
-
-    def stop(self: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 25:
-            raise KeyboardInterrupt
-        return real(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.QuantizerTraining, "_train_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            learn(tmp_path / "stopped", data, **OVERLAP)
-    resumed = learn(tmp_path / "stopped", data, **OVERLAP)
-    for name in ("quantizer.safetensors", "codes.npy"):
-        first, second = (quantizer_folder(one.path) / name for one in (whole, resumed))
-        assert first.read_bytes() == second.read_bytes(), name
 
 
 def test_without_a_step_nothing_overlaps(tmp_path: Path, data: Planted) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankdistill.indexes.faiss_assembly import IndexParts
-from rankdistill.quantization.quantizer import VectorQuantizer, encode, similarity, uniform_codes
+from rankdistill.quantization.quantizer import VectorQuantizer, encode, uniform_codes
 
 SUBSPACES, CODEWORDS, WIDTH, LISTS, COUNT = 3, 16, 4, 5, 60
 INSIDE = SUBSPACES * WIDTH
@@ -33,10 +33,6 @@ def random_parts(
         random.normal(size=(SUBSPACES, codewords, WIDTH)).astype(np.float32),
         metric,
         residual,
-        False,
-        None,
-        np.empty((0, SUBSPACES), np.uint8),
-        np.empty(0, np.int64),
     )
 
 
@@ -75,7 +71,6 @@ def test_codes_and_decoded_vectors_follow_the_formulas(
     rotated = torch.from_numpy(vectors) @ model.rotation().T
     if chosen is not None:
         np.testing.assert_array_equal(found_lists, chosen)
-        np.testing.assert_array_equal(model.assign_lists(rotated).numpy(), chosen)
     np.testing.assert_array_equal(found, codes)
     given = None if chosen is None else torch.from_numpy(chosen)
     out, out_codes = model(rotated, given)
@@ -110,8 +105,8 @@ def test_straight_through_gradients_are_those_of_the_smoothed_choice(lists: bool
     """
     model = VectorQuantizer(random_parts(lists=lists), softness=0.7).double()
     rotated = torch.from_numpy(random_vectors(7)).double() @ model.rotation0.T
-    given = model.assign_lists(rotated) if lists else None
     centroids: Any = model.centroids
+    given = model.score(rotated, centroids.weight).argmax(dim=1) if lists else None
     target = torch.from_numpy(random_vectors(7, seed=5)).double()
 
     def loss_of(decoded: Tensor) -> Tensor:
@@ -162,19 +157,6 @@ def test_straight_through_gradients_are_those_of_the_smoothed_choice(lists: bool
     assert plain.codebooks.grad is not None and not plain.codebooks.grad[unused].any()
 
 
-def test_a_hard_choice_is_the_limit_of_a_soft_one() -> None:
-    """As the softness falls the gradient through the choice vanishes, and what remains is that of the codewords."""
-    codes = torch.from_numpy(np.random.default_rng(0).integers(0, CODEWORDS, (20, SUBSPACES)))
-    near = VectorQuantizer(random_parts()).decode(codes).detach() + 0.05 * torch.from_numpy(random_vectors(20))
-    rotated, gradients = near.double(), list[Any]()
-    for softness in (None, 0.5, 500.0):
-        model = VectorQuantizer(random_parts(), softness=softness).double()
-        model(rotated, None)[0].sum().backward()
-        gradients.append(model.codebooks.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-6)
-    assert (gradients[0] - gradients[2]).abs().max() > 0.01
-
-
 def test_a_learned_rotation_stays_orthogonal() -> None:
     model = VectorQuantizer(random_parts(), learn_rotation=True)
     torch.testing.assert_close(model.rotation(), model.rotation0)  # from where it starts
@@ -210,23 +192,6 @@ def test_a_step_touches_only_the_lists_of_its_documents(metric: Any) -> None:
     assert moved.tolist() == [True, False, False, True, False]
 
 
-def test_lists_are_assigned_as_the_index_probes() -> None:
-    """The trap: learned centroids have any length; the nearest one is not the one of the greatest product."""
-    random = np.random.default_rng(4)
-    vectors = random_vectors(400, seed=6)
-    centroids = (random.normal(size=(40, INSIDE)) * random.uniform(0.3, 3, (40, 1))).astype(np.float32)
-    books = random_parts().codebooks
-    eye = np.eye(INSIDE, dtype=np.float32)
-    found: dict[str, Any] = {}
-    for metric, kind in (("inner_product", faiss.IndexFlatIP), ("l2", faiss.IndexFlatL2)):
-        flat = kind(INSIDE)
-        flat.add(centroids)
-        lists, _ = encode(vectors, eye, centroids, books, metric=metric, by_residual=True)  # type: ignore[arg-type]
-        np.testing.assert_array_equal(lists, flat.search(vectors, 1)[1][:, 0])
-        found[metric] = lists
-    assert (found["inner_product"] != found["l2"]).mean() > 0.2
-
-
 @pytest.mark.parametrize("count", [64, 40, 10])  # also more codewords than vectors
 def test_uniform_codes_are_those_of_optimal_transport(count: int) -> None:
     """Against a plan of uniform marginals made without logarithms; codes are spread more evenly than the nearest."""
@@ -258,13 +223,3 @@ def test_uniform_codes_of_several_subspaces_are_those_of_each() -> None:
     nearly = torch.zeros(1, 16, 16)
     nearly[0] = 1 - torch.eye(16)
     assert uniform_codes(nearly)[:, 0].tolist() == list(range(16))
-
-
-def test_similarity_is_what_faiss_ranks_by() -> None:
-    queries, documents = random_vectors(5), random_vectors(30, seed=7)
-    for metric, index, sign in (("inner_product", faiss.IndexFlatIP, 1), ("l2", faiss.IndexFlatL2, -1)):
-        flat = index(INSIDE)
-        flat.add(documents)
-        scores, rows = flat.search(queries, 30)
-        ours = similarity(torch.from_numpy(queries), torch.from_numpy(documents), metric).numpy()  # type: ignore[arg-type]
-        np.testing.assert_allclose(np.take_along_axis(ours, rows, axis=1), sign * scores, atol=1e-4)
