@@ -45,7 +45,7 @@ ITEM = TextList("q", "which", ["a", "b", "c"], ["text 1", "text 3", "text 2"])
 def connection() -> tuple[Server, OpenAIBackend]:
     """One server and one client for all inputs."""
     server = Server()
-    return server, OpenAIBackend("m", server.url)
+    return server, OpenAIBackend("m", server.url, retries=0)
 
 
 def good(body: Body, kind: str) -> Body:

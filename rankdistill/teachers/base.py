@@ -53,9 +53,8 @@ class Teacher(ABC):
         """Score a chunk of lists.
 
         Yields:
-            (query_id, doc_ids, scores float32 [len(doc_ids)]) for each list, in order (a teacher that `reads_lists`:
-            in any order); higher is more relevant. A teacher may leave out documents it has no score for (a recorded
-            one).
+            (query_id, doc_ids, scores float32 [len(doc_ids)]) for each list, in order (one that asks a language model:
+            as they are ready); higher is more relevant. Documents that it has no score for may be left out.
         """
 
     @property
@@ -139,11 +138,7 @@ class PairTeacher(Teacher):
 
 
 def check_finite(query_id: str, doc_ids: Sequence[str], scores: np.ndarray, teacher: str) -> None:
-    """Refuse NaN and infinity where they arise.
-
-    Raises:
-        RankdistillError: naming the first such pair.
-    """
+    """Refuse NaN and infinity where they arise, naming the first such pair."""
     if not np.isfinite(scores).all():
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise RankdistillError(

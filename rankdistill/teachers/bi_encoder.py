@@ -26,13 +26,28 @@ KEPT_VECTORS = 200_000  # document vectors held in memory at most
 
 
 class EncoderTeacher(PairTeacher):
-    """What teachers that load an encoder have in common: where it runs, and what names it."""
+    """What teachers that load an encoder have in common: where it runs, and what names it.
 
-    model_name: str
-    scale: float
-    max_length: int | None
-    precision: Precision
-    _device_name: str | None
+    Args:
+        model: a folder, a packaged encoder or a hub name.
+        scale: the similarity is multiplied by this (a cosine of spread 0.2 is a faint signal for a margin loss).
+        max_length: tokens a text; the model's own limit by default.
+        precision: auto, fp32, bf16 or fp16.
+        device: cpu, cuda ...; a GPU if there is one by default.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        scale: float = 1.0,
+        max_length: int | None = None,
+        precision: Precision = "auto",
+        device: str | None = None,
+    ) -> None:
+        self.model_name, self.scale, self.max_length = model, scale, max_length
+        self.precision: Precision = precision
+        self._device_name = device
+        self._model: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -45,10 +60,10 @@ class EncoderTeacher(PairTeacher):
 
     def take_report(self) -> dict[str, Any]:
         """How many texts were cut to the model's or the recipe's length."""
-        model: Any = getattr(self, "_model", None)
-        cut = {} if model is None else {f"cut_{side}": count for side, count in model.cut.items() if count}
-        if model is not None:
-            model.cut = dict.fromkeys(model.cut, 0)
+        if self._model is None:
+            return {}
+        cut = {f"cut_{side}": count for side, count in self._model.cut.items() if count}
+        self._model.cut = dict.fromkeys(self._model.cut, 0)
         return cut
 
     def describe(self) -> dict[str, Any]:
@@ -65,32 +80,16 @@ class BiEncoderTeacher(EncoderTeacher):
     """Any sentence-transformers model; the score of a pair is a product of its two vectors.
 
     Args:
-        model: a folder, a packaged encoder or a hub name.
         similarity: cos, dot (of vectors before any normalisation), or auto: what the model's own configuration says
             (cos when it says nothing).
-        scale: the similarity is multiplied by this (a cosine of spread 0.2 is a faint signal for a margin loss).
-        max_length: tokens a text; the model's own limit by default.
-        precision: auto, fp32, bf16 or fp16.
-        device: cpu, cuda ...; a GPU if there is one by default.
     """
 
     type = "bi_encoder"
     score_kind = "similarity"
 
-    def __init__(
-        self,
-        model: str,
-        similarity: Literal["auto", "dot", "cos"] = "auto",
-        scale: float = 1.0,
-        max_length: int | None = None,
-        precision: Precision = "auto",
-        device: str | None = None,
-    ) -> None:
-        self.model_name, self.similarity, self.scale = model, similarity, scale
-        self.max_length = max_length
-        self.precision: Precision = precision
-        self._device_name = device
-        self._model: DenseModel | None = None
+    def __init__(self, model: str, similarity: Literal["auto", "dot", "cos"] = "auto", **encoder: Any) -> None:
+        super().__init__(model, **encoder)
+        self.similarity = similarity
         self._kept: dict[bytes, np.ndarray] = {}
         self.encoded: VectorFolders | None = None  # where the model's vectors of a collection may lie already
         self._made: dict[str, np.ndarray | None] = {}  # a collection's fingerprint → its vectors in `encoded`
@@ -114,16 +113,12 @@ class BiEncoderTeacher(EncoderTeacher):
         from rankdistill.indexes.vectors import open_vectors
 
         if self.encoded is not None and collection.fingerprint not in self._made:
-            made = self.encoded.find(self.load(), collection)
-            self._made[collection.fingerprint] = open_vectors(made) if made else None
+            folder = self.encoded.find(self.load(), collection)
+            self._made[collection.fingerprint] = open_vectors(folder) if folder else None
         return self._made.get(collection.fingerprint)
 
     def load(self) -> DenseModel:
-        """The model, loaded once.
-
-        Raises:
-            UsageError: it is a SparseEncoder.
-        """
+        """The model, loaded once."""
         if self._model is None:
             from rankdistill.students.dense import DenseStudent
             from rankdistill.students.sparse import is_sparse
@@ -139,20 +134,18 @@ class BiEncoderTeacher(EncoderTeacher):
                 document_length=self.max_length,
                 precision=self.precision,
             ).create(self.device)
-        return self._model
+        model: DenseModel = self._model
+        return model
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
         """float32 [N] similarities of pairs [N, 2]; a text is encoded once while its vector is kept."""
         model = self.load()
-        query_vectors = model.encode_queries(queries)
-        document_vectors = self._documents(model, documents)
-        scores = np.empty(len(pairs), dtype=np.float32)
-        for start in range(0, len(pairs), 8192):
-            part = pairs[start : start + 8192]
-            scores[start : start + 8192] = np.einsum(
-                "nd,nd->n", query_vectors[part[:, 0]], document_vectors[part[:, 1]]
-            )
-        return scores * np.float32(self.scale)
+        query_vectors, document_vectors = model.encode_queries(queries), self._documents(model, documents)
+        scores = [
+            np.einsum("nd,nd->n", query_vectors[part[:, 0]], document_vectors[part[:, 1]])
+            for part in np.split(pairs, range(8192, len(pairs), 8192))
+        ]
+        return np.concatenate(scores) * np.float32(self.scale)
 
     def _documents(self, model: DenseModel, texts: Sequence[str]) -> np.ndarray:
         """Vectors of documents, which come again with other queries: kept by the text's hash."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankdistill.artifacts import find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
 from rankdistill.progress import say
 from rankdistill.scores.calibration import calibrate, calibrator_from
 from rankdistill.scores.store import ScoreStore
@@ -43,13 +43,8 @@ def calibrate_ensemble(
     Args:
         candidates: called once a member: the training candidates, (query_id, doc_ids, _) a query.
         query_ids: the training queries; labels of others are not read.
-        out: the artifact's folder.
         inputs: the candidates' fingerprint.
-
-    Raises:
-        RankdistillError: the split has no labels, or none of the scored documents is labelled relevant.
     """
-    out = Path(out)
     settings = {
         "method": ensemble.calibration,
         "members": [member.fingerprint() for member in ensemble.members],
@@ -57,22 +52,21 @@ def calibrate_ensemble(
         "split": split,
     }
     inputs = {"collection": collection.fingerprint, **(inputs or {})}
-    wanted = fingerprint(["calibration", settings, inputs])
-    with locked(out):
-        if find_artifact(out, "calibration", wanted) is None:
-            judged = collection.qrels(split)
-            qrels = {query_id: judged[query_id] for query_id in query_ids if query_id in judged}
-            with write_artifact(
-                out, kind="calibration", fingerprint=wanted, settings=settings, inputs=inputs
-            ) as writer:
-                found = []
-                for member in ensemble.members:
-                    scores = score_candidates(member, collection, candidates(), store)
-                    pairs = ((query_id, ids, scores.scores_of(query_id, ids)) for query_id, ids, _ in candidates())
-                    one = calibrate(pairs, qrels, member.score_kind, ensemble.calibration)
-                    say(f"calibration of {member.type}: {str(one).splitlines()[1]}")
-                    found.append({"teacher": member.type, **one.to_json()})
-                (writer.path / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-                writer.counts = {"teachers": len(found), "pairs": sum(one["pairs"] for one in found)}
-        values = json.loads((open_artifact(out, "calibration").path / FILE).read_text(encoding="utf-8"))
-    ensemble.calibrators = [calibrator_from(one["calibrator"]) for one in values]
+
+    def make(writer: ArtifactWriter) -> None:
+        judged = collection.qrels(split)
+        qrels = {query_id: judged[query_id] for query_id in query_ids if query_id in judged}
+        maps = []
+        for member in ensemble.members:
+            scores = score_candidates(member, collection, candidates(), store)
+            pairs = ((query_id, ids, scores.scores_of(query_id, ids)) for query_id, ids, _ in candidates())
+            calibration = calibrate(pairs, qrels, member.score_kind, ensemble.calibration)
+            say(f"calibration of {member.type}: {str(calibration).splitlines()[1]}")
+            maps.append({"teacher": member.type, **calibration.to_json()})
+        (writer.path / FILE).write_text(json.dumps(maps, indent=2) + "\n", encoding="utf-8")
+        writer.counts = {"teachers": len(maps), "pairs": sum(each["pairs"] for each in maps)}
+
+    key = fingerprint(["calibration", settings, inputs])
+    artifact = obtain(out, kind="calibration", fingerprint=key, settings=settings, inputs=inputs, make=make)
+    values = json.loads((artifact.path / FILE).read_text(encoding="utf-8"))
+    ensemble.calibrators = [calibrator_from(each["calibrator"]) for each in values]

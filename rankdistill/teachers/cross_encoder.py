@@ -91,37 +91,22 @@ class CrossEncoderTeacher(PairTeacher):
         return source.path, source.revision
 
     def fingerprint(self) -> str:
-        device = self.device
-        return fingerprint(
-            {
-                "type": self.type,
-                "revision": self._source()[1],
-                "max_length": self.max_length,
-                "query_length": self.query_length,
-                "precision": resolve_precision(device, self.precision),
-            }
-        )
+        return fingerprint({**self._settings(), "revision": self._source()[1]})
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "type": self.type,
-            "model": self.model_name,
-            "max_length": self.max_length,
-            "query_length": self.query_length,
-            "precision": resolve_precision(self.device, self.precision),
-            "train": self.training.model_dump() if self.training else None,
-        }
+        training = self.training.model_dump() if self.training else None
+        return {**self._settings(), "model": self.model_name, "train": training}
+
+    def _settings(self) -> dict[str, Any]:
+        names = {name: getattr(self, name) for name in ("type", "max_length", "query_length")}
+        return {**names, "precision": resolve_precision(self.device, self.precision)}
 
     @property
     def device(self) -> torch.device:
         return resolve_device(self._device_name)
 
     def load(self) -> CrossEncoder:
-        """The model, loaded once.
-
-        Raises:
-            RankdistillError: it is no cross-encoder with one score a pair.
-        """
+        """The model, loaded once."""
         if self._scorer is None:
             folder, _ = self._source()
             if not is_cross_encoder(folder):
@@ -174,10 +159,6 @@ class CrossEncoderTeacher(PairTeacher):
         is saved; with `start: encoder` one that `CrossEncoder(out, trust_remote_code=True)` loads where this package
         is installed. Either has the identity as its activation, so that `predict` gives the raw logit. A killed
         training goes on from its last checkpoint, beside `out`.
-
-        Returns:
-            What it was trained on (queries, pairs, steps), what was lost and gained (loss, its floor and what guessing
-            gives; nDCG@10 of re-ranked dev candidates by step), seconds.
         """
         from rankdistill.teachers.cross_encoder_training import fine_tune
 

@@ -67,13 +67,9 @@ class EnsembleTeacher:
         return self.normalisation == "calibrated" and self.calibrators is None
 
     def fingerprint(self) -> str:
-        """
-        Raises:
-            UsageError: the members have to be calibrated first, which decides the scores.
-        """
-        self._refuse_uncalibrated()
+        self._refuse_uncalibrated()  # calibration decides the scores
         rules = [self.normalisation, self.aggregation, self.weights, self.temperature, self.scale, self.missing]
-        maps = [asdict(one) for one in self.calibrators or ()]
+        maps = [asdict(calibrator) for calibrator in self.calibrators or ()]
         # Lists made of an ensemble hold its members' disagreement.
         return fingerprint([[member.fingerprint() for member in self.members], rules, maps, "disagreement"])
 

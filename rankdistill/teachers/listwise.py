@@ -274,11 +274,7 @@ class ListwiseTeacher(AskingTeacher):
         return list(places), scores[list(places.values())]
 
     def _request(self, query: str, passages: list[str], number: int, counts: Counter[str]) -> Request:
-        """A window's request, its passages cut further where the whole prompt would be too long, which is counted.
-
-        Raises:
-            UsageError: the prompt is too long even with passages of a token.
-        """
+        """A window's request, its passages cut further where the whole prompt would be too long, which is counted."""
 
         def render() -> Request:
             return self.prompt.render(
@@ -349,13 +345,10 @@ def windows(count: int, size: int, step: int, passes: int = 1) -> list[tuple[int
     100 documents, size 20 and step 10 are 9 windows a pass. Each window holds `size` documents (or all, where there
     are fewer), the last one of a pass too: it reaches further back where `count` is not a multiple of `step`. A list
     that fits one window is one window a pass; none of no documents, and none of a single one, which needs no asking.
-
-    Raises:
-        UsageError: a size below 2, a step above the size (documents would be left out) or below 1, no pass.
     """
     if size < 2:
         raise UsageError(f"a window of {size} documents orders nothing", where="teacher.window", fix="at least 2")
-    if not 1 <= step <= size:
+    if not 1 <= step <= size:  # above the size, documents would be left out
         raise UsageError(
             f"a step of {step} does not fit a window of {size}", where="teacher.step", fix=f"1 to {size}, half is usual"
         )

@@ -89,7 +89,6 @@ def probe(
 
     Args:
         teachers: by the name they are to have.
-        candidates: (query_id, doc_ids, _) a query, in the first stage's order.
         count: labelled queries that are asked; which, depends on their ids alone.
         first: the first stage's order of each query's candidates, where they come in another.
         pairs: of the whole job, a teacher; the candidates' unless given.
@@ -109,37 +108,30 @@ def probe(
             fix="mine candidates of labelled training queries (dev and test are for measuring, never for choosing)",
         )
     judged = {query_id: qrels[query_id] for query_id, _, _ in chosen}
-    rankings = {FIRST: {one: _falling(first[one] if first is not None else doc_ids) for one, doc_ids, _ in chosen}}
-    speeds: dict[str, float | None] = {}
-    bills: dict[str, tuple[float, float]] = {}
+    values: dict[str, dict[str, np.ndarray]] = {}
+
+    def rank(name: str, orders: Mapping[str, Sequence[str]]) -> float:
+        run = Run.from_dict({query_id: _falling(ids) for query_id, ids in orders.items()}, name)
+        values[name] = {METRIC: evaluate_run(run, judged, [METRIC]).per_query[METRIC]}
+        return float(values[name][METRIC].mean())
+
+    start = rank(FIRST, {query_id: first[query_id] if first else doc_ids for query_id, doc_ids, _ in chosen})
+    probes = []
     for name, teacher in teachers.items():
         started, before = time.monotonic(), _spent(teacher)
         scores = score_candidates(teacher, collection, chosen, store, total=sum(len(item[1]) for item in chosen))
-        seconds = time.monotonic() - started
-        paid = [after - sooner for after, sooner in zip(_spent(teacher), before, strict=True)]
-        of_all = (pairs or {}).get(name, every) / max(scores.scored, 1)
-        bills[name] = (paid[0] * of_all, paid[1] * of_all)
-        speeds[name] = scores.scored / max(seconds, 1e-9) if scores.scored and teacher.live else None
-        rankings[name] = {
-            query_id: _ordered(doc_ids, scores.scores_of(query_id, doc_ids)) for query_id, doc_ids, _ in chosen
-        }
-    values = {
-        name: {METRIC: evaluate_run(Run.from_dict(ranking, name), judged, [METRIC]).per_query[METRIC]}
-        for name, ranking in rankings.items()
-    }
-    found = {
-        one.a if one.b == FIRST else one.b: one
-        for one in compare_values(values, baseline=FIRST, family="baseline").comparisons
-    }
-    given = float(values[FIRST][METRIC].mean())
-    probes = []
-    for name in teachers:
-        one = found[name]
-        bounds = (one.low, one.high) if one.b == FIRST else (_minus(one.high), _minus(one.low))
-        value = float(values[name][METRIC].mean())
+        seconds = max(time.monotonic() - started, 1e-9)
         job = (pairs or {}).get(name, every)
-        probes.append(Probe(name, len(chosen), value, given, *bounds, one.significant, speeds[name], job, *bills[name]))
-    return sorted(probes, key=lambda one: -one.value)
+        calls, money = (np.array(_spent(teacher)) - before) * job / max(scores.scored, 1)
+        value = rank(name, {query_id: _ordered(ids, scores.scores_of(query_id, ids)) for query_id, ids, _ in chosen})
+        speed = scores.scored / seconds if scores.scored and teacher.live else None
+        probes.append(Probe(name, len(chosen), value, start, None, None, False, speed, job, float(calls), float(money)))
+    for test in compare_values(values, baseline=FIRST, family="baseline").comparisons:
+        turned = test.a == FIRST  # the difference is that of the first stage
+        low, high = (_minus(test.high), _minus(test.low)) if turned else (test.low, test.high)
+        at = list(teachers).index(test.b if turned else test.a)
+        probes[at] = probes[at]._replace(low=low, high=high, significant=test.significant)
+    return sorted(probes, key=lambda probe: -probe.value)
 
 
 def probe_long(
@@ -154,19 +146,15 @@ def probe_long(
     """Probe those teachers whose scoring will take long, or asks a language model; each is said in a line.
 
     The lists are some of the job's own, so that nothing is paid twice: their scores, or the answers that they are made
-    of, are there when it comes to them. How long it takes is told by three lists.
-
-    Args:
-        candidates: the job's.
-        query_ids: of the job.
-        first: the first stage, which shows in which order it has the lists' documents.
+    of, are there when it comes to them. How long it takes is told by three lists. The first stage shows in which order
+    it has the lists' documents.
     """
     qrels = collection.qrels(split)
-    labelled = [one for one in query_ids if any(grade > 0 for grade in qrels.get(one, {}).values())]
+    labelled = [query_id for query_id in query_ids if any(grade > 0 for grade in qrels.get(query_id, {}).values())]
     chosen = set(sorted(labelled, key=id_hash)[:COUNT])
     if len(chosen) < COUNT or len(query_ids) < COUNT / SHARE:
         return []
-    lists = [one for one in candidates() if one[0] in chosen]
+    lists = [item for item in candidates() if item[0] in chosen]
     jobs: dict[str, int] = {}
     for name, teacher in teachers.items():
         missing = missing_pairs(teacher, collection, candidates(), store)
@@ -178,12 +166,12 @@ def probe_long(
         return []
     orders = first_orders(first, collection, lists)
     asked = {name: teachers[name] for name in jobs}
-    found = probe(asked, collection, lists, COUNT, store, split, first=orders, pairs=jobs)
-    for one in found:
-        say(f"probe: {one}")
-    if len(found) == len(teachers) and found[0].verdict:  # of several, the best
-        warn(found[0].verdict)
-    return found
+    probes = probe(asked, collection, lists, COUNT, store, split, first=orders, pairs=jobs)
+    for result in probes:
+        say(f"probe: {result}")
+    if len(probes) == len(teachers) and probes[0].verdict:  # of several, the best
+        warn(probes[0].verdict)
+    return probes
 
 
 def _speed(
@@ -206,11 +194,11 @@ def first_orders(
     ids = [query_id for query_id, _, _ in lists]
     depth = min(DEPTH, collection.document_count)
     if isinstance(first, RecordedRun):
-        found = first.recorded(ids, depth)
+        results = first.recorded(ids, depth)
     else:
-        found = first.search(collection.query_texts(ids), depth)
+        results = first.search(collection.query_texts(ids), depth)
     orders = {}
-    for (query_id, doc_ids, _), hits in zip(lists, found, strict=True):
+    for (query_id, doc_ids, _), hits in zip(lists, results, strict=True):
         ranks = {row: rank for rank, row in enumerate(hits.rows.tolist())}
         rank_of = {
             doc_id: (ranks.get(row, depth), id_hash(doc_id))
@@ -222,11 +210,11 @@ def first_orders(
 
 def named(teachers: Iterable[Teacher]) -> dict[str, Teacher]:
     """Each by its model, or its type, numbered where that is there twice."""
-    found: dict[str, Teacher] = {}
+    by_name: dict[str, Teacher] = {}
     for teacher in teachers:
         name = str(teacher.describe().get("model") or teacher.type)
-        found[name if name not in found else f"{name} ({len(found) + 1})"] = teacher
-    return found
+        by_name[name if name not in by_name else f"{name} ({len(by_name) + 1})"] = teacher
+    return by_name
 
 
 def _spent(teacher: Teacher) -> tuple[float, float]:
@@ -244,7 +232,6 @@ def _falling(doc_ids: Sequence[str]) -> dict[str, float]:
     return {doc_id: -float(place) for place, doc_id in enumerate(doc_ids)}
 
 
-def _ordered(doc_ids: Sequence[str], scores: np.ndarray) -> dict[str, float]:
+def _ordered(doc_ids: Sequence[str], scores: np.ndarray) -> list[str]:
     """By score; what has none keeps its place behind the rest, and so do ties among themselves."""
-    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
-    return _falling([doc_ids[at] for at in order])
+    return [doc_ids[at] for at in np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")]

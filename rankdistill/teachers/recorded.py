@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,17 +38,14 @@ class _FileTeacher(Teacher):
         self._by_text = False  # some scores are of texts, not of ids
 
     def _digest(self) -> str:
-        """
-        Raises:
-            RankdistillError: there is no such file, or it changed since it was first asked for.
-        """
-        found = _digest(self.file)
-        self._known_digest = self._known_digest or found
-        if found != self._known_digest:
+        """Of the file's bytes; an error where it changed since it was first asked for."""
+        digest = _digest(self.file)
+        self._known_digest = self._known_digest or digest
+        if digest != self._known_digest:
             raise RankdistillError(
                 "the file changed while it was read", where=self.file, fix="run the same command again"
             )
-        return found
+        return digest
 
     @abstractmethod
     def _pairs(self) -> Iterator[ForeignScore]: ...
@@ -99,9 +98,7 @@ class RecordedTeacher(_FileTeacher):
         self.score_kind = score_kind
 
     def fingerprint(self) -> str:
-        return fingerprint(
-            {"type": self.type, "file": self._digest(), "format": self.format, "score_kind": self.score_kind}
-        )
+        return fingerprint({**self.describe(), "file": self._digest()})
 
     def describe(self) -> dict[str, Any]:
         return {"type": self.type, "file": self.file, "format": self.format, "score_kind": self.score_kind}
@@ -146,42 +143,36 @@ class RunTeacher(_FileTeacher):
 
     def fingerprint(self) -> str:
         function = self.function if self.score_kind == "rank" else None
-        values: dict[str, Any] = {
-            "type": self.type,
-            "file": self._digest(),
-            "kind": self.score_kind,
-            "function": function,
-        }
-        if self.repeats:
-            values["repeats"] = [_digest(file) for file in self.repeats]
-        return fingerprint(values)
+        repeats = {"repeats": [_digest(file) for file in self.repeats]} if self.repeats else {}
+        return fingerprint(
+            {"type": self.type, "file": self._digest(), "kind": self.score_kind, "function": function, **repeats}
+        )
 
     def describe(self) -> dict[str, Any]:
-        values = {"type": self.type, "file": self.file, "score_kind": self.score_kind, "function": self.function}
-        return {**values, "repeats": self.repeats}
+        return {name: getattr(self, name) for name in ("type", "file", "score_kind", "function", "repeats")}
 
     def _pairs(self) -> Iterator[ForeignScore]:
-        further = [{query_id: ids for query_id, ids, _ in iter_run(file)} for file in self.repeats]
-        seen = set()
-        for query_id, doc_ids, scores in iter_run(self.file):
-            seen.add(query_id)
-            if self.score_kind == "rank":
-                orders = [doc_ids, *(run[query_id] for run in further if query_id in run)]
-                doc_ids, scores = self._fused(orders)
-            for doc_id, score in zip(doc_ids, scores.tolist(), strict=True):
-                yield ForeignScore(query_id, doc_id, score)
-        for query_id in dict.fromkeys(query_id for run in further for query_id in run if query_id not in seen):
-            doc_ids, scores = self._fused([run[query_id] for run in further if query_id in run])
-            for doc_id, score in zip(doc_ids, scores.tolist(), strict=True):
-                yield ForeignScore(query_id, doc_id, score)
+        if self.score_kind == "similarity":
+            yield from iter_foreign(self.file, "trec")
+            return
+        for query_id, orders in self._orders():
+            items: dict[str, int] = {}
+            numbered = [[items.setdefault(doc_id, len(items)) for doc_id in order] for order in orders]
+            if self.function == "plackett_luce":
+                scores = plackett_luce(numbered, len(items))
+            else:
+                scores = mean_rank_scores(numbered, len(items), self.function)
+            yield from (ForeignScore(query_id, doc_id, score) for doc_id, score in zip(items, scores.tolist()))
 
-    def _fused(self, orders: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-        """The documents of one query's orders, and their scores."""
-        items: dict[str, int] = {}
-        numbered = [[items.setdefault(doc_id, len(items)) for doc_id in order] for order in orders]
-        if self.function == "plackett_luce":
-            return list(items), plackett_luce(numbered, len(items))
-        return list(items), mean_rank_scores(numbered, len(items), self.function)
+    def _orders(self) -> Iterator[tuple[str, list[list[str]]]]:
+        """Each query's orders in the runs that have it; the repeats are held in memory, the first run is not."""
+        repeats = [{query_id: ids for query_id, ids, _ in iter_run(file)} for file in self.repeats]
+        seen = set()
+        for query_id, doc_ids, _ in iter_run(self.file):
+            seen.add(query_id)
+            yield query_id, [doc_ids, *(run[query_id] for run in repeats if query_id in run)]
+        for query_id in dict.fromkeys(query_id for run in repeats for query_id in run if query_id not in seen):
+            yield query_id, [run[query_id] for run in repeats if query_id in run]
 
 
 def _digest(file: str) -> str:
@@ -191,13 +182,7 @@ def _digest(file: str) -> str:
 
 
 def _blocks(pairs: Iterator[ForeignScore]) -> Iterator[list[ForeignScore]]:
-    block: list[ForeignScore] = []
-    for item in pairs:
-        block.append(item)
-        if len(block) >= BLOCK:
-            yield block
-            block = []
-    if block:
+    while block := list(islice(pairs, BLOCK)):
         yield block
 
 
@@ -227,31 +212,23 @@ def import_scores(
         score_kind,
         describe={"teacher": teacher.describe(), "collection": collection.name},
     )
-    resolver = _Resolver(collection)
+    ids = _Ids(collection)
     unknown_queries: set[str] = set()
     unknown_documents = total = 0
     with scores, progress(f"importing {Path(file).name}", None, "scores") as bar:
         for block in _blocks(iter_foreign(file, format, collection.fingerprint)):
             total += len(block)
-            queries = resolver.queries(block)
-            documents = resolver.documents(block)
-            start = 0
-            for end in range(1, len(block) + 1):
-                if end < len(block) and queries[end] == queries[start]:
-                    continue
-                query_id = queries[start]
-                rows = [at for at in range(start, end) if documents[at] is not None]
-                if query_id is None:
-                    scores.unscored += end - start
-                    if len(unknown_queries) < 100_000:
-                        unknown_queries.update(item.query for item in block[start:end])
-                else:
-                    unknown_documents += end - start - len(rows)
-                    scores.unscored += end - start - len(rows)
-                    doc_ids = [str(documents[at]) for at in rows]
-                    new = scores.add(query_id, doc_ids, [block[at].score for at in rows])
-                    scores.reused += len(rows) - new
-                start = end
+            pairs = zip(map(ids.query, block), ids.documents(block), block, strict=True)
+            for query_id, group in groupby(pairs, key=lambda pair: pair[0]):
+                rows = [(doc_id, item) for _, doc_id, item in group]
+                known = [(doc_id, item.score) for doc_id, item in rows if doc_id is not None and query_id is not None]
+                scores.unscored += len(rows) - len(known)
+                if query_id is not None:
+                    doc_ids, values = [doc_id for doc_id, _ in known], [score for _, score in known]
+                    scores.reused += len(known) - scores.add(query_id, doc_ids, values)
+                    unknown_documents += len(rows) - len(known)
+                elif len(unknown_queries) < 100_000:
+                    unknown_queries.update(item.query for _, item in rows)
             bar.advance(len(block))
         teacher.fingerprint()  # refuses a file that changed, before its last scores are written
     if unknown_queries:
@@ -267,56 +244,47 @@ def import_scores(
     return scores
 
 
-class _Resolver:
+class _Ids:
     """Ids of the collection for what a file calls queries and documents: ids, or texts."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self.query_ids = set(collection.query_ids())
-        self._query_texts: dict[int, str] | None = None
-        self._texts: tuple[np.ndarray, np.ndarray] | None = None
 
-    def queries(self, block: Sequence[ForeignScore]) -> list[str | None]:
-        found: list[str | None] = []
-        for item in block:
-            if item.query in self.query_ids:
-                found.append(item.query)
-            elif not item.by_text:
-                found.append(None)
-            else:
-                if self._query_texts is None:
-                    ids = self.collection.query_ids()
-                    hashes = hash_ids([text.strip() for text in self.collection.query_texts(ids)])
-                    self._query_texts = dict(zip(hashes.tolist(), ids, strict=True))
-                found.append(self._query_texts.get(int(hash_ids([item.query.strip()])[0])))
-        return found
+    def query(self, item: ForeignScore) -> str | None:
+        if item.query in self.query_ids:
+            return item.query
+        return self._queries.get(item.query.strip()) if item.by_text else None
+
+    @cached_property
+    def _queries(self) -> dict[str, str]:
+        """text → id"""
+        ids = self.collection.query_ids()
+        return dict(zip((text.strip() for text in self.collection.query_texts(ids)), ids, strict=True))
 
     def documents(self, block: Sequence[ForeignScore]) -> list[str | None]:
         names = [item.document for item in block]
         rows = np.asarray(self.collection.doc_rows(names))
-        found: list[str | None] = [name if row >= 0 else None for name, row in zip(names, rows, strict=True)]
-        texts = [at for at, item in enumerate(block) if found[at] is None and item.by_text]
+        doc_ids: list[str | None] = [name if row >= 0 else None for name, row in zip(names, rows, strict=True)]
+        texts = [at for at, item in enumerate(block) if doc_ids[at] is None and item.by_text]
         if texts:
-            hashes, numbers = self._text_rows()
-            wanted = hash_ids([names[at].strip() for at in texts])
-            place = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-            hits = hashes[place] == wanted
-            ids = iter(self.collection.doc_ids(numbers[place[hits]]))
-            for at, hit in zip(texts, hits, strict=True):
-                if hit:
-                    found[at] = next(ids)
-        return found
+            hashes, numbers = self._texts
+            asked = hash_ids([names[at].strip() for at in texts])
+            place = np.minimum(np.searchsorted(hashes, asked), len(hashes) - 1)
+            hits = np.flatnonzero(hashes[place] == asked)
+            for at, doc_id in zip(hits, self.collection.doc_ids(numbers[place[hits]]), strict=True):
+                doc_ids[texts[at]] = doc_id
+        return doc_ids
 
-    def _text_rows(self) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def _texts(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted hashes of document texts, with and without the title, and their rows: 32 bytes a document."""
-        if self._texts is None:
-            hashes, rows = [], []
-            for start in range(0, self.collection.document_count, 4096):
-                part = np.arange(start, min(start + 4096, self.collection.document_count))
-                bare = [document.text.strip() for document in self.collection.documents(part)]
-                titled = [text.strip() for text in self.collection.document_texts(part)]
-                hashes += [hash_ids(bare), hash_ids(titled)]
-                rows += [part, part]
-            joined, first = np.unique(np.concatenate(hashes), return_index=True)
-            self._texts = joined, np.concatenate(rows)[first]
-        return self._texts
+        hashes, rows = [], []
+        for start in range(0, self.collection.document_count, 4096):
+            part = np.arange(start, min(start + 4096, self.collection.document_count))
+            bare = [document.text.strip() for document in self.collection.documents(part)]
+            titled = [text.strip() for text in self.collection.document_texts(part)]
+            hashes += [hash_ids(bare), hash_ids(titled)]
+            rows += [part, part]
+        joined, first = np.unique(np.concatenate(hashes), return_index=True)
+        return joined, np.concatenate(rows)[first]

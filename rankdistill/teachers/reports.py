@@ -17,25 +17,17 @@ from rankdistill.errors import RankdistillError
 FILE = "report.json"
 
 
-def added(one: Any, other: Any) -> Any:
+def added(a: Any, b: Any) -> Any:
     """The sum of two reports; what only one has stays, of lists of different lengths the longer's end too."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        names = dict.fromkeys([*one, *other])
-        return {n: added(one[n], other[n]) if n in one and n in other else one.get(n, other.get(n)) for n in names}
-    if isinstance(one, list) and isinstance(other, list):
-        long, short = (one, other) if len(one) >= len(other) else (other, one)
-        return [added(a, b) for a, b in zip(long, short, strict=False)] + long[len(short) :]
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return one + other
-    raise TypeError(f"cannot add {one!r} and {other!r}")
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return {**a, **{name: added(a[name], b[name]) if name in a else b[name] for name in b}}
+    if isinstance(a, list) and isinstance(b, list):
+        return [added(*pair) for pair in zip(a, b)] + a[len(b) :] + b[len(a) :]
+    return a + b
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """The report of a folder of scores; empty if it has none.
-
-    Raises:
-        RankdistillError: it is damaged.
-    """
+    """The report of a folder of scores; empty if it has none."""
     path = Path(folder) / FILE
     if not path.is_file():
         return {}

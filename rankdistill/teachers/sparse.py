@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.students.models import resolve_model
-from rankdistill.students.token_batches import Precision
 from rankdistill.teachers.base import PairTeacher
 from rankdistill.teachers.bi_encoder import EncoderTeacher
 
@@ -26,27 +26,20 @@ KEPT_POSTINGS = 20_000_000  # term weights of documents held in memory at most: 
 POSTINGS_AT_ONCE = 4_000_000  # multiplied at a time
 
 
-class TermEncoder(Protocol):
-    def encode_queries(self, texts: Sequence[str]) -> Any:
-        """csr_matrix [texts, terms]"""
-
-    def encode_documents(self, texts: Sequence[str]) -> Any:
-        """csr_matrix [texts, terms]"""
-
-
 class TermWeightTeacher(PairTeacher):
     """The score of a pair is the product of its two vectors of term weights: 0 where no term is common."""
 
     score_kind = "similarity"
     scale: float
+    _kept_postings = 0
 
-    def __init__(self) -> None:
-        self._kept: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-        self._kept_postings = 0
+    @cached_property
+    def _kept(self) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     @abstractmethod
-    def encoder(self) -> TermEncoder:
-        """What makes the vectors."""
+    def encoder(self) -> BM25 | SparseModel:
+        """What makes the vectors: csr_matrix [texts, terms], of queries and of documents."""
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
         """float32 [N] products of pairs [N, 2]; a document is encoded once while its vector is kept."""
@@ -61,23 +54,23 @@ class TermWeightTeacher(PairTeacher):
         ]
         return np.concatenate(products).astype(np.float32) * np.float32(self.scale)
 
-    def _documents(self, encoder: TermEncoder, texts: Sequence[str], terms: int) -> Any:
+    def _documents(self, encoder: BM25 | SparseModel, texts: Sequence[str], terms: int) -> Any:
         """csr_matrix [texts, terms]: documents come again with other queries, so they are kept by their texts' hash."""
         from scipy import sparse
 
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         new = [place for place, key in enumerate(keys) if key not in self._kept]
-        made = encoder.encode_documents([texts[place] for place in new])
-        found = {key: self._kept[key] for key in keys if key in self._kept}
+        encoded = encoder.encode_documents([texts[place] for place in new])
+        vectors = {key: self._kept[key] for key in keys if key in self._kept}
         for number, place in enumerate(new):
-            row = slice(made.indptr[number], made.indptr[number + 1])
-            found[keys[place]] = made.indices[row], made.data[row]
-        if self._kept_postings + made.nnz > KEPT_POSTINGS:
+            row = slice(encoded.indptr[number], encoded.indptr[number + 1])
+            vectors[keys[place]] = encoded.indices[row], encoded.data[row]
+        if self._kept_postings + encoded.nnz > KEPT_POSTINGS:
             self._kept, self._kept_postings = {}, 0
-        if made.nnz <= KEPT_POSTINGS:
-            self._kept.update((keys[place], found[keys[place]]) for place in new)
-            self._kept_postings += made.nnz
-        rows = [found[key] for key in keys]
+        if encoded.nnz <= KEPT_POSTINGS:
+            self._kept.update((keys[place], vectors[keys[place]]) for place in new)
+            self._kept_postings += encoded.nnz
+        rows = [vectors[key] for key in keys]
         columns, weights = (np.concatenate([row[part] for row in rows]) for part in (0, 1))
         offsets = np.cumsum([0, *(len(columns) for columns, _ in rows)])
         return sparse.csr_matrix((weights, columns, offsets), shape=(len(texts), terms))
@@ -96,7 +89,6 @@ class BM25Teacher(TermWeightTeacher):
     type = "bm25"
 
     def __init__(self, k1: float = 0.9, b: float = 0.4, language: str = "english", scale: float = 1.0) -> None:
-        super().__init__()
         self.engine, self.scale = BM25(k1=k1, b=b, language=language), scale
 
     def fingerprint(self) -> str:
@@ -122,38 +114,13 @@ class BM25Teacher(TermWeightTeacher):
 
 
 class SparseEncoderTeacher(TermWeightTeacher, EncoderTeacher):
-    """Any SparseEncoder of sentence-transformers (SPLADE, inference-free): a product of term weights.
-
-    Args:
-        model: a folder (`RUN/student/model` of a sparse student too) or a hub name.
-        scale: the score is multiplied by this.
-        max_length: tokens a text at most; the model's own limits by default.
-        precision: auto, fp32, bf16 or fp16.
-        device: cpu, cuda ...; a GPU if there is one by default.
-    """
+    """Any SparseEncoder of sentence-transformers (SPLADE, inference-free): a product of term weights. `model` may be
+    the `student/model` of a sparse run too."""
 
     type = "sparse_encoder"
 
-    def __init__(
-        self,
-        model: str,
-        scale: float = 1.0,
-        max_length: int | None = None,
-        precision: Precision = "auto",
-        device: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.model_name, self.scale, self.max_length = model, scale, max_length
-        self.precision: Precision = precision
-        self._device_name = device
-        self._model: SparseModel | None = None
-
     def load(self) -> SparseModel:
-        """The model, loaded once.
-
-        Raises:
-            UsageError: it is no SparseEncoder.
-        """
+        """The model, loaded once."""
         if self._model is None:
             from rankdistill.students.sparse import SpladeStudent, is_sparse
 
@@ -165,7 +132,8 @@ class SparseEncoderTeacher(TermWeightTeacher, EncoderTeacher):
             self._model = SpladeStudent(precision=self.precision).open(folder, self.device)
             if self.max_length is not None:
                 _cut(self._model, self.max_length)
-        return self._model
+        model: SparseModel = self._model
+        return model
 
     def encoder(self) -> SparseModel:
         return self.load()

@@ -14,14 +14,13 @@ import pytest
 from llm_server import Body, completion, serving
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.recipe import check_method
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.listwise import ListwiseTeacher
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.budget import BudgetReached
 from rankdistill.teachers.reports import added, keep_report, read_report
-from rankdistill.teachers.scoring import lists_key, score_candidates, score_list
+from rankdistill.teachers.scoring import lists_key, score_candidates
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -354,19 +353,6 @@ def test_the_fingerprint_covers_what_decides_a_score(tmp_path: Path) -> None:
 def test_settings_that_nothing_could_keep_are_refused(settings: dict[str, Any], where: str) -> None:
     with pytest.raises(UsageError, match=where):
         make(**settings)
-
-
-def test_recipes_know_the_teacher() -> None:
-    checked = check_method("teacher", {"type": "listwise", "backend": {"type": "openai", "model": "m"}}, "teacher")
-    assert checked["orders"] == ("given",) and checked["window"] == 20
-    with pytest.raises(UsageError, match="window"):
-        check_method("teacher", {"type": "listwise", "backend": {}, "windw": 3}, "teacher")
-
-
-def test_one_list_now() -> None:
-    teacher, _ = make()
-    scores = score_list(teacher, TextList("", "iron rusts", ["a", "b"], ["gold", "iron rusts"]))
-    assert scores.tolist() == [0.5, 1.0]
 
 
 UNREADABLE = {

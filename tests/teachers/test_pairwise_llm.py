@@ -5,21 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rankdistill.errors import UsageError
-from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
-from rankdistill.teachers.llm.budget import BudgetReached
 from rankdistill.teachers.pairwise_llm import PairwiseTeacher
-from rankdistill.teachers.scoring import score_candidates
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 
 class Judge(Backend):
@@ -168,55 +162,6 @@ def test_short_lists_and_repeated_texts(tmp_path: Path) -> None:
         found = scored(teacher, item, tmp_path)
         assert found["a"] == found["c"] < found["b"]
         assert len(engine.asked) in (0, 2), "one pair of distinct texts (cached after the first settings)"
-
-
-def test_a_budget_keeps_whole_lists_and_what_was_paid_for(tmp_path: Path, tiny_collection: Collection) -> None:
-    class Longer(Judge):
-        """The longer passage wins."""
-
-        def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
-            for number, request in requests:
-                text = request.messages[-1]["content"]
-                first, second = (len(t) for t in re.findall(r"^Passage [AB]: (.*)$", text, re.MULTILINE))
-                self.asked.append((first, second))
-                yield number, Answer("A", {"A": float(first), "B": float(second)}, Usage(10, 1))
-
-    doc_ids = tiny_collection.doc_ids(range(4))
-    candidates = [(query_id, doc_ids, np.zeros(4)) for query_id in tiny_collection.query_ids()[:3]]
-    store = ScoreStore(tmp_path / "store")
-    teacher, engine = make(Longer(), budget="17calls", queries_at_once=1)
-    with pytest.raises(BudgetReached):
-        score_candidates(teacher, tiny_collection, candidates, store)
-    assert len(engine.asked) == 17
-    teacher, engine = make(Longer(), queries_at_once=1)
-    scores = score_candidates(teacher, tiny_collection, candidates, store)
-    assert len(engine.asked) == 3 * 12 - 17, "no prompt is paid for twice"
-    assert (scores.reused, scores.scored) == (4, 8), "the first list was whole"
-    lengths = [len(text) for text in tiny_collection.document_texts(tiny_collection.doc_rows(doc_ids))]
-    for query_id, _, _ in candidates:
-        assert np.argsort(scores.scores_of(query_id, doc_ids)).tolist() == np.argsort(lengths).tolist()
-
-
-def test_votes_are_those_of_a_plain_forward_pass(tmp_path: Path, tiny_causal_lm: Path) -> None:
-    import torch
-
-    backend = {"type": "transformers", "model": str(tiny_causal_lm), "precision": "fp32"}
-    teacher = PairwiseTeacher(backend, top=3)
-    item = TextList("q", "which metal is green", ["a", "b", "c"], ["iron", "a bird", "green metal, Passage A: yes"])
-    found = scored(teacher, item, tmp_path)
-    engine: Any = teacher.asking.backend
-    won = dict.fromkeys(item.doc_ids, 0)
-    for i, a in enumerate(item.doc_ids):
-        for j, b in enumerate(item.doc_ids):
-            if i != j:
-                request = teacher.prompt.render(item.query, [item.documents[i], item.documents[j]], decoding="first")
-                prompt = engine.chat.render(request.messages, request.before)
-                tokens = engine.chat.identifier_tokens(prompt, ["A", "B"])
-                with torch.inference_mode():
-                    logits = engine.load()(torch.tensor([engine.chat.tokens(prompt)])).logits[0, -1]
-                first, second = (max(float(logits[token]) for token in tokens[name]) for name in "AB")
-                won[a if first > second else b] += 1
-    assert found == pytest.approx({doc_id: votes / 4 for doc_id, votes in won.items()})
 
 
 def test_a_dry_run_counts_the_calls(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from rankdistill.errors import UsageError
@@ -49,17 +47,3 @@ def test_every_document_is_seen_and_windows_go_to_the_front(count: int, size: in
 def test_windows_that_cannot_be_are_refused(size: int, step: int, passes: int) -> None:
     with pytest.raises(UsageError):
         windows(10, size, step, passes)
-
-
-@pytest.mark.parametrize("count", [5, 20, 33, 100])
-def test_a_perfect_ranker_brings_the_best_to_the_front(count: int) -> None:
-    """One pass puts the best `size - step` documents first; enough passes sort the list."""
-    for seed in range(5):
-        order = random.Random(seed).sample(range(count), count)
-        for number, (start, end) in enumerate(windows(count, 20, 10, passes=10)):
-            window = order[start:end]
-            order[start:end] = sorted(window)
-            assert sorted(order) == list(range(count))
-            if number == len(windows(count, 20, 10)) - 1:
-                assert order[:10] == list(range(min(10, count)))
-        assert order == list(range(count))

@@ -49,19 +49,12 @@ _SPLIT = re.compile(r"[\s,;>|→]+")
 
 @dataclass(frozen=True)
 class Reading:
-    """An answer as an order.
+    """An answer as an order."""
 
-    Args:
-        order: places of the passages as they were shown, best first: a permutation.
-        repairs: kind → how many (see REPAIRS); empty for an answer that obeys the template's rule.
-        logits: float64 [n] by the place shown, NaN where absent; None where the answer has none.
-        refused: there is no answer: the engine refused the prompt.
-    """
-
-    order: tuple[int, ...]
-    repairs: Mapping[str, int]
-    logits: np.ndarray | None = None
-    refused: bool = False
+    order: tuple[int, ...]  # places of the passages as they were shown, best first: a permutation
+    repairs: Mapping[str, int]  # kind → how many (see REPAIRS); empty for an answer that obeys the template's rule
+    logits: np.ndarray | None = None  # float64 [n] by the place shown, NaN where absent; None where there are none
+    refused: bool = False  # there is no answer: the engine refused the prompt
 
     @property
     def readable(self) -> bool:
@@ -94,9 +87,7 @@ def read_text(
     """The order in a text, by the rules above.
 
     Args:
-        identifiers: of the passages, in the order they were shown.
         before: what the answer was made to begin with; put in front where the engine did not repeat it.
-        finished: False where the answer was cut.
     """
     repairs: Counter[str] = Counter()
     if not finished:
@@ -173,11 +164,7 @@ def _name(token: str) -> str:
 
 
 def read_logits(logits: Mapping[str, float], identifiers: Sequence[str]) -> Reading:
-    """The order of the identifiers' logits, falling; equal ones, and then absent ones, in the order shown.
-
-    Args:
-        logits: identifier → logit or log-probability; NaN counts as absent.
-    """
+    """The order of the identifiers' logits, falling; equal ones, and then absent ones (NaN too), in the order shown."""
     values = np.array([logits.get(name, np.nan) for name in identifiers], dtype=np.float64)
     absent = np.isnan(values)
     order = np.argsort(np.where(absent, np.inf, -values), kind="stable")

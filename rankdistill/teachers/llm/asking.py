@@ -18,10 +18,11 @@ import numpy as np
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.plain import shown
 from rankdistill.recipe import build
 from rankdistill.teachers.base import Teacher, TextList, check_finite
 from rankdistill.teachers.llm.answers import Reading, read_answer
-from rankdistill.teachers.llm.base import Answer, Backend, Decoding, Request, printable
+from rankdistill.teachers.llm.base import Answer, Backend, Decoding, Request
 from rankdistill.teachers.llm.budget import Budget, BudgetReached, Estimate, Prices
 from rankdistill.teachers.llm.cache import AnswerCache, answers_root
 from rankdistill.teachers.llm.prompts import Kind, Prompt, fit_passages, load_prompt
@@ -132,36 +133,25 @@ def _closable(answers: Iterator[tuple[int, Answer]]) -> Any:
 @dataclass
 class Health:
     """How many answers told something. A job most of whose answers tell nothing stops: its scores would be few, and
-    what is wrong with one answer is wrong with the next.
+    what is wrong with one answer is wrong with the next."""
 
-    Args:
-        earlier: lists that had scores before; they speak for the settings.
-        cut: of the unread answers, those that ended at their longest.
-        fresh: refusals and unread answers that did not come from the cache.
-        words: of the first refusal, or else of the first answer that was not read.
-    """
-
-    earlier: int = 0
+    earlier: int = 0  # lists that had scores before; they speak for the settings
     read: int = 0
     unread: int = 0
-    cut: int = 0
+    cut: int = 0  # of the unread answers, those that ended at their longest
     refused: int = 0
-    fresh: int = 0
-    words: str = ""
+    fresh: int = 0  # refusals and unread answers that did not come from the cache
+    words: str = ""  # of the first refusal, or else of the first answer that was not read
 
     def see(self, answer: Answer, readable: bool) -> None:
-        """Count an answer.
-
-        Raises:
-            RankdistillError: `MANY` new ones told nothing, and they are the most.
-        """
+        """Count an answer; an error where `MANY` new ones told nothing, and they are the most."""
         if readable:
             self.read += 1
             return
         if answer.refused and not self.refused:
             self.words = answer.refused
         elif not answer.refused and not self.unread + self.refused:
-            self.words = printable(answer.text, 80) or "nothing"
+            self.words = shown(" ".join(answer.text.split())) or "nothing"
         self.refused += bool(answer.refused)
         self.unread += not answer.refused
         self.cut += not answer.refused and not answer.finished
@@ -170,11 +160,7 @@ class Health:
             raise self.failure()
 
     def finish(self) -> None:
-        """The job is done.
-
-        Raises:
-            RankdistillError: the most of its answers told nothing.
-        """
+        """The job is done; an error where most of its answers told nothing."""
         if self.refused + self.unread > self.earlier + self.read:
             raise self.failure()
 
@@ -295,11 +281,7 @@ class AskingTeacher(Teacher):
     # -- asking -------------------------------------------------------------------------------------------------------
 
     def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """Scores of each list as it is ready, which need not be in the order given.
-
-        Raises:
-            BudgetReached: what was ready has been yielded; the answers of the others are kept.
-        """
+        """Scores of each list as it is ready, in any order; `BudgetReached` comes after what was ready."""
         for start in range(0, len(lists), self.queries_at_once):
             yield from self._score_together(
                 [item for item in lists[start : start + self.queries_at_once] if item.doc_ids]

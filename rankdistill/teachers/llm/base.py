@@ -15,31 +15,21 @@ from typing import Any, ClassVar, Literal
 
 from rankdistill.errors import UsageError
 
+# Free text; one step, the logits of the identifiers; text made of identifiers alone, each once.
 Decoding = Literal["generate", "first", "constrained"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt.
+    """One prompt."""
 
-    Args:
-        messages: chat messages, each {"role", "content"}; the engine applies the model's chat template.
-        identifiers: what may be answered, in the order of the passages ("1", "2" ... or "A", "B" ...; "yes", "no").
-        decoding: `generate`: free text; `first`: one step, the logits of the identifiers; `constrained`: text made of
-            identifiers alone, each once.
-        before: text that the answer begins with, already given ("[" before an identifier).
-        max_tokens: of the answer.
-        temperature: 0 is greedy.
-        seed: of the sampling, where the temperature is above 0.
-    """
-
-    messages: tuple[dict[str, str], ...]
-    identifiers: tuple[str, ...]
+    messages: tuple[dict[str, str], ...]  # each {"role", "content"}; the engine applies the model's chat template
+    identifiers: tuple[str, ...]  # what may be answered, in the order of the passages ("1", "2" ...; "yes", "no")
     decoding: Decoding = "generate"
-    before: str = ""
-    max_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
+    before: str = ""  # text that the answer begins with, already given ("[" before an identifier)
+    max_tokens: int = 256  # of the answer
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0  # of the sampling, where the temperature is above 0
 
     def key(self, backend: str) -> str:
         """Names the answer: a hash of everything above and of the engine's fingerprint."""
@@ -63,29 +53,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """What came back."""
 
-    Args:
-        text: the answer; for `first` the best identifier.
-        logits: identifier → logit or log-probability of the one step (`first`); absent ones were not reported.
-        finished: False where the answer was cut at `max_tokens`.
-        refused: the engine's words where it refused this prompt (a content filter): no answer, and none is kept.
-    """
-
-    text: str
-    logits: dict[str, float] | None = None
+    text: str  # for `first` the best identifier
+    logits: dict[str, float] | None = None  # of the one step (`first`): identifier → logit or log-probability, if told
     usage: Usage = field(default_factory=Usage)
-    seconds: float = 0.0
-    finished: bool = True
-    refused: str = ""
+    finished: bool = True  # False where the answer was cut at `max_tokens`
+    refused: str = ""  # the engine's words where it refused this prompt (a content filter): none is kept
     kept: bool = field(default=False, compare=False)  # from the cache: it costs nothing now
-
-
-def printable(text: str, most: int) -> str:
-    """Foreign words in one line that any terminal and any encoding takes: no control characters, no half pairs."""
-    text = " ".join(text.split())
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[: most + 1])
-    return text if len(text) <= most else text[:most] + " ..."
 
 
 class Backend(ABC):
@@ -125,11 +100,7 @@ class Backend(ABC):
         """
 
     def check(self, decoding: str) -> None:
-        """Refuse what this engine does not honour.
-
-        Raises:
-            UsageError: naming the decodings that it does.
-        """
+        """Refuse what this engine does not honour."""
         if decoding not in self.decodings:
             raise UsageError(
                 f"the backend {self.type} does not do decoding: {decoding}",

@@ -47,11 +47,7 @@ class Limit:
 
     @classmethod
     def read(cls, text: str | float) -> Limit:
-        """From `500calls`, `200000tokens`, `3.50`.
-
-        Raises:
-            UsageError: anything else.
-        """
+        """From `500calls`, `200000tokens`, `3.50`."""
         parts = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*(calls?|tokens?|)\s*", str(text))
         amount = float(re.sub("[_,]", "", parts[1])) if parts else 0.0
         unit = {"c": "calls", "t": "tokens"}.get(parts[2][:1] if parts else "", "money")
@@ -68,10 +64,6 @@ class Budget:
 
     A call begins only if its prompt and its longest answer still fit, beside the calls that are under way; so the
     limit is not passed, as far as the engine counts tokens as `count_tokens` does.
-
-    Args:
-        limit: `500calls`, `200000tokens`, `3.50`; None spends without a limit.
-        prices: money for a million tokens, see `Prices`.
     """
 
     def __init__(self, limit: str | float | None = None, prices: Prices | Mapping[str, Any] | None = None) -> None:
@@ -83,11 +75,7 @@ class Budget:
         self.set_limit(limit)
 
     def set_limit(self, limit: str | float | None) -> None:
-        """Change the limit.
-
-        Raises:
-            UsageError: not a budget, or one in money where there are no prices.
-        """
+        """Change the limit; one in money needs prices."""
         self.limit = Limit.read(limit) if limit is not None else None
         if self.limit is not None and self.limit.unit == "money" and self.prices is None:
             raise UsageError(

@@ -65,11 +65,7 @@ class AnswerCache:
             return None
 
     def add(self, key: str, answer: Answer) -> None:
-        """Write an answer; it is on the disk when this returns.
-
-        Raises:
-            RankdistillError: a logit that is no number, a full or read-only disk.
-        """
+        """Write an answer; it is on the disk when this returns."""
         if answer.logits and not all(map(math.isfinite, answer.logits.values())):
             raise RankdistillError(
                 f"the model gave logits that are no numbers: {answer.logits}",
@@ -143,18 +139,13 @@ class AnswerCache:
 
 
 def _answer(record: Any) -> Answer:
-    """The answer that `AnswerCache.add` wrote.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The answer that `AnswerCache.add` wrote, or ValueError where it is none."""
     try:
         logits = record["logits"] and {name: float(value) for name, value in record["logits"].items()}
-        usage, seconds = Usage(**record["usage"]), float(record["seconds"])
-        if not isinstance(record["text"], str) or min(astuple(usage)) < 0:
+        usage = Usage(**record["usage"])
+        numbers = all(map(math.isfinite, (logits or {}).values())) and min(astuple(usage)) >= 0
+        if not numbers or not isinstance(record["text"], str):
             raise ValueError("not an answer")
-        if not all(map(math.isfinite, [seconds, *(logits or {}).values()])):
-            raise ValueError("not a number")
-        return Answer(record["text"], logits, usage, seconds, bool(record["finished"]), kept=True)
+        return Answer(record["text"], logits, usage, bool(record["finished"]), kept=True)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"not an answer: {error}") from None

@@ -22,11 +22,7 @@ CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">"}
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """A model's tokenizer.
-
-    Raises:
-        RankdistillError: there is none that can be read.
-    """
+    """A model's tokenizer, or an error where there is none that can be read."""
     from transformers import AutoTokenizer
 
     with opening(folder, "transformers"):
@@ -34,16 +30,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Chat:
-    """A tokenizer and how it is told who says what.
+    """A tokenizer of transformers and how it is told who says what.
 
     Args:
-        tokenizer: of transformers.
         template: `auto`: the model's chat template, or plain text where it has none; `plain`: plain text,
             `System: ...`, `User: ...`, `Assistant:`, parted by empty lines.
-        options: handed to the model's chat template (`enable_thinking: false`).
-
-    Raises:
-        UsageError: an option that the template does not read.
+        options: handed to the model's chat template (`enable_thinking: false`); one that it does not read is refused.
     """
 
     def __init__(
@@ -82,9 +74,6 @@ class Chat:
         """The prompt as text, up to where the assistant goes on after `before`.
 
         A template that refuses a system message gets it at the head of the first user message.
-
-        Raises:
-            RankdistillError: the model's template refuses the messages.
         """
         clean = [{**message, "content": self.harmless(message["content"])} for message in messages]
         if not self.template:
@@ -120,7 +109,7 @@ class Chat:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text alone."""
+        """Tokens of each text."""
         ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return [len(tokens) for tokens in ids]
 
@@ -131,10 +120,10 @@ class Chat:
         """Text without outer space → the tokens that decode to it."""
         special = set(self.tokenizer.all_special_ids)
         ids = [token for token in range(len(self.tokenizer)) if token not in special]
-        found: dict[str, list[int]] = {}
+        spelled: dict[str, list[int]] = {}
         for token, text in zip(ids, self.tokenizer.batch_decode([[token] for token in ids]), strict=True):
-            found.setdefault(text.strip(), []).append(token)
-        return found
+            spelled.setdefault(text.strip(), []).append(token)
+        return spelled
 
     def spelled(self, name: str, usual: int) -> list[int]:
         """All tokens that say it, the usual one first."""
@@ -151,28 +140,24 @@ class Chat:
         return self._known[key]
 
     def identifier_tokens(self, prompt: str, identifiers: Sequence[str]) -> dict[str, list[int]]:
-        """Identifier → the tokens that say it right after the prompt, the one the tokenizer would choose first.
-
-        Raises:
-            UsageError: an identifier is more than one token here, or two begin with the same.
-        """
-        found: dict[str, list[int]] = {}
+        """Identifier → the tokens that say it right after the prompt, the usual one first; one that is more than
+        one token here is refused."""
+        tokens_of: dict[str, list[int]] = {}
         for name in identifiers:
             tokens = self._after(prompt, name)
             if tokens is None or len(tokens) != 1 or self.tokenizer.decode(tokens).strip() != name:
                 raise _not_one_token(name, prompt, tokens)
-            found[name] = self.spelled(name, tokens[0])
-        if len({tokens[0] for tokens in found.values()}) < len(found):
+            tokens_of[name] = self.spelled(name, tokens[0])
+        if len({tokens[0] for tokens in tokens_of.values()}) < len(tokens_of):
             raise UsageError("two identifiers are the same token", where=", ".join(identifiers))
-        return found
+        return tokens_of
 
     def answer_tokens(self, prompt: str, identifiers: Sequence[str], separator: str) -> dict[str, list[int]]:
         """Identifier → tokens of it and of the separator after it, in an answer that goes on from the prompt."""
-        found = {}
-        for name in identifiers:
-            tokens = self._after(prompt, name + separator)
-            found[name] = self.text_tokens(name) + self.text_tokens(separator) if tokens is None else tokens
-        return found
+        return {
+            name: self._after(prompt, name + separator) or self.text_tokens(name) + self.text_tokens(separator)
+            for name in identifiers
+        }
 
 
 def separators(before: str) -> tuple[str, str]:

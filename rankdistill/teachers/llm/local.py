@@ -1,14 +1,12 @@
 """A language model in this process, through transformers.
 
-Three decodings share one forward pass over a batch of prompts: one step that scores the identifiers (`first`), text
-made of identifiers alone (`constrained`), free text (`generate`). Constrained decoding asks the model only where there
-is a choice: the separators between identifiers, and digits that only one unused identifier goes on with, are fed in
-the same pass as the choice before them.
+The three decodings share one forward pass over a batch of prompts. Constrained decoding asks the model only where
+there is a choice: the separators between identifiers, and digits that only one unused identifier goes on with, are fed
+in the same pass as the choice before them.
 """
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,10 +91,10 @@ class TransformersBackend(Backend):
     @cached_property
     def chat(self) -> Chat:
         """The model's tokenizer and template."""
-        found = Chat(load_tokenizer(self._source.path), self.chat_template, self.template_options)
-        if self.chat_template == "auto" and not found.template:
+        chat = Chat(load_tokenizer(self._source.path), self.chat_template, self.template_options)
+        if self.chat_template == "auto" and not chat.template:
             warn(f"{self.model_name} has no chat template: prompts are plain text (System: ..., User: ..., Assistant:)")
-        return found
+        return chat
 
     @property
     def device(self) -> torch.device:
@@ -114,14 +112,11 @@ class TransformersBackend(Backend):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "type": self.type,
+            **{name: getattr(self, name) for name in ("type", "template_options", "max_context", "batch_size")},
             "model": self.model_name,
             "revision": self._source.revision,
             "precision": resolve_precision(self.device, self.precision),
             "chat_template": "the model's" if self.chat.template else "plain",
-            "template_options": self.template_options,
-            "max_context": self.max_context,
-            "batch_size": self.batch_size,
         }
 
     def count_tokens(self, request: Request) -> int:
@@ -131,11 +126,7 @@ class TransformersBackend(Backend):
         return self.chat.count(texts)
 
     def load(self) -> Any:
-        """The model, loaded once.
-
-        Raises:
-            RankdistillError: it is no causal language model.
-        """
+        """The model, loaded once."""
         if self._model is None:
             precision = resolve_precision(self.device, self.precision)
             place = {"device_map": self.device_map} if self.device_map else {}
@@ -147,28 +138,24 @@ class TransformersBackend(Backend):
 
     @cached_property
     def _abilities(self) -> Abilities:
-        found = abilities(self.load())
-        if found.cache is None:
+        known = abilities(self.load())
+        if known.cache is None:
             raise RankdistillError(
                 f"{self.model_name} keeps no cache of keys and values: what it has read cannot be gone on from",
                 fix="a model with attention, or a server for this one (backend: {type: openai, ...})",
             )
-        return found
+        return known
 
     @cached_property
     def context(self) -> int:
-        """Tokens of prompt and answer together.
-
-        Raises:
-            UsageError: `max_context` is more than the model was made for.
-        """
-        own = position_limit(self.load())
-        if self.max_context and self.max_context > own:
+        """Tokens of prompt and answer together."""
+        positions = position_limit(self.load())
+        if self.max_context and self.max_context > positions:
             raise UsageError(
-                f"max_context is {self.max_context:,}, but this model has {own:,} positions",
+                f"max_context is {self.max_context:,}, but this model has {positions:,} positions",
                 where="teacher.backend.max_context",
             )
-        return self.max_context or own
+        return self.max_context or positions
 
     @property
     def _layers(self) -> frozenset[str]:
@@ -178,12 +165,7 @@ class TransformersBackend(Backend):
     # -- answering ----------------------------------------------------------------------------------------------------
 
     def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
-        """See Backend; a batch is drawn when the one before it is answered.
-
-        Raises:
-            UsageError: a prompt and its answer are longer than the context, an identifier cannot be scored in one
-                step, or an option that the decoding cannot honour.
-        """
+        """See Backend; a batch is drawn when the one before it is answered."""
         waiting = iter(requests)
         while batch := list(islice(waiting, self._at_once)):
             numbers = [number for number, _ in batch]
@@ -202,13 +184,7 @@ class TransformersBackend(Backend):
                 fix="temperature: 0",
             )
         prompt = self.chat.render(request.messages, request.before)
-        row: _Row
-        if request.decoding == "first":
-            row = _Scores(self.chat, prompt, request)
-        elif request.decoding == "constrained":
-            row = _Permutation(self.chat, prompt, request)
-        else:
-            row = _Text(self.chat, prompt, request, self._ends)
+        row = ROWS[request.decoding](self.chat, prompt, request, self._ends)
         if len(row.prompt) + row.longest > self.context:
             answer = f" and an answer of up to {row.longest:,}" if row.longest else ""
             raise UsageError(
@@ -221,9 +197,9 @@ class TransformersBackend(Backend):
 
     @cached_property
     def _ends(self) -> frozenset[int]:
-        given = getattr(self.load().generation_config, "eos_token_id", None)
-        given = given if isinstance(given, list) else [given]
-        return frozenset(token for token in [*given, self.chat.tokenizer.eos_token_id] if token is not None)
+        ends = getattr(self.load().generation_config, "eos_token_id", None)
+        ends = [*(ends if isinstance(ends, list) else [ends]), self.chat.tokenizer.eos_token_id]
+        return frozenset(token for token in ends if token is not None)
 
     def _answer_rows(self, rows: list[_Row]) -> list[Answer]:
         """Answers in the order of the rows; a batch that does not fit the memory is halved."""
@@ -233,15 +209,13 @@ class TransformersBackend(Backend):
         uneven = self._layers != {"DynamicLayer"} and any(isinstance(row, _Permutation) for row in rows)
         if len(rows) > 1 and (alone or uneven):
             return [answer for row in rows for answer in self._answer_rows([row])]
-        began = time.perf_counter()
         try:
             with torch.inference_mode(), self._exact(sorted({token for row in rows for token in row.scored})):
                 self._decode(rows)
         except RuntimeError as error:
             self._fewer(error, rows)
         else:
-            seconds = (time.perf_counter() - began) / len(rows)
-            return [row.answer(seconds) for row in rows]
+            return [row.answer() for row in rows]
         free_memory()
         rows = [row.again() for row in rows]
         parts = [rows[at : at + self._at_once] for at in range(0, len(rows), self._at_once)]
@@ -326,11 +300,7 @@ class TransformersBackend(Backend):
 
 
 def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
-    """A causal language model from a folder, its weights in this precision.
-
-    Raises:
-        RankdistillError: the folder's model is of another kind, or cannot be read.
-    """
+    """A causal language model from a folder, its weights in this precision."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -344,20 +314,14 @@ def load_causal_lm(folder: Path, precision: str, **settings: Any) -> Any:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a causal language model's `forward` can do.
+    """What a causal language model's `forward` can do."""
 
-    Args:
-        cache: the name under which it returns what it keeps of the tokens read, and takes it to go on; None where it
-            keeps nothing, or nothing that rows can be selected of.
-        layers: kinds of layers of that cache.
-        logits_to_keep: it computes the last positions' logits alone.
-        position_ids: it can be told at which positions the tokens stand.
-    """
-
+    # The name under which it returns what it keeps of the tokens read, and takes it to go on; None where it keeps
+    # nothing, or nothing that rows can be selected of.
     cache: str | None
-    layers: frozenset[str]
-    logits_to_keep: bool
-    position_ids: bool
+    layers: frozenset[str]  # kinds of layers of that cache
+    logits_to_keep: bool  # it computes the last positions' logits alone
+    position_ids: bool  # it can be told at which positions the tokens stand
 
 
 def abilities(model: Any) -> Abilities:
@@ -441,8 +405,8 @@ class _Row(ABC):
     longest: int  # tokens that the answer may add to the prompt
     scored: Sequence[int] = ()  # tokens whose logits are compared with each other
 
-    def __init__(self, chat: Chat, prompt: str, request: Request) -> None:
-        self.chat, self.text, self.request = chat, prompt, request
+    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
+        self.chat, self.text, self.request, self.ends = chat, prompt, request, ends
         self.prompt = chat.tokens(prompt)
         self.cached = 0
         self.done = False
@@ -450,14 +414,14 @@ class _Row(ABC):
 
     def again(self) -> _Row:
         """From the beginning."""
-        return type(self)(self.chat, self.text, self.request)
+        return type(self)(self.chat, self.text, self.request, self.ends)
 
     @abstractmethod
     def step(self, logits: Tensor) -> list[int]:
         """Read the logits [vocabulary] of what comes next, and say which tokens are fed; none once it is done."""
 
     @abstractmethod
-    def answer(self, seconds: float) -> Answer: ...
+    def answer(self) -> Answer: ...
 
     def usage(self, tokens: int) -> Usage:
         return Usage(prompt=len(self.prompt), answer=tokens, cached=self.cached)
@@ -477,9 +441,10 @@ class _Row(ABC):
 class _Scores(_Row):
     """One step: the logits of the identifiers (FIRST, Reddy et al. 2024, arXiv:2406.15657)."""
 
-    def __init__(self, chat: Chat, prompt: str, request: Request) -> None:
-        super().__init__(chat, prompt, request)
-        self.longest = 0
+    longest = 0
+
+    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
+        super().__init__(chat, prompt, request, ends)
         self.tokens = chat.identifier_tokens(prompt, request.identifiers)
         self.scored = [token for tokens in self.tokens.values() for token in tokens]
         self.logits: dict[str, float] = {}
@@ -490,9 +455,9 @@ class _Scores(_Row):
         self.done = True
         return []
 
-    def answer(self, seconds: float) -> Answer:
+    def answer(self) -> Answer:
         best = max(self.logits, key=lambda name: self.logits[name])
-        return Answer(best, self.logits, self.usage(1), seconds)
+        return Answer(best, self.logits, self.usage(1))
 
 
 class _Permutation(_Row):
@@ -501,8 +466,8 @@ class _Permutation(_Row):
     An identifier of several tokens is chosen token by token among those that unused identifiers go on with.
     """
 
-    def __init__(self, chat: Chat, prompt: str, request: Request) -> None:
-        super().__init__(chat, prompt, request)
+    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
+        super().__init__(chat, prompt, request, ends)
         self.separator, self.end = separators(request.before)
         self.left = chat.answer_tokens(prompt, request.identifiers, self.separator)
         self.longest = sum(map(len, self.left.values()))
@@ -517,10 +482,7 @@ class _Permutation(_Row):
         for name, tokens in self.left.items():
             if chat.tokenizer.decode(tokens[:1]).strip() == name:
                 self.spelled[tokens[0]] = chat.spelled(name, tokens[0])
-        self.scored = sorted(
-            {token for tokens in self.left.values() for token in tokens}
-            | {token for tokens in self.spelled.values() for token in tokens}
-        )
+        self.scored = sorted({token for tokens in (*self.left.values(), *self.spelled.values()) for token in tokens})
         self.order: list[str] = []
         self.alive, self.depth = list(self.left), 0
         self._forced()
@@ -543,35 +505,30 @@ class _Permutation(_Row):
         return passed
 
     def step(self, logits: Tensor) -> list[int]:
+        import torch
+
         options = list(dict.fromkeys(self.left[name][self.depth] for name in self.alive))
         ways = [self.spelled.get(token, [token]) if self.depth == 0 else [token] for token in options]
-        if all(len(way) == 1 for way in ways):
-            values = logits[options]
-        else:
-            import torch
-
-            values = torch.stack([logits[way].max() for way in ways])
+        alike = max(map(len, ways))  # as many of each: the first again where there are fewer
+        values = logits[torch.tensor([way + way[:1] * (alike - len(way)) for way in ways])].amax(dim=1)
         token = options[self.chosen(values)]
         self.alive = [name for name in self.alive if self.left[name][self.depth] == token]
         self.depth += 1
         return [token, *self._forced()]
 
-    def answer(self, seconds: float) -> Answer:
+    def answer(self) -> Answer:
         text = self.separator.join(self.order) + self.end
-        return Answer(text, None, self.usage(len(self.chat.text_tokens(text))), seconds)
+        return Answer(text, None, self.usage(len(self.chat.text_tokens(text))))
 
 
 class _Text(_Row):
     """Free text, to the model's own end or `max_tokens`."""
 
     def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
-        super().__init__(chat, prompt, request)
-        self.ends, self.longest = ends, request.max_tokens
+        super().__init__(chat, prompt, request, ends)
+        self.longest = request.max_tokens
         self.tokens: list[int] = []
         self.finished = False
-
-    def again(self) -> _Row:
-        return _Text(self.chat, self.text, self.request, self.ends)
 
     def step(self, logits: Tensor) -> list[int]:
         token = self.chosen(logits)
@@ -581,6 +538,9 @@ class _Text(_Row):
         self.done = self.finished or len(self.tokens) >= self.request.max_tokens
         return [] if self.done else [token]
 
-    def answer(self, seconds: float) -> Answer:
+    def answer(self) -> Answer:
         text = self.chat.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text, None, self.usage(len(self.tokens)), seconds, self.finished)
+        return Answer(text, None, self.usage(len(self.tokens)), self.finished)
+
+
+ROWS: dict[str, type[_Row]] = {"first": _Scores, "constrained": _Permutation, "generate": _Text}

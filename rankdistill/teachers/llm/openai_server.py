@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import re
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,16 +17,16 @@ from urllib.parse import urlsplit
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError, require
+from rankdistill.plain import shown
 from rankdistill.students.models import resolve_model
 from rankdistill.teachers.llm.answers import identifier_logits
-from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage, printable
+from rankdistill.teachers.llm.base import Answer, Backend, Request, Usage
 from rankdistill.teachers.llm.chat import load_tokenizer, separators
 
 HOSTED = "https://api.openai.com/v1"
 HOSTED_KEY = "OPENAI_API_KEY"
-LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait; longer is an error, not a sleep
-LONGEST_PAUSE = 60.0  # seconds between two tries
-AGAIN = (408, 409, 425, 429)  # and 500 and above: worth another try
+LONGEST_PAUSE = 60.0  # seconds between two tries, where the server names no time
+UNREADABLE = "unreadable"  # a response's extension: what is wrong with a body that came with status 200
 STEP_TOKENS = 8  # of one identifier
 TRIED = 3  # prompts that are refused before any is answered: then it is taken for the settings
 OF_PROMPT = re.compile(
@@ -51,11 +49,8 @@ SETTINGS = {
 
 
 class Refused(RankdistillError):
-    """The server refuses a call as it is (400, 413, 422): for its prompt, or for settings that all calls share.
-
-    Args:
-        of_prompt: the server's words speak of the prompt.
-    """
+    """The server refuses a call as it is (400, 413, 422): for its prompt, where its words speak of one, or for settings
+    that all calls share."""
 
     def __init__(self, what: str, *, where: str, fix: str, of_prompt: bool) -> None:
         super().__init__(what, where=where, fix=fix)
@@ -135,8 +130,7 @@ class OpenAIBackend(Backend):
         self.logprobs, self.prefill, self.constraint = logprobs, prefill, constraint
         self.tokenizer, self.extra, self.length_key = tokenizer, dict(extra or {}), length_key
         self._answered = self._has_logprobs = False  # this server has given an answer, log-probabilities
-        self._not_before = 0.0  # a rate limit holds for all calls, not for the one that met it
-        self._jitter = random.Random()
+        self._failed = False  # a call has: those under way come in, but are not made again
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -156,25 +150,11 @@ class OpenAIBackend(Backend):
 
     def describe(self) -> dict[str, Any]:
         """The settings; of the key the variable's name alone."""
-        return {
-            "type": self.type,
-            "model": self.model,
-            "revision": self.revision,
-            "base_url": self.base_url,
-            "key": self._variable,
-            "prefill": self.prefill,
-            "constraint": self.constraint,
-            "logprobs": self.logprobs,
-            "tokenizer": self.tokenizer,
-            "extra": self.extra,
-        }
+        names = ("type", "model", "revision", "base_url", "prefill", "constraint", "logprobs", "tokenizer", "extra")
+        return {**{name: getattr(self, name) for name in names}, "key": self._variable}
 
     def check(self, decoding: str) -> None:
-        """Refuse a decoding, and `constrained` where the recipe does not say how this server does it.
-
-        Raises:
-            UsageError: naming what works.
-        """
+        """`constrained` needs the recipe to say how this server does it."""
         super().check(decoding)
         if decoding == "constrained" and self.constraint == "none":
             raise UsageError(
@@ -198,11 +178,9 @@ class OpenAIBackend(Backend):
         return load_tokenizer(resolve_model(self.tokenizer).path)
 
     def count_text(self, texts: Sequence[str]) -> list[int]:
-        if self._tokenizer is None:
+        if self._tokenizer is None or not texts:
             return super().count_text(texts)
-        return (
-            [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
-        )
+        return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def count_tokens(self, request: Request) -> int:
         """Tokens of the prompt: by the tokenizer and its chat template, else four characters a token."""
@@ -246,55 +224,74 @@ class OpenAIBackend(Backend):
 
     @cached_property
     def _client(self) -> Any:
-        openai = require("openai", extra="llm", why="a teacher behind an OpenAI-compatible server")
-        return openai.OpenAI(api_key=self._secret(), base_url=self.base_url, timeout=self.timeout, max_retries=0)
+        openai: Any = require("openai", extra="llm", why="a teacher behind an OpenAI-compatible server")
+        return openai.OpenAI(
+            api_key=self._secret(),
+            base_url=self.base_url,
+            timeout=self.timeout,
+            max_retries=self.retries,
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [self._look]}),
+        )
+
+    def _look(self, response: Any) -> None:
+        """Tell the client, which retries by a response's status and headers, what it would not see."""
+        response.read()
+        hopeless = response.status_code == 429 and b"insufficient_quota" in response.content
+        if response.status_code == 200:
+            try:
+                read_reply(response.content)
+            except Unreadable as error:  # anything may be sent with status 200
+                response.extensions[UNREADABLE] = error
+                response.status_code = 502
+                hopeless = error.said and self._of_prompt(str(error))
+        if hopeless or self._failed:
+            response.headers["x-should-retry"] = "false"
+        elif response.status_code != 200 and "retry-after" not in response.headers:
+            pause = min(LONGEST_PAUSE, self.backoff * 2.0 ** tries_of(response.request))
+            response.headers["retry-after-ms"] = f"{1000 * pause * random.uniform(0.75, 1):.0f}"
 
     def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
         """Answer with `concurrency` calls at a time; what is under way when one fails is still handed on."""
         client = self._client
         results: SimpleQueue[tuple[int, Answer | BaseException]] = SimpleQueue()
-        stop = threading.Event()
         source = iter(requests)
         failure: BaseException | None = None
+        self._failed = False
         under_way, drawn_out = 0, False
         refusals: list[tuple[int, Refused]] = []  # of prompts, or of settings: not known before one is answered
 
         def work(number: int, request: Request) -> None:
             try:
-                results.put((number, self._answer(client, request, stop)))
+                results.put((number, self._answer(client, request)))
             except BaseException as error:
                 results.put((number, error))
 
-        try:
-            while True:
-                while failure is None and not drawn_out and under_way < self.concurrency and len(refusals) < TRIED:
-                    item = next(source, None)
-                    if item is None:
-                        drawn_out = True
-                    else:
-                        self._check_request(item[1])
-                        # Daemons: Ctrl-C does not wait for a server that stalls.
-                        threading.Thread(target=work, args=item, daemon=True).start()
-                        under_way += 1
-                if not under_way:
-                    break
-                number, result = results.get()
-                under_way -= 1
-                if isinstance(result, Refused):
-                    refusals.append((number, result))
-                elif isinstance(result, BaseException):
-                    failure = failure or result
-                    stop.set()  # no more tries
+        while True:
+            while failure is None and not drawn_out and under_way < self.concurrency and len(refusals) < TRIED:
+                item = next(source, None)
+                if item is None:
+                    drawn_out = True
                 else:
-                    self._answered = True
-                    yield number, result
-                if refusals and (self._answered or refusals[0][1].of_prompt):
-                    yield from ((number, Answer("", refused=refusal.what)) for number, refusal in refusals)
-                    refusals.clear()
-            if failure is not None or refusals:
-                raise failure or refusals[0][1]
-        finally:
-            stop.set()
+                    self._check_request(item[1])
+                    # Daemons: Ctrl-C does not wait for a server that stalls.
+                    threading.Thread(target=work, args=item, daemon=True).start()
+                    under_way += 1
+            if not under_way:
+                break
+            number, result = results.get()
+            under_way -= 1
+            if isinstance(result, Refused):
+                refusals.append((number, result))
+            elif isinstance(result, BaseException):
+                failure, self._failed = failure or result, True
+            else:
+                self._answered = True
+                yield number, result
+            if refusals and (self._answered or refusals[0][1].of_prompt):
+                yield from ((number, Answer("", refused=refusal.what)) for number, refusal in refusals)
+                refusals.clear()
+        if failure is not None or refusals:
+            raise failure or refusals[0][1]
 
     def _check_request(self, request: Request) -> None:
         self.check(request.decoding)
@@ -309,14 +306,11 @@ class OpenAIBackend(Backend):
                     fix="a prompt with letters as identifiers, or decoding: generate",
                 )
 
-    def _answer(self, client: Any, request: Request, stop: threading.Event) -> Answer:
-        started = time.monotonic()
+    def _answer(self, client: Any, request: Request) -> Answer:
         if request.decoding == "constrained":
-            answer = self._one_by_one(client, request, stop)
-        else:
-            reply = self._call(client, self._body(request), stop)
-            answer = self._first(request, reply) if request.decoding == "first" else self._text(request, reply)
-        return replace(answer, seconds=time.monotonic() - started)
+            return self._one_by_one(client, request)
+        reply = self._call(client, self._body(request))
+        return self._first(request, reply) if request.decoding == "first" else self._text(request, reply)
 
     def _body(self, request: Request) -> dict[str, Any]:
         """The keys of one call."""
@@ -352,22 +346,22 @@ class OpenAIBackend(Backend):
                 where=f"backend: {self.model} at {self.base_url}",
                 fix="decoding: generate works with any server; constrained with `constraint: vllm` or `llama_cpp`",
             )
-        wanted = request.before.strip() if self.prefill == "none" else ""
+        opening = request.before.strip() if self.prefill == "none" else ""
         said = ""
-        found: Sequence[tuple[str, float]] = ()
+        likeliest: Sequence[tuple[str, float]] = ()
         for token, tokens in reply.steps:
-            if said.strip() == wanted:
-                found = tokens
+            if said.strip() == opening:
+                likeliest = tokens
             said += token
-            if said.strip() != wanted and found:
+            if said.strip() != opening and likeliest:
                 break
         # -9999 is how some servers write minus infinity.
-        values = [(token, logarithm) for token, logarithm in found if -9000 < logarithm < math.inf]
+        values = [(token, logarithm) for token, logarithm in likeliest if logarithm > -9000]
         logits = identifier_logits(values, request.identifiers)
         best = max(logits, key=lambda name: logits[name], default="")
         return Answer(best, logits, self._usage(request, reply))
 
-    def _one_by_one(self, client: Any, request: Request, stop: threading.Event) -> Answer:
+    def _one_by_one(self, client: Any, request: Request) -> Answer:
         """One identifier after the other, of those that are left; the last one needs no call."""
         left = list(request.identifiers)
         separator, end = separators(request.before)
@@ -382,7 +376,7 @@ class OpenAIBackend(Backend):
             else:
                 held = {"grammar": "root ::= " + " | ".join(json.dumps(name) for name in left)}
             body["extra_body"] = {**body.get("extra_body", {}), **held}
-            reply = self._call(client, body, stop)
+            reply = self._call(client, body)
             name = self._text(step, reply).text.strip()
             if name not in left:
                 raise RankdistillError(
@@ -392,105 +386,86 @@ class OpenAIBackend(Backend):
                 )
             left.remove(name)
             given.append(name)
-            paid = self._usage(step, reply)
-            usage = Usage(
-                usage.prompt + paid.prompt,
-                usage.answer + paid.answer,
-                usage.cached + paid.cached,
-                usage.estimated or paid.estimated,
-                usage.calls + 1,
-            )
+            usage += self._usage(step, reply)
         return Answer(separator.join([*given, *left]) + end, usage=usage)
 
     def _usage(self, request: Request, reply: Reply) -> Usage:
         if reply.usage is None:
-            return Usage(self.count_tokens(request), self.count_text([reply.text])[0], estimated=True)
+            return Usage(self.count_tokens(request), self.count_text([reply.text])[0], estimated=1)
         return Usage(*reply.usage)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
-    def _call(self, client: Any, body: dict[str, Any], stop: threading.Event) -> Reply:
-        """One call, tried again within bounds.
-
-        Raises:
-            RankdistillError: the last failure, without the key; `UsageError` where a setting is wrong.
-        """
+    def _call(self, client: Any, body: dict[str, Any]) -> Reply:
+        """One call, which the client tries again within bounds; the error is the last failure, without the key."""
         import openai
 
-        failure = ""
-        for attempt in range(self.retries + 1):
-            wait = self._not_before - time.monotonic()
-            if wait > 0 and stop.wait(wait):
-                break
-            asked: float | None = None
-            try:
-                # The bytes: anything may be sent with status 200, which the client's own types would take as it comes.
-                return read_reply(client.chat.completions.with_raw_response.create(**body).content)
-            except Unreadable as error:
-                failure = self._clean(str(error))
-                if error.said and OF_PROMPT.search(failure):
-                    raise self._refused(failure) from None
-            except openai.APIStatusError as error:
-                failure = f"the server answered {error.status_code}: {self._said(error)}"
-                self._refuse(error, failure)
-                asked = _retry_after(error.response.headers)
-            except openai.APITimeoutError:
-                failure = f"the server did not answer within {self.timeout:g} seconds"
-            except openai.APIConnectionError as error:
-                failure = self._clean(f"the server cannot be reached: {error.__cause__ or error}")
-            except (openai.APIResponseValidationError, ValueError, RecursionError) as error:
-                failure = self._clean(f"the server's answer cannot be read: {error}")
-            if asked is not None and asked > LONGEST_WAIT:
-                failure += f" (try again in {asked:.0f} seconds)"
-                break
-            if attempt < self.retries:
-                pause = min(LONGEST_PAUSE, self.backoff * 2.0**attempt) * self._jitter.uniform(0.5, 1.0)
-                if asked is not None:
-                    self._not_before = max(self._not_before, time.monotonic() + asked)
-                    pause *= 0.1  # not all at the same moment
-                if stop.wait(pause):
-                    break
-        tries = attempt + 1
-        raise RankdistillError(
-            f"{failure or 'another call failed'} ({tries} {'try' if tries == 1 else 'tries'})",
-            where=f"backend: {self.model} at {self.base_url}",
+        try:
+            return read_reply(client.chat.completions.with_raw_response.create(**body).content)
+        except openai.APIStatusError as error:
+            raise self._failure(error) from None
+        except openai.APITimeoutError as error:
+            failure, request = f"the server did not answer within {self.timeout:g} seconds", error.request
+        except openai.APIConnectionError as error:
+            failure, request = f"the server cannot be reached: {error.__cause__ or error}", error.request
+        raise self._given_up(failure, request) from None
+
+    def _failure(self, error: Any) -> RankdistillError:
+        """What the last of the tries was answered."""
+        status, unreadable = error.status_code, error.response.extensions.get(UNREADABLE)
+        failure = self._clean(str(unreadable)) if unreadable else f"the server answered {status}: {self._said(error)}"
+        of_prompt = self._of_prompt(failure)
+        fix = "look at the backend's model, base_url, prefill and extra"
+        if unreadable and unreadable.said and of_prompt:
+            return self._refused(failure)
+        if status in (400, 413, 422) or (status == 403 and of_prompt):
+            return self._refused(failure + self._code(error))
+        if status in (401, 403):
+            name = self._variable
+            fix = f"look at the environment variable {name}" if name else "name the variable with the key: key: NAME"
+        elif status == 429 and "insufficient_quota" in str(error.body):
+            fix = "look at the account"
+        elif status in (408, 409, 429) or status >= 500:
+            wait = error.response.headers.get("retry-after")
+            return self._given_up(failure + (f" (try again in {wait} seconds)" if wait else ""), error.request)
+        return RankdistillError(failure, where=self._where, fix=fix)
+
+    def _given_up(self, failure: str, request: Any) -> RankdistillError:
+        tries = tries_of(request) + 1
+        failure = self._clean(failure)
+        return RankdistillError(
+            f"{failure} ({tries} {'try' if tries == 1 else 'tries'})",
+            where=self._where,
             fix="; ".join(self._fixes(failure))
             or "answers so far are kept: run the same command again; `timeout`, `retries`, `backoff` and `concurrency` "
             "of the backend may help",
         )
 
-    def _fixes(self, failure: str) -> list[str]:
-        """What to do about each key of a call that a server's words name."""
-        sent = [key for key, value in self.extra.items() if value is not None]
-        own = {rf"{re.escape(key)}\b": f"extra of the backend without {key}" for key in sent}
-        return [fix for words, fix in {**SETTINGS, **own}.items() if re.search(rf"\b({words})", failure, re.I)]
-
-    def _refuse(self, error: Any, failure: str) -> None:
-        """Raise what another try would not mend."""
-        where = f"backend: {self.model} at {self.base_url}"
-        refused = error.status_code in (400, 413, 422)
-        if refused or (error.status_code == 403 and OF_PROMPT.search(failure)):
-            raise self._refused(failure + self._code(error)) from None
-        if error.status_code in (401, 403):
-            name = self._variable
-            fix = f"look at the environment variable {name}" if name else "name the variable with the key: key: NAME"
-            raise RankdistillError(failure, where=where, fix=fix) from None
-        quota = error.status_code == 429 and "insufficient_quota" in str(error.body)
-        if quota or (error.status_code < 500 and error.status_code not in AGAIN):
-            fix = "look at the account" if quota else "look at the backend's model, base_url, prefill and extra"
-            raise RankdistillError(failure, where=where, fix=fix) from None
-
     def _refused(self, failure: str) -> Refused:
         fixes = self._fixes(failure)
         return Refused(
             failure,
-            where=f"backend: {self.model} at {self.base_url}",
+            where=self._where,
             fix="; ".join(fixes) or "look at the backend's model, base_url, prefill and extra",
-            of_prompt=not fixes and bool(OF_PROMPT.search(failure)),
+            of_prompt=not fixes and self._of_prompt(failure),
         )
 
+    def _fixes(self, failure: str) -> list[str]:
+        """What to do about each key of a call that a server's words name."""
+        sent = [key for key, value in self.extra.items() if value is not None]
+        extra = {rf"{re.escape(key)}\b": f"extra of the backend without {key}" for key in sent}
+        return [fix for words, fix in {**SETTINGS, **extra}.items() if re.search(rf"\b({words})", failure, re.I)]
+
+    @property
+    def _where(self) -> str:
+        return f"backend: {self.model} at {self.base_url}"
+
+    @staticmethod
+    def _of_prompt(words: str) -> bool:
+        return bool(OF_PROMPT.search(words))
+
     def _code(self, error: Any) -> str:
-        """What the server calls the fault, where its words do not hold it: "content_filter"."""
+        """What the server calls the fault: "content_filter"."""
         body = error.body if isinstance(error.body, dict) else {}
         names = [name for name in (body.get("code"), body.get("param")) if isinstance(name, str) and name]
         return f" ({', '.join(self._clean(name) for name in names)})" if names else ""
@@ -506,7 +481,12 @@ class OpenAIBackend(Backend):
         secret = os.environ.get(self._variable or "", "").strip()
         if len(secret) > 3:
             text = text.replace(secret, "***")
-        return printable(re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text), 300)
+        return shown(" ".join(re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text).split()), 300)
+
+
+def tries_of(request: Any) -> int:
+    """How often the client had made this request before."""
+    return int(request.headers.get("x-stainless-retry-count", 0))
 
 
 class Unreadable(ValueError):
@@ -519,37 +499,24 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What of a chat completion is read.
+    """What of a chat completion is read."""
 
-    Args:
-        text: the answer, without what a model thought before it where the server tells the two apart.
-        finished: False where the answer was cut at its longest.
-        steps: (token, the likeliest tokens of its step and their log-probabilities) as far as they were reported.
-        usage: tokens of prompt, of answer, and of the prompt from the cache; None where the server does not say.
-    """
-
-    text: str
-    finished: bool
-    steps: tuple[tuple[str, list[tuple[str, float]]], ...]
-    usage: tuple[int, int, int] | None
+    text: str  # without what a model thought before it, where the server tells the two apart
+    finished: bool  # False where the answer was cut at its longest
+    steps: tuple[tuple[str, list[tuple[str, float]]], ...]  # token, likeliest tokens of its step, log-probabilities
+    usage: tuple[int, int, int] | None  # tokens of prompt, of answer, and of the prompt from the cache
 
 
 def read_reply(content: bytes) -> Reply:
-    """A chat completion out of whatever a server sent.
-
-    Raises:
-        Unreadable: it is none; with the server's words.
-    """
+    """A chat completion out of whatever a server sent, or `Unreadable` with the server's words."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         words = re.sub(r"<[^>]*>", " ", content[:4000].decode(errors="replace"))
         raise Unreadable(f"the server's answer is no JSON: {' '.join(words.split())[:200] or 'nothing'}") from None
     body = body if isinstance(body, dict) else {"": body}
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    message = choice.get("message")
-    text = _content(message.get("content")) if isinstance(message, dict) else None
+    message = _at(body, dict, "choices", 0, "message")
+    text = _content(message.get("content")) if message is not None else None
     if text is None or (not text and body.get("error")):
         said = body.get("error") or body.get("message") or body.get("detail")
         if isinstance(said, dict):
@@ -558,14 +525,22 @@ def read_reply(content: bytes) -> Reply:
         if said:
             raise Unreadable(f"the server's answer is an error: {said}", said=True)
         raise Unreadable(f"the server's answer is no chat completion: {json.dumps(body)[:200]}")
-    logprobs = choice.get("logprobs")
-    steps = logprobs.get("content") if isinstance(logprobs, dict) else None
     return Reply(
         text,
-        finished=choice.get("finish_reason") != "length",
-        steps=tuple(_step(step) for step in steps if isinstance(step, dict)) if isinstance(steps, list) else (),
-        usage=_tokens(body.get("usage")),
+        finished=_at(body, str, "choices", 0, "finish_reason") != "length",
+        steps=tuple(map(_step, _at(body, list, "choices", 0, "logprobs", "content") or [])),
+        usage=_tokens(body),
     )
+
+
+def _at(value: Any, kind: Any, *keys: str | int) -> Any:
+    """What stands there in a foreign body, or None where that is nothing, or of another kind."""
+    for key in keys:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value if isinstance(value, kind) else None
 
 
 def _content(content: Any) -> str | None:
@@ -584,45 +559,16 @@ def _content(content: Any) -> str | None:
     return "".join(texts)
 
 
-def _step(step: dict[str, Any]) -> tuple[str, list[tuple[str, float]]]:
-    top = step.get("top_logprobs")
-    entries = [*(top if isinstance(top, list) else []), step]
-    return step["token"] if isinstance(step.get("token"), str) else "", [
-        (entry["token"], float(entry["logprob"]))
-        for entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("token"), str) and _is_number(entry.get("logprob"))
-    ]
+def _step(step: Any) -> tuple[str, list[tuple[str, float]]]:
+    entries = [*(_at(step, list, "top_logprobs") or []), step]
+    values = [(_at(entry, str, "token"), _at(entry, (int, float), "logprob")) for entry in entries]
+    known = [(token, value) for token, value in values if token is not None and value is not None]
+    return _at(step, str, "token") or "", [(token, float(value)) for token, value in known if abs(value) < 1e300]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _tokens(usage: Any) -> tuple[int, int, int] | None:
-    if not isinstance(usage, dict):
-        return None
-    details = usage.get("prompt_tokens_details")
-    counts = [
-        usage.get("prompt_tokens"),
-        usage.get("completion_tokens", 0),
-        details.get("cached_tokens") if isinstance(details, dict) else 0,
-    ]
-    prompt, answer, cached = (int(n) if _is_number(n) and 0 <= n < 2**40 else None for n in counts)
+def _tokens(body: Any) -> tuple[int, int, int] | None:
+    """Of prompt, of answer, and of the prompt from the cache."""
+    places = (("prompt_tokens",), ("completion_tokens",), ("prompt_tokens_details", "cached_tokens"))
+    counts = [_at(body, (int, float), "usage", *place) for place in places]
+    prompt, answer, cached = (int(count) if count is not None and 0 <= count < 2**40 else None for count in counts)
     return None if prompt is None else (prompt, answer or 0, min(cached or 0, prompt))
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks us to wait, from `Retry-After` (seconds or a date) or `retry-after-ms`."""
-    from email.utils import parsedate_to_datetime
-
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / unit
-        except ValueError:
-            continue
-        if math.isfinite(seconds):
-            return max(seconds, 0.0)
-    try:
-        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
-        return None

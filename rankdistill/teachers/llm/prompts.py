@@ -113,11 +113,7 @@ class Prompt(Section):
         return fingerprint(self.model_dump(exclude={"description"}))
 
     def names(self, count: int) -> tuple[str, ...]:
-        """The identifiers of `count` passages, in their order (or the words that may be answered).
-
-        Raises:
-            UsageError: there are not so many letters.
-        """
+        """The identifiers of `count` passages, in their order (or the words that may be answered)."""
         if isinstance(self.identifiers, list):
             return tuple(self.identifiers)
         if self.identifiers == "numeric":
@@ -160,9 +156,6 @@ class Prompt(Section):
         Args:
             passages: cut by `fit_passages` (which escapes too: twice changes nothing).
             max_tokens: of the answer; by default enough for a whole ranking and some words around it.
-
-        Raises:
-            UsageError: no passage, or more than the template can name.
         """
         fewest, most, shows = SHOWS[self.kind]
         if not fewest <= len(passages) <= most:
@@ -239,15 +232,8 @@ def escaped(text: str, delimiters: Sequence[str] = ()) -> str:
 def fit_passages(
     passages: Sequence[str], tokens: int, count: Callable[[Sequence[str]], list[int]], delimiters: Sequence[str] = ()
 ) -> tuple[list[str], int]:
-    """Escape passages and cut those longer than `tokens`, at a space where one is near.
-
-    Args:
-        tokens: that a passage may have, at least 1.
-        count: tokens of each text (`Backend.count_text`).
-
-    Returns:
-        (texts, how many were cut)
-    """
+    """Escape passages and cut those longer than `tokens` (as `count` counts them), at a space where one is near; the
+    texts, and how many were cut."""
     texts = [escaped(text, delimiters) for text in passages]
     counts = dict(enumerate(count(texts))) if texts else {}
     cut = sum(number > tokens for number in counts.values())

@@ -226,25 +226,3 @@ def test_a_dry_run_over_sliding_windows_counts_every_call(
     assert spent.calls == rest.spent.calls and last.asking.budget.reused == 9
     assert spent.prompt == pytest.approx(rest.spent.prompt, rel=0.1)
     assert "may not hold" in "\n".join(dry_run(paying, tiny_collection, lists, ScoreStore(tmp_path / "new")).lines())
-
-
-def test_stopped_by_its_budget_and_gone_on_the_scores_are_the_same(
-    tiny_causal_lm: Path, tiny_collection: Collection, tmp_path: Path
-) -> None:
-    lists = candidates(tiny_collection, 10, 4)
-    settings = {"decoding": "first", "window": 6, "step": 3}
-    whole = score_candidates(
-        teacher(tiny_causal_lm, **settings), tiny_collection, lists, ScoreStore(tmp_path / "whole")
-    )
-    calls = 0
-    for _ in range(20):
-        paying = teacher(tiny_causal_lm, **settings, budget="3calls")
-        try:
-            parts = score_candidates(paying, tiny_collection, lists, ScoreStore(tmp_path / "parts"))
-            break
-        except BudgetReached:
-            calls += paying.asking.budget.spent.calls
-    calls += paying.asking.budget.spent.calls
-    assert calls == 3 * 4  # windows of 6 over 10, by 3: three; four lists
-    for query_id, doc_ids, _ in lists:
-        np.testing.assert_array_equal(parts.scores_of(query_id, doc_ids), whole.scores_of(query_id, doc_ids))
