@@ -129,11 +129,8 @@ def suites_page() -> str:
 def metrics_page() -> str:
     from rankdistill.evaluation import metrics
 
-    rows = [
-        f"| `{name}` | {'ranx' if name in metrics.RANX else 'rankdistill'} |"
-        for name in metrics.STANDARD + metrics.RANX
-    ]
-    names = "## Names\n\n| metric | computed by |\n|---|---|\n" + "\n".join(rows)
+    rows = [f"| `{name}` | {cell(what)} |" for name, what in metrics.METRICS.items()]
+    names = "## Names\n\n| metric | what it is |\n|---|---|\n" + "\n".join(rows)
     return page("Metrics", prose(metrics.__doc__ or ""), names)
 
 

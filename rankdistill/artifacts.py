@@ -55,7 +55,6 @@ LIBRARIES = (
     "bm25s",
     "pyserini",
     "pyseismic-lsr",
-    "ranx",
     "tokenizers",
     "PyStemmer",
 )
@@ -167,6 +166,21 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """`write_atomically` of a value as JSON that a person can read."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_table(path: str | Path, table: Any) -> None:
+    """`write_atomically` of a pyarrow table as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 @contextmanager

@@ -12,7 +12,9 @@ import contextlib
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -44,12 +46,7 @@ class WhiteSpaceError(RankdistillError):
 
 
 def trec_order(scores: np.ndarray, doc_ids: Sequence[str]) -> np.ndarray:
-    """Positions of one query's documents in trec_eval's order.
-
-    Args:
-        scores: [n].
-        doc_ids: n ids, all different.
-    """
+    """Positions of one query's documents, all different, in trec_eval's order."""
     scores = np.asarray(scores, np.float32)
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -60,32 +57,35 @@ def trec_order(scores: np.ndarray, doc_ids: Sequence[str]) -> np.ndarray:
     return np.asarray(by_id)[np.argsort(-scores[by_id], kind="stable")]
 
 
-def checked_scores(scores: Any, where: str, keys: Sequence[str] | None = None) -> np.ndarray:
-    """Scores as float32 [n].
-
-    Raises:
-        RankdistillError: one is NaN, infinite or too large for float32; `keys[i]` says which.
-    """
-    given = np.asarray(scores)
+def checked_scores(scores: Any, where: str, name_of: Callable[[int], str] | None = None) -> np.ndarray:
+    """Scores as float32 [n], or an error where one is NaN, infinite or too large; `name_of` a row says which."""
+    raw = np.asarray(scores)
     with np.errstate(over="ignore"):
-        checked = given.astype(np.float32, copy=False)
-    if checked.size and not np.isfinite(checked).all():
+        checked = raw.astype(np.float32, copy=False)
+    if not np.isfinite(checked).all():
         first = int(np.flatnonzero(~np.isfinite(checked))[0])
-        at = f", {keys[first]}" if keys is not None else ""
         raise RankdistillError(
-            f"a score is not a finite float32 number: {given[first]}",
-            where=f"{where}{at}",
+            f"a score is not a finite float32 number: {raw[first]}",
+            where=where if name_of is None else f"{where}, {name_of(first)}",
             fix="write the run again without NaN, infinite or larger scores",
         )
     return checked
 
 
-def _rank_keys(queries: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """uint64 [N] that rise with the query and fall with the score: one sort instead of two."""
-    bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes −0 equal to 0
-    # As IEEE 754 numbers their bits rise with the value, once negative ones are turned round.
-    rising = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
-    return queries.astype(np.uint64) << np.uint64(32) | ~rising
+def positions(values: Any, among: Any) -> np.ndarray:
+    """Where each value stands among others, -1 where it does not: int64 [n]. Numbers or ids, NumPy or Arrow arrays."""
+    arrays = (part if isinstance(part, pa.Array) else pa.array(part) for part in (values, among))
+    return pc.index_in(*arrays).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def ranks_within(counts: np.ndarray) -> np.ndarray:
+    """1, 2, ... within each of consecutive groups of these sizes: int64 [sum of the counts]."""
+    return np.arange(1, counts.sum() + 1) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def file_stem(path: Path) -> str:
+    """How the run in a file is called."""
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
 
 
 class Run:
@@ -126,8 +126,7 @@ class Run:
             raise ValueError("offsets, doc_ids and scores do not fit together")
         if len(set(self.query_ids)) < len(self.query_ids):
             raise RankdistillError("a query is listed twice in the run", where=name)
-        if not np.isfinite(self.scores).all() or self.scores.dtype != np.float32:
-            self.scores = checked_scores(self.scores, name)
+        self.scores = checked_scores(self.scores, name)
         self._put_in_order()
 
     @classmethod
@@ -168,24 +167,41 @@ class Run:
         """bool [N]: the score equals that of another document of the query, so that ids decide the order."""
         return _tied(self.scores, self.offsets)
 
-    def first(self, depth: int) -> Run:
-        """The run cut to the first `depth` documents of each query."""
-        counts = np.diff(self.offsets)
-        if counts.max(initial=0) <= depth:
-            return self
-        return self.keep(np.arange(len(self.scores)) - np.repeat(self.offsets[:-1], counts) < depth)
-
-    def keep(self, rows: np.ndarray) -> Run:
-        """The run with the documents where `rows` [N] is true; a query that keeps none stays."""
-        offsets = np.concatenate([[0], np.cumsum(rows)])[self.offsets]
-        doc_ids = self.doc_ids.filter(pa.array(rows))
-        return Run(self.query_ids, offsets, doc_ids, self.scores[rows], self.name, self.notes)
+    @property
+    def ranks(self) -> np.ndarray:
+        """int64 [N], from 1."""
+        return ranks_within(np.diff(self.offsets))
 
     @property
     def self_hits(self) -> np.ndarray:
         """bool [N]: the document's id is the query's."""
-        queries = pa.array(self.query_ids, pa.large_string())
-        return np.asarray(pc.index_in(self.doc_ids, value_set=queries).fill_null(-1).to_numpy() == self.query_rows)
+        return positions(self.doc_ids, pa.array(self.query_ids, pa.large_string())) == self.query_rows
+
+    def first(self, depth: int) -> Run:
+        """The run cut to the first `depth` documents of each query."""
+        return self if np.diff(self.offsets).max(initial=0) <= depth else self.keep(self.ranks <= depth)
+
+    def keep(self, rows: np.ndarray) -> Run:
+        """The run with the documents where `rows` [N] is true; a query that keeps none stays."""
+        offsets = np.concatenate([[0], np.cumsum(rows)])[self.offsets]
+        return self._part(self.query_ids, offsets, np.flatnonzero(rows))
+
+    def for_queries(self, query_ids: Sequence[str]) -> Run:
+        """The run of these queries, in this order; one that it does not hold has no documents."""
+        if self.query_ids == query_ids:
+            return self
+        row_of = {query_id: row for row, query_id in enumerate(self.query_ids)}
+        rows = np.array([row_of.get(query_id, len(self)) for query_id in query_ids], np.int64)
+        starts, counts = np.append(self.offsets, self.offsets[-1])[rows], np.append(np.diff(self.offsets), 0)[rows]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return self._part(list(query_ids), offsets, np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts))
+
+    def _part(self, query_ids: list[str], offsets: np.ndarray, rows: np.ndarray) -> Run:
+        """Some rows of this run, which are checked and in order."""
+        part = copy(self)
+        part.query_ids, part.offsets, part.notes = query_ids, offsets, dict(self.notes)
+        part.doc_ids, part.scores = self.doc_ids.take(pa.array(rows)), self.scores[rows]
+        return part
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """Ranges of whole queries, of about ROWS_AT_ONCE rows and at least one query."""
@@ -239,16 +255,10 @@ def _tied(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def _block_order(scores: np.ndarray, codes: IdCodes, queries: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-    """The order that puts rows in trec_eval's: int64 [N], or None when they are in it.
-
-    Args:
-        scores: [N] by query.
-        codes: of the N rows' documents.
-        queries: [N] rising numbers of the rows' queries; `offsets` says where each begins.
-    """
+    """The order that puts rows in trec_eval's: int64 [N], or None when they are in it; queries are rising numbers."""
     order: np.ndarray | None = None
     if ((scores[1:] > scores[:-1]) & (queries[1:] == queries[:-1])).any():
-        order = np.argsort(_rank_keys(queries, scores), kind="stable")
+        order = np.lexsort((-scores, queries))
         scores = scores[order]
     tied = np.flatnonzero(_tied(scores, offsets))
     if not len(tied):
@@ -268,33 +278,23 @@ def _block_order(scores: np.ndarray, codes: IdCodes, queries: np.ndarray, offset
 def read_run(path: str | Path, name: str | None = None) -> Run:
     """Read a whole run: TREC text (also gzip) or Parquet, told apart by content. Rows of one query may lie apart.
 
-    Args:
-        path: the file.
-        name: default the file's stem.
-
     Raises:
         RankdistillError: it is unreadable; the file and line (or row) are named.
     """
     path = Path(path)
-    query_ids: list[str] = []
-    rows_of: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # of the queries, as they come
     queries, doc_ids, scores, ranks = [], [], [], []
     notes: dict[str, int] = {}
     for batch in _batches(path):
-        encoded = pc.run_end_encode(batch["query_id"])
-        segment_ids = encoded.values.to_pylist()
-        for query_id in segment_ids:
-            if query_id not in rows_of:
-                rows_of[query_id] = len(query_ids)
-                query_ids.append(query_id)
-        lengths = np.diff(encoded.run_ends.to_numpy(), prepend=0)
-        queries.append(np.repeat(np.array([rows_of[query_id] for query_id in segment_ids], np.int32), lengths))
+        encoded = batch["query_id"].dictionary_encode()
+        of_batch = [numbers.setdefault(query_id, len(numbers)) for query_id in encoded.dictionary.to_pylist()]
+        queries.append(np.array(of_batch, np.int32)[encoded.indices.to_numpy()])
         doc_ids.append(batch["doc_id"])
         scores.append(batch["score"].to_numpy())
         ranks.append(batch["rank"].to_numpy())
         if batch.get("numeric_ids"):
             notes["numeric_ids"] = notes.get("numeric_ids", 0) + batch["numeric_ids"]
-    name = name or path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    query_ids, name = list(numbers), name or file_stem(path)
     if not queries:
         return Run([], np.zeros(1), [], np.zeros(0, np.float32), name)
     query_rows, score, rank = np.concatenate(queries), np.concatenate(scores), np.concatenate(ranks)
@@ -361,8 +361,7 @@ def _ranking(query_id: str, doc_ids: list[str], parts: list[np.ndarray], path: P
 def _refuse_repeated(query_id: str, doc_ids: Sequence[str], where: str) -> None:
     if len(set(doc_ids)) == len(doc_ids):
         return
-    seen: set[str] = set()
-    repeated = next(doc_id for doc_id in doc_ids if doc_id in seen or seen.add(doc_id))  # type: ignore[func-returns-value]
+    repeated = next(doc_id for doc_id, count in Counter(doc_ids).items() if count > 1)
     raise RankdistillError(
         f"document {repeated!r} is listed more than once for query {query_id!r}",
         where=where,
@@ -396,8 +395,11 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
             for table in file.iter_batches(ROW_GROUP, columns=columns):
                 if any(table[name].null_count for name in ("query_id", "doc_id", "score")):
                     raise RankdistillError("the run has empty cells", where=f"{path}, rows from {first_row + 1}")
-                keys = _LazyKeys(table["query_id"], table["doc_id"])
-                score = checked_scores(table["score"].to_numpy(zero_copy_only=False), str(path), keys)
+
+                def name_of(row: int, table: pa.RecordBatch = table) -> str:
+                    return f"query {table['query_id'][row].as_py()!r}, document {table['doc_id'][row].as_py()!r}"
+
+                score = checked_scores(table["score"].to_numpy(zero_copy_only=False), str(path), name_of)
                 # The rank decides nothing: one that is no whole number is not compared with the score.
                 ranked = "rank" in columns and not table["rank"].null_count and pa.types.is_integer(table["rank"].type)
                 rank = table["rank"].cast(pa.int64()) if ranked else pa.array(np.zeros(table.num_rows, np.int64))
@@ -413,19 +415,6 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
                 first_row += table.num_rows
     except (pa.ArrowException, OSError) as error:
         raise RankdistillError(f"the Parquet run cannot be read: {error}", where=str(path)) from None
-
-
-class _LazyKeys(Sequence[str]):
-    """ "query q, document d" of a row, made only when an error names it."""
-
-    def __init__(self, query_ids: pa.Array, doc_ids: pa.Array) -> None:
-        self.query_ids, self.doc_ids = query_ids, doc_ids
-
-    def __getitem__(self, row: Any) -> Any:
-        return f"query {self.query_ids[row].as_py()!r}, document {self.doc_ids[row].as_py()!r}"
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
 
 
 def _trec_batches(path: Path) -> Iterator[Batch]:
@@ -542,13 +531,8 @@ class RunWriter:
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._seen: set[str] = set()
         self._writer: pq.ParquetWriter | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self._query_ids: list[str] = []
-        self._counts: list[int] = []
-        self._doc_ids: list[str] = []
-        self._scores: list[np.ndarray] = []
+        self._buffer: list[Ranking] = []
+        self._flushed = 0  # rows
 
     def __enter__(self) -> RunWriter:
         with disk_errors(self.path):
@@ -570,31 +554,27 @@ class RunWriter:
             raise ValueError(f"{len(doc_ids)} documents but {len(scores)} scores for query {query_id!r}")
         _refuse_repeated(query_id, doc_ids, str(self.path))
         self._seen.add(query_id)
-        checked = checked_scores(scores, f"{self.path}, query {query_id!r}", doc_ids)
+        checked = checked_scores(scores, f"{self.path}, query {query_id!r}", doc_ids.__getitem__)
         order = trec_order(checked, doc_ids)
-        self._query_ids.append(query_id)
-        self._counts.append(len(order))
-        self._doc_ids += [doc_ids[i] for i in order]
-        self._scores.append(checked[order])
+        self._buffer.append((query_id, [doc_ids[i] for i in order], checked[order]))
         self.queries += 1
         self.rows += len(order)
-        if len(self._doc_ids) >= ROW_GROUP:
+        if self.rows - self._flushed >= ROW_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        if self._doc_ids and self._writer is not None:
-            counts = np.array(self._counts)
-            starts = np.repeat(np.cumsum(counts) - counts, counts)
-            rows = pa.array(np.repeat(np.arange(len(counts)), counts))
+        if self.rows > self._flushed and self._writer is not None:
+            query_ids, doc_ids, scores = zip(*self._buffer, strict=True)
+            counts = np.array([len(ids) for ids in doc_ids])
             columns = [
-                pa.array(self._query_ids, pa.string()).take(rows),
-                pa.array(self._doc_ids, pa.string()),
-                pa.array((np.arange(counts.sum()) - starts + 1).astype(np.int32)),
-                pa.array(np.concatenate(self._scores)),
+                pa.array(query_ids, pa.string()).take(pa.array(np.repeat(np.arange(len(counts)), counts))),
+                pa.array(list(chain.from_iterable(doc_ids)), pa.string()),
+                pa.array(ranks_within(counts), pa.int32()),
+                pa.array(np.concatenate(scores)),
             ]
             with disk_errors(self.path):
-                self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=len(self._doc_ids))
-        self._clear()
+                self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=self.rows - self._flushed)
+        self._buffer, self._flushed = [], self.rows
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -646,14 +626,10 @@ def _blocks(
     """Some queries at a time, in trec_eval's order: query ids, documents of each, document ids, scores."""
     if not isinstance(run, Run):
         for query_id, ids, scores in run:
-            checked = checked_scores(scores, f"{path}, query {query_id!r}", ids)
+            checked = checked_scores(scores, f"{path}, query {query_id!r}", ids.__getitem__)
             order = trec_order(checked, ids)
-            yield (
-                [query_id],
-                np.array([len(order)]),
-                pa.array([ids[i] for i in order], pa.large_string()),
-                checked[order],
-            )
+            ordered = pa.array([ids[i] for i in order], pa.large_string())
+            yield [query_id], np.array([len(order)]), ordered, checked[order]
         return
     for first, last in run.parts():
         start, end = run.offsets[first], run.offsets[last]
@@ -675,9 +651,8 @@ def _trec_lines(
                 where=f"{path}, query {query_ids[at if ids is queries else rows[at]]!r}",
                 fix="write the run as Parquet (RunWriter)",
             )
-    ranks = np.arange(1, len(rows) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
     # Arrow prints a float32 with the fewest digits that read back as the same float32.
-    numbers = [pa.array(column).cast(pa.large_string()) for column in (ranks, scores)]
+    numbers = [pa.array(column).cast(pa.large_string()) for column in (ranks_within(counts), scores)]
     q0, last, space = (pa.scalar(text, pa.large_string()) for text in ("Q0", f"{tag}\n", " "))
     lines = pc.binary_join_element_wise(queries.take(pa.array(rows)), q0, doc_ids, *numbers, last, space)
     # The strings of an Arrow array lie one after the other: together they are the text.

@@ -202,15 +202,12 @@ def open_bm25(
 
 
 def _engine_system(engine: Any, note: str = "") -> EngineSystem:
-    from rankdistill.evaluation.cost import model_parameters
     from rankdistill.evaluation.evaluate import EngineSystem
 
     if getattr(engine.encoder, "inference_free", False):
         no_model = "no model runs at query time: a query is its tokens, weighed by a table"
         note = f"{note}; {no_model}" if note else no_model
-    system = EngineSystem(engine, bytes=engine.index.bytes, note=note)
-    system.parameters = model_parameters(engine.encoder)
-    return system
+    return EngineSystem(engine, bytes=engine.index.bytes, note=note)
 
 
 def _best_step(run: RunFolder, name: str) -> str:
@@ -236,6 +233,7 @@ def _teacher_row(
     A recorded teacher may lack scores: where it has none there is no row (it would be the first stage's, under the
     teacher's name), and where it knows some of the queries the row is of those, and says so.
     """
+    from rankdistill.evaluation.evaluate import RerankSystem
     from rankdistill.indexes.mining import FILE
     from rankdistill.runs import iter_run
 
@@ -259,7 +257,8 @@ def _teacher_row(
     note = f"the teacher re-ranks the first {depth} of {source.engine.name}"
     if scored < total:
         note += f"; it has scores for {scored:,} of {total:,} candidates, the others follow in the first stage's order"
-    system = _Reranked(recorded, path / FILE, depth, note, _served_teacher(run, collection, source.engine, depth))
+    served = _served_teacher(run, collection, source.engine, depth)
+    system = RerankSystem(recorded, path / FILE, depth, note=note, timed=False, served=served)
     if len(part) == listed or _live(run.teacher):
         return "teacher", system
     system.part = part
@@ -284,6 +283,7 @@ def _rerank_row(
 ) -> System:
     """A student that reads pairs, re-ranking the top of a source of candidates, as its teacher's row does."""
     from rankdistill.evaluation.cost import Reranking
+    from rankdistill.evaluation.evaluate import RerankSystem
     from rankdistill.indexes.mining import FILE
 
     candidates = _first_stage(run, collection, split, source, depth, suffix)
@@ -299,7 +299,8 @@ def _rerank_row(
 
     served = Reranking(source.engine, collection, score, lambda: [student], depth)
     said = f"the student re-ranks the first {depth} of {source.engine.name}"
-    return _Reranked(live, candidates.path / FILE, depth, f"{said}; {note}" if note else said, served)
+    note = f"{said}; {note}" if note else said
+    return RerankSystem(live, candidates.path / FILE, depth, note=note, timed=False, served=served)
 
 
 def _served_teacher(run: RunFolder, collection: Collection, engine: Any, depth: int) -> Reranking | None:
@@ -328,20 +329,3 @@ def _served_teacher(run: RunFolder, collection: Collection, engine: Any, depth: 
 
 def _live(teacher: Any) -> bool:
     return all(member.live for member in getattr(teacher, "members", [teacher]))
-
-
-class _Reranked:
-    """A row of re-ranked candidates: its speed is measured as it is served, whether or not scores are looked up."""
-
-    timed = False
-
-    def __init__(self, scores: Any, base: Path, depth: int, note: str, served: Reranking | None) -> None:
-        from rankdistill.evaluation.evaluate import RerankSystem
-
-        self._system = RerankSystem(scores, base, depth)
-        self.note, self.served = note, served
-        self.lowest = self._system.lowest
-        self.part: set[str] | None = None  # the queries that it has scores for, where they are not all
-
-    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Any:
-        return self._system.run(collection, query_ids, texts, depth)

@@ -306,7 +306,7 @@ def test_the_reference_has_the_python_api(reference: dict[str, str]) -> None:
 
 
 def test_the_reference_has_specifications_suites_metrics_and_shipped_files(reference: dict[str, str]) -> None:
-    from rankdistill.evaluation.metrics import RANX, STANDARD
+    from rankdistill.evaluation.metrics import METRICS
     from rankdistill.evaluation.suites import Suite
     from rankdistill.indexes.sparse_specification import SPARSE
     from rankdistill.indexes.specification import IndexSpecification, QuantizerSpecification
@@ -315,7 +315,7 @@ def test_the_reference_has_specifications_suites_metrics_and_shipped_files(refer
     for model in (IndexSpecification, QuantizerSpecification, *SPARSE.values()):
         assert model.model_fields.keys() <= rows(reference["specifications"])
     assert Suite.model_fields.keys() <= rows(reference["suites"])
-    assert rows(reference["metrics"]) == {*STANDARD, *RANX}
+    assert rows(reference["metrics"]) == set(METRICS)
     for folder in ("configs", "indexes", "eval/suites", "configs/prompts"):
         assert shipped(folder)
         assert all(path.read_text().rstrip() in reference["shipped"] for path in shipped(folder).values())

@@ -93,7 +93,7 @@ def checks() -> list[Check]:
         _torch(),
         _gpu(),
         _faiss(),
-        *(_package(name) for name in ("sentence-transformers", "transformers", "bm25s", "ranx", "ir_datasets")),
+        *(_package(name) for name in ("sentence-transformers", "transformers", "bm25s", "ir_datasets")),
         _encoder(),
         _lucene(),
         _java(),

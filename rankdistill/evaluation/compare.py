@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,37 +25,38 @@ from rankdistill.evaluation.results import Evaluation, Row
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
 from rankdistill.plain import shown_lines
 from rankdistill.progress import progress, say, warn
-from rankdistill.runs import Run, read_run
+from rankdistill.runs import Run, file_stem, read_run
 
 if TYPE_CHECKING:
-    from rankdistill.evaluation.suites import Judged
+    from rankdistill.collections import Collection
 
 RUN_FILES = (".trec", ".trec.gz", ".run", ".run.gz", ".parquet")
 RESULTS = "results.json"
 FORMS = ("text", "markdown", "latex", "json")
 
 
-class _Given(NamedTuple):
+class _Source(NamedTuple):
     """A run to compare: its name, where it lies, and the evaluation it belongs to, if any."""
 
     name: str
     run: Run | Path
-    folder: Path
-    results: dict[str, Any] | None
+    folder: Path = Path()
+    results: dict[str, Any] | None = None
 
 
 class _Judgments(NamedTuple):
-    name: str
-    split: str
-    collection: dict[str, str]
     qrels: Qrels
+    name: str
+    spec: str = ""
+    fingerprint: str = ""
+    split: str = ""
 
 
 def compare(
     runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path],
     qrels: Qrels | str | Path | None = None,
     *,
-    collection: Judged | str | None = None,
+    collection: Collection | str | None = None,
     split: str | None = None,
     metrics: Sequence[str] | None = None,
     baseline: str | None = None,
@@ -82,41 +84,40 @@ def compare(
         UsageError: no judgments given, an unknown metric or baseline, evaluations of different sets.
         RankdistillError: a file cannot be read or does not fit the judgments.
     """
-    given = list(_given(runs))
-    if not given:
+    sources = list(_sources(runs))
+    if not sources:
         raise UsageError("there is no run to compare", fix="give run files, or the folder of an evaluation")
-    names = _names(given)
+    names = _names(sources)
     pick_baseline(names, baseline)
     parse_correction(correction)
-    settings = _settings(given)
+    settings = _settings(sources)
     metrics = list(metrics or settings.get("metrics") or DEFAULT_METRICS)
     for metric in metrics:
         parse_metric(metric)
-    level = relevance_level if relevance_level is not None else int(settings.get("relevance_level", 1))
-    drop = drop_self_hits if drop_self_hits is not None else bool(settings.get("drop_self_hits", False))
+    level = int(settings.get("relevance_level", 1)) if relevance_level is None else relevance_level
+    drop = bool(settings.get("drop_self_hits", False)) if drop_self_hits is None else drop_self_hits
     judgments = _judgments(qrels, collection, split, settings)
-    rows: list[Row] = []
-    values: dict[str, dict[str, np.ndarray]] = {}
-    depth = 0
-    with progress("compare", len(given), "runs") as bar:
-        for name, one in zip(names, given, strict=True):
-            run = one.run if isinstance(one.run, Run) else read_run(one.run)
-            found = evaluate_run(run, judgments.qrels, metrics, relevance_level=level, drop_self_hits=drop)
-            depth = max(depth, int(np.diff(run.offsets).max(initial=0)))
-            rows.append(Row(name, found.means, found.notes, str(one.run) if isinstance(one.run, Path) else ""))
-            values[name] = found.per_query
-            bar.advance()
     evaluation = Evaluation(
         name=judgments.name,
         split=judgments.split,
-        collection=judgments.collection,
+        collection={key: getattr(judgments, key) for key in ("name", "spec", "fingerprint")},
         metrics=metrics,
-        depth=depth,
+        depth=0,
         relevance_level=level,
         drop_self_hits=drop,
-        rows=rows,
+        rows=[],
         environment=environment(),
     )
+    values: dict[str, dict[str, np.ndarray]] = {}
+    with progress("compare", len(sources), "runs") as bar:
+        for name, source in zip(names, sources, strict=True):
+            run = source.run if isinstance(source.run, Run) else read_run(source.run)
+            measured = evaluate_run(run, judgments.qrels, metrics, relevance_level=level, drop_self_hits=drop)
+            evaluation.depth = max(evaluation.depth, int(np.diff(run.offsets).max(initial=0)))
+            file = str(source.run) if isinstance(source.run, Path) else ""
+            evaluation.rows.append(Row(name, measured.means, measured.notes, file))
+            values[name] = measured.per_query
+            bar.advance()
     evaluation.compare_rows(
         values,
         baseline=baseline,
@@ -129,14 +130,7 @@ def compare(
 
 
 def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = None) -> None:
-    """Print a comparison, or write it to a file: the table of runs, then that of pairs.
-
-    Args:
-        form: `text`, `markdown`, `latex` or `json` (which has every pair on every metric).
-
-    Raises:
-        UsageError: an unknown form.
-    """
+    """Print a comparison, or write it to a file, as text, markdown, latex or json (every pair on every metric)."""
     from rankdistill.evaluation import results
 
     if form not in FORMS:
@@ -149,11 +143,11 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
         values = evaluation.to_json() | {"significance": significance.to_json() if significance else None}
         text = json.dumps(values, indent=2) + "\n"
     elif form == "markdown":
-        text = results.markdown_tables(shown)
+        text = results.markdown(shown)
     elif form == "latex":
-        text = results.latex_tables(shown)
+        text = results.latex(shown)
     else:
-        text = results.plain_tables(shown) + "\n"
+        text = results.plain_table(shown) + "\n"
     if out is not None:
         reads = [evaluation.collection["spec"], *(row.run for row in evaluation.rows)]
         check_file(out, reads=reads, mark=results.SIGNED.get(form, '{\n  "name"').strip())
@@ -168,25 +162,21 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
 # -- which runs -------------------------------------------------------------------------------------------------------
 
 
-def _given(runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path]) -> Iterator[_Given]:
+def _sources(runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path]) -> Iterator[_Source]:
     if isinstance(runs, Mapping):
         for name, run in runs.items():
-            yield _Given(name, run if isinstance(run, Run) else Path(run), Path(), None)
+            yield _Source(name, run if isinstance(run, Run) else Path(run))
         return
     for run in [runs] if isinstance(runs, str | Path | Run) else runs:
         if isinstance(run, Run):
-            yield _Given(run.name, run, Path(), None)
+            yield _Source(run.name, run)
         elif (path := Path(run)).is_dir():
             yield from _folder(path)
         else:
-            yield _Given(_stem(path), path, path.parent, None)
+            yield _Source(file_stem(path), path, path.parent)
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
-
-
-def _folder(folder: Path) -> Iterator[_Given]:
+def _folder(folder: Path) -> Iterator[_Source]:
     """The runs of an evaluation, which may lie deeper (a suite's folder, a run's), or every run file in a folder."""
     evaluations = [path.parent for path in sorted(folder.rglob(RESULTS)) if (path.parent / "runs").is_dir()]
     if len(evaluations) > 1:
@@ -208,10 +198,10 @@ def _folder(folder: Path) -> Iterator[_Given]:
             fix=f"the names of run files end in {', '.join(RUN_FILES)}",
         )
     for path in files:
-        yield _Given(_stem(path), path, folder, None)
+        yield _Source(file_stem(path), path, folder)
 
 
-def _evaluated(folder: Path) -> Iterator[_Given]:
+def _evaluated(folder: Path) -> Iterator[_Source]:
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         rows = [(str(row["system"]), folder / str(row["run"])) for row in results["rows"]]
@@ -224,72 +214,65 @@ def _evaluated(folder: Path) -> Iterator[_Given]:
     for system, path in rows:
         if folder.resolve() not in path.resolve().parents:
             raise RankdistillError(f"the run of {system!r} lies outside the evaluation", where=str(folder / RESULTS))
-        yield _Given(system, path, folder, results)
+        yield _Source(system, path, folder, results)
 
 
-def _names(given: Sequence[_Given]) -> list[str]:
-    """Different names; those that clash get the parts of their folders that differ.
-
-    Raises:
-        UsageError: the same run twice.
-    """
-    names = [one.name for one in given]
+def _names(sources: Sequence[_Source]) -> list[str]:
+    """Different names; those that clash get the parts of their folders that differ."""
+    names = [source.name for source in sources]
     for name in {name for name in names if names.count(name) > 1}:
-        at = [number for number, one in enumerate(given) if one.name == name]
-        parts = [given[number].folder.resolve().parts for number in at]
-        while all(len(one) > 0 for one in parts) and len({one[0] for one in parts}) == 1:
-            parts = [one[1:] for one in parts]
-        while all(len(one) > 0 for one in parts) and len({one[-1] for one in parts}) == 1:
-            parts = [one[:-1] for one in parts]
-        for number, own in zip(at, parts, strict=True):
-            names[number] = "/".join([*own, name])
+        clashing = [number for number, source in enumerate(sources) if source.name == name]
+        paths = [sources[number].folder.resolve().parts for number in clashing]
+        endings = [path[_shared(paths) :][::-1] for path in paths]
+        for number, ending in zip(clashing, endings, strict=True):
+            names[number] = "/".join([*ending[_shared(endings) :][::-1], name])
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(
             f"two runs are called {twice!r}",
-            where=", ".join(str(one.run) for one, name in zip(given, names, strict=True) if name == twice),
+            where=", ".join(str(source.run) for source, name in zip(sources, names, strict=True) if name == twice),
             fix="give each run once, or rename a file",
         )
     return names
 
 
-def _settings(given: Sequence[_Given]) -> dict[str, Any]:
-    """What the evaluations among the runs agree on.
+def _shared(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many parts all paths begin with."""
+    return len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
 
-    Raises:
-        UsageError: they are of different sets.
-    """
-    found = [(one.folder, one.results) for one in given if one.results is not None]
-    if not found:
-        return {}
+
+def _settings(sources: Sequence[_Source]) -> dict[str, Any]:
+    """What the evaluations among the runs agree on."""
+    evaluated = [(source.folder, source.results) for source in sources if source.results is not None]
 
     def key(results: dict[str, Any]) -> tuple[Any, ...]:
         return (results.get("collection", {}).get("fingerprint"), results.get("split"), results.get("relevance_level"))
 
-    for folder, results in found[1:]:
-        if key(results) != key(found[0][1]):
+    for folder, results in evaluated[1:]:
+        if key(results) != key(evaluated[0][1]):
             raise UsageError(
                 "these evaluations are of different sets",
-                where=f"{found[0][0]} and {folder}",
+                where=f"{evaluated[0][0]} and {folder}",
                 fix="compare runs on the same collection, split and relevance level",
             )
-    return found[0][1]
+    return evaluated[0][1] if evaluated else {}
 
 
 # -- judgments --------------------------------------------------------------------------------------------------------
 
 
 def _judgments(
-    qrels: Qrels | str | Path | None, collection: Judged | str | None, split: str | None, settings: dict[str, Any]
+    qrels: Qrels | str | Path | None, collection: Collection | str | None, split: str | None, settings: dict[str, Any]
 ) -> _Judgments:
+    from rankdistill.collections import open_collection
+
     if qrels is not None and collection is not None:
         raise UsageError("both judgments and a collection are given", fix="give one of them")
     if isinstance(qrels, str | Path):
         path = Path(qrels)
-        read = read_judgments(path)
-        return _Judgments(path.name, "", {"name": path.name, "spec": str(path), "fingerprint": file_digest(path)}, read)
+        return _Judgments(read_judgments(path), path.name, str(path), file_digest(path))
     if qrels is not None:
-        return _Judgments("judgments", "", {"name": "judgments", "spec": "", "fingerprint": ""}, qrels)
+        return _Judgments(qrels, "judgments")
     recorded = settings.get("collection", {}) if collection is None else {}
     collection = collection if collection is not None else recorded.get("spec")
     if not collection:
@@ -298,8 +281,6 @@ def _judgments(
             fix="give --qrels FILE, or --collection COLLECTION with --split, or the folder of an evaluation",
         )
     if isinstance(collection, str):
-        from rankdistill.collections import open_collection
-
         collection = open_collection(collection)
     if recorded and collection.fingerprint != recorded.get("fingerprint"):
         raise RankdistillError(
@@ -314,18 +295,13 @@ def _judgments(
             where=collection.spec,
             fix=f"splits: {', '.join(collection.splits) or 'none'}",
         )
-    source = {"name": collection.name, "spec": collection.spec, "fingerprint": collection.fingerprint}
-    return _Judgments(collection.name, split, source, collection.qrels(split, missing=True))
+    judged = collection.qrels(split, missing=True)
+    return _Judgments(judged, collection.name, collection.spec, collection.fingerprint, split)
 
 
 def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
-    """Judgments from a file: TREC (`query 0 document relevance`), BEIR (three columns), or Parquet; gzip too.
-
-    Args:
-        path: Parquet has the columns query_id, doc_id, relevance; it is told by its first bytes.
-
-    Returns:
-        {query id: {doc id: relevance}}, queries in the file's order.
+    """Judgments from a file: TREC (`query 0 document relevance`), BEIR (three columns), or Parquet (query_id, doc_id,
+    relevance), told by its first bytes; gzip too. {query id: {doc id: relevance}}, queries in the file's order.
 
     Raises:
         RankdistillError: the file is unreadable or empty, or judges a document twice and differently.
@@ -336,10 +312,11 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
     with open(path, "rb") as stream:
         parquet = stream.read(4) == b"PAR1"
     qrels: dict[str, dict[str, int]] = {}
-    rows = 0
+    repeated = 0
     for query_id, doc_id, relevance, where in _parquet_rows(path) if parquet else _text_rows(path):
-        rows += 1
-        before = qrels.setdefault(query_id, {}).setdefault(doc_id, relevance)
+        judged = qrels.setdefault(query_id, {})
+        repeated += doc_id in judged
+        before = judged.setdefault(doc_id, relevance)
         if before != relevance:
             raise RankdistillError(
                 f"document {doc_id!r} is judged {before} and {relevance} for query {query_id!r}",
@@ -348,7 +325,6 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
             )
     if not qrels:
         raise RankdistillError("the file holds no judgments", where=str(path))
-    repeated = rows - sum(map(len, qrels.values()))
     if repeated:
         warn(f"{path}: {repeated:,} judgments are repeated and count once")
     return qrels
@@ -357,8 +333,8 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
 def _text_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
     from rankdistill.collections.text_files import read_qrels
 
-    for one in read_qrels(path):
-        yield one.query_id, one.doc_id, one.relevance, f"{path}:{one.line}"
+    for judgment in read_qrels(path):
+        yield judgment.query_id, judgment.doc_id, judgment.relevance, f"{path}:{judgment.line}"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
@@ -371,17 +347,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
     columns = ["query_id", "doc_id", "relevance"]
     try:
         table = pq.read_table(path)
-        missing = set(columns) - set(table.column_names)
+        missing = ", ".join(sorted(set(columns) - set(table.column_names)))
         if missing:
             has = ", ".join(table.column_names)
-            raise RankdistillError(f"the judgments have no column {', '.join(sorted(missing))} (they have {has})",
-                                   where=str(path))  # fmt: skip
+            raise RankdistillError(f"the judgments have no column {missing} (they have {has})", where=str(path))
         if any(table[name].null_count for name in columns[:2]):
             raise RankdistillError("the judgments have empty cells", where=str(path))
         ids = [text_ids(table[name].combine_chunks(), str(path)).to_pylist() for name in columns[:2]]
-        relevance = table["relevance"].to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise RankdistillError(f"the Parquet judgments cannot be read: {error}", where=str(path)) from None
-    for row, (query_id, doc_id, level) in enumerate(zip(*ids, relevance, strict=True), 1):
+    for row, (query_id, doc_id, level) in enumerate(zip(*ids, table["relevance"].to_pylist(), strict=True), 1):
         where = f"{path}, row {row}"
         yield query_id, doc_id, grade(level, where), where

@@ -41,32 +41,76 @@ def engine_steps(engine: Any, depth: int) -> dict[str, Step]:
     if hasattr(engine, "steps"):  # it knows a shorter way
         own: dict[str, Step] = engine.steps(depth)
         return own
-    encoder, index = getattr(engine, "encoder", None), getattr(engine, "index", None)
-    if encoder is None or index is None:
+    parts = encoder_and_index(engine)
+    if parts is None:
         return {"search": lambda texts, _: engine.search(texts, depth)}
+    encoder, index = parts
     return {
         "encode": lambda texts, _: encoder.encode_queries(texts),
         "search": lambda _, vectors: index.search(vectors, depth),
     }
 
 
+def encoder_and_index(engine: Any) -> tuple[Any, Any] | None:
+    """Of an engine that tells them apart."""
+    encoder, index = getattr(engine, "encoder", None), getattr(engine, "index", None)
+    return None if encoder is None or index is None else (encoder, index)
+
+
+class Footprint:
+    """What a system keeps to search: `bytes` on disk, and in memory its models too."""
+
+    bytes: int | None
+
+    def models(self) -> list[Any]:
+        raise NotImplementedError
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.bytes is None else self.bytes + sum(map(model_bytes, self.models()))
+
+    @property
+    def parameters(self) -> int | None:
+        counts = [count for model in self.models() if (count := model_parameters(model)) is not None]
+        return sum(counts) if counts else None
+
+    @property
+    def device(self) -> Any:
+        """The last model's that is not the processor."""
+        devices = [model.device for model in self.models() if hasattr(model, "device")]
+        return next((device for device in reversed(devices) if str(device) != "cpu"), "cpu")
+
+
+def encoders(engine: Any) -> list[Any]:
+    """The encoder of an engine that has one."""
+    encoder = getattr(engine, "encoder", None)
+    return [] if encoder is None else [encoder]
+
+
 @dataclass
-class Reranking:
+class Reranking(Footprint):
     """How a teacher is served: a first stage, then the teacher over what it found. For `measure_costs`.
 
     Args:
         engine: the first stage.
         score: (query, document ids, document texts) → scores, computed now.
-        models: gives what is in memory beside the first stage's index and encoder; asked after the first query.
+        teachers: gives what is in memory beside the first stage's index and encoder; asked after the first query.
         depth: documents re-ranked for each query, whatever depth is asked for.
     """
 
     engine: Any
     collection: Any
     score: Callable[[str, list[str], list[str]], Any]
-    models: Callable[[], Sequence[Any]]
+    teachers: Callable[[], Sequence[Any]]
     depth: int
     rates: list[float] = field(default_factory=list)  # pairs a second, of each query so far
+
+    def __post_init__(self) -> None:
+        # The first stage's index is what is kept to search; the texts that the teacher reads come on top.
+        self.bytes = getattr(getattr(self.engine, "index", self.engine), "bytes", None)
+
+    def models(self) -> list[Any]:
+        return [*encoders(self.engine), *self.teachers()]
 
     def steps(self, depth: int) -> dict[str, Step]:
         return {**engine_steps(self.engine, self.depth), "rerank": self._rerank}
@@ -83,28 +127,6 @@ class Reranking:
     def pairs_per_second(self) -> float:
         """The median: the first query loads the models."""
         return round(float(np.median(self.rates)), 1)
-
-    @property
-    def bytes(self) -> int | None:
-        """The first stage's index: what is kept to search; the texts that the teacher reads come on top."""
-        held: int | None = getattr(getattr(self.engine, "index", self.engine), "bytes", None)
-        return held
-
-    def _models(self) -> list[Any]:
-        encoder = getattr(self.engine, "encoder", None)
-        return [*([encoder] if encoder is not None else []), *self.models()]
-
-    @property
-    def memory_bytes(self) -> int | None:
-        return None if self.bytes is None else self.bytes + sum(map(model_bytes, self._models()))
-
-    @property
-    def parameters(self) -> int | None:
-        return sum(model_parameters(model) or 0 for model in self._models()) or None
-
-    @property
-    def device(self) -> Any:
-        return next((model.device for model in reversed(self._models()) if hasattr(model, "device")), "cpu")
 
 
 def model_bytes(model: Any) -> int:
@@ -153,7 +175,7 @@ def measure_costs(
     texts = collection.query_texts(drawn)
     measured, others = texts[:queries], texts[queries:] or texts
     documents = getattr(collection, "document_count", None)
-    found: dict[str, dict[str, Any]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     totals: dict[str, np.ndarray] = {}
     rerankers: list[str] = []
     devices: set[str] = set()
@@ -162,24 +184,25 @@ def measure_costs(
             system = getattr(systems[row.system], "served", None) or systems[row.system]
             steps = system.steps(depth) if hasattr(system, "steps") else {}
             times = _latencies(steps, measured, others, seconds) if steps else {}
-            one: dict[str, Any] = {f"{name}_ms": percentiles(values) for name, values in times.items()}
-            one.setdefault("encode_ms", None)
-            one.setdefault("search_ms", None)
             total = np.sum(list(times.values()), axis=0) if times else None
-            one["total_ms"] = percentiles(total) if total is not None else None
-            one["queries_measured"] = len(total) if total is not None else 0
             rate = row.queries_per_second
             if rate is None and total is not None:
                 rate = round(1000 / max(float(total.mean()), 1e-6), 4)  # a re-ranker's batch is one query's documents
-            one["batch_queries_per_second"] = rate
             size = row.bytes if row.bytes is not None else getattr(system, "bytes", None)
-            one["bytes"] = size
-            one["bytes_a_document"] = round(size / documents, 2) if size is not None and documents else None
-            one["memory_bytes"] = getattr(system, "memory_bytes", None)
-            one["parameters"] = getattr(system, "parameters", None)
-            one["pairs_per_second"] = system.pairs_per_second() if isinstance(system, Reranking) and times else None
-            one["quality"] = row.means.get(metric)
-            found[row.system] = one
+            costs[row.system] = {
+                "encode_ms": None,
+                "search_ms": None,
+                **{f"{name}_ms": percentiles(values) for name, values in times.items()},
+                "total_ms": percentiles(total) if total is not None else None,
+                "queries_measured": len(total) if total is not None else 0,
+                "batch_queries_per_second": rate,
+                "bytes": size,
+                "bytes_a_document": round(size / documents, 2) if size is not None and documents else None,
+                "memory_bytes": getattr(system, "memory_bytes", None),
+                "parameters": getattr(system, "parameters", None),
+                "pairs_per_second": system.pairs_per_second() if isinstance(system, Reranking) and times else None,
+                "quality": row.means.get(metric),
+            }
             if total is not None:
                 totals[row.system] = total
                 devices.add(device_name(getattr(system, "device", "cpu")))
@@ -188,17 +211,17 @@ def measure_costs(
             bar.advance()
     points = {
         name: {
-            "quality": one["quality"],
-            "latency": one["total_ms"]["p50"] if one["total_ms"] else None,
-            "bytes": one["bytes"],
+            "quality": cost["quality"],
+            "latency": cost["total_ms"]["p50"] if cost["total_ms"] else None,
+            "bytes": cost["bytes"],
         }
-        for name, one in found.items()
+        for name, cost in costs.items()
     }
     return {
         "environment": {**measuring_environment(), "device": ", ".join(sorted(devices)) or "cpu"},
         "metric": metric,
         "depth": depth,
-        "systems": found,
+        "systems": costs,
         "pareto": {axis: pareto_front(points, maximise=["quality"], minimise=[axis]) for axis in ("latency", "bytes")},
         "same_queries": [_on_the_same_queries(name, totals) for name in rerankers],
     }
@@ -259,38 +282,29 @@ def _on_the_same_queries(teacher: str, totals: Mapping[str, np.ndarray]) -> dict
 def pareto_front(
     points: Mapping[str, Mapping[str, float | None]], *, maximise: Sequence[str] = (), minimise: Sequence[str] = ()
 ) -> list[str]:
-    """The points that no other point dominates: at least as good in every key and better in one.
+    """Names of the points that no other dominates: at least as good in every key and better in one.
 
-    Points that are equal in every key do not dominate each other: all of them are on the front, or none. A point that
-    lacks a key (None or NaN) is left out.
+    Equal points are on the front together, or not at all. A point that lacks a key (None or NaN) is left out.
 
     Args:
         points: name → key → value.
-        maximise: keys of which more is better.
-        minimise: keys of which less is better.
-
-    Returns:
-        names, best first by the first key given (`maximise` before `minimise`), then by the next; ties by name.
+        maximise, minimise: keys of which more, or less, is better. Names come best first by these keys, ties by name.
     """
-    kept: dict[str, tuple[float, ...]] = {}
+    better_low: dict[str, tuple[float, ...]] = {}
     for name, values in points.items():
-        better_low = [-_number(values.get(key)) for key in maximise] + [_number(values.get(key)) for key in minimise]
-        if not any(math.isnan(value) for value in better_low):
-            kept[name] = tuple(better_low)
+        known = [values.get(key) for key in (*maximise, *minimise)]
+        signs = [-1.0] * len(maximise) + [1.0] * len(minimise)
+        numbers = [sign * value for sign, value in zip(signs, known, strict=True) if value is not None]
+        if len(numbers) == len(known) and not any(map(math.isnan, numbers)):
+            better_low[name] = tuple(numbers)
     front: list[str] = []
     # In this order a point can only be dominated by one before it, and then by one of the front.
-    for name in sorted(kept, key=lambda name: (kept[name], name)):
-        mine = kept[name]
-        dominated = any(
-            kept[other] != mine and all(a <= b for a, b in zip(kept[other], mine, strict=True)) for other in front
-        )
-        if not dominated:
+    for name in sorted(better_low, key=lambda name: (better_low[name], name)):
+        mine = better_low[name]
+        others = (better_low[other] for other in front if better_low[other] != mine)
+        if not any(all(a <= b for a, b in zip(other, mine, strict=True)) for other in others):
             front.append(name)
     return front
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------

@@ -9,30 +9,32 @@ Files in the folder of an evaluation: `runs/SYSTEM.trec` (Parquet where ids hold
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rankdistill.artifacts import disk_errors, write_atomically
+from rankdistill.artifacts import disk_errors, write_atomically, write_json, write_table
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.cost import Step, engine_steps, measuring_environment, model_bytes
+from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps, measuring_environment
 from rankdistill.evaluation.extrapolation import QuerySplit, measure_splits
-from rankdistill.evaluation.fidelity import Fidelity, measure_fidelity
-from rankdistill.evaluation.metrics import DEFAULT_METRICS, Metrics, evaluate_run, parse_metric
+from rankdistill.evaluation.fidelity import measure_fidelity
+from rankdistill.evaluation.metrics import DEFAULT_METRICS, evaluate_run, parse_metric
 from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, markdown
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
-from rankdistill.evaluation.suites import EvaluationSet, Found, Judged, Missing, Suite, load_references, locate
-from rankdistill.progress import Progress, progress, warn
+from rankdistill.evaluation.suites import EvaluationSet, Found, Missing, Suite, load_references, locate
+from rankdistill.progress import progress, warn
 from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 QUERY_BATCH = 256  # queries handed to a system at once
 TEACHER = "teacher"  # the row that others' agreement is measured with
@@ -59,13 +61,15 @@ class Searches(Protocol):
 
 
 @dataclass
-class EngineSystem:
+class EngineSystem(Footprint):
     """An engine that searches the collection's rows."""
 
     engine: Searches
     bytes: int | None = None
     note: str = ""
-    parameters: int | None = None
+
+    def models(self) -> list[Any]:
+        return encoders(self.engine)
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
         for query_id, hits in zip(query_ids, self.engine.search(texts, depth), strict=True):
@@ -73,43 +77,6 @@ class EngineSystem:
 
     def steps(self, depth: int) -> dict[str, Step]:
         return engine_steps(self.engine, depth)
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """The index and the encoder's weights, all of them in memory."""
-        return None if self.bytes is None else self.bytes + model_bytes(getattr(self.engine, "encoder", None))
-
-    @property
-    def device(self) -> Any:
-        return getattr(getattr(self.engine, "encoder", None), "device", "cpu")
-
-
-class RunSystem:
-    """A ranking made elsewhere: a run, or the path of a run file."""
-
-    bytes = None
-    note = ""
-    timed = False
-
-    def __init__(self, run: Run | str | Path) -> None:
-        self.source = run
-
-    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
-        """Also the queries without judgments, so that they are counted; cut to `depth`."""
-        yield from self.cut(depth, False)[0]
-
-    def cut(self, depth: int, drop_self_hits: bool, name: str | None = None) -> tuple[Run, int]:
-        """The first `depth` documents of each query, self hits left out where asked for, and how many those were."""
-        run = copy(self.source) if isinstance(self.source, Run) else read_run(self.source)
-        dropped = 0
-        if drop_self_hits:
-            run = run.first(depth + 1)
-            itself = run.self_hits
-            dropped = int(np.count_nonzero(itself))
-            run = run.keep(~itself) if dropped else run
-        run = run.first(depth)
-        run.name = name or run.name
-        return run, dropped
 
 
 class RerankList(NamedTuple):
@@ -134,6 +101,8 @@ class RerankSystem:
         base: the first stage's ranking, a run or the path of one.
         depth: documents scored for each query.
         lists_at_once: queries handed to the teacher together.
+        timed, served: whether speed is measured while ranking; else how it is measured live, see `measure_costs`.
+        part: the queries that there are scores for, where they are not all.
     """
 
     scores: Callable[[Sequence[Any]], Iterable[tuple[str, Sequence[str], Any]]]
@@ -142,19 +111,22 @@ class RerankSystem:
     bytes: int | None = None
     note: str = ""
     lists_at_once: int = 32
+    timed: bool = True
+    served: Any = None
+    part: set[str] | None = None
     lowest: dict[str, float] = field(default_factory=dict)  # of each query run so far: the teacher's least score
 
     def __post_init__(self) -> None:
-        base = self.base if isinstance(self.base, Run) else read_run(self.base)
-        self._base, self._row_of = base, {query_id: row for row, query_id in enumerate(base.query_ids)}
+        self._base = self.base if isinstance(self.base, Run) else read_run(self.base)
+        self._row_of = {query_id: row for row, query_id in enumerate(self._base.query_ids)}
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
         for start in range(0, len(query_ids), self.lists_at_once):
             part = slice(start, start + self.lists_at_once)
             lists = [self._list(collection, *query) for query in zip(query_ids[part], texts[part], strict=True)]
             scored = {query_id: (ids, scores) for query_id, ids, scores in self.scores([x for x in lists if x.doc_ids])}
-            for one in lists:
-                yield self._merge(one.query_id, scored.get(one.query_id, ([], [])), depth)
+            for item in lists:
+                yield self._merge(item.query_id, *scored.get(item.query_id, ([], [])), depth)
 
     def _first(self, query_id: str, depth: int) -> list[str]:
         row = self._row_of.get(query_id)
@@ -166,23 +138,19 @@ class RerankSystem:
 
     def _list(self, collection: Any, query_id: str, query: str) -> RerankList:
         doc_ids = self._first(query_id, self.depth)
-        rows = collection.doc_rows(doc_ids)
+        rows = np.asarray(collection.doc_rows(doc_ids))
         known = [doc_id for doc_id, row in zip(doc_ids, rows, strict=True) if row >= 0]
-        return RerankList(query_id, query, known, collection.document_texts(np.asarray(rows)[np.asarray(rows) >= 0]))
+        return RerankList(query_id, query, known, collection.document_texts(rows[rows >= 0]))
 
-    def _merge(self, query_id: str, scored: tuple[Sequence[str], Any], depth: int) -> Ranking:
-        ids, scores = list(scored[0]), np.asarray(scored[1], np.float32)
-        finite = np.isfinite(scores)
-        ids, scores = [doc_id for doc_id, good in zip(ids, finite, strict=True) if good], scores[finite]
-        order = trec_order(scores, ids)
-        taken = set(ids)
-        rest = [doc_id for doc_id in self._first(query_id, max(depth, self.depth)) if doc_id not in taken]
-        lowest = np.float32(scores.min() if len(scores) else 0.0)
+    def _merge(self, query_id: str, doc_ids: Sequence[str], scores: Any, depth: int) -> Ranking:
+        finite = np.isfinite(np.asarray(scores, np.float32))
+        ids, scores = list(itertools.compress(doc_ids, finite)), np.asarray(scores, np.float32)[finite]
         if len(scores):
-            self.lowest[query_id] = float(lowest)
-        below = scores_below(lowest, len(rest))
-        merged = [ids[i] for i in order] + rest
-        return query_id, merged[:depth], np.concatenate([scores[order], below]).astype(np.float32)[:depth]
+            self.lowest[query_id] = float(scores.min())
+        order, scored = trec_order(scores, ids), set(ids)
+        rest = [doc_id for doc_id in self._first(query_id, max(depth, self.depth)) if doc_id not in scored]
+        below = scores_below(scores.min() if len(scores) else np.float32(0), len(rest))
+        return query_id, ([ids[i] for i in order] + rest)[:depth], np.concatenate([scores[order], below])[:depth]
 
 
 def scores_below(lowest: np.float32, count: int) -> np.ndarray:
@@ -192,9 +160,12 @@ def scores_below(lowest: np.float32, count: int) -> np.ndarray:
     return np.asarray(lowest - step * np.arange(1, count + 1, dtype=np.float32), np.float32)
 
 
+Systems = Mapping[str, System | Run | str | Path]
+
+
 def evaluate_systems(
-    systems: Mapping[str, System | Run | str | Path],
-    collection: Judged,
+    systems: Systems,
+    collection: Collection,
     split: str,
     metrics: Sequence[str] = DEFAULT_METRICS,
     depth: int = 1000,
@@ -247,32 +218,30 @@ def evaluate_systems(
     rows: list[Row] = []
     per_query: list[pa.Table] = []
     values: dict[str, dict[str, np.ndarray]] = {}
-    files = _file_names(systems)
-    for system_name, given in systems.items():
-        system = RunSystem(given) if isinstance(given, Run | str | Path) else given
-        file = out / "runs" / files[system_name]
-        clock = _Clock(system)
+    for (system_name, system), file_name in zip(systems.items(), _file_names(systems), strict=True):
         part = getattr(system, "part", None)
         ids = query_ids if part is None else [query_id for query_id in query_ids if query_id in part]
-        if isinstance(system, RunSystem):
-            run, clock.self_hits = system.cut(depth, drop_self_hits, system_name)
-        else:
-            with progress(f"evaluate {system_name}", len(ids), "queries") as bar, RunWriter(file) as writer:
-                rankings = _rankings(system, collection, ids, depth + drop_self_hits, bar, clock)
-                for ranking in _without_self_hits(rankings, depth, drop_self_hits, clock):
-                    writer.add(*ranking)
-            run = read_run(file, system_name)
+        file = out / "runs" / file_name
+        run, dropped, rate = _run(system, system_name, collection, ids, depth, drop_self_hits, file)
         judged = qrels if part is None else {query_id: qrels[query_id] for query_id in ids}
-        found = evaluate_run(run, judged, metrics, relevance_level=relevance_level)
-        file = _as_trec(run, file)
-        found.notes["self_hits_dropped"] = clock.self_hits
-        found.notes["self_documents"] = itself
-        rows.append(_row(system_name, system, found, file.relative_to(out), clock))
-        if part is not None:
-            continue
-        names = pa.array([system_name] * len(found.query_ids), pa.string())
-        per_query.append(found.to_table().add_column(0, "system", names))
-        values[system_name] = found.per_query
+        measured = evaluate_run(run, judged, metrics, relevance_level=relevance_level)
+        measured.notes |= {"self_hits_dropped": dropped, "self_documents": itself}
+        rows.append(
+            Row(
+                system=system_name,
+                means=measured.means,
+                notes=measured.notes,
+                run=_as_trec(run, file).relative_to(out).as_posix(),
+                bytes=getattr(system, "bytes", None),
+                queries_per_second=rate,
+                parameters=getattr(system, "parameters", None),
+                note=getattr(system, "note", ""),
+            )
+        )
+        if part is None:
+            names = pa.array([system_name] * len(measured.query_ids), pa.string())
+            per_query.append(measured.to_table().add_column(0, "system", names))
+            values[system_name] = measured.per_query
     set_name = name or collection.name
     evaluation = Evaluation(
         name=set_name,
@@ -291,14 +260,14 @@ def evaluate_systems(
     if splits:
         evaluation.extrapolation = measure_splits(splits, values, qrels, relevance_level)
     if TEACHER in systems and len(rows) > 1:
-        evaluation.fidelity = _fidelity(evaluation, systems[TEACHER], qrels, values)
+        _measure_fidelity(evaluation, getattr(systems[TEACHER], "lowest", None), qrels, values)
     if latency_queries:
         evaluation.measure_cost(systems, collection, query_ids, latency_queries)
     _write(evaluation, per_query, out)
     return evaluation
 
 
-def _own_documents(collection: Judged, query_ids: list[str]) -> int:
+def _own_documents(collection: Collection, query_ids: list[str]) -> int:
     """How many queries are documents of the collection: of the same id and the same text (see `mining`)."""
     from rankdistill.indexes.mining import same_text
 
@@ -310,20 +279,21 @@ def _own_documents(collection: Judged, query_ids: list[str]) -> int:
     return sum(same_text(text, document) for text, document in zip(texts, documents, strict=True))
 
 
-def _fidelity(
-    evaluation: Evaluation, teacher: Any, qrels: Any, values: Mapping[str, Mapping[str, np.ndarray]]
-) -> Fidelity | None:
-    """Agreement of all rows with the teacher's, from the runs on disk."""
+def _measure_fidelity(
+    evaluation: Evaluation,
+    lowest: Mapping[str, float] | None,
+    qrels: Any,
+    values: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    """Fill in the agreement of all rows with the teacher's, from the runs on disk."""
     assert evaluation.path is not None
-    metric = evaluation.metrics[0]
-    runs: dict[str, Run | str | Path] = {row.system: evaluation.path / row.run for row in evaluation.rows}
-    own = runs.pop(TEACHER)
-    lowest = getattr(teacher, "lowest", None)
     if lowest is not None and not lowest.keys() & qrels.keys():
         warn("the teacher has no score for any query here: agreement with it is not measured")
-        return None
-    return measure_fidelity(
-        own,
+        return
+    metric = evaluation.metrics[0]
+    runs: dict[str, Run | str | Path] = {row.system: evaluation.path / row.run for row in evaluation.rows}
+    evaluation.fidelity = measure_fidelity(
+        runs.pop(TEACHER),
         runs,
         qrels,
         name=TEACHER,
@@ -332,6 +302,49 @@ def _fidelity(
         lowest=lowest,
         values={system: by_metric[metric] for system, by_metric in values.items()},
     )
+
+
+def _run(
+    system: System | Run | str | Path,
+    name: str,
+    collection: Collection,
+    query_ids: list[str],
+    depth: int,
+    drop_self_hits: bool,
+    file: Path,
+) -> tuple[Run, int, float | None]:
+    """A system's run, without self hits where asked for; how many those were; queries a second where it is timed.
+
+    What searches is written to `file` first. Its own work is timed in batches, after one query that warms it up. A
+    ready run keeps its queries without judgments, so that they are counted.
+    """
+    if isinstance(system, Run | str | Path):
+        run = copy(system) if isinstance(system, Run) else read_run(system)
+        run = run.first(depth + drop_self_hits)
+        itself = run.self_hits if drop_self_hits else np.zeros(len(run.scores), bool)
+        run = run.keep(~itself).first(depth)
+        run.name = name
+        return run, int(np.count_nonzero(itself)), None
+    timed, seconds, dropped = getattr(system, "timed", True), 0.0, 0
+    batch = QUERY_BATCH if timed else max(len(query_ids), 1)  # what was made elsewhere is gone through once
+    if timed:
+        list(system.run(collection, query_ids[:1], collection.query_texts(query_ids[:1]), depth))
+    with progress(f"evaluate {name}", len(query_ids), "queries") as bar, RunWriter(file) as writer:
+        for start in range(0, len(query_ids), batch):
+            ids = query_ids[start : start + batch]
+            texts = collection.query_texts(ids)
+            started = time.perf_counter()
+            rankings = system.run(collection, ids, texts, depth + drop_self_hits)
+            rankings = list(rankings) if timed else rankings
+            seconds += time.perf_counter() - started
+            for query_id, doc_ids, scores in rankings:
+                if drop_self_hits and query_id in doc_ids:
+                    dropped += 1
+                    at = doc_ids.index(query_id)
+                    doc_ids, scores = doc_ids[:at] + doc_ids[at + 1 :], np.delete(scores, at)
+                writer.add(query_id, doc_ids[:depth], scores[:depth])
+                bar.advance()
+    return read_run(file, name), dropped, len(query_ids) / seconds if timed and seconds else None
 
 
 def _as_trec(run: Run, file: Path) -> Path:
@@ -350,75 +363,17 @@ def _as_trec(run: Run, file: Path) -> Path:
     return trec
 
 
-@dataclass
-class _Clock:
-    """Seconds a system took, queries it answered and self hits it returned."""
-
-    system: System
-    seconds: float = 0.0
-    queries: int = 0
-    self_hits: int = 0
-
-    def rate(self) -> float | None:
-        timed = getattr(self.system, "timed", True) and self.queries and self.seconds
-        return self.queries / self.seconds if timed else None
-
-
-def _rankings(
-    system: System, collection: Judged, query_ids: list[str], depth: int, bar: Progress, clock: _Clock
-) -> Iterator[Ranking]:
-    """All rankings of a system, its own work timed in batches; the first query is run once before, to warm it up."""
-    if not getattr(system, "timed", True):
-        # A ready run is gone through once, whatever the order of its queries.
-        for ranking in system.run(collection, query_ids, [""] * len(query_ids), depth):
-            bar.advance()
-            yield ranking
-        return
-    for _ in system.run(collection, query_ids[:1], collection.query_texts(query_ids[:1]), depth):
-        pass
-    for start in range(0, len(query_ids), QUERY_BATCH):
-        ids = query_ids[start : start + QUERY_BATCH]
-        texts = collection.query_texts(ids)
-        started = time.perf_counter()
-        batch = list(system.run(collection, ids, texts, depth))
-        clock.seconds += time.perf_counter() - started
-        clock.queries += len(ids)
-        bar.advance(len(ids))
-        yield from batch
-
-
-def _without_self_hits(rankings: Iterable[Ranking], depth: int, drop: bool, clock: _Clock) -> Iterator[Ranking]:
-    for query_id, doc_ids, scores in rankings:
-        if drop and query_id in doc_ids:
-            clock.self_hits += 1
-            at = doc_ids.index(query_id)
-            doc_ids, scores = doc_ids[:at] + doc_ids[at + 1 :], np.delete(scores, at)
-        yield query_id, doc_ids[:depth], scores[:depth]
-
-
-def _row(name: str, system: System, found: Metrics, file: Path, clock: _Clock) -> Row:
-    return Row(
-        system=name,
-        means=found.means,
-        notes=found.notes,
-        run=file.as_posix(),
-        bytes=getattr(system, "bytes", None),
-        queries_per_second=clock.rate(),
-        parameters=getattr(system, "parameters", None),
-        note=getattr(system, "note", ""),
-    )
-
-
-def _file_names(names: Iterable[str]) -> dict[str, str]:
-    """System → file name: letters, digits, dots and dashes; different for different systems."""
-    files: dict[str, str] = {}
+def _file_names(names: Iterable[str]) -> list[str]:
+    """Of each system a file name: letters, digits, dots and dashes; different for different systems."""
+    files: list[str] = []
     for name in names:
         stem = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "system"
-        taken, number = set(files.values()), 2
-        file = f"{stem}.parquet"
-        while file.lower() in {other.lower() for other in taken}:
-            file, number = f"{stem}-{number}.parquet", number + 1
-        files[name] = file
+        taken = {file.lower() for file in files}
+        offered = (
+            f"{stem}{ending}.parquet"
+            for ending in itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        )
+        files.append(next(file for file in offered if file.lower() not in taken))
     return files
 
 
@@ -430,21 +385,16 @@ def environment() -> dict[str, Any]:
 
 def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None:
     if per_query:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.concat_tables(per_query), sink)
-        write_atomically(out / "per_query.parquet", sink.getvalue().to_pybytes())
+        write_table(out / "per_query.parquet", pa.concat_tables(per_query))
     if evaluation.significance is not None:
-        write_atomically(out / "significance.json", json.dumps(evaluation.significance.to_json(), indent=2) + "\n")
+        write_json(out / "significance.json", evaluation.significance.to_json())
     if evaluation.cost is not None:
-        write_atomically(out / "cost.json", json.dumps(evaluation.cost, indent=2) + "\n")
+        write_json(out / "cost.json", evaluation.cost)
     for measured in (evaluation.fidelity, evaluation.extrapolation):
         if measured is not None:
             measured.write(out)
-    write_atomically(out / "results.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+    write_json(out / "results.json", evaluation.to_json())
     write_atomically(out / "results.md", markdown(evaluation))
-
-
-Systems = Mapping[str, System | Run | str | Path]
 
 
 def evaluate_suite(
@@ -453,7 +403,7 @@ def evaluate_suite(
     out: str | Path,
     *,
     splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None = None,
-    own: Judged | None = None,
+    own: Collection | None = None,
     local: str | Path | None = None,
     fetch: bool = True,
     opener: Callable[[str], Any] | None = None,
@@ -475,16 +425,16 @@ def evaluate_suite(
     evaluations: list[Evaluation] = []
     missing: list[dict[str, str]] = []
     groups: dict[str, str] = {}
-    for one in suite.sets:
-        found = locate(one, own=own, local=Path(local) if local else None, fetch=fetch, opener=opener)
-        if isinstance(found, Missing):
-            warn(f"{one.name} is not evaluated: {found.reason}")
-            missing.append({"set": one.name, "reason": found.reason})
+    for entry in suite.sets:
+        located = locate(entry, own=own, local=Path(local) if local else None, fetch=fetch, opener=opener)
+        if isinstance(located, Missing):
+            warn(f"{entry.name} is not evaluated: {located.reason}")
+            missing.append({"set": entry.name, "reason": located.reason})
             continue
-        evaluations.append(_evaluate_set(suite, one, found, systems_for, splits_for, out))
-        groups[evaluations[-1].name] = one.group or one.name
+        evaluations.append(_evaluate_set(suite, entry, located, systems_for, splits_for, out))
+        groups[evaluations[-1].name] = entry.group or entry.name
     if not evaluations:
-        reasons = "; ".join(f"{entry['set']}: {entry['reason']}" for entry in missing)
+        reasons = "; ".join(f"{absent['set']}: {absent['reason']}" for absent in missing)
         raise RankdistillError(
             f"no set of the suite {suite.name} could be found: {reasons}",
             fix="give a folder of sets in BEIR layout (--local DIR), or connect to the network",
@@ -495,52 +445,51 @@ def evaluate_suite(
     result.macro_sets = len(set(groups.values()))
     if not missing:
         result.published = [figure.model_dump() for figure in load_references(f"macro:{suite.name}")]
-    write_atomically(out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
+    write_json(out / "results.json", result.to_json())
     write_atomically(out / "results.md", markdown(result))
     return result
 
 
 def _evaluate_set(
     suite: Suite,
-    one: EvaluationSet,
-    found: Found,
+    entry: EvaluationSet,
+    located: Found,
     systems_for: Callable[[Any, EvaluationSet, str], Systems],
     splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None,
     out: Path,
 ) -> Evaluation:
-    name = found.collection.name if one.collection == "own" else one.name
+    name = located.collection.name if entry.collection == "own" else entry.name
     folder = out / re.sub(r"[^\w.+-]+", "-", name)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return evaluate_systems(
-        systems_for(found.collection, one, found.split),
-        found.collection,
-        found.split,
+        systems_for(located.collection, entry, located.split),
+        located.collection,
+        located.split,
         suite.metrics,
         suite.depth,
         folder,
-        relevance_level=one.relevance_level,
-        drop_self_hits=one.drop_self_hits,
+        relevance_level=entry.relevance_level,
+        drop_self_hits=entry.drop_self_hits,
         name=name,
         baseline=suite.baseline,
         correction=suite.correction,
         alpha=suite.alpha,
         latency_queries=suite.latency_queries,
-        splits=splits_for(found.collection, found.split) if splits_for is not None else (),
+        splits=splits_for(located.collection, located.split) if splits_for is not None else (),
     )
 
 
 def macro_average(evaluations: Sequence[Evaluation], groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """system → metric → mean over groups of the mean within a group; systems measured on every set only."""
-    systems = [row.system for row in evaluations[0].rows] if evaluations else []
     macro: dict[str, dict[str, float]] = {}
-    for system in systems:
-        if any(system not in {row.system for row in one.rows} for one in evaluations):
+    for system in (row.system for row in evaluations[0].rows):
+        if any(system not in {row.system for row in measured.rows} for measured in evaluations):
             continue
         macro[system] = {}
         for metric in evaluations[0].metrics:
             of_group: dict[str, list[float]] = {}
-            for one in evaluations:
-                of_group.setdefault(groups[one.name], []).append(one[system].means[metric])
+            for measured in evaluations:
+                of_group.setdefault(groups[measured.name], []).append(measured[system].means[metric])
             macro[system][metric] = float(np.mean([np.mean(values) for values in of_group.values()]))
     return macro

@@ -22,16 +22,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import MANIFEST, fingerprint, write_atomically
+from rankdistill.artifacts import MANIFEST, fingerprint, write_json, write_table
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import Qrels
 from rankdistill.progress import say
@@ -43,10 +43,11 @@ if TYPE_CHECKING:
 
 FILE, TABLE = "extrapolation.json", "extrapolation.parquet"
 INTERPOLATION, EXTRAPOLATION, NEITHER = PARTS = ("interpolation", "extrapolation", "neither")
+MEASURED = (INTERPOLATION, EXTRAPOLATION)
 REFERENCES = ("BM25", "student, untrained")  # systems that no training query taught anything; the first there is
 SAMPLE = 50_000  # training queries that k-means is fitted to at most
 RESTARTS, ITERATIONS = 4, 100
-ROWS_AT_ONCE = 1 << 24  # cosines held at once
+COSINES_AT_ONCE = 1 << 24
 CONFIDENCE = 0.95
 
 Vectors = NDArray[np.float32]
@@ -121,45 +122,40 @@ def split_by_clusters(
         bound: queries of the bucket with a training query nearer than this (across the border) are in neither part;
             unless given, the nearest there is becomes the bound.
     """
-    cosine, row = nearest(queries, training)
-    inside = assign(queries, centroids) == bucket
-    stays = inside & (cosine < bound) if bound is not None else inside
+    split = split_by_similarity(query_ids, queries, training_ids, training, bound)
+    inside, far = assign(queries, centroids) == bucket, np.ones(len(queries), bool)
     if bound is None:
-        bound = float(cosine[inside].max()) if inside.any() else -1.0
-    part = np.where(stays, EXTRAPOLATION, np.where(inside, NEITHER, INTERPOLATION)).tolist()
-    names = [training_ids[at] for at in row]
-    return QuerySplit("clusters", bound, list(query_ids), part, cosine, names, len(training_ids))
+        bound = float(split.nearest[inside].max()) if inside.any() else -1.0
+    else:
+        far = split.nearest < bound
+    part = np.where(inside & far, EXTRAPOLATION, np.where(inside, NEITHER, INTERPOLATION)).tolist()
+    return replace(split, protocol="clusters", bound=bound, part=part)
 
 
 def near_or_far(training: Vectors, queries: Vectors, keep: str, bound: float | None, seed: int) -> tuple[Ints, float]:
-    """Training queries that are near a test query, or as many that are far from all of them.
+    """Rows of training queries that are near a test query, or as many that are far from all of them, and the bound.
 
     Args:
         keep: `near` (cosine to the nearest test query at least the bound) or `far` (below it).
         bound: the median of the training queries' cosines unless given.
         seed: draws from the larger of the two sets, so that both have the same size.
-
-    Returns:
-        Rows of `training`, rising, and the bound.
     """
     cosine, _ = nearest(training, queries)
     if bound is None:
         bound = float(np.median(cosine))
-    near, far = np.flatnonzero(cosine >= bound), np.flatnonzero(cosine < bound)
-    size = min(len(near), len(far))
-    rows = near if keep == "near" else far
-    return np.sort(generator(seed, 5).permutation(rows)[:size]), bound
+    rows = {"near": np.flatnonzero(cosine >= bound), "far": np.flatnonzero(cosine < bound)}
+    size = min(map(len, rows.values()))
+    return np.sort(generator(seed, 5).permutation(rows[keep])[:size]), bound
 
 
 def nearest(queries: Vectors, others: Vectors) -> tuple[Vectors, Ints]:
     """For each of n unit vectors the greatest cosine to m others, and which: float32 [n], int64 [n]."""
     cosine, row = np.empty(len(queries), np.float32), np.empty(len(queries), np.int64)
-    step = max(1, ROWS_AT_ONCE // len(others))
+    step = max(1, COSINES_AT_ONCE // len(others))
     for start in range(0, len(queries), step):
         part = slice(start, start + step)
-        found = queries[part] @ others.T
-        row[part] = found.argmax(axis=1)
-        cosine[part] = np.take_along_axis(found, row[part, None], axis=1)[:, 0]
+        cosines = queries[part] @ others.T
+        row[part], cosine[part] = cosines.argmax(axis=1), cosines.max(axis=1)
     return cosine, row
 
 
@@ -171,7 +167,7 @@ def assign(vectors: Vectors, centroids: Vectors) -> Ints:
 def spherical_kmeans(vectors: Vectors, buckets: int, seed: int) -> Vectors:
     """Unit centroids [buckets, d] that the vectors have the greatest cosine with: k-means++ starts, the best of four.
 
-    The same seed and vectors give the same result.
+    The same seed and vectors give the same result, whatever the number of threads.
 
     Raises:
         RankdistillError: fewer different vectors than buckets.
@@ -184,10 +180,10 @@ def spherical_kmeans(vectors: Vectors, buckets: int, seed: int) -> Vectors:
             f"there are fewer than {buckets} different training queries", fix="ask for fewer buckets, or more queries"
         )
     tries = [_kmeans(vectors, buckets, random) for _ in range(RESTARTS)]
-    return max(tries, key=lambda found: found[1])[0]
+    return max(tries, key=lambda centroids: float((vectors @ centroids.T).max(axis=1).sum()))
 
 
-def _kmeans(vectors: Vectors, buckets: int, random: np.random.Generator) -> tuple[Vectors, float]:
+def _kmeans(vectors: Vectors, buckets: int, random: np.random.Generator) -> Vectors:
     chosen = [int(random.integers(len(vectors)))]
     distance = 1 - vectors @ vectors[chosen[0]]
     while len(chosen) < buckets:
@@ -209,7 +205,7 @@ def _kmeans(vectors: Vectors, buckets: int, random: np.random.Generator) -> tupl
         labels = new
         sums = np.stack([vectors[labels == bucket].sum(axis=0) for bucket in range(buckets)])
         centroids = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-    return centroids, float((vectors @ centroids.T).max(axis=1).sum())
+    return centroids
 
 
 # -- for a run --------------------------------------------------------------------------------------------------------
@@ -225,7 +221,8 @@ def embed_queries(
     from rankdistill.indexes.vectors import encode_queries, open_vectors
     from rankdistill.students.models import resolve_model
 
-    key = [resolve_model(model).revision, length, collection.fingerprint, _digest(query_ids)]
+    ids_digest = hashlib.sha256("\0".join(query_ids).encode()).hexdigest()[:16]
+    key = [resolve_model(model).revision, length, collection.fingerprint, ids_digest]
     path = folder / f"queries-{fingerprint(key)}"
     if not (path / MANIFEST).is_file():
         from rankdistill.students.dense import DenseStudent
@@ -235,10 +232,6 @@ def embed_queries(
     vectors = np.array(open_vectors(path), np.float32)
     vectors /= np.maximum(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), 1e-12)[:, None]
     return vectors
-
-
-def _digest(ids: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
 
 
 def hold_out(
@@ -262,8 +255,7 @@ def hold_out(
     else:
         tests = embed_queries(collection, collection.query_ids(settings.split), settings.model, folder)
         rows, bound = near_or_far(vectors, tests, settings.keep, settings.bound, seed)
-        cosine, _ = nearest(dev_vectors, tests)
-        dev_rows = np.flatnonzero((cosine >= bound) == (settings.keep == "near"))
+        dev_rows = np.flatnonzero((nearest(dev_vectors, tests)[0] >= bound) == (settings.keep == "near"))
         how = f"those {settings.keep} of the split {settings.split} (bound {bound:.3f})"
     say(f"queries: {len(rows):,} of {len(training):,} training and {len(dev_rows):,} of {len(dev):,} dev ones: {how}")
     if not len(rows) or not len(dev_rows):
@@ -276,50 +268,42 @@ def hold_out(
 
 
 def run_splits(
-    collection: Collection,
-    split: str,
-    pool: list[str],
-    training: list[str],
-    recipe: Recipe,
-    folder: Path,
+    collection: Collection, split: str, pool: list[str], training: list[str], recipe: Recipe, folder: Path
 ) -> list[QuerySplit]:
     """How a run's test queries are parted: by what it held out, else by the similarity to what it was trained on.
 
-    Nothing where the recipe's `evaluation.extrapolation` is null.
-
-    Args:
-        pool: the training queries before any was held out.
-        training: those it was trained on.
+    Nothing where the recipe's `evaluation.extrapolation` is null. `pool` are the training queries before any was held
+    out, `training` those it was trained on.
     """
     held_out, settings, seed = recipe.candidates.hold_out, recipe.evaluation.extrapolation, recipe.seed
     if settings is None:
         return []
     model = held_out.model if held_out is not None else settings.model
     query_ids = collection.query_ids(split)
-    of_pool = embed_queries(collection, pool, model, folder)
-    vectors = of_pool
-    if training != pool:
-        row_of = {query_id: row for row, query_id in enumerate(pool)}
-        vectors = of_pool[[row_of[query_id] for query_id in training]]
+    pool_vectors = embed_queries(collection, pool, model, folder)
+    row_of = {query_id: row for row, query_id in enumerate(pool)}
+    vectors = pool_vectors[[row_of[query_id] for query_id in training]]
     queries = embed_queries(collection, query_ids, model, folder)
     record: dict[str, Any] = {"encoder": model, "held_out": held_out is not None}
     if held_out is None:
-        made = split_by_similarity(query_ids, queries, training, vectors, settings.bound)
+        parted = split_by_similarity(query_ids, queries, training, vectors, settings.bound)
     elif held_out.protocol == "clusters":
-        centroids = spherical_kmeans(of_pool, held_out.buckets, seed)
-        made = split_by_clusters(query_ids, queries, training, vectors, centroids, held_out.bucket, settings.bound)
+        centroids = spherical_kmeans(pool_vectors, held_out.buckets, seed)
+        parted = split_by_clusters(query_ids, queries, training, vectors, centroids, held_out.bucket, settings.bound)
         record |= {"buckets": held_out.buckets, "bucket": held_out.bucket}
     else:
-        made = split_by_similarity(query_ids, queries, training, vectors)
         tests = embed_queries(collection, collection.query_ids(held_out.split), model, folder)
-        _, bound = near_or_far(of_pool, tests, held_out.keep, held_out.bound, seed)
-        part = EXTRAPOLATION if held_out.keep == "far" else INTERPOLATION
-        parts = [part if part == INTERPOLATION or cosine < bound else NEITHER for cosine in made.nearest]
-        made = QuerySplit("similarity", bound, query_ids, parts, made.nearest, made.nearest_ids, len(training))
+        _, bound = near_or_far(pool_vectors, tests, held_out.keep, held_out.bound, seed)
+        parted = split_by_similarity(query_ids, queries, training, vectors, bound)
+        if held_out.keep == "far":  # what is near all the same is in neither part
+            part = [NEITHER if name == INTERPOLATION else name for name in parted.part]
+        else:
+            part = [INTERPOLATION] * len(query_ids)
+        parted = replace(parted, part=part)
         record["keep"] = held_out.keep
     judged = collection.qrels("train")
     seen = {doc_id for query_id in training for doc_id, grade in judged.get(query_id, {}).items() if grade > 0}
-    return [QuerySplit(**{**vars(made), "seen": frozenset(seen), "settings": record})]
+    return [replace(parted, seen=frozenset(seen), settings=record)]
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -337,13 +321,12 @@ class Extrapolation:
 
     def write(self, folder: Path) -> None:
         """`extrapolation.json` and `extrapolation.parquet`."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table, sink, compression="zstd")
-        write_atomically(folder / TABLE, sink.getvalue().to_pybytes())
-        write_atomically(folder / FILE, json.dumps(self.to_json(), indent=2) + "\n")
+        write_table(folder / TABLE, self.table)
+        write_json(folder / FILE, self.to_json())
 
 
-Values = Mapping[str, Mapping[str, NDArray[np.float64]]]  # system → metric → value of each query
+Floats = NDArray[np.float64]
+Values = Mapping[str, Mapping[str, Floats]]  # system → metric → value of each query
 
 
 def measure_splits(
@@ -351,22 +334,22 @@ def measure_splits(
 ) -> Extrapolation:
     """Means of each part with 95 % t-intervals, the gap between them (Welch), and the overlap of relevant passages.
 
-    Args:
-        values: of the queries of the qrels, in their order.
+    `values` are of the queries of the qrels, in their order.
     """
     protocols, tables = [], []
     order = {query_id: row for row, query_id in enumerate(qrels)}
     for split in splits:
-        placed = zip(split.query_ids, split.part, strict=True)
-        judged = [(query_id, part) for query_id, part in placed if query_id in order]
-        chosen = {part: [query_id for query_id, own in judged if own == part] for part in PARTS}
-        rows = {part: np.array([order[query_id] for query_id in ids], np.int64) for part, ids in chosen.items()}
+        judged: dict[str, list[str]] = {part: [] for part in PARTS}
+        for query_id, part in zip(split.query_ids, split.part, strict=True):
+            if query_id in order:
+                judged[part].append(query_id)
+        rows = {part: np.array([order[query_id] for query_id in judged[part]], np.int64) for part in MEASURED}
         measured = {
             part: {
                 system: {metric: by_query[rows[part]] for metric, by_query in by_metric.items()}
                 for system, by_metric in values.items()
             }
-            for part in (INTERPOLATION, EXTRAPOLATION)
+            for part in MEASURED
         }
         protocols.append(
             {
@@ -374,103 +357,85 @@ def measure_splits(
                 "bound": split.bound,
                 **split.settings,
                 "training_queries": split.training_queries,
-                **_figures(measured, {part: len(ids) for part, ids in chosen.items()}),
+                **_figures(measured, {part: len(query_ids) for part, query_ids in judged.items()}),
                 "relevant_overlap": {
-                    part: _overlap(chosen[part], qrels, split.seen, relevance_level)
-                    for part in (INTERPOLATION, EXTRAPOLATION)
+                    part: _overlap(judged[part], qrels, split.seen, relevance_level) for part in MEASURED
                 },
             }
         )
-        tables.append(
-            pa.table(
-                {
-                    "protocol": pa.array([split.protocol] * len(split.query_ids), pa.string()),
-                    "query_id": pa.array(split.query_ids, pa.string()),
-                    "part": pa.array(split.part, pa.string()),
-                    "nearest_cosine": pa.array(split.nearest, pa.float32()),
-                    "nearest_query_id": pa.array(split.nearest_ids, pa.string()),
-                }
-            )
-        )
+        columns = {
+            "protocol": [split.protocol] * len(split.query_ids),
+            "query_id": split.query_ids,
+            "part": split.part,
+            "nearest_cosine": split.nearest,
+            "nearest_query_id": split.nearest_ids,
+        }
+        tables.append(pa.table(columns))
     return Extrapolation(protocols, pa.concat_tables(tables) if tables else pa.table({}))
 
 
 def _figures(measured: Mapping[str, Values], counts: Mapping[str, int], paired: bool = False) -> dict[str, Any]:
-    """`parts`, `neither`, `gap`, `gap_beyond`, `reference` and `paired`.
-
-    Args:
-        paired: both parts hold the same queries, in one order: gaps are of each query, and need no reference.
-    """
+    """The entries `parts` to `gap_beyond`; paired: both parts hold the same queries in one order."""
     parts = {
         part: {
             "queries": counts[part],
-            "systems": {s: {m: float(v.mean()) for m, v in one.items() if len(v)} for s, one in systems.items()},
-            "intervals": {s: {m: _interval(v) for m, v in one.items()} for s, one in systems.items()},
+            "systems": {s: {m: float(v.mean()) for m, v in by.items() if len(v)} for s, by in systems.items()},
+            "intervals": {s: {m: _interval(v) for m, v in by.items()} for s, by in systems.items()},
         }
         for part, systems in measured.items()
     }
-    inside, outside = measured[INTERPOLATION], measured[EXTRAPOLATION]
+    inside, outside = (measured[part] for part in MEASURED)
     reference = None if paired else next((name for name in REFERENCES if name in inside), None)
-    gap = {
-        s: {m: _paired_gap(v - outside[s][m]) if paired else _gap(v, outside[s][m]) for m, v in one.items()}
-        for s, one in inside.items()
+    gap = _paired_gap if paired else _gap
+    beyond = {
+        s: {m: _gap(v - inside[reference][m], outside[s][m] - outside[reference][m]) for m, v in by.items()}
+        for s, by in inside.items()
+        if reference is not None and s != reference
     }
-    beyond: dict[str, Any] = {}
-    if reference is not None:
-        beyond = {
-            s: {m: _gap(v - inside[reference][m], outside[s][m] - outside[reference][m]) for m, v in inside[s].items()}
-            for s in inside
-            if s != reference
-        }
     return {
         "parts": parts,
         "neither": counts[NEITHER],
         "paired": paired,
-        "gap": gap,
+        "gap": {s: {m: gap(v, outside[s][m]) for m, v in by.items()} for s, by in inside.items()},
         "reference": reference,
         "gap_beyond": beyond,
     }
 
 
-def _interval(values: NDArray[np.float64]) -> list[float] | None:
+def _interval(values: Floats) -> list[float] | None:
     """[low, high] of a mean by Student's t; None with fewer than two values."""
-    from scipy.special import stdtrit
+    from scipy.stats import sem, t
 
     if len(values) < 2:
         return None
-    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
     return [float(values.mean()) - half, float(values.mean()) + half]
 
 
-def _paired_gap(differences: NDArray[np.float64]) -> list[float] | None:
+def _paired_gap(inside: Floats, outside: Floats) -> list[float] | None:
     """[mean, low, high] of each query's difference."""
-    ends = _interval(differences)
-    return None if ends is None else [float(differences.mean()), *ends]
+    ends = _interval(inside - outside)
+    return None if ends is None else [float((inside - outside).mean()), *ends]
 
 
-def _gap(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> list[float] | None:
+def _gap(inside: Floats, outside: Floats) -> list[float] | None:
     """[difference of means, low, high] by Welch's t; None where a part has fewer than two queries."""
-    from scipy.special import stdtrit
+    from scipy.stats import ttest_ind
 
     if min(len(inside), len(outside)) < 2:
         return None
     difference = float(inside.mean() - outside.mean())
-    errors = [values.var(ddof=1) / len(values) for values in (inside, outside)]
-    if sum(errors) == 0:
-        return [difference, difference, difference]
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(values) - 1) for error, values in zip(errors, (inside, outside), strict=True)
-    )
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(sum(errors)))
-    return [difference, difference - half, difference + half]
+    if np.ptp(inside) == np.ptp(outside) == 0:
+        return [difference] * 3
+    ends = ttest_ind(inside, outside, equal_var=False).confidence_interval(CONFIDENCE)
+    return [difference, float(ends.low), float(ends.high)]
 
 
 def _overlap(query_ids: Sequence[str], qrels: Qrels, seen: frozenset[str], level: int) -> dict[str, Any]:
     """How much of what is relevant in a part is relevant to at least one training query too."""
-    relevant = [[doc_id for doc_id, grade in qrels[query_id].items() if grade >= level] for query_id in query_ids]
-    distinct = {doc_id for documents in relevant for doc_id in documents}
-    pairs = sum(map(len, relevant))
-    seen_pairs = sum(doc_id in seen for documents in relevant for doc_id in documents)
+    relevant = [{doc_id for doc_id, grade in qrels[query_id].items() if grade >= level} for query_id in query_ids]
+    distinct = set().union(*relevant)
+    pairs, seen_pairs = sum(map(len, relevant)), sum(len(documents & seen) for documents in relevant)
     return {
         "passages": len(distinct),
         "seen_passages": len(distinct & seen),
@@ -478,11 +443,19 @@ def _overlap(query_ids: Sequence[str], qrels: Qrels, seen: frozenset[str], level
         "pairs": pairs,
         "seen_pairs": seen_pairs,
         "pair_share": seen_pairs / pairs if pairs else None,
-        "queries_with_seen": sum(any(doc_id in seen for doc_id in documents) for documents in relevant),
+        "queries_with_seen": sum(bool(documents & seen) for documents in relevant),
     }
 
 
 # -- pooling ----------------------------------------------------------------------------------------------------------
+
+
+class _Fold(NamedTuple):
+    """One run's evaluation: its protocol's entry, query → part, system → query → metric → value."""
+
+    entry: dict[str, Any]
+    part: dict[str, str]
+    values: dict[str, dict[str, dict[str, float]]]
 
 
 def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
@@ -499,67 +472,50 @@ def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
     """
     if len(folders) < 2:
         raise UsageError("pooling needs at least two runs", fix="give the evaluations of all folds")
-    sums: dict[tuple[str, str, str], list[dict[str, float]]] = {}  # (part, system, query) → values of each fold
-    entries: list[dict[str, Any]] = []
-    nearest_of: list[dict[str, str]] = []
-    systems: list[str] | None = None
-    for folder in map(Path, folders):
-        entry, table, per_query = _read_fold(folder)
-        if entries and {entries[0]["protocol"], *nearest_of[0]} != {entry["protocol"], *table["query_id"].to_pylist()}:
+    folds = [_read_fold(Path(folder)) for folder in folders]
+    first = folds[0]
+    for folder, fold in zip(folders, folds, strict=True):
+        if first.entry["protocol"] != fold.entry["protocol"] or first.part.keys() != fold.part.keys():
             raise UsageError("the runs differ in protocol or in test queries", where=str(folder))
-        entries.append(entry)
-        part_of = dict(zip(table["query_id"].to_pylist(), table["part"].to_pylist(), strict=True))
-        nearest_of.append(part_of)
-        found: dict[str, None] = {}
-        for row in per_query:
-            system, query_id = row.pop("system"), row.pop("query_id")
-            found[system] = None
-            sums.setdefault((part_of[query_id], system, query_id), []).append(row)
-        systems = [name for name in found if systems is None or name in systems]
-    assert systems
-    parts = {part: [q for q in nearest_of[0] if any(one[q] == part for one in nearest_of)] for part in PARTS}
-    twice = [q for q in parts[EXTRAPOLATION] if sum(one[q] == EXTRAPOLATION for one in nearest_of) > 1]
+    parts = {part: [query for query in first.part if any(f.part[query] == part for f in folds)] for part in PARTS}
+    twice = [query for query in parts[EXTRAPOLATION] if sum(f.part[query] == EXTRAPOLATION for f in folds) > 1]
     if twice:
         raise UsageError(
             f"query {twice[0]!r} is extrapolation in two of the runs ({len(twice)} such queries)",
             fix="give each bucket once, of runs with one seed",
         )
-    metrics = list(next(iter(sums.values()))[0])
-    measured = {
-        part: {
-            system: {
-                m: np.array([np.mean([one[m] for one in sums[part, system, q]]) for q in parts[part]], np.float64)
-                for m in metrics
-            }
-            for system in systems
-        }
-        for part in (INTERPOLATION, EXTRAPOLATION)
-    }
-    never = [q for q in nearest_of[0] if not any(one[q] != NEITHER for one in nearest_of)]
-    counts = {part: len(queries) for part, queries in parts.items()} | {NEITHER: len(never)}
-    overlap = {
-        part: {key: sum(one["relevant_overlap"][part][key] for one in entries) for key in ("pairs", "seen_pairs")}
-        for part in (INTERPOLATION, EXTRAPOLATION)
-    }
-    for one in overlap.values():
-        one["pair_share"] = one["seen_pairs"] / one["pairs"] if one["pairs"] else None
-    pooled = {
-        "protocol": entries[0]["protocol"],
-        "bound": max(entry["bound"] for entry in entries),
-        "encoder": entries[0]["encoder"],
+    systems = [system for system in first.values if all(system in fold.values for fold in folds)]
+    metrics = list(next(iter(first.values[systems[0]].values())))
+
+    def pooled(part: str, system: str, metric: str) -> Floats:
+        """The mean over the folds that have a query in this part, of each such query."""
+        of_query = (
+            [fold.values[system][query][metric] for fold in folds if fold.part[query] == part] for query in parts[part]
+        )
+        return np.array([np.mean(values) for values in of_query], np.float64)
+
+    measured = {part: {s: {m: pooled(part, s, m) for m in metrics} for s in systems} for part in MEASURED}
+    never = sum(all(fold.part[query] == NEITHER for fold in folds) for query in first.part)
+    counts = {part: len(queries) for part, queries in parts.items()} | {NEITHER: never}
+    overlap: dict[str, dict[str, Any]] = {}
+    for part in MEASURED:
+        pairs, seen = (sum(f.entry["relevant_overlap"][part][key] for f in folds) for key in ("pairs", "seen_pairs"))
+        overlap[part] = {"pairs": pairs, "seen_pairs": seen, "pair_share": seen / pairs if pairs else None}
+    entry = {
+        "protocol": first.entry["protocol"],
+        "bound": max(fold.entry["bound"] for fold in folds),
+        "encoder": first.entry["encoder"],
         "held_out": True,
-        "folds": len(entries),
-        "training_queries": [entry["training_queries"] for entry in entries],
+        "folds": len(folds),
+        "training_queries": [fold.entry["training_queries"] for fold in folds],
         **_figures(measured, counts, paired=parts[INTERPOLATION] == parts[EXTRAPOLATION]),
         "relevant_overlap": overlap,
     }
-    rows = [(q, part) for part in PARTS for q in parts[part]]
-    table = pa.table({"query_id": [q for q, _ in rows], "part": [part for _, part in rows]})
-    return Extrapolation([pooled], table)
+    rows = [(query, part) for part in PARTS for query in parts[part]]
+    return Extrapolation([entry], pa.table({"query_id": [q for q, _ in rows], "part": [part for _, part in rows]}))
 
 
-def _read_fold(folder: Path) -> tuple[dict[str, Any], pa.Table, list[dict[str, Any]]]:
-    """The protocol's entry, the parts and the values of each query of one run's evaluation."""
+def _read_fold(folder: Path) -> _Fold:
     try:
         entry = json.loads((folder / FILE).read_text(encoding="utf-8"))["protocols"][0]
         table, per_query = pq.read_table(folder / TABLE), pq.read_table(folder / "per_query.parquet")
@@ -571,4 +527,8 @@ def _read_fold(folder: Path) -> tuple[dict[str, Any], pa.Table, list[dict[str, A
         ) from None
     if not entry.get("held_out"):
         raise UsageError("this run held nothing out of training", where=str(folder), fix="set candidates.hold_out")
-    return entry, table, per_query.to_pylist()
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    for row in per_query.to_pylist():
+        values.setdefault(row.pop("system"), {})[row.pop("query_id")] = row
+    part = dict(zip(table["query_id"].to_pylist(), table["part"].to_pylist(), strict=True))
+    return _Fold(entry, part, values)

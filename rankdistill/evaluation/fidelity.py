@@ -22,8 +22,7 @@ and the reverse (won), with both ranks.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,20 +30,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import write_atomically
+from rankdistill.artifacts import write_json, write_table
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.metrics import Qrels, evaluate_run, parse_metric
 from rankdistill.evaluation.significance import SAME
-from rankdistill.runs import Run, read_run
+from rankdistill.runs import Run, positions, read_run
 
 FILE, TABLE = "fidelity.json", "fidelity.parquet"
 PERSISTENCE = 0.9  # of RBO: the first ten ranks hold 86 % of the weight
 CUTOFF = 10  # of the overlap where the metric has none
-BLOCK = 128  # rows compared at once when inversions are counted
-ABOVE = np.triu(np.ones((BLOCK, BLOCK), bool), 1)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -72,21 +68,12 @@ class Fidelity:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "teacher": self.teacher,
-            "metric": self.metric,
-            "depth": self.depth,
-            "cutoff": self.cutoff,
-            "systems": self.systems,
-            "notes": self.notes,
-        }
+        return {name: value for name, value in vars(self).items() if name != "table"}
 
     def write(self, folder: Path) -> None:
         """`fidelity.json` and `fidelity.parquet`."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table, sink, compression="zstd")
-        write_atomically(folder / TABLE, sink.getvalue().to_pybytes())
-        write_atomically(folder / FILE, json.dumps(self.to_json(), indent=2) + "\n")
+        write_table(folder / TABLE, self.table)
+        write_json(folder / FILE, self.to_json())
 
 
 def measure_fidelity(
@@ -102,7 +89,7 @@ def measure_fidelity(
 ) -> Fidelity:
     """Compare the rankings of students with a teacher's, by the rules of this module's docstring.
 
-    Memory: the teacher's run and one student's at a time. Time: n²/2 comparisons of small integers for a list of n.
+    Memory: the teacher's run and one student's at a time.
 
     Args:
         teacher: its run.
@@ -118,35 +105,46 @@ def measure_fidelity(
     Raises:
         RankdistillError: the teacher has no list for any query of the qrels.
     """
-    run = teacher if isinstance(teacher, Run) else read_run(teacher, name)
+    values = values or {}
     query_ids = list(qrels)
-    lists = _TeacherLists.of(run, query_ids, lowest)
-    if not len(lists.key):
+
+    def effectiveness(system: str, run: Run) -> Floats:
+        if system in values:
+            return np.asarray(values[system], np.float64)
+        return evaluate_run(run, qrels, [metric], relevance_level=relevance_level).per_query[metric]
+
+    run = (teacher if isinstance(teacher, Run) else read_run(teacher, name)).for_queries(query_ids)
+    lists = run
+    if lowest is not None:
+        least = np.array([lowest.get(query_id, np.inf) for query_id in query_ids], np.float32)
+        lists = run.keep(run.scores >= least[run.query_rows])
+    if not len(lists.scores):
         raise RankdistillError("the teacher has no list for any judged query", where=run.name)
+    relevant = [
+        (row, doc_id)
+        for row, documents in enumerate(qrels.values())
+        for doc_id, grade in documents.items()
+        if grade >= relevance_level
+    ]
+    relevant_query = np.array([row for row, _ in relevant], np.int64)
+    relevant_ids = pa.array([doc_id for _, doc_id in relevant], pa.large_string())
+    numbered = pc.unique(pa.concat_arrays([lists.doc_ids, relevant_ids]))
+    list_keys = _keys(lists.query_rows, lists.doc_ids, numbered)
+    relevant_keys = _keys(relevant_query, relevant_ids, numbered)
+
     cutoff = parse_metric(metric).cutoff or CUTOFF
-    relevant = _Relevant.of(qrels, relevance_level)
-    dictionary = pc.unique(pa.concat_arrays([lists.doc_ids, relevant.doc_ids]))
-    lists.locate(dictionary)
-    relevant.locate(dictionary)
-
-    def of(one: str, ranking: Run) -> Floats:
-        if values is not None and one in values:
-            return np.asarray(values[one], np.float64)
-        return evaluate_run(ranking, qrels, [metric], relevance_level=relevance_level).per_query[metric]
-
-    teacher_values = of(name, run)
-    teacher_found = _Found.of(run, query_ids, dictionary)
-    teacher_ranks, _ = teacher_found.look_up(relevant.key)
+    teacher_values = effectiveness(name, run)
+    teacher_ranks, _ = _look_up(relevant_keys, run, numbered)
     systems: dict[str, dict[str, Any]] = {}
     tables = []
-    for system, given in students.items():
-        ranking = given if isinstance(given, Run) else read_run(given, system)
-        found = _Found.of(ranking, query_ids, dictionary)
-        own = of(system, ranking)
-        ranks, _ = found.look_up(relevant.key)
-        columns, summary = _agreement(lists, found, cutoff)
-        changes = _changes(relevant, teacher_ranks, ranks, cutoff)
-        difference = own - teacher_values
+    for system, source in students.items():
+        ranking = source if isinstance(source, Run) else read_run(source, system)
+        student_values = effectiveness(system, ranking)
+        ranking = ranking.for_queries(query_ids)
+        columns, summary = _agreement(lists, *_look_up(list_keys, ranking, numbered), np.diff(ranking.offsets), cutoff)
+        student_ranks, _ = _look_up(relevant_keys, ranking, numbered)
+        changes = _changes(len(qrels), relevant_query, relevant_ids, teacher_ranks, student_ranks, cutoff)
+        difference = student_values - teacher_values
         systems[system] = summary | {
             "student_better": int(np.count_nonzero(difference > SAME)),
             "equal": int(np.count_nonzero(np.abs(difference) <= SAME)),
@@ -160,7 +158,7 @@ def measure_fidelity(
                     "system": pa.array([system] * len(query_ids), pa.string()),
                     "query_id": pa.array(query_ids, pa.string()),
                     **{key: pa.array(column, from_pandas=True) for key, column in columns.items()},
-                    "student_metric": own,
+                    "student_metric": student_values,
                     "teacher_metric": teacher_values,
                     "difference": difference,
                     **changes,
@@ -178,206 +176,81 @@ def measure_fidelity(
     return Fidelity(name, metric, int(counts.max()), cutoff, systems, table, notes)
 
 
-@dataclass
-class _TeacherLists:
-    """The teacher's lists by query of the qrels; rows [N] in the teacher's order."""
-
-    offsets: Ints  # [queries + 1]
-    doc_ids: pa.Array
-    rank: Ints
-    score: Floats
-    key: Ints
-
-    @classmethod
-    def of(cls, run: Run, query_ids: Sequence[str], lowest: Mapping[str, float] | None) -> _TeacherLists:
-        row_of = {query_id: row for row, query_id in enumerate(run.query_ids)}
-        rows = []
-        for query_id in query_ids:
-            row = row_of.get(query_id, -1)
-            start, end = (int(run.offsets[row]), int(run.offsets[row + 1])) if row >= 0 else (0, 0)
-            if lowest is not None and end > start:
-                least = np.float32(lowest.get(query_id, np.inf))
-                end = start + int(np.count_nonzero(run.scores[start:end] >= least))
-            rows.append(np.arange(start, end))
-        counts = np.array([len(one) for one in rows], np.int64)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        taken = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        rank = np.arange(1, len(taken) + 1) - np.repeat(offsets[:-1], counts)
-        return cls(offsets, run.doc_ids.take(pa.array(taken)), rank, run.scores[taken].astype(np.float64), taken)
-
-    @property
-    def query(self) -> Ints:
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
-    def locate(self, dictionary: pa.Array) -> None:
-        self.key = _keys(self.query, self.doc_ids, dictionary)
+def _keys(query: NDArray[Any], doc_ids: pa.Array, numbered: pa.Array) -> Ints:
+    """A number for each pair of query and document; negative where the document is not numbered."""
+    documents = positions(doc_ids, numbered)
+    return np.where(documents < 0, -1, query.astype(np.int64) * len(numbered) + documents)
 
 
-@dataclass
-class _Relevant:
-    """The relevant pairs of the qrels, ordered by query."""
-
-    queries: int
-    query: Ints
-    doc_ids: pa.Array
-    key: Ints
-
-    @classmethod
-    def of(cls, qrels: Qrels, level: int) -> _Relevant:
-        pairs = [
-            (row, doc_id)
-            for row, documents in enumerate(qrels.values())
-            for doc_id, grade in documents.items()
-            if grade >= level
-        ]
-        query = np.array([row for row, _ in pairs], np.int64)
-        return cls(len(qrels), query, pa.array([doc_id for _, doc_id in pairs], pa.large_string()), query)
-
-    def locate(self, dictionary: pa.Array) -> None:
-        self.key = _keys(self.query, self.doc_ids, dictionary)
+def _look_up(keys: Ints, run: Run, numbered: pa.Array) -> tuple[Ints, Floats]:
+    """(ranks, scores) of pairs in a run; rank 0 and score −inf where it was not retrieved."""
+    at = positions(keys, _keys(run.query_rows, run.doc_ids, numbered))
+    return np.append(run.ranks, 0)[at], np.append(run.scores.astype(np.float64), -np.inf)[at]
 
 
-@dataclass
-class _Found:
-    """What a run retrieved, to be looked up by pair; and how much for each query."""
-
-    key: Ints  # sorted
-    rank: Ints
-    score: Floats
-    retrieved: Ints  # [queries]
-
-    @classmethod
-    def of(cls, run: Run, query_ids: Sequence[str], dictionary: pa.Array) -> _Found:
-        number = {query_id: row for row, query_id in enumerate(query_ids)}
-        query_of = np.array([number.get(query_id, -1) for query_id in run.query_ids], np.int64)
-        counts = np.diff(run.offsets)
-        query = np.repeat(query_of, counts)
-        code = pc.index_in(run.doc_ids, value_set=dictionary).fill_null(-1).to_numpy().astype(np.int64)
-        rows = np.flatnonzero((query >= 0) & (code >= 0))
-        rank = rows - np.repeat(run.offsets[:-1], counts)[rows] + 1
-        key = query[rows] * len(dictionary) + code[rows]
-        order = np.argsort(key)
-        retrieved = np.zeros(len(query_ids), np.int64)
-        retrieved[query_of[query_of >= 0]] = counts[query_of >= 0]
-        return cls(key[order], rank[order], run.scores[rows[order]].astype(np.float64), retrieved)
-
-    def look_up(self, key: Ints) -> tuple[Ints, Floats]:
-        """(ranks, scores) of pairs; rank 0 and score −inf where it was not retrieved."""
-        rank, score = np.zeros(len(key), np.int64), np.full(len(key), -np.inf)
-        if len(self.key):
-            at = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
-            hit = self.key[at] == key
-            rank[hit], score[hit] = self.rank[at[hit]], self.score[at[hit]]
-        return rank, score
-
-
-def _keys(query: Ints, doc_ids: pa.Array, dictionary: pa.Array) -> Ints:
-    code = pc.index_in(doc_ids, value_set=dictionary).to_numpy().astype(np.int64)
-    return np.asarray(query * len(dictionary) + code)
-
-
-def _agreement(lists: _TeacherLists, found: _Found, cutoff: int) -> tuple[dict[str, Floats], dict[str, Any]]:
-    """The figures of each query, NaN where there are none, and their means."""
-    queries, lengths, query = len(lists.offsets) - 1, np.diff(lists.offsets), lists.query
-    rank, score = found.look_up(lists.key)
-    retrieved = rank > 0
-    listed = lengths > 0
-
-    tau = kendall_tau_b(lists.score, score, lists.offsets)
-    undefined = listed & (lengths > 1) & np.isnan(tau)
-    tau[undefined] = 0.0
+def _agreement(
+    lists: Run, rank: Ints, score: Floats, retrieved: Ints, cutoff: int
+) -> tuple[dict[str, Floats], dict[str, Any]]:
+    """The figures of each query, NaN where there are none, and their means; rank and score are the student's."""
+    query, lengths = lists.query_rows, np.diff(lists.offsets)
+    shared, listed = rank > 0, lengths > 0
+    tau = kendall_tau_b(lists.scores, score, lists.offsets)
+    all_tied = (lengths > 1) & np.isnan(tau)
+    tau[all_tied] = 0.0
 
     def count(rows: NDArray[np.bool_]) -> Ints:
-        return np.bincount(query[rows], minlength=queries)
+        return np.bincount(query[rows], minlength=len(lengths))
 
-    shared = count((lists.rank <= cutoff) & retrieved & (rank <= cutoff))
-    overlap = _divide(shared, np.minimum(lengths, cutoff))
-    scored = _divide(count(retrieved & (rank <= cutoff)), np.minimum(found.retrieved, cutoff))
-    both = np.flatnonzero(retrieved)
-    margins, pooled = margin_correlation(score[both], lists.score[both], query[both], queries)
+    student_first = shared & (rank <= cutoff)
+    overlap = _divide(count(student_first & (lists.ranks <= cutoff)), np.minimum(lengths, cutoff))
+    scored = _divide(count(student_first), np.minimum(retrieved, cutoff))
+    margins, pooled = margin_correlation(
+        score[shared], lists.scores[shared].astype(np.float64), query[shared], len(lengths)
+    )
     columns = {
         "kendall_tau": tau,
-        f"overlap@{cutoff}": np.where(listed, overlap, np.nan),
-        "rbo": rank_biased_overlap(lists.rank, rank, query, lengths, np.minimum(found.retrieved, lengths)),
+        f"overlap@{cutoff}": overlap,
+        "rbo": rank_biased_overlap(lists.ranks, rank, query, lengths, np.minimum(retrieved, lengths)),
         "margin_correlation": margins,
     }
     summary = {name: _mean(values) for name, values in columns.items()} | {
         "margin_correlation_pooled": None if np.isnan(pooled) else pooled,
         "queries": int(np.count_nonzero(listed)),
-        "not_retrieved": float(np.count_nonzero(~retrieved) / max(len(rank), 1)),
+        "not_retrieved": float(1 - shared.mean()),
         f"unscored@{cutoff}": _mean(np.where(listed, 1 - scored, np.nan)),
-        "all_tied": int(np.count_nonzero(undefined)),
+        "all_tied": int(np.count_nonzero(all_tied)),
         "without_margins": int(np.count_nonzero(listed & np.isnan(margins))),
     }
     return columns, summary
 
 
-def _divide(numerator: Ints, denominator: Ints) -> Floats:
-    values = np.full(len(numerator), np.nan)
-    np.divide(numerator, denominator, out=values, where=denominator > 0)
-    return values
+def _divide(numerator: NDArray[Any], denominator: NDArray[Any]) -> Floats:
+    """Quotient, NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
 
 
 def _mean(values: Floats) -> float | None:
     return float(np.nanmean(values)) if not np.isnan(values).all() else None
 
 
-def kendall_tau_b(left: Floats, right: Floats, offsets: Ints) -> Floats:
+def kendall_tau_b(left: NDArray[Any], right: NDArray[Any], offsets: Ints) -> Floats:
     """Kendall's tau-b of each group: float64 [groups], NaN where a group has one element or one side is all tied.
 
-    Args:
-        left, right: [N] scores, −inf allowed.
-        offsets: [groups + 1]; group g is rows offsets[g]:offsets[g + 1].
+    Scores are [N], −inf allowed; group g is rows offsets[g]:offsets[g + 1].
     """
-    groups, lengths = len(offsets) - 1, np.diff(offsets)
-    group = np.repeat(np.arange(groups), lengths)
-    if not len(group):
-        return np.full(groups, np.nan)
-    by_right = np.lexsort((right, group))
-    new = _changed(group[by_right]) | _changed(right[by_right])
-    dense = np.empty(len(group), np.int32)
-    dense[by_right] = np.cumsum(new)
-    order = np.lexsort((dense, left, group))
-    new_left = _changed(group) | _changed(left[order])
-    right_ties, left_ties = _tied_pairs(new, group, groups), _tied_pairs(new_left, group, groups)
-    both_ties = _tied_pairs(new_left | _changed(dense[order]), group, groups)
-    # Sorted by left, then right: a pair is discordant if the right ones stand the wrong way round.
-    codes = dense[order] - dense[by_right][np.minimum(offsets[:-1], len(group) - 1)][group]
-    if int(lengths.max()) < np.iinfo(np.int16).max:
-        codes = codes.astype(np.int16)
-    discordant = np.array([inversions(codes[a:b]) for a, b in itertools.pairwise(offsets)], np.float64)
-    pairs = lengths * (lengths - 1) / 2
-    values = np.full(groups, np.nan)
-    scale = np.sqrt((pairs - left_ties) * (pairs - right_ties))
-    np.divide(pairs - left_ties - right_ties + both_ties - 2 * discordant, scale, out=values, where=scale > 0)
-    return values
+    from scipy.stats import kendalltau
 
-
-def _changed(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """bool [N]: differs from the one before; the first does."""
-    return np.concatenate([[True], values[1:] != values[:-1]])
-
-
-def _tied_pairs(new: NDArray[np.bool_], group: Ints, groups: int) -> Floats:
-    """Pairs of equal elements in each group, from where a run of equal ones begins."""
-    starts = np.flatnonzero(new)
-    sizes = np.diff(np.append(starts, len(new)))
-    return np.asarray(np.bincount(group[starts], sizes * (sizes - 1) / 2, groups), np.float64)
-
-
-def inversions(values: NDArray[Any]) -> int:
-    """Pairs i < j with values[i] > values[j]. Quadratic, in blocks small enough for the processor's cache."""
-    total = 0
-    for start in range(0, len(values), BLOCK):
-        block, rest = values[start : start + BLOCK, None], values[start + BLOCK :]
-        total += int(np.count_nonzero((block > block.T) & ABOVE[: len(block), : len(block)]))
-        if len(rest):
-            total += int(np.count_nonzero(block > rest))
-    return total
+    return np.array(
+        [
+            kendalltau(left[start:end], right[start:end]).statistic if end - start > 1 else np.nan
+            for start, end in itertools.pairwise(offsets)
+        ],
+        np.float64,
+    )
 
 
 def rank_biased_overlap(
-    teacher: Ints, student: Ints, query: Ints, longer: Ints, shorter: Ints, p: float = PERSISTENCE
+    teacher: Ints, student: Ints, query: NDArray[Any], longer: Ints, shorter: Ints, p: float = PERSISTENCE
 ) -> Floats:
     """RBO_ext of two rankings without ties for each query: float64 [queries], NaN where the longer one is empty.
 
@@ -397,17 +270,15 @@ def rank_biased_overlap(
     # A shared document counts from the depth where both rankings have it.
     depth, of = np.maximum(teacher, student)[known], query[known]
     agreement = np.bincount(of, over[longer[of]] - over[depth - 1], len(longer))
-    whole = np.bincount(of, minlength=len(longer)).astype(np.float64)
-    until = np.bincount(of[depth <= shorter[of]], minlength=len(longer)).astype(np.float64)
-    share = np.divide(until, shorter, out=np.zeros(len(longer)), where=shorter > 0)
+    whole = np.bincount(of, minlength=len(longer))
+    until = np.bincount(of[depth <= shorter[of]], minlength=len(longer))
+    share = np.nan_to_num(_divide(until, shorter))
     beyond = plain[longer] - plain[shorter] - shorter * (over[longer] - over[shorter])
-    tail = np.divide(whole - until, longer, out=np.zeros(len(longer)), where=longer > 0) + share
-    values = (1 - p) / p * (agreement + share * beyond) + tail * p**longer
-    return np.where(longer > 0, values, np.nan)
+    return (1 - p) / p * (agreement + share * beyond) + (_divide(whole - until, longer) + share) * p**longer
 
 
 def margin_correlation(
-    student: Floats, teacher: Floats, query: Ints, queries: int, least: int = 3
+    student: Floats, teacher: Floats, query: NDArray[Any], queries: int, least: int = 3
 ) -> tuple[Floats, float]:
     """Pearson correlation of pairwise margins: of each query (float64 [queries], NaN where undefined) and over all.
 
@@ -415,39 +286,38 @@ def margin_correlation(
     scores; so the pairs need not be formed.
     """
     counts = np.bincount(query, minlength=queries)
-    centred = []
-    for scores in (student, teacher):
+
+    def centred(scores: Floats) -> Floats:
         # From the first score of the query on: equal scores become 0 exactly.
         first = np.zeros(queries)
         first[query[::-1]] = scores[::-1]
         shifted = scores - first[query]
-        means = np.bincount(query, shifted, queries) / np.maximum(counts, 1)
-        centred.append(shifted - means[query])
-    own, theirs = centred
-    product, left, right = (
-        np.bincount(query, values, queries) for values in (own * theirs, own * own, theirs * theirs)
-    )
-    defined = (counts >= least) & (left > 0) & (right > 0)
-    values = np.full(queries, np.nan)
-    np.divide(product, np.sqrt(left * right), out=values, where=defined)
+        return shifted - (np.bincount(query, shifted, queries) / np.maximum(counts, 1))[query]
+
+    ours, theirs = centred(student), centred(teacher)
     enough = counts >= least
-    scale = float(np.sqrt((counts * left)[enough].sum() * (counts * right)[enough].sum()))
-    pooled = float((counts * product)[enough].sum() / scale) if scale > 0 else float("nan")
-    return np.clip(values, -1, 1), pooled
+    product, left, right = (
+        np.where(enough, np.bincount(query, values, queries), 0) for values in (ours * theirs, ours**2, theirs**2)
+    )
+    correlation = _divide(product, np.sqrt(left * right))
+    scale = np.sqrt((counts * left).sum() * (counts * right).sum())
+    return np.clip(correlation, -1, 1), float((counts * product).sum() / scale) if scale > 0 else float("nan")
 
 
-def _changes(relevant: _Relevant, teacher: Ints, student: Ints, cutoff: int) -> dict[str, pa.Array]:
+def _changes(
+    queries: int, query: Ints, doc_ids: pa.Array, teacher: Ints, student: Ints, cutoff: int
+) -> dict[str, pa.Array]:
     """Relevant documents that only one of the two has among its first k: list columns by query."""
-    in_teacher, in_student = (teacher > 0) & (teacher <= cutoff), (student > 0) & (student <= cutoff)
+    ranks = {"teacher": teacher, "student": student}
+    first = {side: (rank > 0) & (rank <= cutoff) for side, rank in ranks.items()}
     columns: dict[str, pa.Array] = {}
-    for name, chosen in (("lost", in_teacher & ~in_student), ("won", in_student & ~in_teacher)):
-        rows = np.flatnonzero(chosen)
-        rows = rows[np.lexsort(((teacher if name == "lost" else student)[rows], relevant.query[rows]))]
-        counts = np.bincount(relevant.query[rows], minlength=relevant.queries)
+    for name, mine, other in (("lost", "teacher", "student"), ("won", "student", "teacher")):
+        rows = np.flatnonzero(first[mine] & ~first[other])
+        rows = rows[np.lexsort((ranks[mine][rows], query[rows]))]
+        counts = np.bincount(query[rows], minlength=queries)
         offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-        documents = relevant.doc_ids.take(pa.array(rows)).cast(pa.string())
-        columns[name] = pa.ListArray.from_arrays(offsets, documents)
-        for side, ranks in (("teacher", teacher), ("student", student)):
-            given = pa.array(ranks[rows], pa.int32(), mask=ranks[rows] == 0)
-            columns[f"{name}_{side}_ranks"] = pa.ListArray.from_arrays(offsets, given)
+        columns[name] = pa.ListArray.from_arrays(offsets, doc_ids.take(pa.array(rows)).cast(pa.string()))
+        for side, rank in ranks.items():
+            listed = pa.array(rank[rows], pa.int32(), mask=rank[rows] == 0)
+            columns[f"{name}_{side}_ranks"] = pa.ListArray.from_arrays(offsets, listed)
     return columns

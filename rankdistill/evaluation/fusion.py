@@ -23,9 +23,10 @@ from pydantic import Field, model_validator
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.cost import Step
+from rankdistill.evaluation.cost import Step, encoder_and_index
 from rankdistill.indexes.base import Engine, Hits, ranked
 from rankdistill.plain import Section
+from rankdistill.recipe import check_values
 from rankdistill.runs import Run, read_run
 
 
@@ -126,50 +127,33 @@ def fuse(
         UsageError: no run, a wrong weight, a setting that the method has not.
         RankdistillError: a run file cannot be read.
     """
-    given = {"method": method, "weights": None if weights is None else list(weights)}
-    fusion = checked(
-        given | ({} if k is None else {"k": k}) | ({"normalisation": normalisation} if normalisation else {})
-    )
+    settings = {
+        "method": method,
+        "weights": None if weights is None else list(weights),
+        "k": k,
+        "normalisation": normalisation,
+    }
+    fusion = check_values(Fusion, {key: value for key, value in settings.items() if value is not None}, "fusion")
     if not runs:
         raise UsageError("there is nothing to fuse", fix="give at least one run")
-    opened = [one if isinstance(one, Run) else read_run(one) for one in runs]
-    opened = opened if depth is None else [one.first(depth) for one in opened]
-    where = [{query: row for row, query in enumerate(one.query_ids)} for one in opened]
-    query_ids = list(dict.fromkeys(query for one in opened for query in one.query_ids))
+    opened = [run if isinstance(run, Run) else read_run(run) for run in runs]
+    opened = opened if depth is None else [run.first(depth) for run in opened]
+    query_ids = list(dict.fromkeys(query for run in opened for query in run.query_ids))
     doc_ids: list[str] = []
     scores: list[NDArray[np.float32]] = []
-    for query in query_ids:
-        codes: dict[str, int] = {}
+    for rankings in zip(*(run.for_queries(query_ids) for run in opened), strict=True):
+        numbers: dict[str, int] = {}
         members = []
-        for one, rows in zip(opened, where, strict=True):
-            row = rows.get(query)
-            start, end = (one.offsets[row], one.offsets[row + 1]) if row is not None else (0, 0)
-            ids = one.doc_ids[start:end].to_pylist()
-            found = np.fromiter((codes.setdefault(doc_id, len(codes)) for doc_id in ids), np.int64, len(ids))
-            members.append((found, one.scores[start:end]))
+        for _, ids, member_scores in rankings:
+            documents = np.fromiter((numbers.setdefault(doc_id, len(numbers)) for doc_id in ids), np.int64, len(ids))
+            members.append((documents, member_scores))
         documents, fused = fusion.scores(members)
-        known = list(codes)
+        known = list(numbers)
         doc_ids += [known[document] for document in documents]
         scores.append(fused)
     offsets = np.cumsum([0, *map(len, scores)])
     result = Run(query_ids, offsets, doc_ids, np.concatenate([*scores, np.empty(0, np.float32)]), name)
     return result if depth is None else result.first(depth)
-
-
-def checked(settings: Mapping[str, Any]) -> Fusion:
-    """`Fusion` from keys.
-
-    Raises:
-        UsageError: an unknown key or a wrong value.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return Fusion.model_validate(dict(settings))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "fusion"
-        raise UsageError(problem["msg"].removeprefix("Value error, "), where=where) from None
 
 
 @dataclass
@@ -197,45 +181,35 @@ class FusedEngine:
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """At most `k` hits for each query; ties by row."""
-        made: Any = None
-        for step in self.steps(k).values():
-            made = step(queries, made)
-        found: list[Hits] = made
-        return found
+        return self._fuse(self._search(queries, self._encode(queries), k), k)
 
     def steps(self, k: int) -> dict[str, Step]:
         """For `measure_costs`: `encode` where a member encodes, `search`, `fuse`."""
-        depth = self.depth or k
+        steps: dict[str, Step] = {
+            "encode": lambda texts, _: self._encode(texts),
+            "search": lambda texts, vectors: self._search(texts, vectors, k),
+            "fuse": lambda _, hits: self._fuse(hits, k),
+        }
+        return steps if self.encoders else {name: steps[name] for name in ("search", "fuse")}
 
-        def encode(texts: Sequence[str], _: Any) -> dict[int, Any]:
-            return {id(encoder): encoder.encode_queries(texts) for encoder in self.encoders}
+    def _encode(self, texts: Sequence[str]) -> dict[int, Any]:
+        return {id(encoder): encoder.encode_queries(texts) for encoder in self.encoders}
 
-        def search(texts: Sequence[str], vectors: Any) -> list[Any]:
-            found = []
-            for member in self.members.values():
-                parts = _parts(member)
-                found.append(
-                    member.search(texts, depth) if parts is None else parts[1].search(vectors[id(parts[0])], depth)
-                )
-            return found
+    def _search(self, texts: Sequence[str], vectors: Any, k: int) -> list[Any]:
+        hits, depth = [], self.depth or k
+        for member in self.members.values():
+            parts = encoder_and_index(member)
+            hits.append(member.search(texts, depth) if parts is None else parts[1].search(vectors[id(parts[0])], depth))
+        return hits
 
-        def fuse_hits(_: Sequence[str], found: list[Any]) -> list[Hits]:
-            return [
-                ranked(*self.fusion.scores([(hits.rows, hits.scores) for hits in of_query]), k)
-                for of_query in zip(*found, strict=True)
-            ]
-
-        steps: dict[str, Step] = {"search": search, "fuse": fuse_hits}
-        return {"encode": encode, **steps} if self.encoders else steps
+    def _fuse(self, hits: list[Any], k: int) -> list[Hits]:
+        return [
+            ranked(*self.fusion.scores([(found.rows, found.scores) for found in of_query]), k)
+            for of_query in zip(*hits, strict=True)
+        ]
 
     @property
     def encoders(self) -> list[Any]:
         """Of the members, each once."""
-        found = [parts[0] for member in self.members.values() if (parts := _parts(member)) is not None]
-        return list({id(encoder): encoder for encoder in found}.values())
-
-
-def _parts(engine: Any) -> tuple[Any, Any] | None:
-    """An engine's encoder and index, where it tells them apart (as `cost.engine_steps`)."""
-    encoder, index = getattr(engine, "encoder", None), getattr(engine, "index", None)
-    return None if encoder is None or index is None else (encoder, index)
+        parts = [encoder_and_index(member) for member in self.members.values()]
+        return list({id(part[0]): part[0] for part in parts if part is not None}.values())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.cost import Step, model_bytes, model_parameters
 from rankdistill.evaluation.evaluate import EngineSystem
 from rankdistill.evaluation.fusion import FusedEngine, Fusion
 from rankdistill.evaluation.suites import FusedRow
@@ -28,27 +27,14 @@ class FusedSystem(EngineSystem):
 
     def __init__(self, members: Mapping[str, EngineSystem], fusion: Fusion, depth: int | None = None) -> None:
         engines: dict[str, Any] = {name: system.engine for name, system in members.items()}
-        engine = FusedEngine(engines, fusion, depth)
-        sizes = [system.bytes for system in members.values()]
-        size = None if None in sizes else sum(one for one in sizes if one is not None)
-        note = engine.name + (f"; the first {depth} of each" if depth else "")
+        self.fused = FusedEngine(engines, fusion, depth)
+        sizes = [system.bytes for system in members.values() if system.bytes is not None]
+        note = self.fused.name + (f"; the first {depth} of each" if depth else "")
         note += "; the weights are the suite's, nothing was fitted here" if fusion.weights else ""
-        super().__init__(engine, size, note)
-        self.fused = engine
-        counts = [count for encoder in engine.encoders if (count := model_parameters(encoder)) is not None]
-        self.parameters = sum(counts) if counts else None
+        super().__init__(self.fused, sum(sizes) if len(sizes) == len(members) else None, note)
 
-    def steps(self, depth: int) -> dict[str, Step]:
-        return self.fused.steps(depth)
-
-    @property
-    def memory_bytes(self) -> int | None:
-        return None if self.bytes is None else self.bytes + sum(map(model_bytes, self.fused.encoders))
-
-    @property
-    def device(self) -> Any:
-        devices = [encoder.device for encoder in self.fused.encoders if hasattr(encoder, "device")]
-        return next((one for one in devices if str(one) != "cpu"), "cpu")
+    def models(self) -> list[Any]:
+        return self.fused.encoders
 
 
 def fused_rows(
@@ -63,24 +49,24 @@ def fused_rows(
     Raises:
         UsageError: a member that is neither a row nor a run, is no search, or is meant twice; a name that is taken.
     """
-    made: dict[str, FusedSystem] = {}
-    for one in fusion:
-        where = f"fusion: {one.name}"
-        if one.name in rows:
+    fused: dict[str, FusedSystem] = {}
+    for row in fusion:
+        where = f"fusion: {row.name}"
+        if row.name in rows:
             raise UsageError("there is a row of this name", where=where, fix="another name")
-        meant = {member: _row_of(member, rows, where) for member in one.members}
-        found = {member: row for member, row in meant.items() if row is not None}
-        if lacking := ", ".join(meant.keys() - found.keys()):
-            warn(f"{one.name} is left out: this table has no row for {lacking}")
+        meant = {member: _row_of(member, rows, where) for member in row.members}
+        known = {member: name for member, name in meant.items() if name is not None}
+        if lacking := ", ".join(meant.keys() - known.keys()):
+            warn(f"{row.name} is left out: this table has no row for {lacking}")
             continue
-        if len(set(found.values())) < len(found):
+        if len(set(known.values())) < len(known):
             raise UsageError("two members are the same row", where=where, fix="a weight for one of them")
-        members = {row: rows[row] if row in rows else open_run(Path(member)) for member, row in found.items()}
-        for row, system in members.items():
+        members = {name: rows[name] if name in rows else open_run(Path(member)) for member, name in known.items()}
+        for name, system in members.items():
             if not isinstance(system, EngineSystem):
-                raise UsageError(f"the row {row!r} is no search", where=where, fix="fuse what it re-ranks")
-        made[one.name] = FusedSystem(members, one, one.depth)
-    return made
+                raise UsageError(f"the row {name!r} is no search", where=where, fix="fuse what it re-ranks")
+        fused[row.name] = FusedSystem(members, row, row.depth)
+    return fused
 
 
 def _row_of(member: str, rows: Mapping[str, Any], where: str) -> str | None:

@@ -23,7 +23,7 @@ from rankdistill.artifacts import Artifact, locked
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment, pareto_front, percentiles
 from rankdistill.evaluation.metrics import Qrels, evaluate_run, parse_metric
-from rankdistill.evaluation.results import Table, latency_text, plain_tables, rate_text
+from rankdistill.evaluation.results import Table, latency_text, plain_table, rate_text
 from rankdistill.indexes.base import Encoder, Hits, Vectors
 from rankdistill.indexes.dense import ExactIndex
 from rankdistill.indexes.faiss_index import FaissIndex, parts, publish_index
@@ -62,7 +62,7 @@ class OperatingPoint:
     bytes_a_document: float
 
     def __str__(self) -> str:
-        return settings_text(self.settings)
+        return ", ".join(f"{name} {value:g}" for name, value in self.settings.items()) or "–"
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Sweep:
     @property
     def front(self) -> list[OperatingPoint]:
         """The points that none beats in quality, queries a second (in a batch) and bytes a document."""
-        values: dict[str, Mapping[str, float | None]] = {
+        values = {
             f"{number:06}": {
                 "quality": point.metrics.get(self.quality, point.recall),
                 "rate": point.queries_per_second,
@@ -98,9 +98,8 @@ class Sweep:
             }
             for number, point in enumerate(self.points)
         }
-        return [
-            self.points[int(name)] for name in pareto_front(values, maximise=["quality", "rate"], minimise=["bytes"])
-        ]
+        names = pareto_front(values, maximise=["quality", "rate"], minimise=["bytes"])
+        return [self.points[int(name)] for name in names]
 
     def reaching(self, recall: float) -> OperatingPoint:
         """The cheapest point with at least this recall.
@@ -155,20 +154,12 @@ class Sweep:
         return [Table("operating points: the Pareto front", header, rows, set(), below)]
 
     def __repr__(self) -> str:
-        return plain_tables(self.tables())
+        return plain_table(self.tables())
 
 
 def _lower(a: OperatingPoint, b: OperatingPoint) -> bool:
-    return (
-        a.index == b.index
-        and a.settings.keys() == b.settings.keys()
-        and a.settings != b.settings
-        and all(a.settings[name] <= b.settings[name] for name in a.settings)
-    )
-
-
-def settings_text(settings: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items()) or "–"
+    comparable = a.index == b.index and a.settings.keys() == b.settings.keys() and a.settings != b.settings
+    return comparable and all(a.settings[name] <= b.settings[name] for name in a.settings)
 
 
 # -- sweeping ---------------------------------------------------------------------------------------------------------
@@ -177,8 +168,7 @@ def settings_text(settings: Mapping[str, float]) -> str:
 def search_grid(index: FaissIndex, depth: int) -> dict[str, list[int]]:
     """What can be set on an index → the values to try: powers of two and both ends; {} where there is nothing to set.
 
-    Args:
-        depth: documents asked for: a graph search is never narrower, and no more is re-scored than there is.
+    A graph search is never narrower than `depth`, the documents asked for, and no more is re-scored than there is.
     """
     count = index.document_count
     factors = _powers(1, max(1, min(MOST_FACTOR, count // max(1, depth))))
@@ -230,7 +220,12 @@ def sweep(
         UsageError: an unknown metric or setting; not as many exact results, or ids, as queries.
     """
     trial = _Trial(index, queries, exact, k, query_ids, qrels, metrics)
-    grid = search_grid(index, trial.depth) if grid is None else {name: list(values) for name, values in grid.items()}
+    return _sweep(trial, grid, origin)
+
+
+def _sweep(trial: _Trial, grid: Mapping[str, Sequence[float]] | None, origin: str) -> Sweep:
+    index = trial.index
+    grid = search_grid(index, trial.depth) if grid is None else grid
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     points = []
     with progress(f"sweep {index.name}", len(combinations), "settings") as bar:
@@ -239,10 +234,10 @@ def sweep(
             bar.advance()
     return Sweep(
         points=points,
-        k=k,
+        k=trial.k,
         depth=trial.depth,
-        queries=len(queries),
-        quality=trial.metrics[0] if trial.metrics else f"recall@{k}",
+        queries=len(trial.queries),
+        quality=trial.metrics[0] if trial.metrics else f"recall@{trial.k}",
         origin=origin,
         environment={**measuring_environment(), "device": "cpu"},
         without_settings=[] if grid else [index.name],
@@ -250,32 +245,31 @@ def sweep(
 
 
 class _Trial:
-    """A clone of an index, and what its answers are held against."""
+    """A clone of an index, and what its answers are held against (see `sweep`)."""
 
     def __init__(
         self,
         index: FaissIndex,
         queries: Vectors,
         exact: Sequence[Hits] | NDArray[Any],
-        k: int,
-        query_ids: Sequence[str] | None,
-        qrels: Qrels | None,
-        metrics: Sequence[str],
+        k: int = 10,
+        query_ids: Sequence[str] | None = None,
+        qrels: Qrels | None = None,
+        metrics: Sequence[str] = ("ndcg@10",),
     ) -> None:
         if k < 1:
             raise UsageError(f"recall of the {k} best documents cannot be counted", fix="k of at least 1")
         if not len(queries) or len(exact) != len(queries):
             raise UsageError(f"{len(queries)} queries and {len(exact)} exact results", fix="one result for each query")
         self.index, self.queries, self.k = index.clone(), np.ascontiguousarray(queries, np.float32), k
-        self.expected = [_expected(one, k) for one in exact]
-        self.qrels, self.metrics = {}, list(metrics) if qrels else []
+        self.expected = [_expected(hits, k) for hits in exact]
+        self.query_ids, self.qrels, self.metrics = list(query_ids or ()), {}, list(metrics) if qrels else []
         if qrels:
-            if query_ids is None or len(query_ids) != len(queries):
+            if len(self.query_ids) != len(queries):
                 raise UsageError("judged queries need their ids", fix="query_ids: one for each query")
-            self.query_ids = list(query_ids)
-            self.qrels = {query_id: qrels[query_id] for query_id in query_ids if query_id in qrels}
+            self.qrels = {query_id: qrels[query_id] for query_id in self.query_ids if query_id in qrels}
             if not self.qrels:
-                raise UsageError("none of the queries is judged", where=f"query {query_ids[0]!r}")
+                raise UsageError("none of the queries is judged", where=f"query {self.query_ids[0]!r}")
         self.depth = max([k, *(parse_metric(metric).cutoff or k for metric in self.metrics)])
 
     def measure(self, settings: Mapping[str, float]) -> OperatingPoint:
@@ -299,7 +293,7 @@ class _Trial:
             recall=float(np.mean(recall)) if recall else 0.0,
             metrics=means,
             queries_per_second=self._batch_rate(),
-            single_ms=percentiles(list(self._single())),
+            single_ms=percentiles(self._single()),
             bytes_a_document=self.index.bytes_per_document,
         )
 
@@ -311,14 +305,16 @@ class _Trial:
             times.append(time.perf_counter() - started)
         return len(self.queries) / min(times)
 
-    def _single(self) -> Iterator[float]:
+    def _single(self) -> list[float]:
+        times: list[float] = []
         begun = time.perf_counter()
         for row in range(min(SINGLE_QUERIES, len(self.queries))):
             started = time.perf_counter()
             self.index.search(self.queries[row : row + 1], self.depth)
-            yield 1000 * (time.perf_counter() - started)
+            times.append(1000 * (time.perf_counter() - started))
             if time.perf_counter() - begun > SINGLE_SECONDS:
-                return
+                break
+        return times
 
 
 def _expected(exact: Hits | NDArray[Any], k: int) -> tuple[NDArray[np.int64], int]:
@@ -342,34 +338,29 @@ def tune(
     queries: Vectors,
     exact: Sequence[Hits] | NDArray[Any],
     target_recall: float,
+    *,
+    grid: Mapping[str, Sequence[float]] | None = None,
+    origin: str = "",
     **options: Any,
 ) -> Sweep:
     """A sweep, and in its `chosen` the cheapest setting that reaches a recall; `index` itself is not touched.
 
     After the sweep, the gap between the setting found and the next lower one tried is halved down to a sixteenth.
 
-    Args:
-        target_recall: above 0, at most 1.
-        options: of `sweep`.
-
     Raises:
-        RankdistillError: no setting reaches it; the best is named.
-        UsageError: a target outside (0, 1], or as for `sweep`.
+        RankdistillError: no setting reaches the target (above 0, at most 1); the best is named.
     """
     if not 0 < target_recall <= 1:
         raise UsageError(f"a recall of {target_recall:g} cannot be aimed at", fix="above 0, at most 1, e.g. 0.95")
-    found = sweep(index, queries, exact, **options)
+    trial = _Trial(index, queries, exact, **options)
+    found = _sweep(trial, grid, origin)
     chosen = found.reaching(target_recall)
-    trial: _Trial | None = None
     for name in WHOLE:
         if name not in chosen.settings:
             continue
         tried = sorted({int(point.settings[name]) for point in found.points})
         low = max((value for value in tried if value < chosen.settings[name]), default=None)
         while low is not None and (high := int(chosen.settings[name])) - low > max(1, high // 16):
-            if trial is None:
-                settings = {key: value for key, value in options.items() if key not in ("grid", "origin")}
-                trial = _Trial(index, queries, exact, **{**TRIAL_DEFAULTS, **settings})
             middle = (low + high) // 2
             point = trial.measure({**chosen.settings, name: middle})
             found.points.append(point)
@@ -381,26 +372,17 @@ def tune(
     return found
 
 
-TRIAL_DEFAULTS: dict[str, Any] = {"k": 10, "query_ids": None, "qrels": None, "metrics": ("ndcg@10",)}
-
-
 def save_settings(index: FaissIndex, settings: Mapping[str, float], tuned: Mapping[str, Any]) -> FaissIndex:
     """Write an index again with other search settings, and in its manifest what they were chosen for.
 
     FAISS keeps nprobe, efSearch and the refine factor in its file, so plain FAISS searches with them too; what it does
     not keep (max_codes, rescore) is set from the manifest when the index is opened here.
-
-    Raises:
-        UsageError: a foreign index: it has no manifest and stays as it is.
-        RankdistillError: a full disk.
     """
     if "fingerprint" not in index.manifest:
         raise UsageError("an index made elsewhere is not rewritten", where=str(index.path), fix="set it with FAISS")
     index.set_search(**settings)
-    search = index.specification.search.model_copy(update=dict(settings))
-    specification = index.specification.model_validate(
-        {**index.specification.model_dump(), "search": search.model_dump()}
-    )
+    values = index.specification.model_dump()
+    specification = index.specification.model_validate({**values, "search": {**values["search"], **settings}})
     manifest = {name: value for name, value in index.manifest.items() if name != "specification"}
 
     def ids() -> Iterator[str]:
@@ -481,30 +463,29 @@ def sweep_student(
     Raises:
         RankdistillError: a target that an index cannot reach: it is left as it was.
     """
-    chosen = tuning_queries(collection, seed=seed)
-    encoded = student.encode_queries(chosen.texts)
+    if not indexes:
+        raise UsageError("there is no index to sweep", fix="give one: --spec ivf_pq")
+    tuning = tuning_queries(collection, seed=seed)
+    encoded = student.encode_queries(tuning.texts)
     array = open_vectors(vectors)
-    judged = {"query_ids": chosen.ids, "qrels": chosen.qrels} if chosen.qrels else {}
-    options: dict[str, Any] = {"k": k, "origin": chosen.origin, **judged}
-    whole: Sweep | None = None
+    judged = {"query_ids": tuning.ids, "qrels": tuning.qrels} if tuning.qrels else {}
+    options: dict[str, Any] = {"k": k, "origin": tuning.origin, **judged}
+    sweeps: list[Sweep] = []
     for index in indexes:
         index.check(student, collection)
         reference = ExactIndex(array, vectors.fingerprint, metric=index.specification.metric)
         exact = reference.search(encoded, 2 * k)  # deeper than k: what ties with the last is as good
         if target_recall is None:
-            found = sweep(index, encoded, exact, **options)
-        else:
-            found = tune(index, encoded, exact, target_recall, **options)
-            point = found.chosen[index.name]
-            tuned = {"target_recall": target_recall, "k": k, "queries": len(encoded), "origin": chosen.origin}
-            if point.settings:
-                save_settings(index, point.settings, {**tuned, **asdict(point)})
-        if whole is None:
-            whole = found
-        else:
-            whole.points += found.points
-            whole.without_settings += found.without_settings
-            whole.chosen |= found.chosen
-    if whole is None:
-        raise UsageError("there is no index to sweep", fix="give one: --spec ivf_pq")
+            sweeps.append(sweep(index, encoded, exact, **options))
+            continue
+        sweeps.append(tune(index, encoded, exact, target_recall, **options))
+        point = sweeps[-1].chosen[index.name]
+        about = {"target_recall": target_recall, "k": k, "queries": len(encoded), "origin": tuning.origin}
+        if point.settings:
+            save_settings(index, point.settings, {**about, **asdict(point)})
+    whole = sweeps[0]
+    for other in sweeps[1:]:
+        whole.points += other.points
+        whole.without_settings += other.without_settings
+        whole.chosen |= other.chosen
     return whole

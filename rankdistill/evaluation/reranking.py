@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from rankdistill.evaluation.cost import Step, engine_steps, model_bytes, model_parameters
+from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps
 from rankdistill.evaluation.evaluate import scores_below
 from rankdistill.runs import Ranking
 
 
 @dataclass
-class StudentReranking:
+class StudentReranking(Footprint):
     """A system: the first stage's top `depth` documents ordered by the student, those below in the first stage's order.
 
     No document is encoded: their vectors are there already, and only the query's is made.
@@ -30,27 +30,13 @@ class StudentReranking:
     student: Any
     depth: int = 100
 
-    @property
-    def note(self) -> str:
-        return f"the student re-ranks the first {self.depth} of {self.first.name}"
-
-    @property
-    def bytes(self) -> int | None:
-        """The first stage's index and the vectors."""
+    def __post_init__(self) -> None:
+        self.note = f"the student re-ranks the first {self.depth} of {self.first.name}"
         first = getattr(self.first, "bytes", None)
-        return None if first is None else int(first) + int(self.student.index.bytes)
+        self.bytes = None if first is None else int(first) + int(self.student.index.bytes)
 
-    @property
-    def memory_bytes(self) -> int | None:
-        return None if self.bytes is None else self.bytes + model_bytes(self.student.encoder)
-
-    @property
-    def parameters(self) -> int | None:
-        return model_parameters(self.student.encoder)
-
-    @property
-    def device(self) -> Any:
-        return getattr(self.student.encoder, "device", "cpu")
+    def models(self) -> list[Any]:
+        return encoders(self.student)
 
     def steps(self, depth: int) -> dict[str, Step]:
         """For `measure_costs`."""

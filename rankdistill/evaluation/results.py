@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from rankdistill.evaluation.extrapolation import Extrapolation
 from rankdistill.evaluation.fidelity import Fidelity
 from rankdistill.evaluation.metrics import Metrics
 from rankdistill.evaluation.significance import Significance, compare_values
-from rankdistill.evaluation.suites import Judged
 from rankdistill.plain import shown
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 LEFT = ("system", "set", "source", "reason", "metric", "against", "front", "index", "settings")  # columns of words
 MARKS = {1: "▲", -1: "▼", 0: ""}
@@ -87,9 +89,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """What `results.json` holds."""
-        values = asdict(replace(self, fidelity=None, extrapolation=None))
-        del values["path"], values["significance"], values["cost"], values["fidelity"], values["extrapolation"]
-        return values
+        apart = ("path", "significance", "cost", "fidelity", "extrapolation")
+        values = {name: value for name, value in vars(self).items() if name not in apart}
+        return values | {"rows": [asdict(row) for row in self.rows]}
 
     def compare_rows(
         self,
@@ -116,17 +118,17 @@ class Evaluation:
             row.intervals = self.significance.intervals.get(row.system, {})
 
     def measure_cost(
-        self, systems: Mapping[str, Any], collection: Judged, query_ids: Sequence[str], queries: int
+        self, systems: Mapping[str, Any], collection: Collection, query_ids: Sequence[str], queries: int
     ) -> None:
         """Fill in `cost`, and in the rows what was first measured there: a teacher whose scores were looked up."""
         self.cost = measure_costs(
             systems, self.rows, collection, query_ids, depth=self.depth, metric=self.metrics[0], queries=queries
         )
         for row in self.rows:
-            found = self.cost["systems"][row.system]
-            row.queries_per_second = found["batch_queries_per_second"]
-            row.bytes, row.parameters = found["bytes"], found["parameters"]
-            row.pairs_per_second = found["pairs_per_second"]
+            cost = self.cost["systems"][row.system]
+            row.queries_per_second = cost["batch_queries_per_second"]
+            row.bytes, row.parameters = cost["bytes"], cost["parameters"]
+            row.pairs_per_second = cost["pairs_per_second"]
 
 
 @dataclass
@@ -154,16 +156,8 @@ class SuiteEvaluation:
         return plain_table(self)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "suite": self.suite,
-            "metrics": self.metrics,
-            "macro": self.macro,
-            "macro_sets": self.macro_sets,
-            "missing": self.missing,
-            "published": self.published,
-            "students": self.students,
-            "sets": [one.to_json() for one in self.sets],
-        }
+        values = {name: value for name, value in vars(self).items() if name not in ("path", "sets")}
+        return values | {"sets": [evaluated.to_json() for evaluated in self.sets]}
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
@@ -190,14 +184,11 @@ def reference_rows(names: Sequence[str]) -> list[str]:
 
 
 def outcomes(evaluation: Evaluation) -> dict[str, tuple[str, float, float]]:
-    """Reference → (a key of WORDS, the student's mean, the reference's mean) in the first metric; {} without a student.
-
-    A row of which the rows beside it show the same as the student's own is compared like any other.
-    """
+    """Reference → (a key of WORDS, the student's mean, its own mean) in the first metric; {} without a student."""
     metric = evaluation.metrics[0]
     means = {row.system: row.means[metric] for row in evaluation.rows if row.means.get(metric) is not None}
     student = next((name for name in STUDENTS if name in means), None)
-    found: dict[str, tuple[str, float, float]] = {}
+    against: dict[str, tuple[str, float, float]] = {}
     for name in reference_rows(list(means)) if student else []:
         ours, theirs = means[str(student)], means[name]
         try:
@@ -208,25 +199,26 @@ def outcomes(evaluation: Evaluation) -> dict[str, tuple[str, float, float]]:
             kind = "below" if ours < theirs else "above" if ours > theirs else "alike"
         else:
             kind = "alike" if not tested.significant else "worse" if tested.difference < 0 else "better"
-        found[name] = (kind, ours, theirs)
-    return found
+        against[name] = (kind, ours, theirs)
+    return against
 
 
 def verdict(evaluations: Sequence[Evaluation]) -> list[str]:
     """One sentence an outcome, the worst first; over several sets, on how many of them."""
-    every = [outcomes(one) for one in evaluations]
-    found = []
+    every = [outcomes(evaluation) for evaluation in evaluations]
+    sentences = []
     for kind, words in WORDS.items():
         parts = []
-        for name in dict.fromkeys(name for one in every for name in one):
-            hits = [one[name] for one in every if name in one and one[name][0] == kind]
+        for name in dict.fromkeys(name for of_set in every for name in of_set):
+            known = [of_set[name] for of_set in every if name in of_set]
+            hits = [outcome for outcome in known if outcome[0] == kind]
             if hits and len(every) == 1:
                 parts.append(f"“{name}” ({hits[0][1]:.4f} against {hits[0][2]:.4f})")
             elif hits:
-                parts.append(f"“{name}” (on {len(hits)} of {sum(name in one for one in every)} sets)")
+                parts.append(f"“{name}” (on {len(hits)} of {len(known)} sets)")
         if parts:
-            found.append(f"The student is {words} {', '.join(parts)}.")
-    return found
+            sentences.append(f"The student is {words} {', '.join(parts)}.")
+    return sentences
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -270,38 +262,40 @@ def figure_text(value: float | Sequence[float] | None) -> str:
 
 
 def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False, short: bool = False) -> list[Table]:
-    """The tables of an evaluation: measured (with `intervals` those too), then published.
-
-    Args:
-        short: of each set the table of its systems alone, without notes.
-    """
+    """The tables of an evaluation; `short`: of each set the systems alone, without notes."""
     if isinstance(evaluation, Evaluation):
         return _set_tables(evaluation, intervals, short)
-    made = [table for one in evaluation.sets for table in _set_tables(one, intervals, short)]
+    parts = [table for of_set in evaluation.sets for table in _set_tables(of_set, intervals, short)]
     if len(evaluation.sets) > 1:
-        made.append(_macro_table(evaluation))
-        made += _published(f"{evaluation.suite}, average", evaluation.metrics, evaluation.published)
+        parts.append(_macro_table(evaluation))
+        parts += _published(f"{evaluation.suite}, average", evaluation.metrics, evaluation.published)
     if evaluation.missing:
         rows = [[entry["set"], entry["reason"]] for entry in evaluation.missing]
-        made.append(Table(f"{evaluation.suite}: sets not evaluated", ["set", "reason"], rows))
-    return made
+        parts.append(Table(f"{evaluation.suite}: sets not evaluated", ["set", "reason"], rows))
+    return parts
 
 
 def _set_tables(evaluation: Evaluation, intervals: bool, short: bool = False) -> list[Table]:
-    has_size = any(row.bytes is not None for row in evaluation.rows)
-    has_rate = any(row.queries_per_second is not None for row in evaluation.rows)
-    has_pairs = any(row.pairs_per_second is not None for row in evaluation.rows)
-    header = ["system", *evaluation.metrics] + ["size"] * has_size + ["queries/s"] * has_rate + ["pairs/s"] * has_pairs
+    measured = {
+        title: (name, text)
+        for title, name, text in (
+            ("size", "bytes", bytes_text),
+            ("queries/s", "queries_per_second", rate_text),
+            ("pairs/s", "pairs_per_second", rate_text),
+        )
+        if any(getattr(row, name) is not None for row in evaluation.rows)
+    }
+    header = ["system", *evaluation.metrics, *measured]
     rows = [
         [row.system, *(figure_text(row.means[metric]) for metric in evaluation.metrics)]
-        + [bytes_text(row.bytes)] * has_size
-        + [rate_text(row.queries_per_second)] * has_rate
-        + [rate_text(row.pairs_per_second)] * has_pairs
+        + [text(getattr(row, name)) for name, text in measured.values()]
         for row in evaluation.rows
     ]
     most = max((row.notes["queries"] for row in evaluation.rows), default=0)
     whole = [row.notes["queries"] == most for row in evaluation.rows]  # a row of some of the queries is no best one
-    bold = _best([cells if own else [""] * len(cells) for cells, own in zip(rows, whole)], len(evaluation.metrics))
+    bold = _best(
+        [cells if of_all else [""] * len(cells) for cells, of_all in zip(rows, whole)], len(evaluation.metrics)
+    )
     below = [f"{evaluation.metrics[0]}: {line}" for line in verdict([evaluation])]
     below += [] if short else _notes(evaluation)
     if evaluation.significance is not None:
@@ -324,10 +318,10 @@ def _set_tables(evaluation: Evaluation, intervals: bool, short: bool = False) ->
 
 
 def _agreement(evaluation: Evaluation) -> list[Table]:
-    found = evaluation.fidelity
-    if found is None:
+    fidelity = evaluation.fidelity
+    if fidelity is None:
         return []
-    overlap, unscored = f"overlap@{found.cutoff}", f"unscored@{found.cutoff}"
+    overlap, unscored = f"overlap@{fidelity.cutoff}", f"unscored@{fidelity.cutoff}"
     shown = {"Kendall τ": "kendall_tau", overlap: overlap, "RBO": "rbo", "margins r": "margin_correlation"}
     rows = [
         [
@@ -335,15 +329,16 @@ def _agreement(evaluation: Evaluation) -> list[Table]:
             f"{values['student_better']:,}/{values['equal']:,}/{values['teacher_better']:,}",
             f"{values['won']:,}/{values['lost']:,}",
         ]
-        for system, values in found.systems.items()
+        for system, values in fidelity.systems.items()
     ]
-    queries = found.notes["queries"] - found.notes["queries_without_teacher_list"]
-    title = f"{evaluation.name}: agreement with the teacher ({queries:,} queries, at most {found.depth:,} documents)"
+    queries = fidelity.notes["queries"] - fidelity.notes["queries_without_teacher_list"]
+    title = f"{evaluation.name}: agreement with the teacher ({queries:,} queries, at most {fidelity.depth:,} documents)"
     below = [
         "agreement is not effectiveness: Kendall τ-b over the documents that the teacher scored, RBO with p = .9, "
         "Pearson's r of the margins between scores within a query",
-        f"{unscored}: share of the first {found.cutoff} that the teacher never scored; win/tie/loss against it: "
-        f"queries, by {found.metric}; won/lost: relevant documents that only one has among its first {found.cutoff}",
+        f"{unscored}: share of the first {fidelity.cutoff} that the teacher never scored; win/tie/loss against it: "
+        f"queries, by {fidelity.metric}; won/lost: relevant documents that only one has among its first "
+        f"{fidelity.cutoff}",
     ]
     header = ["system", *shown, unscored, "win/tie/loss", "won/lost"]
     return [Table(title, header, rows, set(), below)]
@@ -353,7 +348,7 @@ def _extrapolation(evaluation: Evaluation) -> list[Table]:
     if evaluation.extrapolation is None:
         return []
     metric = evaluation.metrics[0]
-    return [extrapolation_table(one, metric, evaluation.name) for one in evaluation.extrapolation.protocols]
+    return [extrapolation_table(entry, metric, evaluation.name) for entry in evaluation.extrapolation.protocols]
 
 
 def extrapolation_table(protocol: Mapping[str, Any], metric: str, name: str) -> Table:
@@ -442,20 +437,20 @@ def _cost(evaluation: Evaluation) -> list[Table]:
         return []
     systems: dict[str, dict[str, Any]] = cost["systems"]
     known = ("encode", "search", "rerank", "fuse")
-    steps = [name for name in known if any(one.get(f"{name}_ms") for one in systems.values())]
+    steps = [name for name in known if any(costs.get(f"{name}_ms") for costs in systems.values())]
     header = ["system", *(f"{name} ms" for name in steps), "p50 ms", "p95 ms", "p99 ms"]
     header += ["bytes/doc", "memory", "parameters", "front"]
     rows = []
-    for name, one in systems.items():
-        total = one["total_ms"] or {}
+    for name, costs in systems.items():
+        total = costs["total_ms"] or {}
         fronts = [axis for axis, front in cost["pareto"].items() if name in front]
-        cells = [name, *(latency_text((one.get(f"{step}_ms") or {}).get("p50")) for step in steps)]
+        cells = [name, *(latency_text((costs.get(f"{step}_ms") or {}).get("p50")) for step in steps)]
         cells += [latency_text(total.get(level)) for level in ("p50", "p95", "p99")]
-        cells += ["" if one["bytes_a_document"] is None else f"{one['bytes_a_document']:,.0f}"]
-        cells += [bytes_text(one["memory_bytes"]), count_text(one["parameters"]), ", ".join(fronts)]
+        cells += ["" if costs["bytes_a_document"] is None else f"{costs['bytes_a_document']:,.0f}"]
+        cells += [bytes_text(costs["memory_bytes"]), count_text(costs["parameters"]), ", ".join(fronts)]
         rows.append(cells)
     environment = cost["environment"]
-    counts = sorted({one["queries_measured"] for one in systems.values()} - {0})
+    counts = sorted({costs["queries_measured"] for costs in systems.values()} - {0})
     measured = " to ".join(str(count) for count in counts[:: max(1, len(counts) - 1)]) or "no"
     below = [
         f"one query at a time, warmed up, {measured} queries, depth {cost['depth']:,}; {environment['machine']}, "
@@ -466,11 +461,11 @@ def _cost(evaluation: Evaluation) -> list[Table]:
     if (environment["load"] or 0) > environment["cores"] + 0.5:
         load = f"load {environment['load']} on {environment['cores']} cores"
         below.append(f"the machine was busy ({load}): alone on it, systems are faster")
-    for one in cost["same_queries"]:
-        ratios = one["teacher_takes_times"].items()
+    for same in cost["same_queries"]:
+        ratios = same["teacher_takes_times"].items()
         times = ", ".join(f"{ratio:,.{0 if ratio >= 10 else 1}f}× {name}" for name, ratio in ratios)
-        mean = latency_text(one["mean_ms"][one["teacher"]])
-        below.append(f"{one['teacher']}: {mean} ms a query, on the same {one['queries']} queries as long as {times}")
+        mean = latency_text(same["mean_ms"][same["teacher"]])
+        below.append(f"{same['teacher']}: {mean} ms a query, on the same {same['queries']} queries as long as {times}")
     return [Table(f"{evaluation.name}: what serving costs", header, rows, set(), below)]
 
 
@@ -494,7 +489,7 @@ def comparisons(significance: Significance, title: str) -> Table:
     shown = significance.comparisons
     below: list[str] = []
     if significance.family == "all" and len(shown) > PAIR_ROWS and len(significance.metrics) > 1:
-        shown = [one for one in shown if one.metric == significance.metrics[0]]
+        shown = [pair for pair in shown if pair.metric == significance.metrics[0]]
         below.append(f"the same for {', '.join(significance.metrics[1:])}: in the JSON")
     if len(shown) > PAIR_ROWS:
         below.append(f"{len(shown) - PAIR_ROWS:,} more pairs: in the JSON")
@@ -505,14 +500,14 @@ def comparisons(significance: Significance, title: str) -> Table:
     # fmt: on
     rows = [
         [
-            *(one.metric, one.a, one.b, f"{one.difference:+.4f}"),
-            *("" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}",),
-            *("" if one.effect_size is None else f"{one.effect_size:+.2f}",),
-            f"{one.wins:,}/{one.ties:,}/{one.losses:,}",
-            *(p_text(p) for p in (one.p_t, one.p_randomisation, one.p_t_corrected)),
-            p_text(one.p_randomisation_corrected) + (" *" if one.significant else "  "),
+            *(pair.metric, pair.a, pair.b, f"{pair.difference:+.4f}"),
+            *("" if pair.low is None else f"{pair.low:+.4f} to {pair.high:+.4f}",),
+            *("" if pair.effect_size is None else f"{pair.effect_size:+.2f}",),
+            f"{pair.wins:,}/{pair.ties:,}/{pair.losses:,}",
+            *(p_text(p) for p in (pair.p_t, pair.p_randomisation, pair.p_t_corrected)),
+            p_text(pair.p_randomisation_corrected) + (" *" if pair.significant else "  "),
         ]
-        for one in shown
+        for pair in shown
     ]
     below.insert(
         0,
@@ -548,7 +543,7 @@ def _macro_table(suite: SuiteEvaluation) -> Table:
     rows = [[name, *(figure_text(means[metric]) for metric in suite.metrics)] for name, means in suite.macro.items()]
     below = [f"{len(suite.missing)} sets are missing from this average"] if suite.missing else []
     everywhere = set(suite.macro)
-    elsewhere = sorted({row.system for one in suite.sets for row in one.rows} - everywhere)
+    elsewhere = sorted({row.system for of_set in suite.sets for row in of_set.rows} - everywhere)
     if elsewhere:
         below.append(f"not measured on every set, so not averaged: {', '.join(elsewhere)}")
     title = f"{suite.suite}: macro average over {suite.macro_sets} sets"
@@ -571,13 +566,16 @@ def _published(name: str, metrics: Sequence[str], figures: Sequence[dict[str, An
     return [Table(f"{name}: published by others, not measured here", ["system", *metrics, "source"], rows)]
 
 
-def plain_table(evaluation: Evaluation | SuiteEvaluation, width: int | None = None) -> str:
+Shown = Evaluation | SuiteEvaluation | Sequence[Table]
+
+
+def _tables_of(shown: Shown, intervals: bool = False) -> Sequence[Table]:
+    return tables(shown, intervals=intervals) if isinstance(shown, Evaluation | SuiteEvaluation) else shown
+
+
+def plain_table(evaluation: Shown, width: int | None = None) -> str:
     """Aligned plain text; where a table is wider than `width`, one block of lines for each row."""
-    return plain_tables(tables(evaluation), width)
-
-
-def plain_tables(shown: Sequence[Table], width: int | None = None) -> str:
-    return "\n\n".join(_plain(table, width) for table in shown)
+    return "\n\n".join(_plain(table, width) for table in _tables_of(evaluation))
 
 
 def _plain(table: Table, width: int | None) -> str:
@@ -603,14 +601,10 @@ def _aligned(column: str, cell: str, width: int) -> str:
     return cell.ljust(width) if column in LEFT else cell.rjust(width)
 
 
-def markdown(evaluation: Evaluation | SuiteEvaluation) -> str:
+def markdown(evaluation: Shown) -> str:
     """Markdown; the best figures are bold."""
-    return markdown_tables(tables(evaluation, intervals=True))
-
-
-def markdown_tables(shown: Sequence[Table]) -> str:
     parts = []
-    for table in shown:
+    for table in _tables_of(evaluation, intervals=True):
         lines = [f"### {table.title}", "", _markdown_row(table.header)]
         lines.append(_markdown_row([":---" if name in LEFT else "---:" for name in table.header]))
         for number, row in enumerate(table.rows):
@@ -631,16 +625,12 @@ def _escape(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def latex(evaluation: Evaluation | SuiteEvaluation) -> str:
+def latex(evaluation: Shown) -> str:
     """LaTeX tables to paste into a paper (needs the booktabs package); the best figures are bold.
 
     Notes become comments; what the marks mean is said in the caption.
     """
-    return latex_tables(tables(evaluation))
-
-
-def latex_tables(shown: Sequence[Table]) -> str:
-    return "\n".join(_latex(table) for table in shown)
+    return "\n".join(map(_latex, _tables_of(evaluation)))
 
 
 def _latex(table: Table) -> str:
@@ -688,20 +678,12 @@ def _clean(table: Table) -> Table:
     return replace(table, title=shown(table.title, len(table.title)), header=header, rows=rows, lines_below=below)
 
 
-def print_tables(
-    evaluation: Evaluation | SuiteEvaluation | Sequence[Table], stream: TextIO | None = None, width: int | None = None
-) -> None:
-    """Print to a terminal through rich; elsewhere, or where it is too narrow, as plain text.
-
-    Args:
-        evaluation: or tables made already.
-        stream: default standard output.
-        width: in columns; default the terminal's, without limit where there is none.
-    """
+def print_tables(evaluation: Shown, stream: TextIO | None = None, width: int | None = None) -> None:
+    """Print to a terminal through rich; elsewhere, or where it is too narrow for `width` columns, as plain text."""
     stream = stream or sys.stdout
-    shown_tables = [_clean(one) for one in (evaluation if isinstance(evaluation, Sequence) else tables(evaluation))]
+    shown_tables = [_clean(table) for table in _tables_of(evaluation)]
     if not stream.isatty():
-        print(plain_tables(shown_tables, width), file=stream)
+        print(plain_table(shown_tables, width), file=stream)
         return
     from rich.console import Console
     from rich.table import Table as RichTable

@@ -21,7 +21,6 @@ Intervals are bias-corrected and accelerated bootstrap ones (BCa, Efron 1987) ov
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.errors import UsageError
+from rankdistill.recipe import nearest
 
 Correction = Literal["holm", "tukey_hsd"]
 Floats = NDArray[np.float64]
@@ -80,6 +80,16 @@ class Comparison:
     p_randomisation_corrected: float
     significant: bool
 
+    def turned(self) -> Comparison:
+        """The same as b − a."""
+        swapped = ("a", "b"), ("mean_a", "mean_b"), ("low", "high"), ("wins", "losses")
+        values = asdict(self)
+        for one, other in swapped:
+            values[one], values[other] = values[other], values[one]
+        for name in ("difference", "low", "high", "effect_size", "t"):
+            values[name] = None if values[name] is None else -values[name]
+        return Comparison(**values)
+
 
 @dataclass
 class Significance:
@@ -109,24 +119,19 @@ class Significance:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def of(self, a: str, b: str, metric: str) -> Comparison:
-        """The comparison of a and b as a − b, whichever way round it was made.
-
-        Raises:
-            KeyError: the pair was not compared.
-        """
-        for one in self.comparisons:
-            if one.metric == metric and (one.a, one.b) == (a, b):
-                return one
-            if one.metric == metric and (one.a, one.b) == (b, a):
-                return _turned(one)
+        """The comparison of a and b as a − b, whichever way round it was made; KeyError where there is none."""
+        for pair in self.comparisons:
+            if pair.metric == metric and {pair.a, pair.b} == {a, b}:
+                return pair if pair.a == a else pair.turned()
         raise KeyError((a, b, metric))
 
     def mark(self, system: str, metric: str) -> int:
         """1 or -1 where the system is significantly better or worse than the baseline, else 0."""
-        for one in self.comparisons:
-            if one.significant and one.metric == metric and {one.a, one.b} == {system, self.baseline}:
-                return 1 if (one.difference > 0) == (one.a == system) else -1
-        return 0
+        try:
+            pair = self.of(system, str(self.baseline), metric)
+        except KeyError:
+            return 0
+        return int(np.sign(pair.difference)) if pair.significant else 0
 
     def to_json(self) -> dict[str, Any]:
         """As `significance.json` has it; no NaN or infinity."""
@@ -135,44 +140,18 @@ class Significance:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Significance:
         """From `to_json`."""
-        return cls(**{**values, "comparisons": [Comparison(**one) for one in values["comparisons"]]})
+        return cls(**{**values, "comparisons": [Comparison(**pair) for pair in values["comparisons"]]})
 
     def __repr__(self) -> str:
-        found = sum(one.significant for one in self.comparisons)
+        below = sum(pair.significant for pair in self.comparisons)
         return (
-            f"Significance({len(self.systems)} systems, {self.queries:,} queries, {found} of "
+            f"Significance({len(self.systems)} systems, {self.queries:,} queries, {below} of "
             f"{len(self.comparisons)} comparisons below {self.alpha} by randomisation, {self.correction})"
         )
 
 
-def _turned(one: Comparison) -> Comparison:
-    """The same comparison as b − a."""
-
-    def minus(value: float | None) -> float | None:
-        return None if value is None else -value
-
-    values = asdict(one) | {
-        "a": one.b,
-        "b": one.a,
-        "mean_a": one.mean_b,
-        "mean_b": one.mean_a,
-        "difference": -one.difference,
-        "low": minus(one.high),
-        "high": minus(one.low),
-        "effect_size": minus(one.effect_size),
-        "t": minus(one.t),
-        "wins": one.losses,
-        "losses": one.wins,
-    }
-    return Comparison(**values)
-
-
 def parse_correction(name: str) -> Correction:
-    """`holm`, `tukey_hsd`, or `tukey` for short.
-
-    Raises:
-        UsageError: another name.
-    """
+    """`holm`, `tukey_hsd`, or `tukey` for short."""
     name = "tukey_hsd" if name == "tukey" else name
     if name not in get_args(Correction):
         raise UsageError(f"there is no correction {name!r}", where="correction", fix="choose holm or tukey")
@@ -180,18 +159,10 @@ def parse_correction(name: str) -> Correction:
 
 
 def pick_baseline(systems: Sequence[str], named: str | None = None) -> str | None:
-    """The row that marks refer to: the named one, else BM25, else the first; None without systems.
-
-    Raises:
-        UsageError: the named system is not there.
-    """
+    """The row that marks refer to: the named one, else BM25, else the first; None without systems."""
     if named is not None and named not in systems:
-        nearest = difflib.get_close_matches(named, systems, 1, 0.4)
-        offered = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise UsageError(
-            f"there is no system {named!r} to be the baseline",
-            where="baseline",
-            fix=f"{offered}systems: {', '.join(systems) or 'none'}",
+            f"there is no system {named!r} to be the baseline", where="baseline", fix=nearest(named, systems)
         )
     if named is not None or not systems:
         return named
@@ -232,8 +203,6 @@ def compare_values(
     table = _table(values, metrics)  # [metrics, queries, systems]
     queries = table.shape[1]
     family = "all" if chosen == "tukey_hsd" else family
-    pairs = _pairs(systems, baseline, family)
-    tossed = _affordable(permutations, queries)
     result = Significance(
         alpha=alpha,
         correction=chosen,
@@ -243,38 +212,39 @@ def compare_values(
         systems=systems,
         queries=queries,
         seed=seed,
-        permutations=tossed,
+        permutations=_affordable(permutations, queries),
         resamples=resamples,
         intervals={name: {} for name in systems},
         comparisons=[],
         notes=dict(notes or {}),
     )
-    if not systems or not queries or not metrics:
+    if not table.size:
         return result
-    boot = _bootstrap_means(table, resamples, seed)  # [metrics, resamples, systems]
-    differences = np.stack([table[:, :, a] - table[:, :, b] for a, b in pairs], axis=2) if pairs else None
-    random_p = _randomisation(differences, tossed, seed) if differences is not None else np.zeros((len(metrics), 0))
-    tukey_p: Floats | None = None
-    if differences is not None and chosen == "tukey_hsd":
-        # A permutation of all systems takes much longer than a toss for each query.
-        permuted = _affordable(permutations, 8 * queries * len(systems))
-        tukey_p = _randomised_tukey_hsd(table, pairs, permuted, seed)
-        result.notes["tukey_permutations"] = permuted
+    resampled = _bootstrap_means(table, resamples, seed)  # [metrics, resamples, systems]
     for number, metric in enumerate(metrics):
         for column, name in enumerate(systems):
-            interval = bca(boot[number, :, column], table[number, :, column])
+            interval = bca(resampled[number, :, column], table[number, :, column])
             if interval is not None:
                 result.intervals[name][metric] = list(interval)
-        if differences is None:
-            continue
+    pairs = _pairs(systems, baseline, family)
+    if not pairs:
+        return result
+    differences = np.stack([table[:, :, a] - table[:, :, b] for a, b in pairs], axis=2)
+    p_randomisation = randomisation(differences, result.permutations, seed)
+    if chosen == "tukey_hsd":
+        # A permutation of all systems takes much longer than a toss for each query.
+        permuted = _affordable(permutations, 8 * queries * len(systems))
+        result.notes["tukey_permutations"] = permuted
+        corrected = randomised_tukey_hsd(table, pairs, permuted, seed)
+    else:
+        corrected = np.array([holm(p) for p in p_randomisation])
+    for number, metric in enumerate(metrics):
         t, p_t = paired_t(differences[number])
-        if tukey_p is None:
-            corrected_t, corrected = holm(p_t), holm(random_p[number])
-        else:
-            corrected_t, corrected = tukey_hsd(table[number], pairs), tukey_p[number]
+        corrected_t = tukey_hsd(table[number], pairs) if chosen == "tukey_hsd" else holm(p_t)
         for at, (a, b) in enumerate(pairs):
             d = differences[number, :, at]
-            interval = bca(boot[number, :, a] - boot[number, :, b], d)
+            known = bool(np.isfinite(t[at]))
+            low, high = bca(resampled[number, :, a] - resampled[number, :, b], d) or (None, None)
             result.comparisons.append(
                 Comparison(
                     metric=metric,
@@ -283,18 +253,18 @@ def compare_values(
                     mean_a=float(table[number, :, a].mean()),
                     mean_b=float(table[number, :, b].mean()),
                     difference=float(d.mean()),
-                    low=None if interval is None else interval[0],
-                    high=None if interval is None else interval[1],
-                    effect_size=effect_size(d),
+                    low=low,
+                    high=high,
+                    effect_size=float(t[at]) / queries**0.5 if known else None,
                     wins=int((d > SAME).sum()),
                     ties=int((np.abs(d) <= SAME).sum()),
                     losses=int((d < -SAME).sum()),
-                    t=float(t[at]) if np.isfinite(t[at]) else None,
+                    t=float(t[at]) if known else None,
                     p_t=float(p_t[at]),
-                    p_randomisation=float(random_p[number, at]),
+                    p_randomisation=float(p_randomisation[number, at]),
                     p_t_corrected=float(corrected_t[at]),
-                    p_randomisation_corrected=float(corrected[at]),
-                    significant=bool(corrected[at] < alpha),
+                    p_randomisation_corrected=float(corrected[number, at]),
+                    significant=bool(corrected[number, at] < alpha),
                 )
             )
     return result
@@ -302,12 +272,13 @@ def compare_values(
 
 def _table(values: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> Floats:
     """float64 [metrics, queries, systems]."""
-    rows = [[np.asarray(of_metric[metric], np.float64) for of_metric in values.values()] for metric in metrics]
-    lengths = {array.shape for row in rows for array in row}
-    if len(lengths) > 1 or any(len(shape) != 1 for shape in lengths):
-        raise ValueError(f"systems have values of different shapes: {sorted(lengths)}")
-    queries = next(iter(lengths))[0] if lengths else 0
-    table = np.array(rows, np.float64).reshape(len(metrics), len(values), queries).transpose(0, 2, 1)
+    arrays = [[np.asarray(by_metric[metric], np.float64) for metric in metrics] for by_metric in values.values()]
+    shapes = {array.shape for by_metric in arrays for array in by_metric}
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        raise ValueError(f"systems have values of different shapes: {sorted(shapes)}")
+    if not shapes:
+        return np.zeros((len(metrics), 0, len(values)))
+    table = np.array(arrays).transpose(1, 2, 0)
     if not np.isfinite(table).all():
         raise ValueError("a value is not finite")
     return table
@@ -344,37 +315,18 @@ def paired_t(differences: Any) -> tuple[Floats, Floats]:
     queries = len(d)
     if queries < 2:
         return np.full(d.shape[1], np.nan), np.ones(d.shape[1])
-    mean, sd = d.mean(axis=0), _deviation(d)
+    mean, sd = d.mean(axis=0), d.std(axis=0, ddof=1)
+    sd = np.where(sd <= 1e-12 * np.abs(d).max(axis=0), 0.0, sd)  # where only rounding makes values differ
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(sd > 0, mean / (sd / np.sqrt(queries)), np.where(mean == 0, 0.0, np.sign(mean) * np.inf))
     return t, np.asarray(2 * stdtr(queries - 1, -np.abs(t)))
 
 
-def _deviation(d: Floats) -> Floats:
-    """Standard deviation of a sample [queries, columns]; 0 where only rounding makes values differ."""
-    sd = d.std(axis=0, ddof=1)
-    return np.where(sd <= 1e-12 * np.abs(d).max(axis=0), 0.0, sd)
+def randomisation(differences: Floats, permutations: int = PERMUTATIONS, seed: int = 0) -> Floats:
+    """Fisher's randomisation test, two-sided: p [metrics, pairs] of differences [metrics, queries, pairs].
 
-
-def effect_size(differences: Any) -> float | None:
-    """Cohen's d of paired values: mean over standard deviation; 0 where all are 0, None where undefined."""
-    d = np.asarray(differences, np.float64)
-    if not d.any():
-        return 0.0
-    if len(d) < 2:
-        return None
-    sd = float(_deviation(d.reshape(-1, 1))[0])
-    return float(d.mean()) / sd if sd > 0 else None
-
-
-def randomisation(differences: Any, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """Fisher's randomisation test of paired differences [queries], two-sided: p (see the module's docstring)."""
-    d = np.asarray(differences, np.float64)
-    return float(_randomisation(d.reshape(1, -1, 1), permutations, seed)[0, 0])
-
-
-def _randomisation(differences: Floats, permutations: int, seed: int) -> Floats:
-    """p [metrics, pairs] of differences [metrics, queries, pairs]; one set of tosses serves all."""
+    One set of tosses serves all of them.
+    """
     metrics, queries, pairs = differences.shape
     d = differences.transpose(1, 0, 2).reshape(queries, -1)
     nonzero = np.count_nonzero(d, axis=0)
@@ -420,11 +372,9 @@ def holm(p: Any) -> Floats:
 
 
 def tukey_hsd(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
-    """Tukey's honestly significant difference over the two-way layout: p of each pair.
+    """Tukey's honestly significant difference over the two-way layout [queries, systems]: p of each pair of columns.
 
-    Args:
-        values: [queries, systems]. The error is what neither the query nor the system explains.
-        pairs: columns of `values`.
+    The error is what neither the query nor the system explains.
     """
     from scipy.stats import studentized_range
 
@@ -442,21 +392,13 @@ def tukey_hsd(values: Floats, pairs: Sequence[tuple[int, int]]) -> Floats:
 
 
 def randomised_tukey_hsd(
-    values: Floats, pairs: Sequence[tuple[int, int]], permutations: int = PERMUTATIONS, seed: int = 0
+    table: Floats, pairs: Sequence[tuple[int, int]], permutations: int = PERMUTATIONS, seed: int = 0
 ) -> Floats:
-    """Randomised Tukey HSD (Carterette 2012): p of each pair.
+    """Randomised Tukey HSD (Carterette 2012) of a table [metrics, queries, systems]: p [metrics, pairs].
 
     Each query's values are permuted among the systems; p is how often the greatest difference of two means then
-    reaches the pair's, with the arrangement found counted once.
-
-    Args:
-        values: [queries, systems].
+    reaches the pair's, with the arrangement found counted once. One set of permutations serves all metrics.
     """
-    return _randomised_tukey_hsd(np.asarray(values)[None], pairs, permutations, seed)[0]
-
-
-def _randomised_tukey_hsd(table: Floats, pairs: Sequence[tuple[int, int]], permutations: int, seed: int) -> Floats:
-    """p [metrics, pairs] of a table [metrics, queries, systems]; one set of permutations serves all metrics."""
     metrics, queries, systems = table.shape
     means = table.mean(axis=1)
     gaps = np.array([np.abs(means[:, a] - means[:, b]) for a, b in pairs]).T
@@ -499,12 +441,7 @@ def _bootstrap_means(table: Floats, resamples: int, seed: int) -> Floats:
 
 
 def bca(resampled: Floats, values: Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """The BCa interval of a mean; None with fewer than two values.
-
-    Args:
-        resampled: means of bootstrap samples, [resamples].
-        values: [queries].
-    """
+    """The BCa interval of the mean of values [queries], from means of bootstrap samples; None with fewer than two."""
     from scipy.special import ndtr, ndtri
 
     if len(values) < 2:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,9 @@ from rankdistill.evaluation.fusion import Fusion
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, parse_metric
 from rankdistill.plain import Name, Section, read_yaml
 from rankdistill.recipe import check_values, declarations, find_declaration
+
+if TYPE_CHECKING:
+    from rankdistill.collections import Collection
 
 FOLDER = "eval/suites"
 REFERENCE_FOLDER = "eval/reference"
@@ -92,21 +95,20 @@ class Suite(Section):
     @field_validator("sets")
     @classmethod
     def _named_once(cls, sets: list[EvaluationSet]) -> list[EvaluationSet]:
-        if len({re.sub(r"[^\w.+-]+", "-", one.name).lower() for one in sets}) < len(
-            sets
-        ):  # each has a folder of its own
+        folders = {re.sub(r"[^\w.+-]+", "-", entry.name).lower() for entry in sets}
+        if len(folders) < len(sets):
             raise ValueError("two sets have the same name, or names that differ in signs alone")
         return sets
 
     @field_validator("fusion")
     @classmethod
     def _fused_once(cls, fusion: list[FusedRow]) -> list[FusedRow]:
-        if len({one.name for one in fusion}) < len(fusion):
+        if len({row.name for row in fusion}) < len(fusion):
             raise ValueError("two fused rows have the same name")
         return fusion
 
     def __repr__(self) -> str:
-        return f"Suite({self.name}: {', '.join(one.name for one in self.sets)}; {', '.join(self.metrics)})"
+        return f"Suite({self.name}: {', '.join(entry.name for entry in self.sets)}; {', '.join(self.metrics)})"
 
     __str__ = __repr__
 
@@ -129,21 +131,13 @@ class Reference(Section):
 
 
 def load_suite(source: str | Path) -> Suite:
-    """A suite by path or shipped name.
-
-    Raises:
-        UsageError: not found, an unknown key or metric (the nearest right one is offered) or a wrong value.
-    """
+    """A suite by path or shipped name."""
     path = find_declaration(FOLDER, str(source))
     return _validated(Suite, read_yaml(path), path)
 
 
 def load_references(set_name: str, folder: Path | None = None) -> list[ReferenceFigure]:
-    """Published figures for a set: [] when there are none.
-
-    Args:
-        folder: where the declarations lie; default the shipped ones.
-    """
+    """Published figures for a set, of the shipped declarations or those in `folder`: [] when there are none."""
     figures: list[ReferenceFigure] = []
     for path in sorted((folder or declarations(REFERENCE_FOLDER)).glob("*.yaml")):
         reference = _validated(Reference, read_yaml(path), path)
@@ -160,34 +154,6 @@ def _validated(model: type[M], values: Any, path: Path) -> M:
         raise UsageError(error.what, where=where, fix=error.fix) from None
 
 
-class Judged(Protocol):
-    """What evaluation needs of a collection."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def spec(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def splits(self) -> tuple[str, ...]: ...
-
-    def query_ids(self, split: str | None = None) -> list[str]: ...
-
-    def query_texts(self, ids: Sequence[str]) -> list[str]: ...
-
-    def qrels(self, split: str, *, missing: bool = False) -> dict[str, dict[str, int]]: ...
-
-    def doc_ids(self, rows: Any) -> list[str]: ...
-
-    def doc_rows(self, ids: Sequence[str]) -> Any: ...
-
-    def document_texts(self, rows: Any) -> list[str]: ...
-
-
 class Missing(NamedTuple):
     """A set that could not be evaluated, and why."""
 
@@ -198,14 +164,14 @@ class Missing(NamedTuple):
 class Found(NamedTuple):
     """A set that can be evaluated."""
 
-    collection: Any  # Judged; Any so that callers keep their Collection
+    collection: Collection
     split: str
 
 
 def locate(
-    one: EvaluationSet,
+    entry: EvaluationSet,
     *,
-    own: Judged | None = None,
+    own: Collection | None = None,
     local: Path | None = None,
     fetch: bool = True,
     opener: Callable[[str], Any] | None = None,
@@ -225,7 +191,7 @@ def locate(
 
         opener = open_collection
     candidate: Any = None
-    folder = local / one.name if local is not None else None
+    folder = local / entry.name if local is not None else None
     try:
         if folder is not None and plain_or_gzip(folder, "corpus.jsonl"):
             candidate = opener(f"beir:{folder}")
@@ -233,19 +199,19 @@ def locate(
             candidate = opener(f"msmarco:{folder}")
         elif folder is not None and (any(folder.glob("corpus*.parquet")) or any(folder.glob("corpus/*.parquet"))):
             candidate = opener(f"hf:{folder}")
-        elif own is not None and (one.collection in (OWN, own.spec) or one.name == own.name):
+        elif own is not None and (entry.collection in (OWN, own.spec) or entry.name == own.name):
             candidate = own
-        elif one.collection == OWN:
-            return Missing(one.name, "the run names no collection of its own")
-        elif not fetch and not one.collection.startswith(("beir:", "msmarco:", "python-docs")):
+        elif entry.collection == OWN:
+            return Missing(entry.name, "the run names no collection of its own")
+        elif not fetch and not entry.collection.startswith(("beir:", "msmarco:", "python-docs")):
             where = f"there is no folder {folder}" if folder is not None else "no folder of local sets was given"
-            return Missing(one.name, f"{where}, and fetching is off")
+            return Missing(entry.name, f"{where}, and fetching is off")
         else:
-            candidate = opener(one.collection)
+            candidate = opener(entry.collection)
     except (RankdistillError, OSError) as error:
-        return Missing(one.name, error.what if isinstance(error, RankdistillError) else str(error))
-    split = one.split or ("test" if "test" in candidate.splits or len(candidate.splits) != 1 else candidate.splits[0])
+        return Missing(entry.name, error.what if isinstance(error, RankdistillError) else str(error))
+    split = entry.split or ("test" if "test" in candidate.splits or len(candidate.splits) != 1 else candidate.splits[0])
     if split not in candidate.splits:
         has = ", ".join(candidate.splits) or "none"
-        return Missing(one.name, f"{candidate.spec} has no judgments for the split {split!r} (it has {has})")
+        return Missing(entry.name, f"{candidate.spec} has no judgments for the split {split!r} (it has {has})")
     return Found(candidate, split)

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import rankdistill
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.compare import compare, read_judgments
 from rankdistill.evaluation.evaluate import evaluate_systems
@@ -20,10 +19,6 @@ from rankdistill.evaluation.results import plain_table
 from rankdistill.runs import Run, read_run, write_trec
 
 QRELS = {"q1": {"a": 2, "b": 0}, "q2": {"a": 1}, "q3": {"c": 1}}
-
-
-def test_the_public_name() -> None:
-    assert rankdistill.compare is compare
 
 
 def test_queries_that_differ_between_runs_count_zero_and_are_counted() -> None:

@@ -21,7 +21,6 @@ from rankdistill.evaluation.cost import (
     model_bytes,
     model_parameters,
     pareto_front,
-    percentiles,
 )
 from rankdistill.evaluation.evaluate import EngineSystem
 from rankdistill.evaluation.results import Row
@@ -173,11 +172,6 @@ def test_a_slow_teacher_stops_and_is_compared_on_the_queries_it_got_to() -> None
     # The ready run has no latency and no bytes, so it is on neither front, good as it is.
     assert found["pareto"] == {"latency": ["teacher", "student"], "bytes": ["teacher", "student"]}
     json.dumps(found)
-
-
-def test_percentiles_are_numpys() -> None:
-    values = np.random.default_rng(0).exponential(5, 101)
-    assert list(percentiles(values).values()) == pytest.approx(np.percentile(values, [50, 95, 99]), abs=1e-4)
 
 
 def test_shared_weights_are_counted_once_and_formats_told_apart() -> None:

@@ -117,7 +117,7 @@ def test_near_and_far_training_queries_are_as_many_and_on_their_side_of_the_boun
 def test_nearest_in_blocks_is_nearest_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, training = unit(50, 8, 1), unit(64, 8, 2)
     cosines, rows = nearest(queries, training)
-    monkeypatch.setattr("rankdistill.evaluation.extrapolation.ROWS_AT_ONCE", 64 * 7)
+    monkeypatch.setattr("rankdistill.evaluation.extrapolation.COSINES_AT_ONCE", 64 * 7)
     in_blocks = nearest(queries, training)
     np.testing.assert_allclose(in_blocks[0], cosines, atol=1e-6)
     assert in_blocks[1].tolist() == rows.tolist()

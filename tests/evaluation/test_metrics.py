@@ -6,16 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.metrics import Metrics, evaluate_run, parse_metric
-from rankdistill.runs import Run, read_run
+from rankdistill.evaluation.metrics import evaluate_run, parse_metric
+from rankdistill.runs import Run
 
 TREC_EVAL = {
     "ndcg": "ndcg",
@@ -30,9 +28,12 @@ TREC_EVAL = {
     "recall": "set_recall",
     "hit_rate@3": "success_3",
     "mrr": "recip_rank",
+    "r-precision": "Rprec",
+    "bpref": "bpref",
 }
 MEASURES = {
     "ndcg", "ndcg_cut.10,3", "recall.10,2", "map", "map_cut.5", "P.5", "set_P", "set_recall", "success.3", "recip_rank",
+    "Rprec", "bpref",
 }  # fmt: skip
 
 Judgments = dict[str, dict[str, int]]
@@ -84,23 +85,25 @@ def _agree_with_ranx() -> None:
     import ranx
 
     random = np.random.default_rng(5)
-    names = ["ndcg@10", "recall@10", "mrr@10", "map@10", "f1@5", "recall@10-l2", "ndcg@10-l2", "map@10-l2"]
-    for _ in range(8):
+    names = ["ndcg@10", "recall@10", "mrr@10", "map@10", "f1@5", "f1", "hits@7", "dcg@5", "dcg_burges",
+             "ndcg_burges@10", "rbp.80", "recall@10-l2", "ndcg@10-l2", "map@10-l2", "f1@5-l2"]  # fmt: skip
+    for _ in range(20):
         run, qrels = random_case(random, ties=False)
         run = {query: run[query] for query in run if query in qrels and max(qrels[query].values()) > 0}
         qrels = {query: {doc: max(level, 0) for doc, level in qrels[query].items()} for query in run}
         if not run:
             continue
         found = evaluate_run(Run.from_dict(run), qrels, names)
-        theirs = ranx.evaluate(ranx.Qrels(qrels), ranx.Run(run), names, return_mean=False)
-        for name, expected in theirs.items():
+        for name in names:  # one by one: ranx keeps two cutoffs of a metric under one name
             order = sorted(qrels)  # ranx sorts queries
+            expected = ranx.evaluate(ranx.Qrels(qrels), ranx.Run(run), [name], return_mean=False)
+            expected = expected if isinstance(expected, np.ndarray) else expected[name]
             ours = dict(zip(found.query_ids, found.per_query[name], strict=True))
             np.testing.assert_allclose([ours[query] for query in order], expected, err_msg=name)
     print("agreed")
 
 
-def test_ranx_agrees_where_nothing_ties_and_serves_the_other_metrics() -> None:
+def test_ranx_agrees_where_nothing_ties() -> None:
     """In a process where nothing is compiled: ranx would do so for a minute on a fresh machine."""
     pytest.importorskip("ranx")
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -108,19 +111,6 @@ def test_ranx_agrees_where_nothing_ties_and_serves_the_other_metrics() -> None:
     code = f"import {Path(__file__).stem} as tests; tests._agree_with_ranx()"
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.stdout == "agreed\n", ended.stderr
-
-
-def test_ranx_metrics_see_trec_evals_order_of_ties() -> None:
-    pytrec_eval = pytest.importorskip("pytrec_eval")
-    random = np.random.default_rng(6)
-    for _ in range(100):
-        run, qrels = random_case(random)
-        if not comparable(run, qrels):
-            continue
-        found = evaluate_run(Run.from_dict(run), qrels, ["r-precision"], relevance_level=2)
-        theirs = pytrec_eval.RelevanceEvaluator(qrels, {"Rprec"}, relevance_level=2).evaluate(run)
-        expected = [theirs.get(query_id, {}).get("Rprec", 0.0) for query_id in qrels]
-        np.testing.assert_allclose(found.per_query["r-precision"], expected, atol=1e-12)
 
 
 def test_every_negative_judgment_is_as_minus_one() -> None:
@@ -131,12 +121,6 @@ def test_every_negative_judgment_is_as_minus_one() -> None:
             lower = {q: {doc: -9 if level < 0 else level for doc, level in docs.items()} for q, docs in qrels.items()}
             found = evaluate_run(Run.from_dict(run), lower, list(TREC_EVAL))
             assert found.means == evaluate_run(Run.from_dict(run), qrels, list(TREC_EVAL)).means
-
-
-def test_mrr_is_cut() -> None:
-    run = Run.from_dict({"q": {f"d{rank}": -float(rank) for rank in range(1, 12)}})
-    found = evaluate_run(run, {"q": {"d11": 1}}, ["mrr", "mrr@10", "mrr@11"])
-    assert found.means == {"mrr": 1 / 11, "mrr@10": 0.0, "mrr@11": 1 / 11}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +150,7 @@ def test_notes_count_what_was_decided() -> None:
     assert found.means["mrr@10"] == pytest.approx(0.5 / 3)
     assert found.notes == {
         "queries": 3, "missing_queries": 1, "queries_without_relevant": 1, "ignored_queries": 1, "judged@10": 0.75,
-        "tied_share": 0.5, "self_hits_dropped": 1, "undefined": 0,
+        "tied_share": 0.5, "self_hits_dropped": 1,
     }  # fmt: skip
     assert "1 self hits dropped" in repr(found) and "mine: mrr@10 0.1667" in repr(found)
     assert evaluate_run(run, qrels, ["mrr@10"]).per_query["mrr@10"][0] == pytest.approx(1 / 3)
@@ -179,19 +163,6 @@ def test_an_empty_run_counts_zero_and_a_foreign_one_is_refused() -> None:
         evaluate_run(Run.from_dict({"1": {"a": 1.0}}), {"q1": {"a": 1}})
     with pytest.raises(RankdistillError, match="no judgments"):
         evaluate_run(Run.from_dict({"1": {"a": 1.0}}), {})
-
-
-def test_adding_an_unjudged_document_below_changes_no_metric() -> None:
-    random = np.random.default_rng(3)
-    names = ["ndcg@10", "ndcg", "recall@10", "map", "mrr@10", "precision@5"]
-    for _ in range(50):
-        run, qrels = random_case(random)
-        if not comparable(run, qrels):
-            continue
-        longer = {query: {**docs, "below": -1e10} for query, docs in run.items()}
-        assert evaluate_run(Run.from_dict(run), qrels, names).means == pytest.approx(
-            evaluate_run(Run.from_dict(longer), qrels, names).means
-        )
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("ndgc@10", "ndcg@10"), ("recal@5", "recall@5"), ("rbp", "rbp.80")])
@@ -228,13 +199,6 @@ print(json.dumps([seconds, int(peak.split()[1]) / 1024]))
     assert seconds < 20 and megabytes < 1024
 
 
-def test_a_table_of_queries() -> None:
-    found = evaluate_run(Run.from_dict({"q": {"a": 1.0}}), {"q": {"a": 1}, "r": {"a": 1}}, ["mrr@10"])
-    assert isinstance(found, Metrics)
-    assert found.to_table().to_pydict() == {"query_id": ["q", "r"], "mrr@10": [1.0, 0.0]}
-    assert pa.types.is_float64(found.to_table()["mrr@10"].type)
-
-
 def test_the_standard_metrics_import_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "run.trec").write_text("q Q0 d 1 1.0 x\n")
     code = (
@@ -242,11 +206,5 @@ def test_the_standard_metrics_import_nothing_heavy(tmp_path: Path) -> None:
         f"evaluate_run({str(tmp_path / 'run.trec')!r}, {{'q': {{'d': 1}}}}); "
         "print(sorted({'ranx', 'numba', 'torch'} & set(sys.modules)))"
     )
-    started = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]" and time.perf_counter() - started < 10
-
-
-def test_read_run_and_from_dict_are_the_same_run(tmp_path: Path) -> None:
-    (tmp_path / "run.trec").write_text("q Q0 a 1 1.0 x\nq Q0 b 2 1.0 x\n")
-    assert read_run(tmp_path / "run.trec").to_dict() == Run.from_dict({"q": {"b": 1.0, "a": 1.0}}).to_dict()
+    assert out.stdout.strip() == "[]"

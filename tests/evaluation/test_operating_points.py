@@ -29,6 +29,8 @@ from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.specification import load_specification
 
 COUNT, DIMENSION, QUERIES = 2000, 32, 60
+Data = tuple[np.ndarray, np.ndarray]
+Make = Callable[..., FaissIndex]
 SPECIFICATIONS: dict[str, dict[str, Any]] = {
     "ivf": {"factory": "IVF40,Flat", "search": {"nprobe": 3}},
     "ivf_l2": {"factory": "IVF40,Flat", "metric": "l2", "search": {"nprobe": 3}},
@@ -53,7 +55,7 @@ def one_thread() -> Any:
 
 
 @pytest.fixture(scope="module")
-def data() -> tuple[np.ndarray, np.ndarray]:
+def data() -> Data:
     """Clustered unit vectors, and queries near some of them."""
     generator = np.random.default_rng(3)
     centres = generator.normal(size=(60, DIMENSION))
@@ -65,9 +67,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def index_of(
-    data: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., FaissIndex]:
+def index_of(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The index of a name above; built once, opened anew each time."""
     folder = tmp_path_factory.mktemp("indexes")
 
@@ -81,14 +81,12 @@ def index_of(
     return make
 
 
-def exact(data: tuple[np.ndarray, np.ndarray], k: int = 40, metric: Any = "inner_product") -> list[Hits]:
+def exact(data: Data, k: int = 40, metric: Any = "inner_product") -> list[Hits]:
     return ExactIndex(data[0], "x", metric=metric).search(data[1], k)
 
 
 @pytest.mark.parametrize("name", SPECIFICATIONS)
-def test_a_sweep_leaves_the_index_as_it_was(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray], name: str
-) -> None:
+def test_a_sweep_leaves_the_index_as_it_was(index_of: Make, data: Data, name: str) -> None:
     index = index_of(name)
     before = index.search(data[1], 10)
     file = index.path.read_bytes()
@@ -102,9 +100,7 @@ def test_a_sweep_leaves_the_index_as_it_was(
 
 
 @pytest.mark.parametrize("name", ["ivf", "ivf_l2"])
-def test_recall_rises_with_the_lists_visited_up_to_exhaustive(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray], name: str
-) -> None:
+def test_recall_rises_with_the_lists_visited_up_to_exhaustive(index_of: Make, data: Data, name: str) -> None:
     index = index_of(name)
     found = sweep(index, data[1], exact(data, metric=index.specification.metric), k=10)
     assert [point.settings["nprobe"] for point in found.points] == [1, 2, 4, 8, 16, 32, 40]
@@ -112,9 +108,7 @@ def test_recall_rises_with_the_lists_visited_up_to_exhaustive(
     assert recall == sorted(recall) and recall[0] < 0.9 and recall[-1] == 1.0
 
 
-def test_recall_is_the_overlap_with_exact_search(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_recall_is_the_overlap_with_exact_search(index_of: Make, data: Data) -> None:
     """Counted with numpy alone: the ten greatest products, and what plain FAISS finds at the same setting."""
     import faiss
 
@@ -139,9 +133,7 @@ def test_what_ties_with_the_last_is_as_good(tmp_path: Path) -> None:
     assert sweep(index, vectors[::16], other_twins, k=6, grid={"nprobe": [4]}).points[0].recall < 1.0
 
 
-def test_judged_queries_give_metrics_and_the_front_follows_them(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_judged_queries_give_metrics_and_the_front_follows_them(index_of: Make, data: Data) -> None:
     """The judgments are the exact three best, so full probing has nDCG@3 of 1 and recall@3 is another view of it."""
     reference = exact(data)
     ids = [f"q{n}" for n in range(QUERIES)]
@@ -169,7 +161,7 @@ def test_judged_queries_give_metrics_and_the_front_follows_them(
         sweep(index_of("ivf"), data[1], reference, query_ids=[f"x{i}" for i in ids], qrels=qrels)
 
 
-def test_grids_hold_both_ends_and_powers_of_two(index_of: Callable[..., FaissIndex]) -> None:
+def test_grids_hold_both_ends_and_powers_of_two(index_of: Make) -> None:
     assert search_grid(index_of("ivf"), 10) == {"nprobe": [1, 2, 4, 8, 16, 32, 40]}
     assert search_grid(index_of("ivf_pq_refined"), 100) == {
         "k_factor": [1, 2, 4, 8, 16, 20],
@@ -183,7 +175,7 @@ def test_grids_hold_both_ends_and_powers_of_two(index_of: Callable[..., FaissInd
 
 @pytest.mark.parametrize(("name", "target"), [("ivf", 0.95), ("graph", 0.9), ("ivf_pq_refined", 0.9), ("signs", 0.36)])
 def test_the_chosen_setting_reaches_the_target_and_a_lower_one_does_not(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray], name: str, target: float
+    index_of: Make, data: Data, name: str, target: float
 ) -> None:
     index, reference = index_of(name), exact(data)
     found = tune(index, data[1], reference, target, k=10)
@@ -199,9 +191,7 @@ def test_the_chosen_setting_reaches_the_target_and_a_lower_one_does_not(
     assert cheaper and all(point.recall < target for point in cheaper)
 
 
-def test_between_powers_of_two_the_gap_is_halved(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_between_powers_of_two_the_gap_is_halved(index_of: Make, data: Data) -> None:
     index, reference = index_of("ivf"), exact(data)
     recall = {n: sweep(index, data[1], reference, grid={"nprobe": [n]}).points[0].recall for n in range(1, 41)}
     for target in (0.8, 0.95, 0.99):
@@ -220,9 +210,7 @@ def test_of_settings_that_cannot_be_compared_the_faster_is_chosen() -> None:
     assert found.reaching(0.96) is points[2]
 
 
-def test_a_target_out_of_reach_names_the_best(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_a_target_out_of_reach_names_the_best(index_of: Make, data: Data) -> None:
     found = sweep(index_of("opq_ivf_pq"), data[1], exact(data))
     best = max(point.recall for point in found.points)
     with pytest.raises(RankdistillError, match=rf"recall@10 0.999: the best is {best:.4f} with nprobe \d+"):
@@ -243,7 +231,7 @@ def test_a_target_out_of_reach_names_the_best(
     ],
 )
 def test_saved_settings_are_what_the_file_is_searched_with(
-    index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray], tmp_path: Path, name: str, settings: Any
+    index_of: Make, data: Data, tmp_path: Path, name: str, settings: Any
 ) -> None:
     for path in index_of(name).path.parent.glob(f"{name}.faiss*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -270,7 +258,7 @@ def test_saved_settings_are_what_the_file_is_searched_with(
     assert kept.manifest["tuned"] == {"target_recall": 0.9}
 
 
-def test_a_foreign_index_is_swept_but_not_rewritten(data: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+def test_a_foreign_index_is_swept_but_not_rewritten(data: Data, tmp_path: Path) -> None:
     import faiss
 
     plain = faiss.index_factory(DIMENSION, "IVF8,Flat", faiss.METRIC_INNER_PRODUCT)
@@ -283,7 +271,7 @@ def test_a_foreign_index_is_swept_but_not_rewritten(data: tuple[np.ndarray, np.n
         save_settings(index, {"nprobe": 4}, {})
 
 
-def test_wrong_calls_are_refused(index_of: Callable[..., FaissIndex], data: tuple[np.ndarray, np.ndarray]) -> None:
+def test_wrong_calls_are_refused(index_of: Make, data: Data) -> None:
     with pytest.raises(UsageError, match="60 queries and 59 exact results"):
         sweep(index_of("flat"), data[1], exact(data)[1:])
     with pytest.raises(UsageError, match="no setting 'nprobe'"):

@@ -19,6 +19,7 @@ from rankdistill.indexes.dense import ExactIndex
 from rankdistill.runs import read_run
 
 DIMENSION = 8
+Engines = tuple[BM25, Any]
 
 
 class Encoder:
@@ -32,16 +33,14 @@ class Encoder:
 
 
 @pytest.fixture
-def engines(tiny_collection: Collection, tmp_path: Path) -> tuple[BM25, Any]:
+def engines(tiny_collection: Collection, tmp_path: Path) -> Engines:
     BM25().build(tiny_collection, tmp_path / "bm25")
     texts = tiny_collection.document_texts(np.arange(tiny_collection.document_count))
     student = SimpleNamespace(encoder=Encoder(), index=ExactIndex(Encoder().encode_queries(texts), "vectors"))
     return BM25.open(tmp_path / "bm25"), student
 
 
-def test_the_top_is_the_students_and_the_rest_the_first_stages(
-    tiny_collection: Collection, engines: tuple[BM25, Any]
-) -> None:
+def test_the_top_is_the_students_and_the_rest_the_first_stages(tiny_collection: Collection, engines: Engines) -> None:
     first, student = engines
     query = "metal bird gas insect planet star"
     hits: Hits = first.search([query], 10)[0]
@@ -55,9 +54,7 @@ def test_the_top_is_the_students_and_the_rest_the_first_stages(
     assert short == doc_ids[:2]
 
 
-def test_re_ranking_everything_found_ranks_as_exact_search_does(
-    tiny_collection: Collection, engines: tuple[BM25, Any]
-) -> None:
+def test_re_ranking_everything_found_ranks_as_exact_search_does(tiny_collection: Collection, engines: Engines) -> None:
     first, student = engines
     query = "gas"
     ((_, doc_ids, _),) = StudentReranking(first, student, 100).run(tiny_collection, ["q"], [query], 100)
@@ -68,9 +65,7 @@ def test_re_ranking_everything_found_ranks_as_exact_search_does(
     assert none == []
 
 
-def test_it_is_a_row_with_size_speed_and_a_note(
-    tiny_collection: Collection, engines: tuple[BM25, Any], tmp_path: Path
-) -> None:
+def test_it_is_a_row_with_size_speed_and_a_note(tiny_collection: Collection, engines: Engines, tmp_path: Path) -> None:
     first, student = engines
     system = StudentReranking(first, student, 3)
     found = evaluate_systems({"reranked": system}, tiny_collection, "test", ["recall@100"], 20, tmp_path / "out")

@@ -15,7 +15,6 @@ from rankdistill.evaluation.suites import (
     EvaluationSet,
     Found,
     Missing,
-    Suite,
     load_references,
     load_suite,
     locate,
@@ -143,8 +142,3 @@ def test_missing_sets_have_a_reason(tmp_path: Path) -> None:
     missing = locate(facts, opener=lambda _: train_only)
     assert isinstance(missing, Missing) and "no judgments for the split 'test' (it has train, dev)" in missing.reason
     assert locate(facts, opener=lambda _: Opened("x", splits=("dev.small",)))[1] == "dev.small"
-
-
-def test_a_suite_says_what_it_holds() -> None:
-    suite = Suite(name="mine", sets=[EvaluationSet(name="a")], metrics=["map"])
-    assert str(suite) == "Suite(mine: a; map)"
