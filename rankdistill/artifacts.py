@@ -284,8 +284,8 @@ def damaged_file(artifact: Artifact, *, thorough: bool = False) -> str | None:
             if path.stat().st_size != size:
                 return str(name)
             if thorough or size <= LOOKED_AT:
-                found = _digest(path) if thorough else file_digest(path)
-                if found != digest:
+                now = _digest(path) if thorough else file_digest(path)
+                if now != digest:
                     return str(name)
         except OSError:
             return str(name)
@@ -309,9 +309,9 @@ def find_artifact(path: str | Path, kind: str, fingerprint: str) -> Artifact | N
 
 def _tell_versions(artifact: Artifact) -> None:
     """A line, once, where a library decides what an artifact holds and another major version of it made this one."""
-    made, here = artifact.manifest.get("libraries", {}), library_versions()
+    then, here = artifact.manifest.get("libraries", {}), library_versions()
     for name in DECIDING:
-        before, now = str(made.get(name, "")), here.get(name, "")
+        before, now = str(then.get(name, "")), here.get(name, "")
         if before and now and before.split(".")[0] != now.split(".")[0] and (artifact.kind, name) not in _told:
             _told.add((artifact.kind, name))
             say(f"{artifact.kind}: made with {name} {before}, here is {now}, which may make it otherwise; it is kept")
@@ -345,7 +345,7 @@ def _refuse_foreign(path: Path) -> None:
     raise UsageError(
         f"there is a {what} here that rankdistill did not write",
         where=str(path),
-        fix="write to another place, or move it",
+        fix=MOVE,
     )
 
 
@@ -379,7 +379,7 @@ def claim_folder(path: str | Path) -> Iterator[None]:
     write_atomically(path / CLAIM, CLAIMED)
     since = (path / CLAIM).stat().st_mtime_ns  # by the file system's own clock
     yield
-    files = {name: found for name, found in _settled(path).items() if (path / name).stat().st_mtime_ns >= since}
+    files = {name: stamp for name, stamp in _settled(path).items() if (path / name).stat().st_mtime_ns >= since}
     files.pop(CLAIM, None)
     write_atomically(path / CLAIM, f"{CLAIMED}{json.dumps(files, indent=1)}\n")
 
@@ -433,7 +433,7 @@ def check_file(
     path = Path(path)
     if any(_ours(folder) or (folder / CLAIM).is_file() for folder in path.absolute().parents):
         raise UsageError("this would change what rankdistill has written there, and reads", where=str(path), fix=MOVE)
-    if path.is_file() and any(one and Path(one).is_file() and path.samefile(one) for one in reads):
+    if path.is_file() and any(file and Path(file).is_file() and path.samefile(file) for file in reads):
         raise UsageError("this file is one of those that are read", where=str(path), fix=MOVE)
     if path.is_dir():
         raise UsageError(

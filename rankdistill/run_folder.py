@@ -9,8 +9,7 @@ where it stopped. The rows of a table (table_rows.py) and the walk through the s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import yaml
 
 from rankdistill.artifacts import (
     Artifact,
+    ArtifactWriter,
     check_file,
     find_artifact,
     fingerprint,
@@ -29,23 +29,43 @@ from rankdistill.artifacts import (
 from rankdistill.collections import Collection, open_collection
 from rankdistill.devices import command_device, use_device
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.extrapolation import hold_out
+from rankdistill.indexes.base import Engine
+from rankdistill.indexes.by_student import (
+    CROSS_ENCODER,
+    check_index,
+    check_vectors,
+    encode_collection,
+    exhaustive_engine,
+    index_files,
+    open_index,
+    query_encoder,
+    query_side,
+)
+from rankdistill.indexes.dense import DenseEngine, export_index
+from rankdistill.indexes.faiss_index import FaissIndex
+from rankdistill.indexes.mining import FILE, Source, mine
+from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine, build_sparse_index
+from rankdistill.indexes.sparse_specification import SparseSpecification
+from rankdistill.indexes.specification import AnySpecification, QuantizerSpecification, any_specification
+from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import launched, say, warn
 from rankdistill.recipe import Recipe, build, check_recipe, read_yaml
+from rankdistill.runs import Ranking, iter_run
+from rankdistill.sampling.training_queries import query_pool, with_unlabelled
+from rankdistill.scores.ensemble import ScoreSource
+from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
+from rankdistill.scores.store import ScoreStore
+from rankdistill.students.provenance import check_student
+from rankdistill.teachers.base import Teacher
+from rankdistill.teachers.calibrating import calibrate_ensemble
+from rankdistill.teachers.ensemble import EnsembleTeacher
+from rankdistill.teachers.probe import named, probe_long
+from rankdistill.teachers.scoring import score_candidates
+from rankdistill.teachers.trained import train_teacher
 
-if TYPE_CHECKING:
-    from rankdistill.indexes.base import Engine
-    from rankdistill.indexes.dense import DenseEngine
-    from rankdistill.indexes.faiss_index import FaissIndex
-    from rankdistill.indexes.mining import Source
-    from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
-    from rankdistill.indexes.specification import AnySpecification
-    from rankdistill.indexes.vectors import VectorFolders
-    from rankdistill.runs import Ranking
-    from rankdistill.scores.ensemble import ScoreSource
-    from rankdistill.scores.lists import ScoredLists
+if TYPE_CHECKING:  # these load torch, which a search over an inference-free student's index does without
     from rankdistill.students.base import StudentModel
-    from rankdistill.teachers.base import Teacher
-    from rankdistill.teachers.ensemble import EnsembleTeacher
     from rankdistill.training.warm_up import WarmUpTraining
 
 STUDENT = "student"
@@ -76,7 +96,6 @@ class RunFolder:
         self.recipe = recipe
         use_device(recipe.device)
         self.store_path = store
-        self._teachers: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         done = [name for name in ("candidates", "lists", STUDENT, "evaluation") if (self.path / name).exists()]
@@ -90,8 +109,6 @@ class RunFolder:
 
     @cached_property
     def collection(self) -> Collection:
-        from rankdistill.sampling.training_queries import with_unlabelled
-
         return with_unlabelled(open_collection(self.recipe.collection), self.recipe)
 
     # -- mine ---------------------------------------------------------------------------------------------------------
@@ -99,16 +116,12 @@ class RunFolder:
     @cached_property
     def queries(self) -> tuple[list[str], list[str], str | None]:
         """Training queries, dev queries, and the split whose labels the dev queries have, if they have any."""
-        from rankdistill.evaluation.extrapolation import hold_out
-
         train, dev, dev_split = self.query_pool
         return *hold_out(self.collection, train, dev, self.recipe, self.path / "vectors"), dev_split
 
     @cached_property
     def query_pool(self) -> tuple[list[str], list[str], str | None]:
         """The same before any is held out."""
-        from rankdistill.sampling.training_queries import query_pool
-
         return query_pool(self.collection, self.recipe)
 
     @property
@@ -118,13 +131,11 @@ class RunFolder:
 
     def sources(self, collection: Collection) -> list[Source]:
         """The recipe's sources of candidates, opened over a collection."""
-        from rankdistill.indexes.mining import Source
-
         folder = self.path / "engines"
         settings = [build("source", method.settings()) for method in self.recipe.candidates.sources]
         opened: dict[str, Any] = {}
         with locked(folder):
-            return [Source.of(one, collection, folder, opened) for one in settings]
+            return [Source.of(source, collection, folder, opened) for source in settings]
 
     @cached_property
     def own_sources(self) -> list[Source]:
@@ -132,8 +143,6 @@ class RunFolder:
 
     def mine(self) -> tuple[Artifact, Artifact]:
         """Candidates of the training and the dev queries."""
-        from rankdistill.indexes.mining import mine
-
         train_ids, dev_ids, dev_split = self.queries
         settings = self.recipe.candidates
         train = mine(
@@ -149,17 +158,28 @@ class RunFolder:
             margin=settings.margin,
             relative_margin=settings.relative_margin,
         )
-        dev = mine(
-            self.collection,
-            self.own_sources,
-            self.path / "candidates" / "dev",
-            depth=settings.depth,
-            split=dev_split,
-            query_ids=dev_ids,
+        return train, self._search("dev", self.collection, self.own_sources, settings.depth, dev_split, dev_ids)
+
+    def _search(
+        self,
+        name: str,
+        collection: Collection,
+        sources: list[Source],
+        depth: int,
+        split: str | None,
+        query_ids: list[str] | None = None,
+    ) -> Artifact:
+        """Candidates as a search finds them, for what is measured."""
+        return mine(
+            collection,
+            sources,
+            self.path / "candidates" / name,
+            depth=depth,
+            split=split,
+            query_ids=query_ids,
             include_positives=False,
-            drop_same_texts=False,  # it is measured on what a search finds
+            drop_same_texts=False,
         )
-        return train, dev
 
     def first_stage(
         self,
@@ -172,53 +192,36 @@ class RunFolder:
     ) -> Artifact:
         """What a source finds by itself for a split's queries, or for these of them: what a re-ranker is shown. Quotas
         and ranks of the recipe say what a training list holds."""
-        from rankdistill.indexes.mining import Source, mine
-
-        measured: dict[str, Any] = {"split": split, "include_positives": False, "drop_same_texts": False}
-        path = self.path / "candidates" / name
-        return mine(collection, [Source(source.engine)], path, depth=depth, query_ids=query_ids, **measured)
+        return self._search(name, collection, [Source(source.engine)], depth, split, query_ids)
 
     # -- teach --------------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> ScoreStore:
+        return ScoreStore(self.store_path)
 
     @cached_property
     def teacher(self) -> Any:
         """The recipe's teacher, trained where it has to be (a member of an ensemble in a folder of its own)."""
-        from rankdistill.teachers.ensemble import EnsembleTeacher
-
         if self.recipe.teacher is None:
             raise UsageError("the recipe names no teacher", where="teacher", fix="add a teacher to the recipe")
-        teacher = build("teacher", self.recipe.teacher.settings(), "teacher")
-        if isinstance(teacher, EnsembleTeacher):
-            settings = self.recipe.teacher.settings()["members"]
-            for number, (member, given) in enumerate(zip(teacher.members, settings, strict=True)):
-                self._trained(member, given, f"teacher-{number}")
-        else:
-            self._trained(teacher, self.recipe.teacher.settings(), "teacher")
-        if isinstance(teacher, EnsembleTeacher) and teacher.needs_calibration:
-            self._calibrate(teacher)
+        settings = self.recipe.teacher.settings()
+        teacher = build("teacher", settings, "teacher")
+        if not isinstance(teacher, EnsembleTeacher):
+            self._trained(teacher, settings, "teacher")
+            return teacher
+        for number, (member, own) in enumerate(zip(teacher.members, settings["members"], strict=True)):
+            self._trained(member, own, f"teacher-{number}")
+        if teacher.needs_calibration:
+            candidates, _ = self.mine()
+            inputs, out = {"candidates": candidates.fingerprint}, self.path / "teacher-calibration"
+            queries, lists = self.queries[0], lambda: _lists(candidates)
+            calibrate_ensemble(teacher, self.collection, lists, queries, out, self.store, inputs=inputs)
         return teacher
-
-    def _calibrate(self, ensemble: EnsembleTeacher) -> None:
-        """Fit the members' scores of the training candidates to their labels."""
-        from rankdistill.scores.store import ScoreStore
-        from rankdistill.teachers.calibrating import calibrate_ensemble
-
-        candidates, _ = self.mine()
-        inputs, store = {"candidates": candidates.fingerprint}, ScoreStore(self.store_path)
-        calibrate_ensemble(
-            ensemble,
-            self.collection,
-            lambda: _lists(candidates),
-            self.queries[0],
-            self.path / "teacher-calibration",
-            store,
-            inputs=inputs,
-        )
 
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
         """Ready to score: trained where it has to be, and told where vectors lie."""
         from rankdistill.teachers.bi_encoder import BiEncoderTeacher
-        from rankdistill.teachers.trained import train_teacher
 
         if isinstance(teacher, BiEncoderTeacher):
             teacher.encoded = self.vector_folders
@@ -234,44 +237,30 @@ class RunFolder:
 
     def scores(self, collection: Collection, candidates: Artifact) -> ScoreSource:
         """The teacher's scores of candidates; only pairs that the store lacks are paid for."""
-        from rankdistill.scores.store import ScoreStore
-        from rankdistill.teachers.ensemble import EnsembleTeacher
-        from rankdistill.teachers.scoring import score_candidates
-
-        store = ScoreStore(self.store_path)
-        ensemble = self.teacher if isinstance(self.teacher, EnsembleTeacher) else None
-        total = candidates.counts.get("candidates")
         scored = []
-        for member in ensemble.members if ensemble else [self.teacher]:
+        for member in members_of(self.teacher):
             say(f"score: {member.type} over {candidates.counts.get('queries', '?')} queries")
-            scores = score_candidates(member, collection, _lists(candidates), store, total=total)
+            total = candidates.counts.get("candidates")
+            scores = score_candidates(member, collection, _lists(candidates), self.store, total=total)
             say(f"score: {scores.scored:,} pairs scored, {scores.reused:,} found in the store")
             scored.append(scores)
-        return ensemble.combine(scored) if ensemble else scored[0]
+        combined: ScoreSource = self.teacher.combine(scored) if isinstance(self.teacher, EnsembleTeacher) else scored[0]
+        return combined
 
     def _probe(self, candidates: Artifact) -> None:
         """Before a long scoring, what the teachers are worth on some of its lists.
 
         One that was trained here knows their labels: its training has judged it on dev queries.
         """
-        from rankdistill.scores.store import ScoreStore
-        from rankdistill.teachers.probe import named, probe_long
-
         assert self.recipe.teacher is not None and self.labels is not None
         settings = self.recipe.teacher.settings()
-        members = zip(
-            getattr(self.teacher, "members", [self.teacher]), settings.get("members", [settings]), strict=True
-        )
-        teachers = named(member for member, given in members if member.live and not given.get("train"))
-        engine, store = self.own_sources[0].engine, ScoreStore(self.store_path)
-        probe_long(
-            teachers, self.collection, lambda: _lists(candidates), self.queries[0], engine, store, split=self.labels
-        )
+        members = zip(members_of(self.teacher), settings.get("members", [settings]), strict=True)
+        teachers = named(member for member, own in members if member.live and not own.get("train"))
+        engine, lists = self.own_sources[0].engine, lambda: _lists(candidates)
+        probe_long(teachers, self.collection, lists, self.queries[0], engine, self.store, split=self.labels)
 
     def score(self, name: str = STUDENT) -> ScoredLists:
         """Scored lists: the training candidates with the teacher's scores and the labels, as a student reads them."""
-        from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
-
         candidates, _ = self.mine()
         inputs = {"candidates": candidates.fingerprint}
         if self.recipe.teacher is not None:
@@ -287,35 +276,25 @@ class RunFolder:
                 if self.recipe.teacher is not None and self.labels is not None:
                     self._probe(candidates)
                 scores = self.scores(self.collection, candidates) if self.recipe.teacher is not None else None
-                found = _lists(candidates)
-                build_lists(found, scores, self.collection, self.labels, path, inputs=inputs, settings=look, **look)
+                options: dict[str, Any] = {"inputs": inputs, "settings": look, **look}
+                build_lists(_lists(candidates), scores, self.collection, self.labels, path, **options)
             return ScoredLists.open(path, self.collection)
 
     def dev_lists(self) -> ScoredLists | None:
         """A few short scored lists of dev queries, to measure agreement with the teacher while training."""
-        from rankdistill.indexes.mining import mine
-        from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
-
         most = self.recipe.training.agreement_queries if self.recipe.teacher is not None else 0
         if not most:
             return None
         _, dev_ids, split = self.queries
         some = dev_ids[:: -(-len(dev_ids) // most)]  # spread evenly: files are often sorted by topic
-        options: dict[str, Any] = {
-            "depth": AGREEMENT_DEPTH,
-            "split": split,
-            "include_positives": False,
-            "drop_same_texts": False,
-        }
-        folder = self.path / "candidates" / "agreement"
-        candidates = mine(self.collection, self.own_sources, folder, query_ids=some, **options)
+        candidates = self._search("agreement", self.collection, self.own_sources, AGREEMENT_DEPTH, split, some)
         path = self.path / "dev-lists"
         inputs = {"candidates": candidates.fingerprint, "teacher": self.teacher.fingerprint()}
         with locked(path):
             if find_artifact(path, "lists", lists_fingerprint(self.collection, split, inputs)) is None:
                 scores_of = self.scores(self.collection, candidates).scores_of
                 # A recorded teacher may know training queries only.
-                scored = [one for one in _lists(candidates) if (scores_of(*one[:2]) > float("-inf")).sum() > 1]
+                scored = [item for item in _lists(candidates) if (scores_of(*item[:2]) > float("-inf")).sum() > 1]
                 if not scored:
                     say("score: no teacher scores of dev queries: agreement with the teacher is not measured")
                     return None
@@ -344,41 +323,36 @@ class RunFolder:
     def train(self, name: str = STUDENT) -> Artifact:
         """Train the student, or a baseline, on the scored lists."""
         from rankdistill.training.diagnostics import Agreement
-        from rankdistill.training.trainer import train_student, training_fingerprint_values
+        from rankdistill.training.trainer import fit_student, obtain_student, training_fingerprint_values
 
         self.save_recipe()
-        lists = self.score(name)
-        _, dev = self.mine()
+        lists, (_, dev) = self.score(name), self.mine()
         inputs = {"lists": lists.fingerprint, "dev": dev.fingerprint}
-        recipe = self.recipe_of(name)
+        recipe, path = self.recipe_of(name), self.student_folder(name)
         warm_up = self.warm_up(recipe)
         if warm_up is not None:
             inputs["start"] = warm_up.fingerprint
-        path = self.student_folder(name)
-        print_ = fingerprint(training_fingerprint_values(recipe, inputs))
-        rank, processes = launched()
-        if recipe.training.processes > processes == 1:
+        if recipe.training.processes > launched()[1] == 1:
+            print_ = fingerprint(training_fingerprint_values(recipe, inputs))
             return find_artifact(path, "student", print_) or self._train_together(name, recipe.training.processes)
-        with locked(path) if rank == 0 else nullcontext():  # of several processes, the first writes
-            found = find_artifact(path, "student", print_)
-            if found is not None:
-                return found
+
+        def make(writer: ArtifactWriter) -> None:
             start = self._start(warm_up)
             say(f"train: {name}")
             dev_lists = self.dev_lists()
-            return train_student(
+            fit_student(
                 recipe,
                 lists,
                 self.collection,
                 self.dev_pool(recipe),
-                path,
-                name=name,
-                inputs=inputs,
+                writer,
+                self.path / "prepared",
                 agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
-                prepared=self.path / "prepared",
                 start=start,
                 encoded=self.vector_folders,
             )
+
+        return obtain_student(path, recipe, inputs, make)
 
     def warm_up(self, recipe: Recipe) -> WarmUpTraining | None:
         """The warm-up of a recipe's student, if it has one."""
@@ -400,9 +374,7 @@ class RunFolder:
     @property
     def warm_up_folder(self) -> Path:
         """Beside the score store: other seeds, in other folders, start from the same."""
-        from rankdistill.scores.store import ScoreStore
-
-        return ScoreStore(self.store_path).root / "warm-up"
+        return self.store.root / "warm-up"
 
     def _train_together(self, name: str, processes: int) -> Artifact:
         from rankdistill.training.processes import run_together
@@ -415,27 +387,21 @@ class RunFolder:
         return open_artifact(self.student_folder(name), "student")
 
     def dev_pool(self, recipe: Recipe) -> Any:
-        from rankdistill.indexes.by_student import CROSS_ENCODER
-        from rankdistill.training.trainer import DevPool, RerankPool
+        from rankdistill.training.dev import DevPool, RerankPool
 
-        _, candidates = self.mine()
-        _, dev_ids, dev_split = self.queries
-        found = {query_id: doc_ids for query_id, doc_ids, _ in _lists(candidates)}
-        training = recipe.training
-        judged = dev_split or self.dev_lists()
-        if judged is None:
+        training, (_, dev_ids, dev_split) = recipe.training, self.queries
+        candidates = {query_id: doc_ids for query_id, doc_ids, _ in _lists(self.mine()[1])}
+        judge = dev_split or self.dev_lists()
+        if judge is None:
             warn("dev queries have neither labels nor teacher scores: the last checkpoint is kept, not the best")
             return None
-        lists = [found.get(query_id, []) for query_id in dev_ids]
-        pool = (self.collection, judged, dev_ids, lists)
+        pool = (self.collection, judge, dev_ids, [candidates.get(query_id, []) for query_id in dev_ids])
         if recipe.student_kind == CROSS_ENCODER:
-            return RerankPool.over(*pool, AGREEMENT_DEPTH, training.metric)
+            return RerankPool(*pool, AGREEMENT_DEPTH, training.metric)
         return DevPool.build(*pool, training.dev_documents, recipe.seed, training.metric)
 
     def trained(self, name: str = STUDENT) -> Artifact:
         """A trained student's artifact; an error where there is none, or one of other settings than the recipe's."""
-        from rankdistill.students.provenance import check_student
-
         artifact = open_artifact(self.student_folder(name), "student")
         check_student(artifact, self.recipe_of(name), self.path)
         return artifact
@@ -461,16 +427,12 @@ class RunFolder:
 
     def vectors(self, name: str, student: StudentModel, collection: Collection) -> Artifact:
         """A student's document vectors of a collection, encoded once."""
-        from rankdistill.indexes.by_student import check_vectors, encode_collection
-
         check_vectors(student)
         return encode_collection(student, collection, self._vectors_folder(name, collection), self.vector_folders)
 
     @property
     def vector_folders(self) -> VectorFolders:
         """Where document vectors go, and what the run's students and sources left of them."""
-        from rankdistill.indexes.vectors import VectorFolders
-
         return VectorFolders(self.path / "vectors", ((self.path / "engines", "vectors*"), (self.path / "vectors", "*")))
 
     def _vectors_folder(self, name: str, collection: Collection) -> Path:
@@ -482,20 +444,15 @@ class RunFolder:
         Raises:
             UsageError: an index that the student cannot have.
         """
-        from rankdistill.indexes.by_student import index_files
-
         return index_files(self.recipe.student_kind, self.recipe.indexes)
 
     def index_file(self, specification: str | AnySpecification, collection: Collection | None = None) -> Path:
         """Where an index lies: a FAISS file, or a sparse student's folder."""
-        from rankdistill.indexes.sparse_specification import SparseSpecification
-        from rankdistill.indexes.specification import any_specification
-
         folder = self.path / "indexes"
         if collection is not None and collection.fingerprint != self.collection.fingerprint:
             folder = folder / collection.name
-        wanted = any_specification(specification)
-        return folder / (wanted.name if isinstance(wanted, SparseSpecification) else f"{wanted.name}.faiss")
+        read = any_specification(specification)
+        return folder / (read.name if isinstance(read, SparseSpecification) else f"{read.name}.faiss")
 
     def index(
         self,
@@ -506,23 +463,17 @@ class RunFolder:
         collection: Collection | None = None,
     ) -> FaissIndex | BuiltSparseIndex:
         """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
-        from rankdistill.indexes.by_student import check_index
-        from rankdistill.indexes.dense import export_index
-        from rankdistill.indexes.sparse import build_sparse_index
-        from rankdistill.indexes.sparse_specification import SparseSpecification
-        from rankdistill.indexes.specification import QuantizerSpecification, any_specification
-
         check_index(self.recipe.student_kind, specification)
         collection = collection or self.collection
         student = student or self.student()
         out = Path(out) if out is not None else self.index_file(specification, collection)
         out.parent.mkdir(parents=True, exist_ok=True)
         vectors = self.vectors(STUDENT, student, collection)
-        wanted = any_specification(specification)
-        if isinstance(wanted, SparseSpecification):
-            return build_sparse_index(student, collection, vectors, wanted, out)
-        if not isinstance(wanted, QuantizerSpecification):
-            return export_index(student, collection, vectors, wanted, out)
+        read = any_specification(specification)
+        if isinstance(read, SparseSpecification):
+            return build_sparse_index(student, collection, vectors, read, out)
+        if not isinstance(read, QuantizerSpecification):
+            return export_index(student, collection, vectors, read, out)
         from rankdistill.quantization.quantize import quantize_student
 
         own = collection.fingerprint == self.collection.fingerprint
@@ -530,10 +481,10 @@ class RunFolder:
             student,
             collection,
             vectors,
-            wanted,
+            read,
             out,
             query_ids=self.queries[0] if own and "train" in collection.splits else None,
-            lists=self.score() if own and wanted.relevance == "scores" else None,
+            lists=self.score() if own and read.relevance == "scores" else None,
             open_student=self._open_student,
         )
 
@@ -544,13 +495,8 @@ class RunFolder:
 
     def searched(self, index: FaissIndex | BuiltSparseIndex, student: Any) -> DenseEngine | SparseEngine:
         """An index with the encoder its queries need: the student's, or the one that was trained along with it."""
-        from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
-
         if isinstance(index, BuiltSparseIndex):
-            from rankdistill.indexes.by_student import query_encoder
-
             return SparseEngine(query_encoder(student), index, name=str(index.path))
-        from rankdistill.indexes.dense import DenseEngine
         from rankdistill.quantization.quantize import query_encoder_folder
 
         own = query_encoder_folder(index) if index.manifest.get("quantizer") else None
@@ -559,8 +505,6 @@ class RunFolder:
         return DenseEngine(self._open_student(own) if own else student, index, name=str(index.path))
 
     def learned(self, specification: str) -> bool:
-        from rankdistill.indexes.specification import QuantizerSpecification, any_specification
-
         return isinstance(any_specification(specification), QuantizerSpecification)
 
     def engine(self, index: str | Path | None = None, *, memory_map: bool = False) -> Engine:
@@ -574,8 +518,6 @@ class RunFolder:
         Raises:
             RankdistillError: the index belongs to another student or another collection.
         """
-        from rankdistill.indexes.by_student import exhaustive_engine, open_index, query_side
-
         opened = open_index(index, memory_map=memory_map) if index is not None else None
         model = self.trained().path / "model"
         vectors = self._vectors_folder(STUDENT, self.collection)
@@ -603,7 +545,9 @@ def recipe_is_whole(run: Path) -> bool:
 
 def _lists(candidates: Artifact) -> Iterator[Ranking]:
     """The (query id, document ids, scores) of a candidates artifact."""
-    from rankdistill.indexes.mining import FILE
-    from rankdistill.runs import iter_run
-
     return iter_run(candidates.path / FILE)
+
+
+def members_of(teacher: Any) -> Sequence[Any]:
+    """An ensemble's teachers, or the one there is."""
+    return getattr(teacher, "members", [teacher])

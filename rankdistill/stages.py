@@ -8,29 +8,23 @@ A `Workspace` is a run's folder (run_folder.py) with the walk through its stages
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from rankdistill.artifacts import (
-    claim_folder,
-    locked,
-    write_atomically,
-)
+from rankdistill.artifacts import claim_folder, locked, write_atomically
 from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
+from rankdistill.evaluation.evaluate import System, evaluate_suite
+from rankdistill.evaluation.extrapolation import QuerySplit, run_splits
+from rankdistill.evaluation.results import SuiteEvaluation
+from rankdistill.evaluation.suites import EvaluationSet, Suite, load_suite
+from rankdistill.indexes.bm25 import BM25
+from rankdistill.indexes.lucene_bm25 import LuceneBM25
 from rankdistill.progress import duration, say
 from rankdistill.run_folder import STUDENT, RunFolder
 from rankdistill.table_rows import open_bm25, run_systems
 from rankdistill.upkeep import check_run, forget
-
-if TYPE_CHECKING:
-    from rankdistill.evaluation.evaluate import System
-    from rankdistill.evaluation.extrapolation import QuerySplit
-    from rankdistill.evaluation.results import SuiteEvaluation
-    from rankdistill.evaluation.suites import EvaluationSet, Suite
-    from rankdistill.indexes.bm25 import BM25
-    from rankdistill.indexes.lucene_bm25 import LuceneBM25
 
 STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
 
@@ -55,36 +49,34 @@ class Workspace(RunFolder):
         fetch: bool = True,
     ) -> SuiteEvaluation:
         """Evaluate this run on a suite (the recipe's unless given); everything is written below `out`."""
-        from rankdistill.evaluation.evaluate import evaluate_suite
-        from rankdistill.evaluation.extrapolation import run_splits
-        from rankdistill.evaluation.suites import load_suite
-
-        loaded = load_suite(suite or self.recipe.evaluation.suite)
-        if self.recipe.evaluation.depth is not None:
-            loaded = loaded.model_copy(update={"depth": self.recipe.evaluation.depth})
-        if self.recipe.evaluation.teacher_depth is not None:
-            loaded = loaded.model_copy(update={"rerank_depth": self.recipe.evaluation.teacher_depth})
-        if self.recipe.evaluation.latency_queries is not None:
-            loaded = loaded.model_copy(update={"latency_queries": self.recipe.evaluation.latency_queries})
-        out = Path(out) if out is not None else self.path / "evaluation" / loaded.name
+        settings = self.recipe.evaluation
+        chosen = {
+            "depth": settings.depth,
+            "rerank_depth": settings.teacher_depth,
+            "latency_queries": settings.latency_queries,
+        }
+        declared = load_suite(suite or settings.suite)
+        read = declared.model_copy(update={key: value for key, value in chosen.items() if value is not None})
+        out = Path(out) if out is not None else self.path / "evaluation" / read.name
         if out.exists() and not out.is_dir():
             raise UsageError("an evaluation is written to a folder; there is a file here", where=str(out))
 
-        def systems(collection: Collection, one: EvaluationSet, split: str) -> dict[str, System]:
-            return self.systems(loaded, collection, split)
+        def systems(collection: Collection, _: EvaluationSet, split: str) -> dict[str, System]:
+            return self.systems(read, collection, split)
 
         def splits(collection: Collection, split: str) -> list[QuerySplit]:
-            if collection.fingerprint != own.fingerprint:
+            if collection.fingerprint != self.collection.fingerprint:
                 return []
             pool, training, folder = self.query_pool[0], self.queries[0], self.path / "vectors"
             return run_splits(collection, split, pool, training, self.recipe, folder)
 
-        own = self.collection
         trained = [name for name in (STUDENT, *self.recipe.baselines) if self.student_folder(name).is_dir()]
         students = {name: self.trained(name).fingerprint for name in trained}
+        own = self.collection
         with locked(out), claim_folder(out):  # two processes would write one file of rankings
-            options: dict[str, Any] = {"local": local, "fetch": fetch, "students": students}
-            return evaluate_suite(loaded, systems, out, splits_for=splits, own=own, **options)
+            return evaluate_suite(
+                read, systems, out, splits_for=splits, own=own, local=local, fetch=fetch, students=students
+            )
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
         """The rows of a suite's table that this run can fill, made ready to search a collection."""
@@ -119,8 +111,6 @@ class Workspace(RunFolder):
         return result
 
     def _stage(self, name: str) -> SuiteEvaluation | None:
-        import time
-
         started = time.monotonic()
         result = None
         if name == "mine":
@@ -132,21 +122,21 @@ class Workspace(RunFolder):
             done = f"{len(self.score()):,} scored lists"
             self.dev_lists()
         elif name == "train":
-            students = [STUDENT, *self.recipe.baselines]
-            for student in students:
-                self.train(student)
-            done = ", ".join(students)
+            names = [STUDENT, *self.recipe.baselines]
+            for trained in names:
+                self.train(trained)
+            done = ", ".join(names)
         elif name in ("quantize", "index"):
-            wanted = [one for one in self.index_files() if self.learned(one) == (name == "quantize")]
-            if not wanted and name == "quantize":
+            specifications = [item for item in self.index_files() if self.learned(item) == (name == "quantize")]
+            if not specifications and name == "quantize":
                 return None  # no learned index in this recipe: not a stage of it
-            student_model = self.student()
-            indexes = [self.index(specification, student=student_model) for specification in wanted]
+            student = self.student()
+            indexes = [self.index(specification, student=student) for specification in specifications]
             done = ", ".join(f"{index.name} ({index.bytes_per_document:.0f} B a document)" for index in indexes)
-            if not done and student_model.reads_pairs:
+            if not done and student.reads_pairs:
                 return None  # it re-ranks: not a stage of it
             if not done:
-                vectors = self.vectors(STUDENT, student_model, self.collection)
+                vectors = self.vectors(STUDENT, student, self.collection)
                 done = f"no file; {vectors.kind.replace('_', ' ')} of {vectors.counts['documents']:,} documents"
         else:
             result = self.evaluate()

@@ -4,62 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rankdistill.artifacts import open_artifact
+from rankdistill.artifacts import MANIFEST, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
+from rankdistill.evaluation.cost import Reranking
+from rankdistill.evaluation.evaluate import EngineSystem, RerankSystem, System
+from rankdistill.evaluation.fusion import FusedEngine
+from rankdistill.evaluation.hybrid import fused_rows
+from rankdistill.evaluation.reranking import StudentReranking
+from rankdistill.evaluation.suites import Suite
+from rankdistill.indexes.base import Engine
+from rankdistill.indexes.bm25 import BM25
+from rankdistill.indexes.by_student import exhaustive_engine
+from rankdistill.indexes.dense import DenseEngine
+from rankdistill.indexes.lucene_bm25 import LuceneBM25
+from rankdistill.indexes.mining import FILE, Source
+from rankdistill.indexes.sparse import searched_here
+from rankdistill.indexes.specification import any_specification
 from rankdistill.plain import file_name
 from rankdistill.progress import warn
-from rankdistill.run_folder import STUDENT, UNTRAINED, RunFolder
-
-if TYPE_CHECKING:
-    from rankdistill.artifacts import Artifact
-    from rankdistill.collections import Collection
-    from rankdistill.evaluation.cost import Reranking
-    from rankdistill.evaluation.evaluate import EngineSystem, System
-    from rankdistill.evaluation.fusion import FusedEngine
-    from rankdistill.evaluation.suites import Suite
-    from rankdistill.indexes.base import Engine
-    from rankdistill.indexes.bm25 import BM25
-    from rankdistill.indexes.lucene_bm25 import LuceneBM25
-    from rankdistill.indexes.mining import Source
-    from rankdistill.students.cross_encoder import PairModel
+from rankdistill.recipe import build
+from rankdistill.run_folder import STUDENT, UNTRAINED, RunFolder, members_of
+from rankdistill.runs import iter_run
+from rankdistill.students.models import resolve_model, says
+from rankdistill.teachers.base import TextList
+from rankdistill.teachers.scoring import prepared_folder, score_list
 
 FUSED = 100  # documents of each member that a fused search looks at, at least
 
 
 def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str) -> dict[str, System]:
     """Row of the table → system, of all that a suite asks for and the run can fill."""
-    from rankdistill.evaluation.evaluate import EngineSystem
-    from rankdistill.evaluation.hybrid import fused_rows
-    from rankdistill.evaluation.reranking import StudentReranking
-    from rankdistill.indexes.by_student import exhaustive_engine
-    from rankdistill.indexes.mining import Source
-    from rankdistill.indexes.sparse import searched_here
-    from rankdistill.indexes.specification import any_specification
-    from rankdistill.students.cross_encoder import PairModel
-
     rows: dict[str, System] = {}
     own = collection.fingerprint == run.collection.fingerprint
     sources = run.own_sources if own else run.sources(collection)
     reranking: dict[str, System] = {}  # rows over BM25's first documents
+
+    # What is re-ranked: the table of the row, the source, and what its candidates' folder is called.
+    stages: list[tuple[dict[str, System], Source, str]] = [(rows, sources[0], "")]
     if "bm25" in suite.systems or suite.rerank:
         bm25 = open_bm25(run, sources, collection)
         rows["BM25"] = EngineSystem(bm25, bytes=bm25.bytes, note="" if bm25.name == "bm25" else bm25.name)
-        first = Source(bm25)
+        if suite.rerank and sources[0].engine is not bm25:
+            stages.append((reranking, Source(bm25), "-bm25"))
     if "lucene_bm25" in suite.systems:
         lucene = open_bm25(run, sources, collection, lucene=True)
         rows[lucene.name] = EngineSystem(lucene, bytes=lucene.bytes)
     if "sources" in suite.systems:
         rows |= _dense_rows(sources, run.recipe.candidates.sources)
     if "teacher" in suite.systems and run.recipe.teacher is not None:
-        row, system = _teacher_row(run, collection, split, sources[0], suite.rerank_depth)
-        rows |= {row: system} if system else {}
-        if suite.rerank and sources[0].engine is not first.engine:
-            row, system = _teacher_row(run, collection, split, first, suite.rerank_depth, "-bm25")
-            reranking |= {row: system} if system else {}
+        for table, source, suffix in stages:
+            row, system = _teacher_row(run, collection, split, source, suite.rerank_depth, suffix)
+            table |= {row: system} if system is not None else {}
     encoder = str(run.recipe.student.settings().get("model"))
     whole = any(f"{row}, ".startswith(f"first stage: {encoder}, ") for row in rows)
     if "encoder" in suite.systems and not whole and _is_cut(run):
@@ -73,35 +73,31 @@ def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str
     if "baselines" in suite.systems:
         names += [(name, f"student, {name}") for name in run.recipe.baselines]
     for name, row in names:
-        if name != UNTRAINED and not (run.student_folder(name) / "manifest.json").is_file():
+        if name != UNTRAINED and not (run.student_folder(name) / MANIFEST).is_file():
             continue
-        student = run.student(name)
-        if isinstance(student, PairModel):
-            note = "" if name == UNTRAINED else _best_step(run, name)
-            rows[row] = _rerank_row(run, collection, split, sources[0], suite.rerank_depth, student, note)
-            if suite.rerank and sources[0].engine is not first.engine:
-                reranking[row] = _rerank_row(run, collection, split, first, suite.rerank_depth, student, note, "-bm25")
+        student, note = run.student(name), "" if name == UNTRAINED else _best_step(run, name)
+        if student.reads_pairs:
+            for table, source, suffix in stages:
+                table[row] = _rerank_row(run, collection, split, source, suite.rerank_depth, suffix, student, note)
             continue
         engine = exhaustive_engine(student, run.vectors(name, student, collection))
-        rows[row] = _engine_system(engine, "" if name == UNTRAINED else _best_step(run, name))
+        rows[row] = _engine_system(engine, note)
         if suite.rerank:
-            reranking[row] = StudentReranking(first.engine, engine, suite.rerank_depth)
-    if "indexes" in suite.systems and (run.student_folder(STUDENT) / "manifest.json").is_file():
+            reranking[row] = StudentReranking(bm25, engine, suite.rerank_depth)
+    if "indexes" in suite.systems and (run.student_folder(STUDENT) / MANIFEST).is_file():
         student = run.student()
         for specification in run.index_files():
             if not searched_here(any_specification(specification)):
                 continue  # files for other software
             index = run.index(specification, student=student, collection=collection)
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))
-    rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": one for row, one in reranking.items()}
+    rows |= {f"{row}, re-ranking BM25@{suite.rerank_depth}": system for row, system in reranking.items()}
     return rows | fused_rows(suite.fusion, rows, lambda folder: _student_of(RunFolder(folder), collection))
 
 
 def _dense_rows(sources: Sequence[Source], methods: Sequence[Any]) -> dict[str, System]:
     """A row for each dense engine that candidates come from, however many sources share it; named after its model, and
     what tells it from others of that model."""
-    from rankdistill.indexes.dense import DenseEngine
-
     dense: dict[str, tuple[dict[str, Any], DenseEngine]] = {}
     for source, method in zip(sources, methods, strict=True):
         if isinstance(source.engine, DenseEngine):
@@ -117,8 +113,6 @@ def _dense_rows(sources: Sequence[Source], methods: Sequence[Any]) -> dict[str, 
 
 def _is_cut(run: RunFolder) -> bool:
     """Whether the student begins as something else than the encoder it is made from; else `untrained` is its row."""
-    from rankdistill.students.models import resolve_model, says
-
     settings = run.recipe.student.settings()
     if settings["type"] == "dense" and not settings.get("layers") and run.warm_up(run.recipe) is None:
         return False
@@ -132,20 +126,17 @@ def _is_cut(run: RunFolder) -> bool:
 
 def _whole_encoder(run: RunFolder, name: str, collection: Collection) -> EngineSystem:
     """What could have been used without any training: the encoder as it came, with the student's lengths."""
-    from rankdistill.indexes.by_student import exhaustive_engine
     from rankdistill.students.dense import DenseStudent
 
     settings = run.recipe.student.settings()
-    wanted = ("query_length", "document_length", "query_prompt", "document_prompt", "precision")
-    given = {key: settings[key] for key in wanted if settings.get(key) is not None}
-    model = DenseStudent(name, **given).create(run.recipe.student_device)
+    keys = ("query_length", "document_length", "query_prompt", "document_prompt", "precision")
+    own = {key: settings[key] for key in keys if settings.get(key) is not None}
+    model = DenseStudent(name, **own).create(run.recipe.student_device)
     return _engine_system(exhaustive_engine(model, run.vectors("encoder", model, collection)))
 
 
 def _student_of(run: RunFolder, collection: Collection) -> EngineSystem:
     """Another run's student, searching exactly."""
-    from rankdistill.indexes.by_student import exhaustive_engine
-
     student = run.student()
     return _engine_system(exhaustive_engine(student, run.vectors(STUDENT, student, collection)))
 
@@ -160,17 +151,14 @@ def fused_engine(run: RunFolder, engine: Engine, names: Sequence[str], count: in
         UsageError: a name is neither, or given twice.
         RankdistillError: the other run has no trained student.
     """
-    from rankdistill.evaluation.fusion import FusedEngine
-    from rankdistill.indexes.mining import Source
-    from rankdistill.recipe import build
-
     members: dict[str, Any] = {str(run.path): engine}
     for name in names:
         if name in members:
             raise UsageError(f"{name} is to be fused twice", where="--fuse")
         if name == "bm25":
-            lexical = [build("source", one.settings()) for one in run.recipe.candidates.sources if one.type == "bm25"]
-            sources = [Source.of(one, run.collection, run.path / "engines") for one in lexical[:1]]
+            methods = [method for method in run.recipe.candidates.sources if method.type == "bm25"][:1]
+            folder = run.path / "engines"
+            sources = [Source.of(build("source", method.settings()), run.collection, folder) for method in methods]
             members[name] = open_bm25(run, sources, run.collection)
         elif Path(name).is_dir():
             members[name] = _student_of(RunFolder(name), run.collection).engine
@@ -187,12 +175,8 @@ def open_bm25(
     Args:
         lucene: Lucene's; otherwise the first of the sources, or the embedded one.
     """
-    from rankdistill.indexes.bm25 import BM25
-    from rankdistill.indexes.lucene_bm25 import LuceneBM25
-
-    wanted = LuceneBM25 if lucene else (BM25, LuceneBM25)
     for source in sources:
-        if isinstance(source.engine, wanted):
+        if isinstance(source.engine, LuceneBM25 if lucene else (BM25, LuceneBM25)):
             return source.engine
     engine: type[BM25 | LuceneBM25] = LuceneBM25 if lucene else BM25
     kind = "lucene_bm25" if lucene else "bm25"
@@ -202,8 +186,6 @@ def open_bm25(
 
 
 def _engine_system(engine: Any, note: str = "") -> EngineSystem:
-    from rankdistill.evaluation.evaluate import EngineSystem
-
     if getattr(engine.encoder, "inference_free", False):
         no_model = "no model runs at query time: a query is its tokens, weighed by a table"
         note = f"{note}; {no_model}" if note else no_model
@@ -226,19 +208,15 @@ def _best_step(run: RunFolder, name: str) -> str:
 
 
 def _teacher_row(
-    run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
+    run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str
 ) -> tuple[str, System | None]:
     """(the row's name, the teacher re-ranking the top of a source of candidates); its scores go to the store.
 
     A recorded teacher may lack scores: where it has none there is no row (it would be the first stage's, under the
     teacher's name), and where it knows some of the queries the row is of those, and says so.
     """
-    from rankdistill.evaluation.evaluate import RerankSystem
-    from rankdistill.indexes.mining import FILE
-    from rankdistill.runs import iter_run
-
-    candidates = _first_stage(run, collection, split, source, depth, suffix)
-    path = candidates.path
+    candidates = run.first_stage(collection, source, file_name(f"{collection.name}-{split}{suffix}"), depth, split)
+    file = candidates.path / FILE
     scores = run.scores(collection, candidates)
 
     def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
@@ -246,11 +224,10 @@ def _teacher_row(
             yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
 
     part, listed, scored, total = set[str](), 0, 0, 0
-    for query_id, doc_ids, _ in iter_run(path / FILE):
+    for query_id, doc_ids, _ in iter_run(file):
         known = int(np.isfinite(scores.scores_of(query_id, doc_ids)).sum())
         part |= {query_id} if known else set()
         listed, scored, total = listed + 1, scored + known, total + len(doc_ids)
-    queries = len(collection.query_ids(split))
     if not scored:
         warn(f"no row for the teacher on {collection.name}, {split}: it has no score for any of {total:,} candidates")
         return "teacher", None
@@ -258,17 +235,11 @@ def _teacher_row(
     if scored < total:
         note += f"; it has scores for {scored:,} of {total:,} candidates, the others follow in the first stage's order"
     served = _served_teacher(run, collection, source.engine, depth)
-    system = RerankSystem(recorded, path / FILE, depth, note=note, timed=False, served=served)
+    system = RerankSystem(recorded, file, depth, note=note, timed=False, served=served)
     if len(part) == listed or _live(run.teacher):
         return "teacher", system
     system.part = part
-    return f"teacher, on {len(part):,} of {queries:,} queries", system
-
-
-def _first_stage(
-    run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str = ""
-) -> Artifact:
-    return run.first_stage(collection, source, file_name(f"{collection.name}-{split}{suffix}"), depth, split)
+    return f"teacher, on {len(part):,} of {len(collection.query_ids(split)):,} queries", system
 
 
 def _rerank_row(
@@ -277,16 +248,12 @@ def _rerank_row(
     split: str,
     source: Source,
     depth: int,
-    student: PairModel,
+    suffix: str,
+    student: Any,
     note: str,
-    suffix: str = "",
 ) -> System:
     """A student that reads pairs, re-ranking the top of a source of candidates, as its teacher's row does."""
-    from rankdistill.evaluation.cost import Reranking
-    from rankdistill.evaluation.evaluate import RerankSystem
-    from rankdistill.indexes.mining import FILE
-
-    candidates = _first_stage(run, collection, split, source, depth, suffix)
+    candidates = run.first_stage(collection, source, file_name(f"{collection.name}-{split}{suffix}"), depth, split)
     student.scorer.freeze()
 
     def live(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
@@ -305,27 +272,19 @@ def _rerank_row(
 
 def _served_teacher(run: RunFolder, collection: Collection, engine: Any, depth: int) -> Reranking | None:
     """The teacher scoring live, to measure its speed; None where its scores or candidates were made elsewhere."""
-    from rankdistill.evaluation.cost import Reranking
-    from rankdistill.scores.store import ScoreStore
-    from rankdistill.teachers.base import TextList
-    from rankdistill.teachers.ensemble import EnsembleTeacher
-    from rankdistill.teachers.scoring import prepared_folder, score_list
-
     teacher = run.teacher
-    members = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
     if not _live(teacher) or not hasattr(engine, "search"):
         return None
-
-    teacher.prepare(collection, prepared_folder(ScoreStore(run.store_path)))
+    teacher.prepare(collection, prepared_folder(run.store))
 
     def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
         return score_list(teacher, TextList("", query, doc_ids, documents))
 
     def models() -> list[Any]:
-        return [member.load() for member in members if hasattr(member, "load")]
+        return [member.load() for member in members_of(teacher) if hasattr(member, "load")]
 
     return Reranking(engine, collection, score, models, depth)
 
 
 def _live(teacher: Any) -> bool:
-    return all(member.live for member in getattr(teacher, "members", [teacher]))
+    return all(member.live for member in members_of(teacher))

@@ -9,6 +9,9 @@ from typing import Any
 from rankdistill.artifacts import check_file, check_place, remove_artifacts, remove_leftovers
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.metrics import parse_metric
+from rankdistill.evaluation.suites import load_suite
+from rankdistill.indexes.faiss_index import check_out_file, ids_file, manifest_file
 from rankdistill.run_folder import RECIPE, STUDENT, WRITTEN, RunFolder
 from rankdistill.students.loading import check_causal_lm, check_model
 from rankdistill.students.models import layer_count, resolve_model
@@ -23,9 +26,6 @@ def check_run(run: RunFolder) -> None:
             taken.
         RankdistillError: a model is not there.
     """
-    from rankdistill.evaluation.metrics import parse_metric
-    from rankdistill.evaluation.suites import load_suite
-
     indexes = run.index_files()
     load_suite(run.recipe.evaluation.suite)
     for name in (STUDENT, *run.recipe.baselines):
@@ -69,8 +69,6 @@ def _check_layers(student: Mapping[str, Any]) -> None:
 
 
 def _check_places(run: RunFolder, indexes: list[str]) -> None:
-    from rankdistill.indexes.faiss_index import check_out_file
-
     check_file(run.path / RECIPE, mark=WRITTEN)
     members = len(run.recipe.teacher.settings().get("members", ())) if run.recipe.teacher is not None else 0
     teachers = ["teacher", "teacher-calibration", *(f"teacher-{number}" for number in range(members))]
@@ -102,8 +100,6 @@ def forget(run: RunFolder, stage: str) -> None:
     for folder in folders.get(stage, ()):
         remove_artifacts(run.path / folder)
     if stage in ("quantize", "index"):
-        from rankdistill.indexes.faiss_index import ids_file, manifest_file
-
         learned = {run.index_file(name).name for name in filter(run.learned, run.recipe.indexes)}
         for manifest in (run.path / "indexes").rglob("*.faiss.json"):
             index = manifest.with_suffix("")

@@ -111,11 +111,11 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
             open_artifact(path)
 
 
-def test_an_object_has_no_fingerprint() -> None:
-    """Its text would tell its address: another one in each process."""
-    for value in (object(), Path("x"), {"a": {1, 2}}, float("nan")):
-        with pytest.raises(RankdistillError, match="no fingerprint"):
-            fingerprint({"value": value})
+@pytest.mark.parametrize("value", [object(), Path("x"), {1, 2}, b"x", float("nan"), {"a": float("inf")}])
+def test_what_is_no_plain_value_has_no_fingerprint(value: object) -> None:
+    """An object's text would tell its address: another one in each process."""
+    with pytest.raises(RankdistillError, match="no fingerprint"):
+        fingerprint(["settings", {"value": value}])
 
 
 def test_a_fingerprint_depends_on_content_alone() -> None:
@@ -133,18 +133,39 @@ def test_a_fingerprint_depends_on_content_alone() -> None:
     assert len(prints) == 1 and b"" not in prints
 
 
-def test_a_digest_sees_every_change(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("one")
-    before = file_digest(path)
-    path.write_text("two")  # the same size, at once
-    assert file_digest(path) != before
-    old = time.time() - 100
-    os.utime(path, (old, old))
-    resting = file_digest(path)
-    assert file_digest(path) == resting  # now from memory
-    path.write_text("six")
-    assert file_digest(path) not in (before, resting)
+@pytest.fixture
+def resting(tmp_path: Path) -> Path:
+    """A file whose digest is remembered: large, and at rest for two seconds since its last change of any kind."""
+    path = tmp_path / "resting"
+    path.write_bytes(b"a" * (SMALL + 1))
+    os.utime(path, (time.time() - 100,) * 2)
+    time.sleep(2.1)
+    return path
+
+
+def test_a_digest_sees_every_change(resting: Path) -> None:
+    """Of a file that changes at once to one of the same size, and of one whose time was put back."""
+    small = resting.with_name("small")
+    small.write_text("one")
+    before = file_digest(small)
+    small.write_text("two")
+    assert file_digest(small) != before
+    stat, before = resting.stat(), file_digest(resting)
+    assert any((cache_dir() / "digests").iterdir()) and file_digest(resting) == before  # now from memory
+    resting.write_bytes(b"b" * (SMALL + 1))
+    os.utime(resting, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert resting.stat().st_mtime_ns == stat.st_mtime_ns and file_digest(resting) != before
+
+
+def test_a_memory_of_digests_that_is_damaged_or_cannot_be_written_costs_time_alone(
+    resting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = file_digest(resting)
+    for remembered in (cache_dir() / "digests").iterdir():
+        remembered.write_text("")
+    assert file_digest(resting) == digest
+    monkeypatch.setenv("RANKDISTILL_CACHE", "/dev/null/cache")
+    assert file_digest(resting) == digest
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -168,20 +189,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert path.read_text() == "old" and [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (errno.ENOSPC, "the disk is full"),
-        (errno.EDQUOT, "the disk is full"),
-        (errno.EFBIG, "the disk is full"),
-        (errno.EROFS, "cannot write"),
-        (errno.EACCES, "cannot write"),
-    ],
-)
-def test_disk_errors_say_what_to_do(number: int, words: str) -> None:
-    with pytest.raises(RankdistillError, match=words) as caught, disk_errors("/some/where"):
-        raise OSError(number, os.strerror(number))
-    assert caught.value.where == "/some/where"
+def test_disk_errors_say_what_to_do() -> None:
+    full, forbidden = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES)
+    for number in (*full, *forbidden):
+        words = "the disk is full" if number in full else "cannot write"
+        with pytest.raises(RankdistillError, match=words) as caught, disk_errors("/some/where"):
+            raise OSError(number, os.strerror(number))
+        assert caught.value.where == "/some/where"
     with pytest.raises(FileNotFoundError), disk_errors("/some/where"):
         raise FileNotFoundError
 
@@ -474,42 +488,6 @@ def test_a_flipped_bit_is_found_when_an_artifact_is_used(
     assert damaged_file(artifact) == "in/file"
 
 
-def test_a_change_whose_time_was_put_back_is_seen(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"a" * (SMALL + 1))
-    old = time.time() - 100
-    os.utime(path, (old, old))
-    stat = path.stat()
-    time.sleep(2.1)  # since its last change of any kind: now it is remembered
-    before = file_digest(path)
-    assert any((cache_dir() / "digests").iterdir())
-    path.write_bytes(b"b" * (SMALL + 1))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert path.stat().st_mtime_ns == stat.st_mtime_ns and file_digest(path) != before
-
-
-def test_an_emptied_memory_of_digests_is_not_believed(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"a" * (SMALL + 1))
-    old = time.time() - 100
-    os.utime(path, (old, old))
-    time.sleep(2.1)
-    digest = file_digest(path)
-    for remembered in (cache_dir() / "digests").iterdir():
-        remembered.write_text("")
-    assert file_digest(path) == digest
-
-
-def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANKDISTILL_CACHE", "/dev/null/cache")
-    path = tmp_path / "file"
-    path.write_bytes(b"a" * (SMALL + 1))
-    old = time.time() - 100
-    os.utime(path, (old, old))
-    time.sleep(2.1)
-    assert len(file_digest(path)) == 64
-
-
 def test_everything_is_on_the_disk_before_an_artifact_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     sync, replace = os.fsync, os.replace
@@ -532,12 +510,6 @@ def test_everything_is_on_the_disk_before_an_artifact_is_whole(tmp_path: Path, m
     assert {"sync file", "sync in", "sync .a.abc.partial"} <= set(before)
     assert before.index("sync file") < before.index("rename manifest.json")
     assert order[whole + 1] == f"sync {tmp_path.name}"
-
-
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"x", float("nan"), {"a": float("inf")}])
-def test_what_is_no_plain_value_has_no_fingerprint(value: object) -> None:
-    with pytest.raises(RankdistillError, match="no fingerprint"):
-        fingerprint(["settings", value])
 
 
 def test_who_waits_for_another_process_is_told(tmp_path: Path) -> None:

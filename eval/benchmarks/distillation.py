@@ -172,7 +172,6 @@ class Benchmark:
             self.collection,
             self.workspace.dev_pool(recipe),
             out,
-            name=f"{row}, seed {seed}",
             prepared=self.path / "prepared" / teacher,
         )
         seconds = time.monotonic() - started

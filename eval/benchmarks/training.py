@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from rankdistill.collections import Collection, open_collection
 from rankdistill.losses.margin_mse import MarginMSE
-from rankdistill.recipe import Training, build
+from rankdistill.recipe import build, check_recipe
 from rankdistill.sampling.base import generator
 from rankdistill.sampling.uniform import RandomBatches
 from rankdistill.scores.lists import ScoredLists, build_lists
@@ -79,16 +79,16 @@ def make_lists(collection: Collection, documents: int, queries: int, folder: Pat
 
 
 def ours(collection: Collection, lists: ScoredLists, batch: int, steps: int, precision: Any, tokens: int) -> float:
-    student = build(
-        "student", {"type": "dense", "model": MODEL, "query_length": tokens, "document_length": tokens}
-    ).create()
-    settings = Training(steps=steps, precision=precision, log_every=1000, checkpoints=1, learning_rate=2e-5)
+    settings = {"type": "dense", "model": MODEL, "query_length": tokens, "document_length": tokens}
+    student = build("student", settings).create()
+    training = {"steps": steps, "precision": precision, "log_every": 1000, "checkpoints": 1, "learning_rate": 2e-5}
+    recipe = check_recipe({"collection": "beir:none", "student": settings, "training": training})
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(settings, steps, Path(folder), seed=42)
+        arguments = training_arguments(recipe, steps, Path(folder))
         arguments.save_strategy = arguments.eval_strategy = "no"
         arguments.eval_on_start = False
         stream = BatchStream(
-            lists, collection, student, RandomBatches(batch), WholeList(), 42, steps, settings.token_budget
+            lists, collection, student, RandomBatches(batch), WholeList(), 42, steps, recipe.training.token_budget
         )
         trainer = StudentTrainer(Distiller(student, {"margin_mse": MarginMSE()}), stream, None, arguments)
         return timed(trainer, batch)

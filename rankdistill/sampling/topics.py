@@ -135,10 +135,10 @@ class TopicBatches(BatchSampler):
         return batches
 
     def _count(self, queries: int) -> int:
-        wanted = max(2, round(queries / 200)) if self.clusters is None else self.clusters
-        if self.clusters is not None and wanted > queries:
-            warn(f"{wanted:,} clusters of {queries:,} queries: made {queries:,}, each query is its own")
-        return min(wanted, queries)
+        clusters = max(2, round(queries / 200)) if self.clusters is None else self.clusters
+        if self.clusters is not None and clusters > queries:
+            warn(f"{clusters:,} clusters of {queries:,} queries: made {queries:,}, each query is its own")
+        return min(clusters, queries)
 
 
 def cluster(vectors: NDArray[np.float32], clusters: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -64,10 +64,10 @@ def _without_judged(collection: Collection, texts: list[str], source: str) -> li
 
 def pseudo_queries(collection: Collection, rows: np.ndarray) -> list[str]:
     """A query made of each document (see `pseudo_query`), "" where it has no text."""
-    found: list[str] = []
+    texts: list[str] = []
     for start in range(0, len(rows), 4096):
-        found += [pseudo_query(one.title, one.text) for one in collection.documents(rows[start : start + 4096])]
-    return found
+        texts += [pseudo_query(item.title, item.text) for item in collection.documents(rows[start : start + 4096])]
+    return texts
 
 
 def pseudo_query(title: str, text: str) -> str:

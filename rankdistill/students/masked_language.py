@@ -79,11 +79,11 @@ def load_masked_language(folder: Path, name: str) -> tuple[Transformer, bool]:
                 where="student.model",
                 fix="an encoder (BERT, RoBERTa, ModernBERT ...); decoder-only models are not supported here",
             )
-        if not any(one.endswith("ForMaskedLM") for one in config.architectures or []):
-            found: Any = AutoModelForMaskedLM.from_pretrained(
+        if not any(name.endswith("ForMaskedLM") for name in config.architectures or []):
+            loaded: Any = AutoModelForMaskedLM.from_pretrained(
                 str(folder), output_loading_info=True, use_safetensors=True, **SAFE
             )
-            missing = sorted(found[1]["missing_keys"])
+            missing = sorted(loaded[1]["missing_keys"])
         transformer = Transformer(
             str(folder),
             transformer_task="fill-mask",
@@ -111,7 +111,7 @@ def transformer_folder(folder: Path) -> Path:
 def head_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters of the head alone, without the tied word embeddings."""
     encoder = {id(parameter) for parameter in getattr(model, model.base_model_prefix).parameters()}
-    return {name: one for name, one in model.named_parameters() if id(one) not in encoder}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in encoder}
 
 
 @torch.no_grad()
@@ -135,12 +135,12 @@ class SmallHead:
     def hidden(self, features: Features) -> tuple[Tensor, Any]:
         """[texts, tokens, width] what the last map of the head is applied to, and that map."""
         decoder: Any = self.transformer.model.get_output_embeddings()
-        decoder.forward = lambda given: given  # for this pass: what would have gone in comes out
+        decoder.forward = lambda hidden: hidden  # for this pass: what would have gone in comes out
         try:
-            made: Tensor = self.transformer(dict(features))[self.transformer.module_output_name]
+            hidden: Tensor = self.transformer(dict(features))[self.transformer.module_output_name]
         finally:
             del decoder.forward
-        return made, decoder
+        return hidden, decoder
 
 
 def warm_up(
@@ -207,18 +207,17 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
     model: Any = transformer.model
     tokenizer: Any = transformer.tokenizer
     head = SmallHead(transformer)
-    wanted = list(model.parameters() if settings.encoder else head_parameters(model).values())
-    kept = {one: one.requires_grad for one in model.parameters()}
-    for one in kept:
-        one.requires_grad_(False)
-    for one in wanted:
-        one.requires_grad_(True)
-    optimiser = torch.optim.AdamW(wanted, lr=settings.learning_rate, weight_decay=0.01)
+    learning = list(model.parameters() if settings.encoder else head_parameters(model).values())
+    learned_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / max(1, settings.steps // 10)) * (1 - step / settings.steps)
     )
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
-    device = next(iter(kept)).device
+    device = learning[0].device
     losses: list[float] = []
     cache = GradientCache()
 
@@ -247,14 +246,14 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
                     cache.shrink(error, [features], device, "a smaller student.warm_up.batch, or shorter documents")
                 free_memory()
             if len(labels):
-                nn.utils.clip_grad_norm_(wanted, 1.0)
+                nn.utils.clip_grad_norm_(learning, 1.0)
                 optimiser.step()
                 losses.append(loss.item())
             schedule.step()
             bar.advance(1, f"loss {losses[-1]:.3f}" if losses else "")
     model.zero_grad(set_to_none=True)
-    for one, wants in kept.items():
-        one.requires_grad_(wants)
+    for parameter, learned in learned_before.items():
+        parameter.requires_grad_(learned)
     if losses and not np.isfinite(losses[-1]):
         raise RankdistillError(
             f"the warm-up's loss is {losses[-1]}", where="student.warm_up", fix="a lower learning_rate"
@@ -313,8 +312,8 @@ def _set_biases(
     logits -= mean
     special = sorted(set(tokenizer.all_special_ids))
     logits[:, special] = -torch.inf
-    wanted = min(terms * len(logits), int(logits.isfinite().sum()) - 1)
-    least = logits.flatten().topk(wanted + 1).values[-1]
+    active = min(terms * len(logits), int(logits.isfinite().sum()) - 1)
+    least = logits.flatten().topk(active + 1).values[-1]
     decoder.bias -= mean + least
     decoder.bias[special] = NEVER
     return round(float((logits > least).sum() / len(logits)), 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,26 +16,24 @@ import torch
 from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainingArguments
 
 from rankdistill.artifacts import write_atomically
-from rankdistill.devices import place_training
 from rankdistill.errors import RankdistillError
 from rankdistill.losses.base import ListLoss
 from rankdistill.losses.contrastive import LCE
 from rankdistill.losses.divergence import ListNet
 from rankdistill.losses.lambda_loss import LambdaLoss
-from rankdistill.progress import Progress, progress, quiet_transformers, say, warn
+from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator
 from rankdistill.students.dense import set_dropout
-from rankdistill.students.less_memory import GradientCache, StepAgain
+from rankdistill.students.less_memory import GradientCache
 from rankdistill.students.pair_scoring import PairScorer, new_parts, save_cross_encoder, starting_cross_encoder
 from rankdistill.students.token_batches import resolve_precision, training_attention
 from rankdistill.teachers.base import Dev
 from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
-from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-from rankdistill.training.trainer import RerankPool, with_rates
+from rankdistill.training.dev import RerankPool
+from rankdistill.training.loop import BEST, TrainingLoop, curve, loop_arguments
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -74,11 +71,11 @@ class TrainingLists:
             known = [d for d in known if d in mined] or known
             others = list(dict.fromkeys(doc_ids))
             others = [d for d, row in zip(others, collection.doc_rows(others), strict=True) if row >= 0]
-            own = self._hash(query_id)
-            positives = [str(doc_id) for doc_id in np.random.default_rng(own).permutation(known)]
+            place = self._hash(query_id)
+            positives = [str(doc_id) for doc_id in np.random.default_rng(place).permutation(known)]
             self.candidates[query_id] = others
             positives = [doc_id for doc_id in positives if self._below(query_id, doc_id)][: settings.positives]
-            lists += [(own, query_id, doc_id) for doc_id in positives]
+            lists += [(place, query_id, doc_id) for doc_id in positives]
         lists.sort()  # by the queries' own hashes: a random order that does not depend on that of the candidates
         if settings.queries is not None:
             allowed = set(list(dict.fromkeys(item[1] for item in lists))[: settings.queries])
@@ -115,8 +112,8 @@ class TrainingLists:
         query_id, positive = self.lists[number]
         pool = self._below(query_id, positive)
         if scores is not None:
-            own = scores[positive]
-            most = own - (1 - self.settings.negatives_below) * abs(own)
+            best = scores[positive]
+            most = best - (1 - self.settings.negatives_below) * abs(best)
             pool.sort(key=lambda doc_id: -scores[doc_id])
             count = min(self.settings.negatives, len(pool))
             pool = [doc_id for doc_id in pool if scores[doc_id] <= most] or pool[-count:]
@@ -144,7 +141,7 @@ class Examples(torch.utils.data.Dataset[tuple[str, list[str], list[int]]]):
         doc_ids = [positive, *(self.refreshed if late and self.refreshed else self.negatives)[number]]
         collection = self.lists.collection
         texts = collection.document_texts(collection.doc_rows(doc_ids))
-        return collection.query_texts([query_id])[0], texts, [self.lists.grade(query_id, one) for one in doc_ids]
+        return collection.query_texts([query_id])[0], texts, [self.lists.grade(query_id, doc_id) for doc_id in doc_ids]
 
 
 class Listwise(nn.Module):
@@ -210,72 +207,75 @@ def dev_pool(collection: Collection, dev: Dev, queries: int, depth: int) -> Rera
     judged = [item for item in dev.candidates if any(grade > 0 for grade in qrels.get(item[0], {}).values())]
     some = judged[:: max(1, -(-len(judged) // queries))]  # spread evenly: files are often sorted by topic
     query_ids, lists = [query_id for query_id, _ in some], [doc_ids for _, doc_ids in some]
-    return RerankPool.over(collection, dev.split, query_ids, lists, depth, METRIC)
+    return RerankPool(collection, dev.split, query_ids, lists, depth, METRIC)
 
 
-class PairTrainer(StepAgain, SafeCheckpoints, Trainer):
-    """Minimises `Listwise`; looks at dev, keeps the best model in `best`, draws negatives anew halfway."""
+class PairTrainer(TrainingLoop):
+    """Minimises `Listwise`; judged by dev candidates that it re-ranks.
+
+    Args:
+        scoring_length: tokens a pair in the model that is kept.
+        negatives: a file of those drawn anew, with which a resumed training goes on.
+        refresh_at: the step at which they are drawn, by the model's own scores.
+    """
 
     def __init__(
-        self, model: Listwise, scorer: PairScorer, dev: RerankPool | None, scoring_length: int | None, **options: Any
+        self,
+        learner: Listwise,
+        args: TrainingArguments,
+        examples: Examples,
+        dev: RerankPool | None,
+        scoring_length: int | None,
+        negatives: Path,
+        refresh_at: int | None,
     ) -> None:
-        # The eval_dataset is only asked for by the base class: `evaluate` reads the dev candidates.
-        super().__init__(model=model, eval_dataset=options["train_dataset"], data_collator=model.collate, **options)
-        self.scorer, self.dev, self.settings = scorer, dev, model.settings
-        self.scoring_length = scoring_length
-        self.model_accepts_loss_kwargs = False
+        super().__init__(learner, args, examples, learner.collate, "training the cross-encoder")
+        self.scorer, self.dev, self.settings = PairScorer(learner.model), dev, learner.settings
+        self.metric = DEV if dev is not None else ""
+        self.scoring_length, self.examples = scoring_length, examples
+        self.negatives, self.refresh_at = negatives, refresh_at
+        if negatives.is_file():
+            examples.refreshed = json.loads(negatives.read_text(encoding="utf-8"))
 
-    def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
-        """Rates of their own for what is new: it has further to go than an encoder that is nearly right."""
+    def rates(self) -> dict[nn.Parameter, float]:
+        """What is new has further to go than an encoder that is nearly right."""
         gates, heads = new_parts(self.scorer.model)
         rate = self.settings.head_learning_rate or 10 * self.settings.learning_rate
-        rates = dict.fromkeys(heads, rate) | dict.fromkeys(gates, self.settings.gate_learning_rate)
-        return with_rates(super().create_optimizer(*model), rates)  # transformers 5.0 takes none
-
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # it is in a random order
+        return dict.fromkeys(heads, rate) | dict.fromkeys(gates, self.settings.gate_learning_rate)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         return model(**inputs)
 
     def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
-        learner: Listwise = self.accelerator.unwrap_model(self.model)
         fix = "a smaller teacher.train.max_length, or teacher.train.precision: bf16"
-        learner.cache.shrink(error, [inputs["features"]], self.scorer.model.device, fix)
+        self.learner.cache.shrink(error, [inputs["features"]], self.scorer.model.device, fix)
+
+    def judge(self) -> dict[str, float]:
+        assert self.dev is not None
+        with _at_rest(self.scorer.model):
+            scores = self._pairs(self.dev.queries, self.dev.documents, self.dev.pairs)
+        return {DEV: self.dev.measure(scores)}
+
+    def save_best(self, folder: Path) -> None:
+        save_cross_encoder(self.scorer.model, folder, self.scoring_length)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        if self.dev is not None and self.state.global_step not in self.looks():
-            with _at_rest(self.scorer.model):
-                metrics = {DEV: self.dev.measure(self._pairs(self.dev.queries, self.dev.documents, self.dev.pairs))}
-            if metrics[DEV] > max(self.looks().values(), default=-math.inf):
-                save_cross_encoder(self.scorer.model, Path(self.args.output_dir) / "best", self.scoring_length)
-            self.log(metrics)
-        # As the base class does; it takes the request to evaluate back, which else is served again at the end.
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        metrics = super().evaluate()
         values, patience = list(self.looks().values()), self.settings.patience
         if patience and len(values) > patience and max(values[-patience:]) <= max(values[:-patience]):
             self.control.should_training_stop = True
         return metrics
 
-    def looks(self) -> dict[int, float]:
-        """step → dev metric."""
-        return {int(entry["step"]): entry[DEV] for entry in self.state.log_history if DEV in entry}
-
-    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        return False  # `evaluate` keeps the best
-
-    def refresh(self, examples: Examples, file: Path) -> None:
-        """Draw the negatives anew by the model's own scores; the file lets a resumed training go on with them."""
-        if not file.is_file():
-            lists = examples.lists
-            wanted: dict[str, list[str]] = {}
+    def remember(self) -> None:
+        """Before a step: draw the negatives anew where it is the one."""
+        if self.state.global_step == self.refresh_at and self.examples.refreshed is None:
+            lists = self.examples.lists
+            scored: dict[str, list[str]] = {}
             for query_id, positive in lists.lists:
-                wanted.setdefault(query_id, list(lists.candidates[query_id])).append(positive)
-            scores = self._scores(lists.collection, wanted)
-            drawn = [lists.draw(number, scores[query_id]) for number, (query_id, _) in enumerate(lists.lists)]
-            write_atomically(file, json.dumps(drawn))
-        examples.refreshed = json.loads(file.read_text(encoding="utf-8"))
+                scored.setdefault(query_id, list(lists.candidates[query_id])).append(positive)
+            scores = self._scores(lists.collection, scored)
+            self.examples.refreshed = [lists.draw(place, scores[item[0]]) for place, item in enumerate(lists.lists)]
+            write_atomically(self.negatives, json.dumps(self.examples.refreshed))
 
     def _pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
         """
@@ -287,48 +287,23 @@ class PairTrainer(StepAgain, SafeCheckpoints, Trainer):
             raise diverged()
         return scores
 
-    def _scores(self, collection: Collection, wanted: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        ids, title = list(wanted), "scoring candidates for new negatives"
+    def _scores(self, collection: Collection, documents: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+        """query id → document id → score, of each query's documents."""
+        scored: dict[str, dict[str, float]] = {}
+        ids, title = list(documents), "scoring candidates for new negatives"
         with _at_rest(self.scorer.model), progress(title, len(ids), "queries") as bar:
             for start in range(0, len(ids), 64):
                 block = ids[start : start + 64]
-                pairs = [(owner, doc_id) for owner, one in enumerate(block) for doc_id in dict.fromkeys(wanted[one])]
+                pairs = [
+                    (at, doc_id) for at, query_id in enumerate(block) for doc_id in dict.fromkeys(documents[query_id])
+                ]
                 rows, places = np.unique(collection.doc_rows([doc_id for _, doc_id in pairs]), return_inverse=True)
-                places = np.stack([[owner for owner, _ in pairs], places.ravel()], axis=1)
+                places = np.stack([[at for at, _ in pairs], places.ravel()], axis=1)
                 scores = self._pairs(collection.query_texts(block), collection.document_texts(rows), places)
-                for (owner, doc_id), score in zip(pairs, scores.tolist(), strict=True):
-                    found.setdefault(block[owner], {})[doc_id] = score
+                for (at, doc_id), score in zip(pairs, scores.tolist(), strict=True):
+                    scored.setdefault(block[at], {})[doc_id] = score
                 bar.advance(len(block))
-        return found
-
-
-class Course(TrainerCallback):
-    """The bar on the terminal, and the negatives drawn anew at their step."""
-
-    def __init__(self, bar: Progress, examples: Examples, file: Path, at: int | None) -> None:
-        self.bar, self.examples, self.file, self.at = bar, examples, file, at
-        self.trainer: PairTrainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.done = state.global_step
-        if self.at is not None and state.global_step > self.at:
-            self._refresh()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.at:
-            self._refresh()
-
-    def _refresh(self) -> None:
-        assert self.trainer is not None
-        self.trainer.refresh(self.examples, self.file)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.advance()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        shown = {key: value for entry in state.log_history[-4:] for key, value in entry.items()}
-        self.bar.note = ", ".join(f"{key} {shown[key]:.4f}" for key in ("loss", DEV) if key in shown)
+        return scored
 
 
 def fine_tune(
@@ -366,47 +341,26 @@ def fine_tune(
     asked, depth = settings.dev_queries, settings.dev_depth
     judge = dev_pool(collection, dev, asked, depth) if dev and asked else None
     precision = resolve_precision(device, settings.precision)
-    every = max(1, steps // settings.checkpoints)
-    arguments = TrainingArguments(
-        output_dir=str(work / "trainer"),
-        max_steps=steps,
+    arguments = loop_arguments(
+        work / "trainer",
+        steps,
+        device,
+        precision,
+        warmup=settings.warmup,
+        checkpoints=settings.checkpoints,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        warmup_steps=round(settings.warmup * steps),
-        lr_scheduler_type="linear",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=device.type == "cpu",
-        seed=seed,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=True,
         logging_steps=max(1, steps // 20),
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type != "cpu",
+        seed=seed,
     )
-    place_training(arguments, device)
-    with progress("training the cross-encoder", steps, "steps") as bar, quiet_transformers():
-        course = Course(bar, examples, work / "negatives.json", halfway)
-        trainer = PairTrainer(
-            learner, PairScorer(model), judge, max_length, args=arguments, train_dataset=examples, callbacks=[course]
-        )
-        course.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        checkpoint = last_checkpoint(work / "trainer")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not np.isfinite(losses).all() or any(not bool(torch.isfinite(one).all()) for one in model.parameters()):
+    trainer = PairTrainer(learner, arguments, examples, judge, max_length, work / "negatives.json", halfway)
+    trainer.run()
+    losses = list(curve(trainer.state.log_history, "loss").values())
+    if not np.isfinite(losses).all() or any(not bool(torch.isfinite(weight).all()) for weight in model.parameters()):
         raise diverged()
-    best = work / "trainer" / "best"
+    best = work / "trainer" / BEST
     if judge is None or not best.is_dir():
-        save_cross_encoder(model, best, max_length)
+        trainer.keep_best()
     shutil.rmtree(work / "model", ignore_errors=True)
     best.rename(work / "model")
     return {

@@ -27,9 +27,8 @@ from rankdistill.scores.rank_scores import (
     shown_order,
 )
 from rankdistill.scores.store import ScoreKind
-from rankdistill.students.models import resolve_model
 from rankdistill.teachers.base import Dev, TextList
-from rankdistill.teachers.listwise_training import ListwiseTraining, fine_tune, orders_fingerprint
+from rankdistill.teachers.listwise_settings import ListwiseTraining, orders_fingerprint
 from rankdistill.teachers.llm.answers import REPAIRS
 from rankdistill.teachers.llm.asking import AskingTeacher, Talk, numbered
 from rankdistill.teachers.llm.base import Decoding, Request
@@ -170,12 +169,14 @@ class ListwiseTeacher(AskingTeacher):
         dev: Dev | None = None,
     ) -> dict[str, Any]:
         """Fine-tune the backend's model on the orders that `train` names, whatever their queries' split."""
+        from rankdistill.teachers.listwise_training import train_listwise
+
         backend, training = self._local()
-        counts = fine_tune(
-            resolve_model(backend.model_name).path,
-            training,
+        counts = train_listwise(
+            backend.model_name,
             collection,
-            Path(out),
+            out,
+            training,
             prompt=self.prompt,
             window=self.window,
             passage_tokens=self.passage_tokens,

@@ -15,72 +15,35 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import TrainingArguments
 
-from rankdistill.artifacts import (
-    Artifact,
-    file_digest,
-    find_artifact,
-    fingerprint,
-    locked,
-    open_artifact,
-    write_artifact,
-)
-from rankdistill.devices import place_training, resolve_device
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError, require
-from rankdistill.plain import Section
-from rankdistill.progress import progress, quiet_transformers, say, warn
+from rankdistill.losses.ranknet import RankNet
+from rankdistill.progress import quiet_transformers, say, warn
 from rankdistill.runs import iter_run
 from rankdistill.scores.lists import ScoredLists
+from rankdistill.students.less_memory import GradientCache
 from rankdistill.students.loading import position_limit
 from rankdistill.students.models import resolve_model
-from rankdistill.students.token_batches import Precision, resolve_precision
+from rankdistill.students.token_batches import resolve_precision
+from rankdistill.teachers.listwise_settings import ListwiseTraining, Lora, orders_fingerprint
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
 from rankdistill.teachers.llm.local import abilities, load_causal_lm
 from rankdistill.teachers.llm.prompts import Prompt, fit_passages, load_prompt
+from rankdistill.training.loop import TrainingLoop, loop_arguments
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from rankdistill.collections import Collection
-    from rankdistill.losses.ranknet import RankNet
 
 CHECKPOINTS = 4  # over a training
 LONG = "word " * 4096  # a text longer than any budget
-
-
-class Lora(Section):
-    """Low-rank adapters instead of all weights (Hu et al. 2021); merged into the weights that are saved."""
-
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    layers: Literal["all-linear"] | list[str] = Field("all-linear", description="names of the layers that get one")
-
-
-class ListwiseTraining(Section):
-    """How a listwise ranker is trained; the defaults are FIRST's, but for the batch."""
-
-    orders: str = Field(description="the teacher's orders: a run file, or a folder of scored lists")
-    ranking_weight: float = Field(10.0, ge=0, description="of RankNet on the first identifiers' logits; 0: text alone")
-    text_weight: float = Field(1.0, ge=0, description="of the answer's language model loss")
-    depth: int | None = Field(None, ge=2, description="documents of each order that are used, from its beginning")
-    queries: int | None = Field(None, ge=1, description="orders at most, drawn by the seed")
-    epochs: float = Field(3.0, gt=0, description="passes over the orders; each draws and shuffles its windows anew")
-    steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
-    learning_rate: float = Field(5e-6, gt=0)
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(4, ge=1, description="windows in one pass")
-    accumulation: int = Field(8, ge=1, description="passes a step")
-    noise: float = Field(5.0, ge=0, description="NEFTune: uniform noise on the input embeddings; 0: none")
-    lora: Lora | None = Field(None, description="train adapters; null: all weights")
-    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
-    precision: Precision = "auto"
 
 
 class Window(NamedTuple):
@@ -116,9 +79,6 @@ def first_loss(
         Cross-entropy of the answers' tokens (mean over all of them), and RankNet on the identifiers' logits where the
         first one is due; scalars.
     """
-    import torch
-    from torch.nn import functional
-
     logits = logits.float()
     width = answers.shape[1]
     places = torch.arange(width, device=answers.device)
@@ -193,8 +153,6 @@ class Collator:
         return ids, answer, [singles[name][0] for name in names]
 
     def __call__(self, windows: Sequence[Window]) -> dict[str, Tensor]:
-        import torch
-
         rows = [self.example(window) for window in windows]
         width = max(len(ids) + len(answer) for ids, answer, _ in rows)
         longest, passages = max(len(answer) for _, answer, _ in rows), max(len(names) for _, _, names in rows)
@@ -222,16 +180,6 @@ class Collator:
 # Orders
 
 
-def orders_fingerprint(orders: str | Path) -> str:
-    """Of a run file's bytes, or of scored lists."""
-    path = Path(orders).expanduser()
-    if path.is_dir():
-        return open_artifact(path, "lists").fingerprint
-    if not path.is_file():
-        raise UsageError("there are no orders here", where=str(orders), fix="a run file or a folder of scored lists")
-    return file_digest(path)
-
-
 def read_orders(orders: str | Path, collection: Collection) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """(query_id, doc_ids, scores float32 [n]) of a run or of scored lists, scores falling.
 
@@ -254,7 +202,7 @@ def _choose(
     collection: Collection, settings: ListwiseTraining, seed: int
 ) -> tuple[list[Callable[[], Window]], dict[str, int]]:
     """How to make each order's texts, in an order that depends on the seed and the queries alone."""
-    found: list[tuple[bytes, str, list[int], np.ndarray]] = []
+    orders: list[tuple[bytes, str, list[int], np.ndarray]] = []
     counts = {"orders": 0, "unknown_documents": 0, "short_orders": 0, "unknown_queries": 0}
     for query_id, doc_ids, scores in read_orders(settings.orders, collection):
         doc_ids, scores = doc_ids[: settings.depth], scores[: settings.depth]
@@ -266,10 +214,10 @@ def _choose(
         elif known.sum() < 2:
             counts["short_orders"] += 1
         else:
-            own = hashlib.sha256(f"{seed}\0{query_id}".encode()).digest()
-            found.append((own, query_id, rows[known].tolist(), scores[known]))
-    found = sorted(found, key=lambda item: item[:2])[: settings.queries]
-    counts |= {"orders": len(found), "longest": max((len(item[2]) for item in found), default=0)}
+            place = hashlib.sha256(f"{seed}\0{query_id}".encode()).digest()
+            orders.append((place, query_id, rows[known].tolist(), scores[known]))
+    orders = sorted(orders, key=lambda item: item[:2])[: settings.queries]
+    counts |= {"orders": len(orders), "longest": max((len(item[2]) for item in orders), default=0)}
     for name, text in (
         ("unknown_documents", "documents are not in the collection and were left out"),
         ("unknown_queries", "queries are not in the collection and were left out"),
@@ -277,13 +225,13 @@ def _choose(
     ):
         if counts[name]:
             warn(f"{counts[name]:,} {text}")
-    if not found:
+    if not orders:
         raise RankdistillError("no order of two documents is left", where=settings.orders)
 
     def maker(query_id: str, rows: list[int], scores: np.ndarray) -> Callable[[], Window]:
         return lambda: Window(collection.query_texts([query_id])[0], collection.document_texts(rows), scores)
 
-    return [maker(*item[1:]) for item in found], counts
+    return [maker(*item[1:]) for item in orders], counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,98 +239,46 @@ def _choose(
 
 
 def train_listwise(
-    model: str,
+    model: str | Path,
     collection: Collection,
     out: str | Path,
     settings: ListwiseTraining | Mapping[str, Any],
     *,
-    prompt: str = "listwise_letters",
+    prompt: str | Prompt = "listwise_letters",
     window: int = 20,
     passage_tokens: int = 200,
     chat_template: Literal["auto", "plain"] = "auto",
     template_options: Mapping[str, Any] | None = None,
     device: str | None = None,
     seed: int = 42,
-) -> Artifact:
-    """Train a causal language model to put passages in a teacher's order; an artifact of kind "teacher".
+) -> dict[str, Any]:
+    """Train a causal language model to put passages in a teacher's order; what it was trained on and came to.
 
-    `out`/model is an ordinary causal language model (safetensors, tokenizer, chat template): give it to a backend, or
-    serve it. What is there already with the same settings is not made again; a killed training goes on from its last
-    checkpoint.
+    `out` is then an ordinary causal language model (safetensors, tokenizer, chat template): give it to a backend, or
+    serve it. A killed training goes on from its last checkpoint, beside `out`.
 
     Args:
         model: the folder or hub name to start from.
-        settings: see ListwiseTraining; `orders` names the teacher's.
+        settings: `orders` names the teacher's.
         prompt: template, window, passage_tokens: as the teacher will ask.
 
     Raises:
         UsageError: the identifiers are no single tokens, or a window is longer than the model's context.
         RankdistillError: no order is left, the training diverged, or `peft` is missing where `lora` is asked for.
     """
-    chosen = settings if isinstance(settings, ListwiseTraining) else ListwiseTraining.model_validate(settings)
-    out = Path(out)
-    template = load_prompt(prompt, "listwise")
-    inputs = {"collection": collection.fingerprint, "orders": orders_fingerprint(chosen.orders)}
-    values = {
-        "model": resolve_model(model).revision,
-        "train": chosen.model_dump(exclude={"orders"}),
-        "prompt": template.fingerprint(),
-        "window": window,
-        "passage_tokens": passage_tokens,
-        "chat_template": chat_template,
-        "template_options": dict(template_options or {}),
-        "seed": seed,
-    }
-    made = fingerprint([values, inputs])
-    with locked(out):
-        if (known := find_artifact(out, "teacher", made)) is not None:
-            return known
-        with write_artifact(
-            out, kind="teacher", fingerprint=made, settings=values, inputs=inputs, resume=True
-        ) as writer:
-            writer.counts = fine_tune(
-                resolve_model(model).path,
-                chosen,
-                collection,
-                writer.path / "model",
-                prompt=template,
-                window=window,
-                passage_tokens=passage_tokens,
-                chat_template=chat_template,
-                template_options=template_options,
-                device=device,
-                seed=seed,
-            )
-    return open_artifact(out, "teacher")
-
-
-def fine_tune(
-    start: Path,
-    settings: ListwiseTraining,
-    collection: Collection,
-    out: Path,
-    *,
-    prompt: Prompt,
-    window: int,
-    passage_tokens: int,
-    chat_template: Literal["auto", "plain"] = "auto",
-    template_options: Mapping[str, Any] | None = None,
-    device: str | None = None,
-    seed: int = 42,
-) -> dict[str, Any]:
-    """Train and save `out`; see `train_listwise`. Checkpoints lie beside `out` while it is made."""
-    import torch
-
+    settings = settings if isinstance(settings, ListwiseTraining) else ListwiseTraining.model_validate(settings)
     if not settings.ranking_weight and not settings.text_weight:
         raise UsageError("both losses have a weight of 0", where="train", fix="ranking_weight or text_weight above 0")
-    started = time.monotonic()
+    orders_fingerprint(settings.orders)  # refuses what is not there before a model is loaded
+    started, start, out = time.monotonic(), resolve_model(str(model)).path, Path(out)
     place = resolve_device(device)
     precision = resolve_precision(place, settings.precision)
     chat = Chat(load_tokenizer(start), chat_template, template_options)
     torch.manual_seed(seed)  # adapters start at random
     # Adapters leave the weights as they are, so those may be in half precision; all weights are trained in float32.
-    model = load_causal_lm(start, precision if settings.lora else "fp32").to(place)
-    collate = Collator(chat, prompt, passage_tokens, position_limit(model))
+    causal_lm = load_causal_lm(start, precision if settings.lora else "fp32").to(place)
+    template = prompt if isinstance(prompt, Prompt) else load_prompt(prompt, "listwise")
+    collate = Collator(chat, template, passage_tokens, position_limit(causal_lm))
     orders, counts = _choose(collection, settings, seed)
     widest = min(window, counts["longest"])
     collate.example(Window(LONG[:200], [LONG] * widest, np.arange(widest, dtype=np.float32)))  # now, not at step 9,000
@@ -391,15 +287,75 @@ def fine_tune(
     examples = Windows(orders, steps * a_step, window, seed)
     say(f"training a listwise ranker: {len(orders):,} orders, {steps:,} steps of {a_step} windows, {precision}")
     if settings.lora:
-        model = _adapted(model, settings.lora)
-    model.config.use_cache = False
+        causal_lm = _adapted(causal_lm, settings.lora)
+    causal_lm.config.use_cache = False
     work = out.with_name(f".{out.name}.training")
-    report = _run_trainer(model, examples, collate, settings, steps, precision, place, work, seed)
+    arguments = loop_arguments(
+        work,
+        steps,
+        place,
+        precision,
+        warmup=settings.warmup,
+        checkpoints=CHECKPOINTS,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        neftune_noise_alpha=settings.noise or None,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=max(1, steps // 20),
+        seed=seed,
+    )
+    trainer = FirstTrainer(causal_lm, arguments, examples, collate, settings)
+    trainer.run()
+    if any(not bool(torch.isfinite(weight).all()) for weight in causal_lm.parameters()):
+        raise RankdistillError(
+            "training the listwise ranker diverged",
+            fix="lower teacher.train.learning_rate, or train with precision: fp32",
+        )
     if settings.lora:
-        model = model.merge_and_unload()
-    _save(model, chat, start, out)
+        causal_lm = causal_lm.merge_and_unload()
+    _save(causal_lm, chat, start, out)
     shutil.rmtree(work, ignore_errors=True)
-    return {**counts, "steps": steps, **report, "seconds": round(time.monotonic() - started, 1)}
+    text, ranks = np.mean(trainer.recent, axis=0) if trainer.recent else (math.nan, math.nan)
+    losses = {"text_loss": round(float(text), 4), "ranking_loss": round(float(ranks), 4)}
+    seconds = round(time.monotonic() - started, 1)
+    return {**counts, "steps": steps, "precision": precision, **losses, "seconds": seconds}
+
+
+class FirstTrainer(TrainingLoop):
+    """Minimises FIRST's loss over `Windows`; `recent` holds both parts of the last 20 steps' batches."""
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, examples: Windows, collate: Collator, settings: ListwiseTraining
+    ) -> None:
+        super().__init__(model, args, examples, collate, "training the listwise ranker")
+        self.settings, self.known = settings, abilities(model)
+        self.cache, self.ranking = GradientCache(), RankNet(weighting="rank")
+        self.recent: list[tuple[float, float]] = []
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        inputs = dict(inputs)
+        texts = {"input_ids": inputs.pop("input_ids"), "attention_mask": inputs.pop("attention_mask")}
+        if self.known.position_ids:
+            texts["position_ids"] = (texts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        kept = inputs["answers"].shape[1] + 1
+        whole: dict[str, Any] = {"logits_to_keep": kept} if self.known.logits_to_keep else {}
+        logits = self.cache.run(lambda part: model(**part, **whole).logits[:, -kept:], [texts])
+        text, ranks = first_loss(torch.cat(logits), **inputs, ranking=self.ranking)
+        self.recent.append((float(text.detach()), float(ranks.detach())))
+        del self.recent[: -20 * self.settings.accumulation]
+        return self.settings.text_weight * text + self.settings.ranking_weight * ranks
+
+    def remember(self) -> None:
+        self.before = list(self.recent)
+
+    def restore(self) -> None:
+        self.recent = list(self.before)
+
+    def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
+        fix = "teacher.train.gradient_checkpointing: true, a smaller window or passage_tokens, or adapters (lora)"
+        self.cache.shrink(error, [inputs], self.args.device, fix)
 
 
 def _adapted(model: Any, lora: Lora) -> Any:
@@ -410,128 +366,10 @@ def _adapted(model: Any, lora: Lora) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def _run_trainer(
-    model: Any,
-    examples: Windows,
-    collate: Collator,
-    settings: ListwiseTraining,
-    steps: int,
-    precision: str,
-    device: torch.device,
-    work: Path,
-    seed: int,
-) -> dict[str, Any]:
-    """Losses of the last steps."""
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from rankdistill.losses.ranknet import RankNet
-    from rankdistill.students.less_memory import GradientCache, StepAgain
-    from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
-
-    ranking = RankNet(weighting="rank")
-    known = abilities(model)
-    recent: list[tuple[float, float]] = []
-
-    cache = GradientCache()
-
-    class FirstTrainer(StepAgain, SafeCheckpoints, Trainer):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-            inputs = dict(inputs)
-            ids, attention = inputs.pop("input_ids"), inputs.pop("attention_mask")
-            kept = inputs["answers"].shape[1] + 1
-            whole: dict[str, Any] = {"logits_to_keep": kept} if known.logits_to_keep else {}
-            options = {}
-            if known.position_ids:
-                options["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
-            logits = cache.run(
-                lambda part: model(**part, **whole).logits[:, -kept:],
-                [{"input_ids": ids, "attention_mask": attention, **options}],
-            )
-            text, ranks = first_loss(torch.cat(logits), **inputs, ranking=ranking)
-            recent.append((float(text.detach()), float(ranks.detach())))
-            del recent[: -20 * settings.accumulation]
-            return settings.text_weight * text + settings.ranking_weight * ranks
-
-        def remember(self) -> None:
-            self.before = list(recent)
-
-        def restore(self) -> None:
-            recent[:] = self.before
-
-        def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
-            fix = "teacher.train.gradient_checkpointing: true, a smaller window or passage_tokens, or adapters (lora)"
-            cache.shrink(error, [inputs], device, fix)
-
-        def get_train_dataloader(self) -> Any:
-            # Not shuffled: the windows are in a random order.
-            loader = torch.utils.data.DataLoader(
-                cast("torch.utils.data.Dataset[Any]", examples),
-                batch_size=settings.batch_size,
-                collate_fn=collate,
-                pin_memory=device.type != "cpu",
-            )
-            return self.accelerator.prepare(loader)
-
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_steps=round(settings.warmup * steps),
-        lr_scheduler_type="linear",
-        neftune_noise_alpha=settings.noise or None,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=device.type == "cpu",
-        seed=seed,
-        save_strategy="steps",
-        save_steps=max(1, steps // CHECKPOINTS),
-        save_total_limit=1,
-        eval_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    place_training(arguments, device)
-    with progress("training the listwise ranker", steps, "steps") as bar:
-
-        class Advance(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                bar.done = state.global_step
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                text, ranks = np.mean(recent[-settings.accumulation :], axis=0)
-                bar.advance(note=f"text {text:.3f}, ranking {ranks:.3f}")
-
-        with quiet_transformers():
-            trainer = FirstTrainer(
-                model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Advance()]
-            )
-            trainer.model_accepts_loss_kwargs = False  # our loss is a mean: the trainer divides by the accumulation
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
-            checkpoint = last_checkpoint(work)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if any(not bool(torch.isfinite(weight).all()) for weight in model.parameters()):
-        raise RankdistillError(
-            "training the listwise ranker diverged",
-            fix="lower teacher.train.learning_rate, or train with precision: fp32",
-        )
-    text, ranks = np.mean(recent, axis=0) if recent else (float("nan"), float("nan"))
-    return {"precision": precision, "text_loss": round(float(text), 4), "ranking_loss": round(float(ranks), 4)}
-
-
 def _save(model: Any, chat: Chat, start: Path, out: Path) -> None:
     """An ordinary causal language model, its weights in the format that they came in."""
-    import torch
-
-    given = json.loads((start / "config.json").read_text(encoding="utf-8"))
-    name = str(given.get("dtype") or given.get("torch_dtype") or "float32")
+    config = json.loads((start / "config.json").read_text(encoding="utf-8"))
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     model.config.use_cache = True
     with quiet_transformers():
         model.to(getattr(torch, name, torch.float32)).save_pretrained(str(out))

@@ -64,44 +64,39 @@ class BatchTeacher:
         if self.vectors == "live":
             return
         path = folder / "batch-teacher"
-        settings = {"model": self.model.fingerprint, "precision": self.model.precision, "documents": self.documents}
+        there = encoded.find(self.model, self.collection) if encoded and self.documents else None
+        write_documents = self.documents and there is None
+        settings = {"model": self.model.fingerprint, "precision": self.model.precision, "documents": write_documents}
         inputs = {"lists": lists.fingerprint}
-        print_ = fingerprint(["batch-teacher", settings, inputs])
         query_ids = lists.query_ids
-        made = encoded.find(self.model, self.collection) if encoded and self.documents else None
-        if made is not None:
-            settings["documents"] = False  # read, not made
-            print_ = fingerprint(["batch-teacher", settings, inputs])
         if self.documents:
-            used = np.unique(lists.doc_rows) if made is None else np.arange(self.collection.document_count)
+            used = np.unique(lists.doc_rows) if there is None else np.arange(self.collection.document_count)
             self._document_rows = used.astype(np.int64)
 
         def make(writer: ArtifactWriter) -> None:
             self._write(writer.path / "queries", "query", self.collection.query_texts(query_ids))
-            if settings["documents"]:
+            if write_documents:
                 self._write(writer.path / "documents", "document", self._document_rows)
             writer.counts = {"queries": len(query_ids), "documents": len(self._document_rows)}
 
+        print_ = fingerprint(["batch-teacher", settings, inputs])
         obtain(path, kind="batch-teacher", fingerprint=print_, settings=settings, inputs=inputs, make=make)
         self._query_rows = {query_id: row for row, query_id in enumerate(query_ids)}
         self._queries = _Embeddings(path / "queries")
-        self._documents = _Embeddings((made or path) / "documents") if self.documents else None
+        self._documents = _Embeddings((there or path) / "documents") if self.documents else None
 
     def features(self, query_ids: Sequence[str], queries: Sequence[str], rows: NDArray[np.int64]) -> dict[str, Any]:
         """What `embed` needs of a batch: called where batches are made, which may be another process."""
         if self._queries is not None:
-            found = {"queries": self._queries.read(np.array([self._query_rows[query_id] for query_id in query_ids]))}
+            read = {"queries": self._queries.read(np.array([self._query_rows[query_id] for query_id in query_ids]))}
             if self._documents is not None:
-                found["documents"] = self._documents.read(np.searchsorted(self._document_rows, rows))
-            return found
-        if not self.documents:
-            return {"queries": self.model.preprocess(queries, "query"), "live": True}
-        parts = split_by_length(self.model.preprocess_documents(self.collection, rows), self.model.budget.tokens)
-        return {
-            "queries": self.model.preprocess(queries, "query"),
-            "documents": parts,
-            "live": True,
-        }
+                read["documents"] = self._documents.read(np.searchsorted(self._document_rows, rows))
+            return read
+        features: dict[str, Any] = {"queries": self.model.preprocess(queries, "query"), "live": True}
+        if self.documents:
+            texts = self.model.preprocess_documents(self.collection, rows)
+            features["documents"] = split_by_length(texts, self.model.budget.tokens)
+        return features
 
     def embed(self, features: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Embeddings of a batch's queries and of its documents (where they are read), in the order of `rows`; no
@@ -137,14 +132,14 @@ class BatchTeacher:
             if side == "query"
             else self.model.preprocess_documents(self.collection, texts)
         )
-        found: list[Any] = [None] * len(texts)
+        arrays: list[Any] = [None] * len(texts)
         with torch.no_grad(), autocast(self.model.device, self.model.precision):
             parts = split_by_length(features, self.model.budget.tokens)
             for rows, embedded in self.model.embed_parts(parts, side):
-                for row, one in zip(rows.tolist(), embedded.float().cpu().numpy(), strict=True):
-                    found[row] = one if one.ndim == 1 else one[np.abs(one).sum(axis=1) > 0]
+                for row, array in zip(rows.tolist(), embedded.float().cpu().numpy(), strict=True):
+                    arrays[row] = array if array.ndim == 1 else array[np.abs(array).sum(axis=1) > 0]
         bar.advance(len(texts))
-        return found
+        return arrays
 
 
 class _Embeddings:
@@ -168,13 +163,13 @@ class _Embeddings:
 
         with open(f"{stem}.npy", "wb") as stream:
             for chunk in chunks:
-                for one in chunk:
+                for array in chunk:
                     if not lengths:
-                        ragged, dimension = one.ndim == 2, one.shape[-1]
+                        ragged, dimension = array.ndim == 2, array.shape[-1]
                         header()
-                    lengths.append(len(one) if ragged else 1)
+                    lengths.append(len(array) if ragged else 1)
                     rows += lengths[-1]
-                    stream.write(one.astype(np.float16 if ragged else np.float32).tobytes())
+                    stream.write(array.astype(np.float16 if ragged else np.float32).tobytes())
             header()
         if ragged:
             np.save(f"{stem}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))

@@ -139,13 +139,13 @@ class BatchStream(Dataset[dict[str, Any]]):
         kinds = {"rows": (0, np.int64), "teacher": (0, np.float32), "relevance": (-1, np.int32)}
         if "disagreement" in chosen[0]:
             kinds["disagreement"] = (0, np.float32)
-        shape = (len(chosen), max(len(one["rows"]) for one in chosen))
+        shape = (len(chosen), max(len(item["rows"]) for item in chosen))
         columns: dict[str, NDArray[Any]] = {name: np.full(shape, fill, kind) for name, (fill, kind) in kinds.items()}
         columns["mask"] = np.zeros(shape, dtype=bool)
-        for place, one in enumerate(chosen):
-            count = len(one["rows"])
+        for place, item in enumerate(chosen):
+            count = len(item["rows"])
             columns["mask"][place, :count] = True
-            for name, values in one.items():
+            for name, values in item.items():
                 columns[name][place, :count] = values
         return queries, columns
 

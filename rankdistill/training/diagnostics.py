@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import kendalltau, theilslopes
 
 from rankdistill.evaluation.fidelity import kendall_tau_b
 from rankdistill.scores.lists import ScoredLists
@@ -51,8 +52,8 @@ class Agreement:
         (the teacher ties it) is left out. NaN where nothing is left.
         """
         pairs = np.stack([np.repeat(np.arange(len(self.queries)), np.diff(self.offsets)), self.index], axis=1)
-        own = student.pair_scores(self.queries, self.documents, self.rows, pairs)
-        tau = kendall_tau_b(self.teacher, own.astype(np.float64), self.offsets)
+        scores = student.pair_scores(self.queries, self.documents, self.rows, pairs)
+        tau = kendall_tau_b(self.teacher, scores.astype(np.float64), self.offsets)
         untied = np.array([len(np.unique(self.teacher[a:b])) > 1 for a, b in zip(self.offsets, self.offsets[1:])])
         return float(np.nan_to_num(tau[untied]).mean()) if untied.any() else float("nan")
 
@@ -115,7 +116,7 @@ def find_hacking(
     if len(steps) < window:
         return None
     steps, agreement, metric = steps[-window:], agreement[-window:], metric[-window:]
-    rising, falling = theil_sen(steps, agreement), theil_sen(steps, metric)
+    rising, falling = (float(theilslopes(values, steps).slope) for values in (agreement, metric))
     rising_p, falling_p = trend_p(agreement), trend_p([-value for value in metric])
     fall = -falling * (steps[-1] - steps[0])
     if not (rising > 0 and rising_p < alpha and falling_p < alpha and fall >= LEAST_FALL):
@@ -133,25 +134,14 @@ def last_alarm(history: Sequence[dict[str, Any]], metric: str) -> Hacking | None
     entries = [entry for entry in history if metric in entry and AGREEMENT in entry]
     steps, agreement, quality = ([entry[key] for entry in entries] for key in ("step", AGREEMENT, metric))
     for end in range(len(entries), 0, -1):
-        found = find_hacking(steps[:end], agreement[:end], quality[:end])
-        if found is not None:
-            return found
+        alarm = find_hacking(steps[:end], agreement[:end], quality[:end])
+        if alarm is not None:
+            return alarm
     return None
 
 
-def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:
-    """The median slope between two points."""
-    return float(np.median([(y[j] - y[i]) / (x[j] - x[i]) for j in range(len(x)) for i in range(j)]))
-
-
 def trend_p(values: Sequence[float]) -> float:
-    """One-sided p-value of the Mann–Kendall test that values rise: exact, a tie counts against it.
-
-    The share of the n! orders with at most as many pairs out of order; the number of orders with k such pairs follows
-    from that with one element less.
-    """
-    out_of_order = sum(values[i] >= values[j] for j in range(len(values)) for i in range(j))
-    orders = [1]
-    for size in range(2, len(values) + 1):
-        orders = [sum(orders[max(0, k - size + 1) : k + 1]) for k in range(len(orders) + size - 1)]
-    return sum(orders[: out_of_order + 1]) / math.factorial(len(values))
+    """One-sided p-value of the Mann–Kendall test that values rise: exact, a tie counts against it."""
+    # Of equal values a later one is lower.
+    ranks = np.argsort(np.lexsort((-np.arange(len(values)), np.asarray(values))))
+    return float(kendalltau(np.arange(len(values)), ranks, method="exact", alternative="greater").pvalue)

@@ -67,7 +67,7 @@ def gather(tensor: Tensor, fill: float = 0) -> list[Tensor]:
     padding = [size for have, want in zip(reversed(tensor.shape), reversed(largest)) for size in (0, want - have)]
     padded = torch.nn.functional.pad(tensor, padding, value=fill) if any(padding) else tensor
     whole = _Gather.apply(padded) if tensor.is_floating_point() else _gather_plain(padded)
-    return [part[: int(one[0])] for part, one in zip(whole, shapes, strict=True)]
+    return [part[: int(shape[0])] for part, shape in zip(whole, shapes, strict=True)]
 
 
 def _gather_plain(tensor: Tensor) -> Tensor:

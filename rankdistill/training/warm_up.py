@@ -9,22 +9,21 @@ query and two documents that have nothing to do with each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankdistill.artifacts import Artifact, find_artifact, fingerprint, locked
+from rankdistill.artifacts import Artifact, ArtifactWriter, find_artifact, fingerprint, locked
 from rankdistill.errors import UsageError
 from rankdistill.indexes.vectors import VectorFolders
-from rankdistill.progress import launched, say
+from rankdistill.progress import say
 from rankdistill.recipe import Alignment, Method, Recipe, check_method, check_recipe
 from rankdistill.sampling.base import generator
 from rankdistill.sampling.training_queries import pseudo_queries
 from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
 from rankdistill.students.dense import ALIGNED
-from rankdistill.training.trainer import train_student, training_fingerprint_values
+from rankdistill.training.trainer import fit_student, obtain_student, training_fingerprint_values
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -90,8 +89,8 @@ class WarmUpTraining:
             self.query_ids = [self.query_ids[place] for place in np.sort(some)]
         # What decides the lists: the documents follow from their number.
         self.inputs = {"queries": fingerprint(self.query_ids), "documents": str(len(rows))}
-        lists = lists_fingerprint(self.collection, None, self.inputs)
-        self.fingerprint = fingerprint(training_fingerprint_values(self.recipe, {"lists": lists}))
+        self.lists = lists_fingerprint(self.collection, None, self.inputs)
+        self.fingerprint = fingerprint(training_fingerprint_values(self.recipe, {"lists": self.lists}))
 
     def run(self, folder: Path, encoded: VectorFolders | None = None) -> Artifact:
         """The warmed student, trained below `folder` unless it is there; an interrupted training goes on exactly.
@@ -99,28 +98,19 @@ class WarmUpTraining:
         Args:
             encoded: where the teacher's vectors of the collection may lie already.
         """
-        path = folder / f"student-{self.fingerprint}"
-        with locked(path) if launched()[0] == 0 else nullcontext():  # of several processes, the first writes
-            found = find_artifact(path, "student", self.fingerprint)
-            if found is not None:
-                return found
+        prepared = folder / f"prepared-{self.fingerprint}"
+
+        def make(writer: ArtifactWriter) -> None:
             say(f"warm-up: {len(self.query_ids):,} queries, {len(self.rows):,} documents")
-            prepared = folder / f"prepared-{self.fingerprint}"
-            return train_student(
-                self.recipe,
-                self._lists(prepared / "lists"),
-                self.collection,
-                None,
-                path,
-                name="warm-up",
-                prepared=prepared,
-                encoded=encoded,
-            )
+            lists = self._lists(prepared / "lists")
+            fit_student(self.recipe, lists, self.collection, None, writer, prepared, encoded=encoded)
+
+        return obtain_student(folder / f"student-{self.fingerprint}", self.recipe, {"lists": self.lists}, make)
 
     def _lists(self, path: Path) -> ScoredLists:
         """Each query with the next two of the documents, in turn."""
         with locked(path):
-            if find_artifact(path, "lists", lists_fingerprint(self.collection, None, self.inputs)) is None:
+            if find_artifact(path, "lists", self.lists) is None:
                 build_lists(self._candidates(), None, self.collection, None, path, inputs=self.inputs)
             return ScoredLists.open(path, self.collection)
 

@@ -248,7 +248,8 @@ def test_a_stopped_training_goes_on_exactly(
     """Gates, head and the fitted factor too."""
     from safetensors.numpy import load_file
 
-    from rankdistill.training.trainer import LogFile, train_student
+    from rankdistill.training.loop import LogFile
+    from rankdistill.training.trainer import train_student
 
     recipe, lists, pool = small(steps=6, checkpoints=3), done.score(), done.dev_pool(done.recipe)
     whole = train_student(recipe, lists, done.collection, pool, tmp_path / "whole")

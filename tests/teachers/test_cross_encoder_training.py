@@ -14,7 +14,7 @@ from rankdistill.teachers.base import Dev
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
 from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
 from rankdistill.teachers.cross_encoder_training import Listwise, PairTrainer, TrainingLists, dev_pool
-from rankdistill.training.trainer import RerankPool
+from rankdistill.training.dev import RerankPool
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,15 +15,14 @@ from causal_lm import make_causal_lm
 from scipy.stats import kendalltau
 from torch.nn import functional
 
-from rankdistill.artifacts import Artifact
 from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.losses.ranknet import RankNet
 from rankdistill.recipe import build
 from rankdistill.teachers.base import TextList
+from rankdistill.teachers.listwise_settings import ListwiseTraining
 from rankdistill.teachers.listwise_training import (
     Collator,
-    ListwiseTraining,
     Window,
     Windows,
     first_loss,
@@ -97,6 +96,11 @@ def kendall(model: Path, prompt: str) -> float:
     return float(np.mean(found))
 
 
+class Trained(NamedTuple):
+    path: Path
+    counts: dict[str, Any]
+
+
 def train(
     start: Path,
     planted: Collection,
@@ -106,12 +110,12 @@ def train(
     window: int = 4,
     seed: int = 1,
     **changes: Any,
-) -> Artifact:
+) -> Trained:
     settings = {"steps": 80, "batch_size": 16, "accumulation": 1, "learning_rate": 5e-3, "noise": 0.0}
-    return train_listwise(
+    counts = train_listwise(
         str(start),
         planted,
-        out,
+        out / "model",
         {"orders": str(orders), "precision": "fp32", **settings, **changes},
         prompt=prompt,
         window=window,
@@ -119,6 +123,7 @@ def train(
         device="cpu",
         seed=seed,
     )
+    return Trained(out, counts)
 
 
 def test_first_orders_better_than_text_alone(
@@ -131,7 +136,6 @@ def test_first_orders_better_than_text_alone(
     assert before < 0.2
     assert first > 0.45 and first > text + 0.25
     assert joint.counts["orders"] == 40 and joint.counts["steps"] == alone.counts["steps"] == 80
-    assert joint.fingerprint != alone.fingerprint and joint.kind == "teacher"
 
 
 def test_what_is_saved_is_an_ordinary_model(
@@ -144,11 +148,7 @@ def test_what_is_saved_is_an_ordinary_model(
     assert AutoTokenizer.from_pretrained(made.path / "model").chat_template and model.config.use_cache
     old = AutoModelForCausalLM.from_pretrained(start).state_dict()
     assert any(not torch.equal(weight, old[name]) for name, weight in model.state_dict().items())
-    assert {path.name for path in made.path.iterdir()} == {"model", "manifest.json"}
-    assert set(made.manifest["inputs"]) == {"collection", "orders"}
-    stamp = (made.path / "manifest.json").stat().st_mtime_ns
-    again = train(start, planted, orders, prompt, tmp_path / "made", steps=2, batch_size=2, accumulation=2, noise=5.0)
-    assert (again.path / "manifest.json").stat().st_mtime_ns == stamp  # nothing was trained anew
+    assert {path.name for path in made.path.iterdir()} == {"model"}
 
 
 def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(

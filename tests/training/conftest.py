@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
     from rankdistill.scores.lists import ScoredLists
-    from rankdistill.training.trainer import DevPool
+    from rankdistill.training.dev import DevPool
 
 DOCUMENTS = 12  # a list
 
@@ -63,7 +63,7 @@ def lists(tiny_collection: Collection, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def dev_pool(tiny_collection: Collection) -> DevPool:
     """The training queries themselves, so that a student that learns at all gets better on them."""
-    from rankdistill.training.trainer import DevPool
+    from rankdistill.training.dev import DevPool
 
     query_ids = tiny_collection.query_ids("train")
     return DevPool.build(tiny_collection, "train", query_ids, [[] for _ in query_ids], 24, 42, "ndcg@10")
@@ -71,7 +71,8 @@ def dev_pool(tiny_collection: Collection) -> DevPool:
 
 @pytest.fixture(scope="session")
 def make_recipe(tiny_encoder: Path) -> Callable[..., Recipe]:
-    """A recipe for the tiny encoder; keywords change keys of `training`, `student=` those of the student."""
+    """A recipe for the tiny encoder; keywords change keys of `training`, `student=` those of the student, dense
+    with dot products unless it has a type."""
     from rankdistill.recipe import load_recipe
 
     def make(student: dict[str, Any] | None = None, seed: int = 42, **training: Any) -> Recipe:
@@ -80,9 +81,8 @@ def make_recipe(tiny_encoder: Path) -> Callable[..., Recipe]:
             "seed": seed,
             "collection": "beir:facts",
             "student": {
-                "type": "dense",
+                **({} if student and "type" in student else {"type": "dense", "similarity": "dot"}),
                 "model": str(tiny_encoder),
-                "similarity": "dot",
                 "document_length": 32,
                 "precision": "fp32",
                 **(student or {}),

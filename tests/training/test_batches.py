@@ -12,7 +12,7 @@ import torch
 
 from rankdistill.recipe import build
 from rankdistill.students.base import cut
-from rankdistill.training.batches import BatchStream
+from rankdistill.training.batches import BatchStream, usable_lists, whole
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -22,15 +22,23 @@ MakeStream = Callable[..., BatchStream]
 
 
 @pytest.fixture
-def make_stream(lists: ScoredLists, tiny_collection: Collection, tiny_encoder: Path) -> MakeStream:
+def make_stream(lists: ScoredLists, tiny_collection: Collection, tiny_encoder: Path, tmp_path: Path) -> MakeStream:
     student = build("student", {"type": "dense", "model": str(tiny_encoder), "similarity": "dot"}).create("cpu").eval()
 
     def make(
-        size: int = 4, documents: int = 6, seed: int = 1, length: int = 20, token_budget: int = 128
+        size: int = 4,
+        documents: int = 6,
+        seed: int = 1,
+        length: int = 20,
+        token_budget: int = 128,
+        topics: bool = False,
     ) -> BatchStream:
-        batches = build("sampler", {"type": "random_batches", "size": size})
-        chosen = build("sampler", {"type": "random_documents", "size": documents})
-        return BatchStream(lists, tiny_collection, student, batches, chosen, seed, length, token_budget)
+        model = {"clusters": 2, "model": str(tiny_encoder)} if topics else {}
+        batches = build("sampler", {"type": "topic_batches" if topics else "random_batches", "size": size, **model})
+        chosen = build("sampler", {"type": "balanced_pairs" if topics else "random_documents", "size": documents})
+        members = usable_lists(lists, chosen)
+        batches.prepare(lists, members, tiny_collection, tmp_path)
+        return BatchStream(lists, tiny_collection, student, batches, chosen, seed, length, token_budget, members)
 
     return make
 
@@ -92,16 +100,18 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def test_the_stream_is_the_same_in_any_order_and_for_any_number_of_workers(make_stream: MakeStream) -> None:
-    from rankdistill.training.batches import whole
-
-    stream = make_stream(length=8)
+@pytest.mark.parametrize("topics", [False, True])
+def test_the_stream_is_the_same_in_any_order_and_for_any_number_of_workers(
+    make_stream: MakeStream, topics: bool
+) -> None:
+    """So a resumed training, which makes its stream anew and begins in the middle, reads the same batches."""
+    stream = make_stream(length=8, size=2, topics=topics)
     in_order = [stream[number] for number in range(8)]
-    backwards = make_stream(length=8)
+    backwards = make_stream(length=8, size=2, topics=topics)
     assert all(same(backwards[number], in_order[number]) for number in reversed(range(8)))
     loader: Any = torch.utils.data.DataLoader(stream, batch_size=1, collate_fn=whole, num_workers=2)  # type: ignore[arg-type]
     assert all(map(same, loader, in_order))
-    assert not same(make_stream(seed=2)[0], in_order[0])
+    assert not same(make_stream(seed=2, size=2, topics=topics)[0], in_order[0])
 
 
 def test_epochs_follow_each_other(make_stream: MakeStream, lists: ScoredLists) -> None:

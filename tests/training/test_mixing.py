@@ -6,29 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from rankdistill.recipe import build
 from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import STATE, WEIGHTS
+from rankdistill.training.dev import DevPool
 from rankdistill.training.mixing import averaged, copy_of, load_mix
-from rankdistill.training.trainer import DevPool, LogFile, fit_scale, train_student
+from rankdistill.training.trainer import fit_scale, train_student
 
 if TYPE_CHECKING:
-    from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
     from rankdistill.scores.lists import ScoredLists
 
 MakeRecipe = Callable[..., "Recipe"]
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return dict(load_file(folder / "model" / "model.safetensors"))
 
 
 def test_a_mix_of_0_is_the_start_and_of_1_the_end(make_recipe: MakeRecipe) -> None:
@@ -57,47 +51,16 @@ def test_the_average_is_that_of_the_last_checkpoints_student(tmp_path: Path) -> 
     assert list(found) == ["w"] and found["w"].tolist() == [2.5, 2.5, 2.5]
 
 
-@pytest.fixture
-def train(
-    lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe
-) -> Callable[..., Artifact]:
-    def run(out: Path, **training: Any) -> Artifact:
-        recipe = make_recipe(checkpoints=4, **training)
-        return train_student(recipe, lists, tiny_collection, dev_pool, out)
-
-    return run
-
-
 def test_the_best_on_dev_is_published_be_it_a_mix(
-    train: Callable[..., Artifact], dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
+    lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    artifact = train(tmp_path / "student", average=3, interpolate=[0.5], learning_rate=2e-2)
+    recipe = make_recipe(average=3, interpolate=[0.5], learning_rate=2e-2)
+    artifact = train_student(recipe, lists, tiny_collection, dev_pool, tmp_path / "student")
     manifest = artifact.manifest
     assert set(manifest["mixes"]) == {"1", "0.5"}
     best = max([*manifest["dev"].values(), *manifest["mixes"].values()])
     student = build("student", make_recipe().student.settings()).open(artifact.path / "model", "cpu")
     assert dev_pool.evaluate(student) == pytest.approx(best, abs=1e-6)
-
-
-def test_a_stop_changes_neither_average_nor_mixes(
-    train: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"average": 3, "interpolate": [0.5, 0.75]}
-    whole = train(tmp_path / "whole", **settings)
-    original, steps = LogFile.on_step_end, {8}
-
-    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
-        original(self, args, state, control, **options)
-        if state.global_step in steps:
-            steps.clear()
-            raise InterruptedError
-
-    monkeypatch.setattr(LogFile, "on_step_end", on_step_end)
-    with pytest.raises(InterruptedError):
-        train(tmp_path / "stopped", **settings)
-    again = train(tmp_path / "stopped", **settings)
-    assert again.manifest["mixes"] == whole.manifest["mixes"]
-    assert all(value.tobytes() == weights(again.path)[name].tobytes() for name, value in weights(whole.path).items())
 
 
 def test_a_fitted_scale_is_that_of_least_squares(

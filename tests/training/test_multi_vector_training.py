@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
+from trainings import logged
 
 from rankdistill.students.multi_vector import MultiVectorStudent
 from rankdistill.training.batch_teacher import BatchTeacher
+from rankdistill.training.dev import DevPool
 from rankdistill.training.diagnostics import Agreement
-from rankdistill.training.trainer import DevPool, train_student
+from rankdistill.training.trainer import train_student
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -24,21 +25,13 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def recipe_of(make_recipe: Callable[..., Recipe], tiny_encoder: Path) -> Callable[..., Recipe]:
+def recipe_of(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
     """The recipe of the other trainings with a multi-vector student; keywords change its settings."""
-    from rankdistill.recipe import load_recipe
 
     def make(student: dict[str, Any] | None = None, **training: Any) -> Recipe:
-        values = make_recipe(**training).resolved()
-        settings = {"document_length": 32, "precision": "fp32", "scale": 2.0, "dropout": 0.0, **(student or {})}
-        return load_recipe({**values, "student": {"type": "multi_vector", "model": str(tiny_encoder), **settings}})
+        return make_recipe({"type": "multi_vector", "scale": 2.0, "dropout": 0.0, **(student or {})}, **training)
 
     return make
-
-
-def losses(artifact: Any) -> list[float]:
-    entries = [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +56,8 @@ def test_it_learns(
     artifact = train_student(
         recipe, lists, tiny_collection, dev_pool, tmp_path / "out", agreement=agreement, inputs={"of": "test"}
     )
-    logged = losses(artifact)
-    assert np.mean(logged[-6:]) < 0.75 * np.mean(logged[:6]), logged
+    course = logged(artifact)
+    assert np.mean(course[-6:]) < 0.75 * np.mean(course[:6]), course
     dev = list(artifact.manifest["dev"].values())
     assert max(dev[1:]) > dev[0]
     agreed = list(artifact.manifest["dev_agreement"].values())
@@ -88,7 +81,7 @@ def test_gradient_cache_gives_the_same_training(
     curves = []
     for cached in (False, True):
         recipe = recipe_of(student, steps=3, checkpoints=1, gradient_cache=cached, token_budget=64)
-        curves.append(losses(train_student(recipe, lists, tiny_collection, None, tmp_path / f"cached-{cached}")))
+        curves.append(logged(train_student(recipe, lists, tiny_collection, None, tmp_path / f"cached-{cached}")))
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
 
 

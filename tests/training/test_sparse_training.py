@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,14 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.losses import FlopsLoss
 from torch import Tensor
 from torch.nn.modules.module import register_module_full_backward_hook
+from trainings import logged
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import build
 from rankdistill.training.batches import BatchStream
+from rankdistill.training.dev import DevPool
 from rankdistill.training.distiller import Distiller
-from rankdistill.training.trainer import DevPool, LogFile, build_losses, train_student
+from rankdistill.training.trainer import build_losses, train_student
 
 if TYPE_CHECKING:
     from rankdistill.artifacts import Artifact
@@ -33,14 +34,11 @@ FLOPS = [{"type": "flops", "side": side, "weight": 0.01} for side in ("query", "
 
 
 @pytest.fixture
-def recipe_of(make_recipe: Callable[..., Recipe], tiny_encoder: Path) -> Callable[..., Recipe]:
+def recipe_of(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
     """The recipe of the other trainings with a sparse student."""
-    from rankdistill.recipe import load_recipe
 
     def make(kind: str = "splade", student: dict[str, Any] | None = None, **training: Any) -> Recipe:
-        values = make_recipe(**training).resolved()
-        settings = {"document_length": 32, "precision": "fp32", "dropout": 0.0, **(student or {})}
-        return load_recipe({**values, "student": {"type": kind, "model": str(tiny_encoder), **settings}})
+        return make_recipe({"type": kind, "dropout": 0.0, **(student or {})}, **training)
 
     return make
 
@@ -51,16 +49,6 @@ def train(lists: ScoredLists, tiny_collection: Collection, recipe_of: Callable[.
         return train_student(recipe_of(**changes), lists, tiny_collection, dev, out)
 
     return run
-
-
-def log(artifact: Artifact, name: str) -> list[float]:
-    entries = [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
-    return [entry[name] for entry in entries if name in entry]
-
-
-def weights(artifact: Artifact) -> list[Tensor]:
-    files = sorted((artifact.path / "model").rglob("*.safetensors"))
-    return [value for path in files for _, value in sorted(load_file(path).items())]
 
 
 def test_figures_leave_the_device_when_they_are_logged(
@@ -82,7 +70,7 @@ def test_figures_leave_the_device_when_they_are_logged(
     assert [one for one in waits if one.startswith("log")] == ["log: tolist"] * 2
     assert [one for one in waits if one.startswith("see")] == ["see: tolist"] * 3 and len(waits) == 5
     monkeypatch.undo()
-    assert len(log(artifact, "loss/flops_query")) == len(log(artifact, "active_terms/document")) == 2
+    assert len(logged(artifact, "loss/flops_query")) == len(logged(artifact, "active_terms/document")) == 2
 
 
 @pytest.mark.parametrize("kind", ["splade", "inference_free"])
@@ -91,8 +79,8 @@ def test_it_learns(kind: str, train: Callable[..., Artifact], dev_pool: DevPool,
     artifact = train(
         tmp_path / "out", dev=dev_pool, kind=kind, steps=24, losses=[{"type": "margin_mse"}, *regularisers]
     )
-    logged = log(artifact, "loss/margin_mse")
-    assert np.mean(logged[-6:]) < 0.75 * np.mean(logged[:6]), logged
+    course = logged(artifact, "loss/margin_mse")
+    assert np.mean(course[-6:]) < 0.75 * np.mean(course[:6]), course
     dev = list(artifact.manifest["dev"].values())
     assert max(dev[1:]) > dev[0]
     # What was saved is what a user of plain sentence-transformers gets.
@@ -135,8 +123,8 @@ def test_lambda_rises_with_optimiser_steps_not_with_batches(train: Callable[...,
         for batches in (1, 2)
     )
     expected = [0.01 * min(1, step / 3) ** 2 for step in range(9)]
-    assert log(one, "weight/flops_document") == pytest.approx(expected)
-    assert log(two, "weight/flops_document") == pytest.approx(expected)
+    assert logged(one, "weight/flops_document") == pytest.approx(expected)
+    assert logged(two, "weight/flops_document") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["flops", "df_flops"])
@@ -162,41 +150,14 @@ def test_a_first_step_that_memory_does_not_hold_leaves_nothing_behind(
         handle.remove()
     assert sum(largest) == 4
     for figure in ("loss", f"weight/{name}_document", "active_terms/document"):
-        assert log(small, figure) == pytest.approx(log(whole, figure), rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["flops", "df_flops", "idf_flops"])
-def test_a_stopped_training_goes_on_exactly(
-    name: str, train: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = [{"type": "margin_mse"}, {"type": name, "side": "document", "target": 20, "ramp": 0.5}]
-    changes: dict[str, Any] = {"losses": losses, "accumulation": 2, "steps": 9}
-    whole = train(tmp_path / "whole", **changes)
-    stops = {4, 7}
-    original = LogFile.on_step_end
-
-    def stop(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
-        original(self, args, state, control, **options)
-        if state.global_step in stops:
-            stops.remove(state.global_step)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(LogFile, "on_step_end", stop)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "stopped", **changes)
-    stopped = train(tmp_path / "stopped", **changes)
-    for figure in ("loss", f"weight/{name}_document", "active_terms/document"):
-        assert log(stopped, figure) == log(whole, figure) and len(log(whole, figure)) == 9
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights(stopped), weights(whole), strict=True))
-    assert len(set(log(whole, f"weight/{name}_document"))) > 5  # λ is moving
+        assert logged(small, figure) == pytest.approx(logged(whole, figure), rel=1e-3)
 
 
 def test_the_controller_reaches_its_target(train: Callable[..., Artifact], tmp_path: Path) -> None:
     def ends(target: float) -> float:
         losses = [{"type": "margin_mse"}, {"type": "flops", "side": "document", "target": target, "weight": 0.01}]
         artifact = train(tmp_path / str(target), losses=losses, steps=120, schedule="constant", warmup=0.0)
-        return float(np.mean(log(artifact, "active_terms/document")[-20:]))
+        return float(np.mean(logged(artifact, "active_terms/document")[-20:]))
 
     assert ends(12) == pytest.approx(12, rel=0.25)
     assert ends(40) == pytest.approx(40, rel=0.25)

@@ -3,20 +3,18 @@ teacher's vectors alike live or from disk, and clear words where something is mi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load_file
+from trainings import logged
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import build
-from rankdistill.training.batches import BatchStream, usable_lists, whole
-from rankdistill.training.trainer import LOG, LogFile, train_student
+from rankdistill.training.batches import BatchStream, usable_lists
+from rankdistill.training.trainer import train_student
 
 if TYPE_CHECKING:
     from rankdistill.artifacts import Artifact
@@ -75,39 +73,7 @@ def make_stream(
     return make
 
 
-def losses(artifact: Artifact, name: str = "loss") -> list[float]:
-    lines = [json.loads(line) for line in (artifact.path / LOG).read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
-
-
-def weights(artifact: Artifact) -> dict[str, np.ndarray]:
-    return dict(load_file(artifact.path / "model" / "model.safetensors"))
-
-
-def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    """Two batches: queries, documents in order, and every number."""
-    plain = ("index", "teacher_scores", "relevance", "mask", "rows")
-    texts = [
-        a["input_ids"].equal(b["input_ids"])
-        for a, b in zip([left["queries"], *left["documents"]], [right["queries"], *right["documents"]], strict=True)
-    ]
-    return all(texts) and all(left[name].equal(right[name]) for name in plain)
-
-
 # -- the stream -------------------------------------------------------------------------------------------------------
-
-
-def test_the_stream_is_the_same_from_any_step_and_for_any_number_of_workers(
-    make_stream: Callable[..., BatchStream],
-) -> None:
-    stream = make_stream()
-    in_order = [stream[number] for number in range(len(stream))]
-    # A resumed training makes its stream anew and begins in the middle.
-    for start in (1, 7, 19):
-        assert same(make_stream()[start], in_order[start])
-    loader: Any = torch.utils.data.DataLoader(stream, batch_size=1, collate_fn=whole, num_workers=2)  # type: ignore[arg-type]
-    assert all(map(same, loader, in_order))
-    assert not same(make_stream(seed=2)[0], in_order[0])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -128,26 +94,6 @@ def test_no_query_comes_twice_in_an_epoch_whatever_the_processes(
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_training_goes_on_exactly(
-    train: Train, dual: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With both samplers and the batch teacher: stopped at step 8, the weights are those of one not stopped."""
-    through = train(tmp_path / "through" / "student", **dual)
-
-    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(LogFile, "on_step_end", on_step_end)
-        train(tmp_path / "stopped" / "student", **dual)
-    assert list((tmp_path / "stopped").glob(".student.*.partial/checkpoint-6"))
-    stopped = train(tmp_path / "stopped" / "student", **dual)
-    assert losses(stopped) == losses(through) and len(losses(through)) == 12
-    left, right = weights(stopped), weights(through)
-    assert left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
-
-
 @pytest.mark.parametrize(
     ("teacher", "tolerance"),
     [({"similarity": "cos"}, 1e-5), ({"type": "multi_vector", "dimension": 16}, 5e-3)],  # on disk: float32, float16
@@ -163,12 +109,12 @@ def test_precomputed_vectors_teach_what_the_live_teacher_does(
         for vectors in ("live", "precomputed")
     )
     for name in ("loss", "loss/in_batch_margin_mse"):
-        assert losses(live, name) == pytest.approx(losses(kept, name), rel=tolerance)
+        assert logged(live, name) == pytest.approx(logged(kept, name), rel=tolerance)
     assert not (tmp_path / "live" / "prepared" / "batch-teacher").exists()
     assert (tmp_path / "precomputed" / "prepared" / "batch-teacher" / "manifest.json").is_file()
     # The sum is that of the parts, in the published proportion.
-    parts = [losses(kept, f"loss/{name}") for name in ("margin_mse", "in_batch_margin_mse")]
-    assert losses(kept) == pytest.approx((np.array(parts[0]) + 0.75 * np.array(parts[1])).tolist(), rel=1e-4)
+    parts = [logged(kept, f"loss/{name}") for name in ("margin_mse", "in_batch_margin_mse")]
+    assert logged(kept) == pytest.approx((np.array(parts[0]) + 0.75 * np.array(parts[1])).tolist(), rel=1e-4)
 
 
 def test_the_batch_teachers_own_student_has_no_in_batch_loss(
@@ -177,14 +123,14 @@ def test_the_batch_teachers_own_student_has_no_in_batch_loss(
     """The student starts as the batch teacher itself, without dropout: the first step finds nothing to correct."""
     student = {"similarity": "cos", "dropout": 0.0}
     artifact = train(tmp_path / "student", student=student, **dual, steps=2)
-    first, second = losses(artifact, "loss/in_batch_margin_mse")
+    first, second = logged(artifact, "loss/in_batch_margin_mse")
     assert first == pytest.approx(0, abs=1e-6) and second > 1e-4  # the pair's teacher has moved it by then
 
 
 @pytest.mark.parametrize("part", ["batches", "lists"])
 def test_each_sampler_works_alone(train: Train, tas_balanced: dict[str, Any], part: str, tmp_path: Path) -> None:
     artifact = train(tmp_path / "student", **{part: tas_balanced[part]}, steps=2)
-    assert np.isfinite(losses(artifact)).all() and len(losses(artifact)) == 2
+    assert np.isfinite(logged(artifact)).all() and len(logged(artifact)) == 2
     assert (tmp_path / "prepared" / "topics").exists() == (part == "batches")
 
 

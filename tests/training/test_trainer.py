@@ -16,18 +16,19 @@ import pytest
 import torch
 import yaml
 from forked import Forked
-from safetensors.numpy import load_file
 from scipy.stats import kendalltau
 from sentence_transformers import SentenceTransformer
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_hook
+from trainings import Stop, assert_same_weights, log, logged, resumed, stop_at, weights
 
 from rankdistill.errors import RankdistillError
 from rankdistill.recipe import build, check_recipe
 from rankdistill.training import trainer as trainer_module
 from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import last_checkpoint
+from rankdistill.training.dev import DevPool
 from rankdistill.training.distiller import Distiller
-from rankdistill.training.trainer import LOG, DevPool, LogFile, train_student
+from rankdistill.training.trainer import train_student
 
 if TYPE_CHECKING:
     from rankdistill.artifacts import Artifact
@@ -47,22 +48,6 @@ def train(lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, ma
     return run
 
 
-def weights(artifact: Artifact | Path) -> dict[str, np.ndarray]:
-    folder = artifact if isinstance(artifact, Path) else artifact.path
-    return dict(load_file(folder / "model" / "model.safetensors"))
-
-
-def log(artifact: Artifact) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (artifact.path / LOG).read_text().splitlines()]
-
-
-def assert_same_weights(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
-    """Bit for bit."""
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].tobytes() == right[name].tobytes(), name
-
-
 @pytest.fixture(scope="module")
 def undisturbed(
     lists: ScoredLists,
@@ -79,76 +64,74 @@ def undisturbed(
     return artifact
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], act: Callable[[], None]) -> None:
-    original = LogFile.on_step_end
-
-    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
-        original(self, args, state, control, **options)
-        if state.global_step in steps:
-            steps.remove(state.global_step)
-            act()
-
-    monkeypatch.setattr(LogFile, "on_step_end", on_step_end)
-
-
-def fail() -> None:
-    raise Stop
-
-
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def test_two_trainings_are_the_same_bit_for_bit(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
-    assert_same_weights(weights(train(tmp_path / "student")), weights(undisturbed))
+    assert_same_weights(train(tmp_path / "student"), undisturbed)
     # Dropout is on: another seed of the same data takes another way.
     other = weights(train(tmp_path / "other", seed=43))
     assert any((other[name] != value).any() for name, value in weights(undisturbed).items())
 
 
+RAMPS = {"weight": {"end": 1.0, "over": 0.5}, "temperature": {"start": 4.0, "end": 1.0, "shape": "cosine"}}
+# What is kept of the course of a training beside weights: TAID's lambda and momentum, weights by difficulty, ramps;
+# λ of regularisers that reach for a target; samplers, the batch teacher, averages, mixes; a table of query weights.
+COURSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "course": {
+        "losses": [{"type": "taid", "rate": 0.2, "momentum": 0.5}, {"type": "kl", **RAMPS}],
+        "weighting": {"type": "difficulty"},
+        "accumulation": 2,
+        "dev": None,
+    },
+    "batch teacher": {
+        "batches": {"type": "topic_batches", "size": 3, "clusters": 2, "model": "ENCODER"},
+        "lists": {"type": "balanced_pairs", "size": 3},
+        "losses": [{"type": "margin_mse"}, {"type": "in_batch_margin_mse"}],
+        "batch_teacher": {"type": "dense", "model": "ENCODER", "similarity": "cos", "precision": "fp32"},
+        "dev": None,
+    },
+    "mixes": {"average": 3, "interpolate": [0.5, 0.75]},
+    **{
+        name: {
+            "losses": [{"type": "margin_mse"}, {"type": name, "side": "document", "target": 20, "ramp": 0.5}],
+            "accumulation": 2,
+            "student": {"type": "splade", "dropout": 0.0},
+            "dev": None,
+        }
+        for name in ("flops", "df_flops", "idf_flops")
+    },
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
 def test_a_stopped_training_goes_on_exactly(
-    undisturbed: Artifact, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    course: str, train: Train, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped three times: before the first checkpoint, and at two random steps."""
+    """Stopped before the first checkpoint, and at two random steps: the same weights, log and figures."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
+    changes = json.loads(json.dumps(COURSES[course]).replace("ENCODER", str(tiny_encoder)))
+    whole = train(tmp_path / "whole" / "student", **changes)
     steps = {2, *random.Random(seed).sample(range(4, 12), 2)}
-    stop_at(monkeypatch, set(steps), fail)
-    for _ in steps:
-        with pytest.raises(Stop):
-            train(tmp_path / "student")
-        assert not (tmp_path / "student").exists()
-    artifact = train(tmp_path / "student")
-    assert_same_weights(weights(artifact), weights(undisturbed))
-    first, second = ({e["step"]: e["loss"] for e in log(one) if "loss" in e} for one in (undisturbed, artifact))
-    assert first == second and len(first) == 12
-    assert artifact.manifest["dev"] == undisturbed.manifest["dev"]
-    assert artifact.manifest["loss"] == undisturbed.manifest["loss"]
-    assert artifact.fingerprint == undisturbed.fingerprint
-
-
-def test_losses_that_learn_the_course_of_a_training_go_on_exactly(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TAID's lambda and momentum, weights by difficulty, ramps of a weight and of a temperature."""
-    ramps = {"weight": {"end": 1.0, "over": 0.5}, "temperature": {"start": 4.0, "end": 1.0, "shape": "cosine"}}
-    losses = [{"type": "taid", "rate": 0.2, "momentum": 0.5}, {"type": "kl", **ramps}]
-    changes: dict[str, Any] = {"losses": losses, "weighting": {"type": "difficulty"}, "accumulation": 2}
-    whole = train(tmp_path / "whole", dev=None, **changes)
-    stop_at(monkeypatch, {5, 10}, fail)
-    for _ in range(2):
-        with pytest.raises(Stop):
-            train(tmp_path / "stopped", dev=None, **changes)
-    stopped = train(tmp_path / "stopped", dev=None, **changes)
-    assert_same_weights(weights(stopped), weights(whole))
-    first, second = ([line for line in log(one) if "loss" in line] for one in (whole, stopped))
-    assert [line["loss/kl"] for line in first] == [line["loss/kl"] for line in second]
-    # In the first step the ramp of the second loss is at 0.
-    assert first[0]["loss"] == pytest.approx(first[0]["loss/taid"], abs=1e-6)
-    assert first[-1]["loss"] == pytest.approx(first[-1]["loss/taid"] + first[-1]["loss/kl"], rel=1e-4)
+    stopped = resumed(lambda: train(tmp_path / "stopped" / "student", **changes), monkeypatch, steps)
+    assert_same_weights(stopped, whole)
+    timed = ("epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+    first, second = (
+        {(entry["step"], name): value for entry in log(artifact) for name, value in entry.items() if name not in timed}
+        for artifact in (whole, stopped)
+    )
+    assert first == second and len(logged(whole)) == 12
+    for key in ("dev", "loss", "mixes"):
+        assert stopped.manifest.get(key) == whole.manifest.get(key)
+    assert stopped.fingerprint == whole.fingerprint
+    if course == "course":  # in the first step the ramp of the second loss is at 0
+        entries = [entry for entry in log(whole) if "loss" in entry]
+        assert entries[0]["loss"] == pytest.approx(entries[0]["loss/taid"], abs=1e-6)
+        assert entries[-1]["loss"] == pytest.approx(entries[-1]["loss/taid"] + entries[-1]["loss/kl"], rel=1e-4)
+    if course.endswith("flops"):
+        assert len(set(logged(whole, f"weight/{course}_document"))) > 5  # λ is moving
 
 
 def test_the_gradient_cache_keeps_the_activations_of_one_part(
@@ -183,7 +166,7 @@ def test_the_gradient_cache_keeps_the_activations_of_one_part(
     torch.testing.assert_close(cached[1], plain[1])
 
 
-def _train_and_die(folder: str, step: int | None, recipe: dict[str, Any], lists: str, beir: str) -> None:
+def _train_and_die(folder: str, step: int, recipe: dict[str, Any], lists: str, beir: str) -> None:
     """In a process of its own: SIGKILL at a step."""
     from rankdistill.collections import open_collection
     from rankdistill.recipe import load_recipe
@@ -192,14 +175,7 @@ def _train_and_die(folder: str, step: int | None, recipe: dict[str, Any], lists:
     collection = open_collection(f"beir:{beir}")
     query_ids = collection.query_ids("train")
     dev = DevPool.build(collection, "train", query_ids, [[] for _ in query_ids], 24, 42, "ndcg@10")
-    original = LogFile.on_step_end
-
-    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
-        original(self, args, state, control, **options)
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    LogFile.on_step_end = on_step_end  # type: ignore[method-assign]
+    stop_at(pytest.MonkeyPatch(), {step}, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train_student(load_recipe(recipe), ScoredLists.open(lists), collection, dev, Path(folder))
 
 
@@ -210,17 +186,17 @@ def test_a_killed_training_goes_on_exactly(
     arguments = (make_recipe().resolved(), str(lists.artifact.path), str(tiny_beir))
     killed = Forked(_train_and_die, str(tmp_path / "student"), step, *arguments, folder=tmp_path / "killed").wait()
     assert killed.code == -signal.SIGKILL, killed.err
-    resumed = Forked(_train_and_die, str(tmp_path / "student"), None, *arguments, folder=tmp_path / "resumed").wait()
+    resumed = Forked(_train_and_die, str(tmp_path / "student"), 0, *arguments, folder=tmp_path / "resumed").wait()
     assert resumed.code == 0, resumed.err
     assert ("going on from checkpoint" in resumed.err) == (step > 3)
-    assert_same_weights(weights(tmp_path / "student"), weights(undisturbed))
+    assert_same_weights(tmp_path / "student", undisturbed)
 
 
 def test_a_torn_checkpoint_is_passed_over(
     undisturbed: Artifact, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its state, which is written last, ends in the middle: the checkpoint before counts."""
-    stop_at(monkeypatch, {8}, fail)
+    stop_at(monkeypatch, {8})
     with pytest.raises(Stop):
         train(tmp_path / "student")
     (work,) = tmp_path.glob(".student.*.partial")
@@ -229,7 +205,7 @@ def test_a_torn_checkpoint_is_passed_over(
     state = newest / "trainer_state.json"
     state.write_bytes(state.read_bytes()[:-20])
     assert last_checkpoint(work) == older
-    assert_same_weights(weights(train(tmp_path / "student")), weights(undisturbed))
+    assert_same_weights(train(tmp_path / "student"), undisturbed)
     shutil.rmtree(work, ignore_errors=True)
     assert last_checkpoint(work) is None
 
@@ -240,7 +216,7 @@ def test_checkpoints_hold_no_pickle(train: Train, tmp_path: Path, monkeypatch: p
 
     for module, name in ((torch, "save"), (torch, "load"), (np, "save")):
         monkeypatch.setattr(module, name, refuse)
-    stop_at(monkeypatch, {7}, fail)
+    stop_at(monkeypatch, {7})
     with pytest.raises(Stop):
         train(tmp_path / "student")
     checkpoints = list(tmp_path.glob(".student.*.partial/checkpoint-*/*"))
@@ -288,14 +264,18 @@ def test_the_number_of_loader_processes_changes_nothing(
     undisturbed: Artifact, train: Train, tmp_path: Path, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", threads)
-    before = signal.signal(signal.SIGALRM, lambda *_: fail())
+
+    def fail(*_: Any) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(120)  # a loader that waits for lost threads waits for ever
     try:
         artifact = train(tmp_path / "student", loader_processes=1)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert_same_weights(weights(artifact), weights(undisturbed))
+    assert_same_weights(artifact, undisturbed)
 
 
 def test_the_token_budget_changes_rounding_only(train: Train, no_dropout: Path, tmp_path: Path) -> None:
@@ -385,8 +365,6 @@ def test_the_log_is_plain_and_whole(undisturbed: Artifact) -> None:
 def test_the_best_checkpoint_is_the_one_saved(
     train: Train, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    from rankdistill.recipe import build
-
     # A learning rate that ruins the student: the best is the one before training, or an early one.
     artifact = train(tmp_path / "student", learning_rate=0.2, schedule="constant")
     values = {entry["step"]: entry["dev_ndcg@10"] for entry in log(artifact) if "dev_ndcg@10" in entry}
@@ -400,8 +378,6 @@ def test_the_best_checkpoint_is_the_one_saved(
 def test_the_student_loads_in_plain_sentence_transformers(
     undisturbed: Artifact, make_recipe: MakeRecipe, tiny_collection: Collection
 ) -> None:
-    from rankdistill.recipe import build
-
     folder = undisturbed.path / "model"
     texts = tiny_collection.document_texts(range(6))
     plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
@@ -434,8 +410,6 @@ def test_a_static_student_trains_too(train: Train, tmp_path: Path) -> None:
 
 def agreement(artifact: Artifact, lists: ScoredLists, collection: Collection, recipe: Recipe) -> float:
     """Kendall's tau between the student's and the teacher's scores, mean over the lists."""
-    from rankdistill.recipe import build
-
     student = build("student", recipe.student.settings()).open(artifact.path / "model", "cpu")
     taus = []
     for query_id, rows, scores, _ in (lists[number] for number in range(len(lists))):
@@ -505,9 +479,15 @@ def test_a_training_that_diverges_says_so(train: Train, tmp_path: Path, precisio
 def test_the_settings_that_decide_nothing_are_not_in_the_fingerprint(make_recipe: MakeRecipe) -> None:
     values = [
         trainer_module.training_fingerprint_values(make_recipe(**changes), {"lists": "abc", "dev": "def"})
-        for changes in ({}, {"log_every": 7}, {"loader_processes": 2}, {"learning_rate": 2e-3})
+        for changes in (
+            {},
+            {"log_every": 7},
+            {"loader_processes": 2},
+            {"agreement_queries": 0},
+            {"learning_rate": 2e-3},
+        )
     ]
-    assert values[0] == values[1] == values[2] != values[3]
+    assert values[0] == values[1] == values[2] == values[3] != values[4]
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
+from trainings import assert_same_weights, resumed
 
 from rankdistill.errors import UsageError
 from rankdistill.recipe import build, load_recipe
 from rankdistill.stages import Workspace
-from rankdistill.training.trainer import LogFile
 from rankdistill.training.warm_up import WarmUpTraining
 
 if TYPE_CHECKING:
-    from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
 
@@ -49,10 +47,6 @@ def make_warm_up(make_recipe: Callable[..., Recipe], tiny_collection: Collection
     return make
 
 
-def weights(artifact: Artifact) -> dict[str, np.ndarray]:
-    return dict(load_file(artifact.path / "model" / "model.safetensors"))
-
-
 def test_a_cut_student_comes_near_to_the_encoder_it_was_cut_from(
     make_warm_up: MakeWarmUp, tiny_collection: Collection, tmp_path: Path
 ) -> None:
@@ -74,22 +68,8 @@ def test_a_cut_student_comes_near_to_the_encoder_it_was_cut_from(
 def test_a_stopped_warm_up_goes_on_exactly(
     make_warm_up: MakeWarmUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = weights(make_warm_up().run(tmp_path / "whole"))
-    original, steps = LogFile.on_step_end, {5, 17}
-
-    def on_step_end(self: LogFile, args: Any, state: Any, control: Any, **options: Any) -> None:
-        original(self, args, state, control, **options)
-        if state.global_step in steps:
-            steps.remove(state.global_step)
-            raise InterruptedError
-
-    monkeypatch.setattr(LogFile, "on_step_end", on_step_end)
-    for _ in range(2):
-        with pytest.raises(InterruptedError):
-            make_warm_up().run(tmp_path / "stopped")
-    again = weights(make_warm_up().run(tmp_path / "stopped"))
-    assert whole.keys() == again.keys()
-    assert all(whole[name].tobytes() == again[name].tobytes() for name in whole)
+    whole = make_warm_up().run(tmp_path / "whole")
+    assert_same_weights(resumed(lambda: make_warm_up().run(tmp_path / "stopped"), monkeypatch, {5, 17}), whole)
 
 
 def test_one_warm_up_serves_all_seeds_and_other_settings_have_their_own(
@@ -151,6 +131,5 @@ def test_without_a_step_the_warmed_up_start_is_the_student(encoder: Path, tiny_b
     workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
     artifact, warm_up = workspace.train(), workspace.warm_up(workspace.recipe)
     assert warm_up is not None and len(warm_up.query_ids) == 12
-    start, end = weights(warm_up.run(workspace.warm_up_folder)), weights(artifact)
-    assert start.keys() == end.keys() and all(start[key].tobytes() == end[key].tobytes() for key in start)
+    assert_same_weights(warm_up.run(workspace.warm_up_folder), artifact)
     assert list(artifact.manifest["dev"]) == ["0"] and artifact.counts["steps"] == 0
