@@ -14,8 +14,6 @@ from trainings import logged
 
 from rankdistill.students.multi_vector import MultiVectorStudent
 from rankdistill.training.batch_teacher import BatchTeacher
-from rankdistill.training.dev import DevPool
-from rankdistill.training.diagnostics import Agreement
 from rankdistill.training.trainer import train_student
 
 if TYPE_CHECKING:
@@ -32,45 +30,6 @@ def recipe_of(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
         return make_recipe({"type": "multi_vector", "scale": 2.0, "dropout": 0.0, **(student or {})}, **training)
 
     return make
-
-
-@pytest.mark.parametrize(
-    ("student", "training"),
-    [
-        ({}, {"losses": [{"type": "margin_mse"}]}),
-        ({"query_expansion": True, "query_length": 16, "learn_scale": True}, {"losses": [{"type": "kl"}]}),
-    ],
-    ids=["margin_mse", "kl, expanded queries"],
-)
-def test_it_learns(
-    recipe_of: Callable[..., Recipe],
-    lists: ScoredLists,
-    tiny_collection: Collection,
-    dev_pool: DevPool,
-    tmp_path: Path,
-    student: dict[str, Any],
-    training: dict[str, Any],
-) -> None:
-    recipe = recipe_of(student, steps=24, **training)
-    agreement = Agreement(lists, tiny_collection)
-    artifact = train_student(
-        recipe, lists, tiny_collection, dev_pool, tmp_path / "out", agreement=agreement, inputs={"of": "test"}
-    )
-    course = logged(artifact)
-    assert np.mean(course[-6:]) < 0.75 * np.mean(course[:6]), course
-    dev = list(artifact.manifest["dev"].values())
-    assert max(dev[1:]) > dev[0]
-    agreed = list(artifact.manifest["dev_agreement"].values())
-    assert max(agreed) > agreed[0] + 0.1
-    # What was saved is what a user of plain sentence-transformers gets.
-    opened = MultiVectorStudent(precision="fp32").open(artifact.path / "model", "cpu")
-    plain = MultiVectorEncoder(str(artifact.path / "model"), device="cpu", local_files_only=True)
-    scores = np.asarray(
-        plain.similarity(plain.encode_query(dev_pool.queries), plain.encode_document(dev_pool.documents))
-    )
-    np.testing.assert_allclose(opened.similarities(dev_pool.queries, dev_pool.documents), scores, atol=1e-4)
-    assert dev_pool.evaluate(opened) == pytest.approx(max(dev), abs=1e-6)
-    assert 'MultiVectorEncoder("PATH' in (artifact.path / "model" / "README.md").read_text()
 
 
 def test_gradient_cache_gives_the_same_training(

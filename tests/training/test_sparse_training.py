@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.losses import FlopsLoss
 from torch import Tensor
 from torch.nn.modules.module import register_module_full_backward_hook
@@ -71,27 +70,6 @@ def test_figures_leave_the_device_when_they_are_logged(
     assert [one for one in waits if one.startswith("see")] == ["see: tolist"] * 3 and len(waits) == 5
     monkeypatch.undo()
     assert len(logged(artifact, "loss/flops_query")) == len(logged(artifact, "active_terms/document")) == 2
-
-
-@pytest.mark.parametrize("kind", ["splade", "inference_free"])
-def test_it_learns(kind: str, train: Callable[..., Artifact], dev_pool: DevPool, tmp_path: Path) -> None:
-    regularisers = FLOPS if kind == "splade" else FLOPS[1:]
-    artifact = train(
-        tmp_path / "out", dev=dev_pool, kind=kind, steps=24, losses=[{"type": "margin_mse"}, *regularisers]
-    )
-    course = logged(artifact, "loss/margin_mse")
-    assert np.mean(course[-6:]) < 0.75 * np.mean(course[:6]), course
-    dev = list(artifact.manifest["dev"].values())
-    assert max(dev[1:]) > dev[0]
-    # What was saved is what a user of plain sentence-transformers gets.
-    opened = build("student", {"type": kind, "precision": "fp32"}).open(artifact.path / "model", "cpu")
-    plain = SparseEncoder(str(artifact.path / "model"), device="cpu", local_files_only=True)
-    scores = plain.similarity(plain.encode_query(dev_pool.queries), plain.encode_document(dev_pool.documents))
-    np.testing.assert_allclose(
-        opened.similarities(dev_pool.queries, dev_pool.documents), scores.to_dense().numpy(), rtol=1e-4, atol=1e-4
-    )
-    assert dev_pool.evaluate(opened) == pytest.approx(max(dev), abs=1e-6)
-    assert 'SparseEncoder("PATH' in (artifact.path / "model" / "README.md").read_text()
 
 
 def test_a_regulariser_reads_the_side_it_names(

@@ -17,7 +17,7 @@ import torch
 import yaml
 from forked import Forked
 from scipy.stats import kendalltau
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_hook
 from trainings import Stop, assert_same_weights, log, logged, resumed, stop_at, weights
 
@@ -27,6 +27,7 @@ from rankdistill.training import trainer as trainer_module
 from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import last_checkpoint
 from rankdistill.training.dev import DevPool
+from rankdistill.training.diagnostics import AGREEMENT, Agreement
 from rankdistill.training.distiller import Distiller
 from rankdistill.training.trainer import train_student
 
@@ -394,6 +395,45 @@ def test_the_model_card_is_written_from_the_run(undisturbed: Artifact) -> None:
     assert "12 steps" in text and "margin_mse" in text and "ndcg@10" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert settings["training"]["learning_rate"] == 5e-3
+
+
+FLOPS = [{"type": "flops", "side": side, "weight": 0.01} for side in ("query", "document")]
+EXPANDED = {"query_expansion": True, "query_length": 16, "learn_scale": True}
+KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "multi_vector": ({"scale": 2.0}, [{"type": "margin_mse"}]),
+    "multi_vector, expanded": ({"scale": 2.0, **EXPANDED}, [{"type": "kl"}]),
+    "splade": ({}, [{"type": "margin_mse"}, *FLOPS]),
+    "inference_free": ({}, [{"type": "margin_mse"}, FLOPS[1]]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_student_learns(
+    kind: str,
+    lists: ScoredLists,
+    tiny_collection: Collection,
+    dev_pool: DevPool,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+) -> None:
+    """And what is saved is what a user of plain sentence-transformers gets."""
+    settings, losses = KINDS[kind]
+    student = {"type": kind.partition(",")[0], "dropout": 0.0, **settings}
+    recipe, agreement = make_recipe(student, steps=24, losses=losses), Agreement(lists, tiny_collection)
+    artifact = train_student(recipe, lists, tiny_collection, dev_pool, tmp_path / "out", agreement=agreement)
+    course = logged(artifact, f"loss/{losses[0]['type']}")
+    assert np.mean(course[-6:]) < 0.75 * np.mean(course[:6]), course
+    dev, agreed = (list(artifact.manifest[name].values()) for name in ("dev", AGREEMENT))
+    assert max(dev[1:]) > dev[0] and max(agreed) > agreed[0]
+    model = artifact.path / "model"
+    opened = build("student", {"type": student["type"], "precision": "fp32"}).open(model, "cpu")
+    loader = MultiVectorEncoder if student["type"] == "multi_vector" else SparseEncoder
+    plain = loader(str(model), device="cpu", local_files_only=True)
+    scores = plain.similarity(plain.encode_query(dev_pool.queries), plain.encode_document(dev_pool.documents))
+    ours = opened.similarities(dev_pool.queries, dev_pool.documents)
+    np.testing.assert_allclose(ours, scores.to_dense().numpy(), rtol=1e-4, atol=1e-4)
+    assert dev_pool.evaluate(opened) == pytest.approx(max(dev), abs=1e-6)
+    assert f'{loader.__name__}("PATH' in (model / "README.md").read_text()
 
 
 def test_a_static_student_trains_too(train: Train, tmp_path: Path) -> None:
