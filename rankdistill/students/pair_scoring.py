@@ -20,9 +20,9 @@ from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_cross
 from rankdistill.students.pairs import (
     PAD_MULTIPLE,
     PairJoiner,
+    Sides,
     bare_tokenizer,
     learn_joiner,
-    longest_first,
     padding_of,
     token_ids,
 )
@@ -101,8 +101,8 @@ class PairScorer:
             return self.model(to_device(features, device))["scores"].float().reshape(-1)
 
         with torch.inference_mode(), autocast(device, self.formats):
-            for positions, found in in_parts(self._batches(queries, documents, pairs), self.budget, logits_of):
-                logits.append(found)
+            for positions, scored in in_parts(self._batches(queries, documents, pairs), self.budget, logits_of):
+                logits.append(scored)
                 order.append(positions)
             scores[np.concatenate(order)] = torch.cat(logits).cpu().numpy()  # the only wait for the device
         return scores
@@ -137,8 +137,8 @@ class PairScorer:
         documents: Sequence[str],
         pairs: np.ndarray,
         document_length: int | None = None,
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-        """Token ids of each pair's sides, cut to what it may hold, from texts tokenised once each; tokens a pair."""
+    ) -> tuple[Sides, np.ndarray]:
+        """See `PairJoiner.sides`; each text is tokenised once."""
         room = self.limit - joiner.special
         if room < 2:
             raise UsageError(
@@ -152,17 +152,9 @@ class PairScorer:
         if self.query_length:
             query_tokens = [tokens[: self.query_length] for tokens in query_tokens]
         document_tokens = [tokens[:document_length] for tokens in document_tokens]
-        query_lengths, document_lengths = (
-            np.array([len(tokens) for tokens in side], dtype=np.int64)[pairs[:, column]]
-            for column, side in enumerate((query_tokens, document_tokens))
-        )
-        kept = longest_first(query_lengths, document_lengths, room)
-        sides = [
-            (query_tokens[q][:n], document_tokens[d][:m]) for (q, d), n, m in zip(pairs.tolist(), *kept, strict=True)
-        ]
-        return sides, kept[0] + kept[1] + joiner.special
+        return joiner.sides(query_tokens, document_tokens, pairs, self.limit)
 
-    def _join(self, joiner: PairJoiner, sides: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def _join(self, joiner: PairJoiner, sides: Sides) -> dict[str, torch.Tensor]:
         tokenizer = self.model.tokenizer
         wants = {"input_ids", *tokenizer.model_input_names, *(["token_type_ids"] if joiner.two_sided else [])}
         features = joiner.join(sides, padding_of(tokenizer), self.limit)
@@ -261,9 +253,7 @@ def starting_cross_encoder(
             return pair_encoder(folder, max_length, str(device))
         except UsageError as error:
             warn(f"{error.what}: its training starts from a random head")
-    return load_cross_encoder(
-        folder / encoder_folder(folder), device, max_length, num_labels=1, activation_fn=nn.Identity()
-    )
+    return load_cross_encoder(encoder_folder(folder), device, max_length, num_labels=1, activation_fn=nn.Identity())
 
 
 def save_cross_encoder(model: CrossEncoder, folder: Path, max_length: int | None = None) -> None:

@@ -13,30 +13,37 @@ if TYPE_CHECKING:
 PAD_MULTIPLE = 8  # rows are padded to multiples of this many tokens: full tiles for AMX and tensor cores
 
 
+Frame = tuple[list[int], list[int]]  # token ids, and their types
+Sides = list[tuple[np.ndarray, np.ndarray]]  # (query, document) token ids a pair
+
+
 class PairJoiner(NamedTuple):
     """How a tokenizer joins two token sequences: [prefix] query [middle] document [suffix], and its token types."""
 
-    prefix: list[int]
-    middle: list[int]
-    suffix: list[int]
+    prefix: Frame
+    middle: Frame
+    suffix: Frame
     query_type: int
     document_type: int
-    prefix_types: list[int]
-    middle_types: list[int]
-    suffix_types: list[int]
     two_sided: bool = False  # the token types number the sides, whatever the model itself takes them for
 
     @property
     def special(self) -> int:
-        return len(self.prefix) + len(self.middle) + len(self.suffix)
+        return sum(len(ids) for ids, _ in (self.prefix, self.middle, self.suffix))
 
-    def join(
-        self, sides: Sequence[tuple[np.ndarray, np.ndarray]], padding: tuple[int, int], limit: int
-    ) -> dict[str, torch.Tensor]:
+    def sides(
+        self, queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], pairs: np.ndarray, limit: int
+    ) -> tuple[Sides, np.ndarray]:
+        """Token ids of each pair [N, 2], cut longest first to `limit` tokens a pair, and how many tokens it has."""
+        lengths = [np.array([len(ids) for ids in texts], np.int64) for texts in (queries, documents)]
+        kept = longest_first(lengths[0][pairs[:, 0]], lengths[1][pairs[:, 1]], limit - self.special)
+        sides = [(queries[q][:n], documents[d][:m]) for (q, d), n, m in zip(pairs.tolist(), *kept, strict=True)]
+        return sides, kept[0] + kept[1] + self.special
+
+    def join(self, sides: Sides, padding: tuple[int, int], limit: int) -> dict[str, torch.Tensor]:
         """A batch: input_ids, attention_mask and token_type_ids, int64 [pairs, width] each.
 
         Args:
-            sides: (query, document) token ids a pair, cut to what the pair may hold.
             padding: token id and token type of places after the end.
             limit: tokens a pair; the width is a multiple of 8 at most this, unless a pair is longer.
         """
@@ -48,13 +55,8 @@ class PairJoiner(NamedTuple):
         ids, kinds = (np.full((len(sides), width), value, dtype=np.int64) for value in padding)
         for line, kind, (query, document) in zip(ids, kinds, sides, strict=True):
             end = 0
-            for part, types in (
-                (self.prefix, self.prefix_types),
-                (query, self.query_type),
-                (self.middle, self.middle_types),
-                (document, self.document_type),
-                (self.suffix, self.suffix_types),
-            ):
+            own = (query, self.query_type), (document, self.document_type)
+            for part, types in (self.prefix, own[0], self.middle, own[1], self.suffix):
                 line[end : end + len(part)], kind[end : end + len(part)] = part, types
                 end += len(part)
         mask = (np.arange(width)[None, :] < lengths[:, None]).astype(np.int64)
@@ -108,32 +110,22 @@ def token_ids(bare: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
 def learn_joiner(tokenizer: Any) -> PairJoiner | None:
     """Read the layout of a pair off the tokenizer's own output; None when it does not have the usual form."""
-    found: list[PairJoiner] = []
+    joiners: list[PairJoiner] = []
     for query, document in (("what is this", "a longer text that answers it"), ("is", "no")):
-        q = tokenizer(query, add_special_tokens=False)["input_ids"]
-        d = tokenizer(document, add_special_tokens=False)["input_ids"]
+        q, d = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (query, document))
         pair = tokenizer(query, document, return_token_type_ids=True)
         ids, types = list(pair["input_ids"]), list(pair.get("token_type_ids") or [0] * len(pair["input_ids"]))
         sides = pair.sequence_ids(0)
         if 0 not in sides or 1 not in sides:
             return None
-        start, document_start = sides.index(0), sides.index(1)
-        end, document_end = start + len(q), document_start + len(d)
-        if ids[start:end] != q or ids[document_start:document_end] != d or start > document_start:
+        start, middle = sides.index(0), sides.index(0) + len(q)
+        second, suffix = sides.index(1), sides.index(1) + len(d)
+        if ids[start:middle] != q or ids[second:suffix] != d or start > second:
             return None
-        found.append(
-            PairJoiner(
-                ids[:start],
-                ids[end:document_start],
-                ids[document_end:],
-                types[start],
-                types[document_start],
-                types[:start],
-                types[end:document_start],
-                types[document_end:],
-            )
-        )
-    return found[0] if found[0] == found[1] else None
+        prefix, between, end = slice(0, start), slice(middle, second), slice(suffix, None)
+        frames = [(ids[part], types[part]) for part in (prefix, between, end)]
+        joiners.append(PairJoiner(frames[0], frames[1], frames[2], types[start], types[second]))
+    return joiners[0] if joiners[0] == joiners[1] else None
 
 
 def two_sided_joiner(tokenizer: Any, query_prompt: str = "", document_prompt: str = "") -> PairJoiner:
@@ -145,5 +137,5 @@ def two_sided_joiner(tokenizer: Any, query_prompt: str = "", document_prompt: st
     query, document = (
         before + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in (query_prompt, document_prompt)
     )
-    middle_types = [0] * len(after) + [1] * len(document)
-    return PairJoiner(query, after + document, after, 0, 1, [0] * len(query), middle_types, [1] * len(after), True)
+    middle = (after + document, [0] * len(after) + [1] * len(document))
+    return PairJoiner((query, [0] * len(query)), middle, (after, [1] * len(after)), 0, 1, two_sided=True)

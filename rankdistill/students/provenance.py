@@ -29,10 +29,10 @@ def with_revisions(values: Any, *, strict: bool = True) -> Any:
         strict: a model that is not there is an error; otherwise it is None.
     """
     if isinstance(values, Mapping):
-        found = {key: _revision(key, value, strict) for key, value in values.items()}
-        code = code_of(found["type"]) if isinstance(found.get("type"), str) else None
-        return {**found, "code": file_digest(code)} if code else found
-    return [with_revisions(one, strict=strict) for one in values] if isinstance(values, list) else values
+        named = {key: _revision(key, value, strict) for key, value in values.items()}
+        code = code_of(named["type"]) if isinstance(named.get("type"), str) else None
+        return {**named, "code": file_digest(code)} if code else named
+    return [with_revisions(value, strict=strict) for value in values] if isinstance(values, list) else values
 
 
 def _revision(key: str, value: Any, strict: bool) -> Any:
@@ -53,25 +53,20 @@ def _revision(key: str, value: Any, strict: bool) -> Any:
 def deciding(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides its student: no paths, but digests of what lies there (None where nothing does)."""
     values = recipe.resolved()
-    kept = {key: _without(values[key], ELSEWHERE) for key in ("seed", "candidates", "teacher", "student", "training")}
-    for key in FILES:  # one that is gone is not compared
-        _forget_paths(kept, key)
-    found: dict[str, Any] = with_revisions(kept, strict=False)
-    return found
+    sections = {key: _kept(values[key]) for key in ("seed", "candidates", "teacher", "student", "training")}
+    return dict(with_revisions(sections, strict=False))
 
 
-def _without(values: Any, names: set[str]) -> Any:
+def _kept(values: Any) -> Any:
+    """Without what is ELSEWHERE; a path that leads to no file any more is None, and not compared."""
     if isinstance(values, Mapping):
-        return {key: _without(value, names) for key, value in values.items() if key not in names}
-    return [_without(one, names) for one in values] if isinstance(values, list) else values
+        kept = {key: value for key, value in values.items() if key not in ELSEWHERE}
+        return {key: None if key in FILES and _is_gone(value) else _kept(value) for key, value in kept.items()}
+    return [_kept(value) for value in values] if isinstance(values, list) else values
 
 
-def _forget_paths(values: Any, name: str) -> None:
-    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
-        _forget_paths(value, name)
-    given = values.get(name) if isinstance(values, dict) else None
-    if isinstance(given, str) and "/" in given and not Path(given).expanduser().is_file():
-        values[name] = None
+def _is_gone(path: Any) -> bool:
+    return isinstance(path, str) and "/" in path and not Path(path).expanduser().is_file()
 
 
 def check_student(artifact: Artifact, recipe: Recipe, run: Path) -> None:
@@ -80,8 +75,8 @@ def check_student(artifact: Artifact, recipe: Recipe, run: Path) -> None:
     Raises:
         RankdistillError: a setting that decides it is another one now.
     """
-    made = artifact.manifest.get("recipe")
-    changed = _difference(made, deciding(recipe)) if made is not None else None
+    trained_under = artifact.manifest.get("recipe")
+    changed = _difference(trained_under, deciding(recipe)) if trained_under is not None else None
     if changed is not None:
         where, before, now = changed
         raise RankdistillError(
@@ -100,5 +95,5 @@ def _difference(before: Any, now: Any, way: str = "") -> tuple[str, Any, Any] | 
     else:
         unknown = way.rpartition(".")[2] in (*MODELS, *FILES) and None in (before, now)
         return None if before == now or unknown else (way, before, now)
-    dotted = ((f"{way}.{key}" if way else str(key), one, other) for key, one, other in pairs)
-    return next((found for one in dotted if (found := _difference(one[1], one[2], one[0]))), None)
+    below = (_difference(old, new, f"{way}.{key}" if way else str(key)) for key, old, new in pairs)
+    return next((difference for difference in below if difference), None)

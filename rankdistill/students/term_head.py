@@ -55,18 +55,17 @@ def pool_terms(
     number = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         if pooling == "max":
-            keep = torch.is_grad_enabled() and any(
-                one is not None and one.requires_grad for one in (hidden, weight, bias)
-            )
-            made: Tensor = _MaxTerms.apply(hidden, weight, bias, mask, number, keep)
-            return _activate(made, activation)
+            inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+            keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+            largest: Tensor = _MaxTerms.apply(hidden, weight, bias, mask, number, keep)
+            return _activate(largest, activation)
         terms = max(WIDE, LOGITS // max(1, mask.numel()))
         shifts = bias.split(terms) if bias is not None else [None] * -(-len(weight) // terms)
         parts = []
         for part, shift in zip(weight.split(terms), shifts, strict=True):
-            inputs = (hidden, part, shift, mask, number, activation)
+            terms_of = (hidden, part, shift, mask, number, activation)
             again = torch.is_grad_enabled()
-            parts.append(checkpoint(_sum_terms, *inputs, use_reentrant=False) if again else _sum_terms(*inputs))
+            parts.append(checkpoint(_sum_terms, *terms_of, use_reentrant=False) if again else _sum_terms(*terms_of))
         return torch.cat(parts, dim=1)
 
 

@@ -28,7 +28,7 @@ class TokenVectors:
     @classmethod
     def of(cls, texts: Sequence[NDArray[Any]], dimension: int) -> TokenVectors:
         """From one array [tokens, dimension] a text."""
-        offsets = np.concatenate([[0], np.cumsum([len(one) for one in texts], dtype=np.int64)]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in texts], dtype=np.int64)]).astype(np.int64)
         return cls(np.concatenate([*texts, np.empty((0, dimension), np.float32)]), offsets)
 
     def __len__(self) -> int:
@@ -76,10 +76,12 @@ def maxsim_blocks(
     """
     import torch
 
-    own = documents.offsets
+    starts = documents.offsets
     for start, end in documents.blocks(BLOCK_TOKENS):
-        lengths = torch.from_numpy(np.diff(own[start : end + 1]))
-        vectors = np.array(documents.vectors[own[start] : own[end]], np.float32)  # a memory map cannot be written to
+        lengths = torch.from_numpy(np.diff(starts[start : end + 1]))
+        vectors = np.array(
+            documents.vectors[starts[start] : starts[end]], np.float32
+        )  # a memory map cannot be written to
         block = torch.from_numpy(vectors).to(device)
         owner = torch.repeat_interleave(torch.arange(end - start), lengths).to(device)[:, None]
         scores = np.zeros((len(queries), end - start), np.float32)

@@ -74,11 +74,7 @@ class TokenWeights:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenWeights:
-        """The query side of a saved inference-free student, or of any SparseEncoder with static query weights.
-
-        Raises:
-            RankdistillError: the folder holds no such model, or its files do not fit each other.
-        """
+        """The query side of a saved inference-free student, or of any SparseEncoder with static query weights."""
         folder = Path(folder)
         side = folder / query_folder(folder)
         settings = saved_settings(folder)
@@ -106,8 +102,8 @@ class TokenWeights:
         """[texts, vocabulary] float32; sorted indices, weights above 0 only; an empty row where no token has weight."""
         # Slow tokenizers' word offsets are not asked for.
         encoded = self.tokenizer.encode_batch_fast([self.prompt + text for text in texts], add_special_tokens=False)
-        rows = [self._terms(one.ids) for one in encoded]
-        if cut := sum(bool(one.overflowing) for one in encoded):
+        rows = [self._terms(text.ids) for text in encoded]
+        if cut := sum(bool(text.overflowing) for text in encoded):
             if not self.cut["query"]:
                 say_cut(cut, len(texts))
             self.cut["query"] += cut
@@ -137,11 +133,7 @@ class TokenWeights:
 
 
 def query_folder(folder: Path) -> str:
-    """Which folder of a saved SparseEncoder holds the static query weights.
-
-    Raises:
-        RankdistillError: none does.
-    """
+    """Which folder of a saved SparseEncoder holds the static query weights."""
     routes = says(folder, ROUTER_FILE)
     query = (routes.get("structure") or {}).get("query") or []
     if len(query) != 1 or not str((routes.get("types") or {}).get(query[0], "")).endswith(f".{STATIC}"):
@@ -191,8 +183,8 @@ def collection_idf(collection: Collection, tokenizer: Tokenizer, size: int, fold
             with write_artifact(path, kind="idf", fingerprint=print_, settings=settings, inputs=inputs) as artifact:
                 counts = np.zeros(size, dtype=np.int64)
                 for _, texts in collection.iter_documents():
-                    for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                        counts[np.unique(np.array(one.ids, dtype=np.int64))] += 1
+                    for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                        counts[np.unique(np.array(encoded.ids, dtype=np.int64))] += 1
                 held = np.maximum(counts, 1)
                 weights = np.log1p((collection.document_count - held + 0.5) / (held + 0.5)).astype(np.float32)
                 np.save(artifact.path / "idf.npy", weights)
@@ -205,10 +197,6 @@ def read_idf(path: Path, vocabulary: dict[str, int], size: int, special: Sequenc
 
     Special tokens weigh nothing, whatever the file says. Up to 5 % of the tokenizer's other tokens may be missing: they
     take the file's median weight, and how many is said.
-
-    Raises:
-        RankdistillError: no such file, not of this shape, weights that are negative or no numbers, or a table of
-            another vocabulary.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -225,12 +213,12 @@ def read_idf(path: Path, vocabulary: dict[str, int], size: int, special: Sequenc
             f" {table[wrong[0]]!r}",
             where=str(path),
         )
-    wanted = {token: number for token, number in vocabulary.items() if token not in set(special) and number < size}
-    missing = wanted.keys() - table.keys()
+    words = {token: number for token, number in vocabulary.items() if token not in set(special) and number < size}
+    missing = words.keys() - table.keys()
     foreign = table.keys() - vocabulary.keys()
-    if len(missing) > MOST_MISSING * len(wanted) or len(foreign) > MOST_MISSING * len(table):
+    if len(missing) > MOST_MISSING * len(words) or len(foreign) > MOST_MISSING * len(table):
         raise RankdistillError(
-            f"this IDF table is of another vocabulary: {len(missing):,} of the tokenizer's {len(wanted):,} tokens have"
+            f"this IDF table is of another vocabulary: {len(missing):,} of the tokenizer's {len(words):,} tokens have"
             f" no weight, and {len(foreign):,} of the table's {len(table):,} tokens are not the tokenizer's",
             where=str(path),
             fix="a table made with this tokenizer, or idf: collection",
@@ -238,11 +226,11 @@ def read_idf(path: Path, vocabulary: dict[str, int], size: int, special: Sequenc
     median = float(np.median([float(weight) for weight in table.values()]))
     if missing or foreign:
         warn(
-            f"{path}: {len(missing):,} of {len(wanted):,} tokens have no weight and take the median, {median:.3f};"
+            f"{path}: {len(missing):,} of {len(words):,} tokens have no weight and take the median, {median:.3f};"
             f" {len(foreign):,} tokens of the table are not the tokenizer's"
         )
     weights = np.zeros(size, dtype=np.float32)
-    for token, number in wanted.items():
+    for token, number in words.items():
         weights[number] = table.get(token, median)
     return weights
 

@@ -26,7 +26,7 @@ from rankdistill.losses.divergence import ListNet
 from rankdistill.losses.lambda_loss import LambdaLoss
 from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator
-from rankdistill.students.dense import set_dropout
+from rankdistill.students.encoders import set_dropout
 from rankdistill.students.less_memory import GradientCache
 from rankdistill.students.pair_scoring import PairScorer, new_parts, save_cross_encoder, starting_cross_encoder
 from rankdistill.students.token_batches import resolve_precision, training_attention

@@ -68,6 +68,7 @@ def test_what_is_saved_is_a_teacher_and_a_cross_encoder_of_the_library(
     pairs = np.indices(scores.shape).reshape(2, -1).T
     np.testing.assert_allclose(teacher.score_pairs(*texts, pairs), scores.ravel(), atol=1e-5)
     plain = CrossEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=start == "encoder")
+    assert plain.num_labels == 1 and plain.max_seq_length == 33 and not list((tmp_path / "model").rglob("*.py"))
     asked = [(query, text) for query in texts[0] for text in texts[1]]
     np.testing.assert_allclose(plain.predict(asked), scores.ravel(), atol=1e-5)
 

@@ -51,6 +51,7 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # -- models that cannot be read ---------------------------------------------------------------------------------------
 
+MAKERS: dict[str, Any] = {"dense": DenseStudent, "splade": SpladeStudent, "multi_vector": MultiVectorStudent}
 OPENERS: dict[str, Callable[[str], Any]] = {
     "cross_encoder": lambda name: CrossEncoderTeacher(name, device="cpu").load(),
     "bi_encoder": lambda name: BiEncoderTeacher(name, device="cpu").load(),
@@ -159,12 +160,7 @@ def test_damaged_settings_of_a_student_name_their_file(roberta: Path, tmp_path: 
     folder = tmp_path / "model"
     OPENERS[kind](str(roberta)).save(folder)
     (folder / "rankdistill.json").write_text(text)
-    student: Any = {
-        "dense": DenseStudent(),
-        "splade": SpladeStudent(),
-        "multi_vector": MultiVectorStudent(),
-        "query_tower": QueryTowerStudent(),
-    }[kind]
+    student: Any = {**MAKERS, "query_tower": QueryTowerStudent}[kind]()
     with pytest.raises(RankdistillError, match="this file of a model") as raised:
         student.open(folder, "cpu")
     assert str(raised.value.where).endswith("rankdistill.json")
@@ -182,7 +178,7 @@ def tokens(model: StudentModel, side: Any = "document", text: str = LONG) -> int
     return int(model.preprocess([text], side)["attention_mask"].sum())
 
 
-@pytest.mark.parametrize("kind", ["dense", "splade", "multi_vector"])
+@pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize(
     ("architecture", "wanted", "expected"),
     [
@@ -202,7 +198,7 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(
     folder = roberta if architecture == "roberta" else make_model(tmp_path / "model", architecture)
     if kind == "multi_vector" and wanted is None:
         expected = min(expected, 128)  # its default
-    maker: Any = {"dense": DenseStudent, "splade": SpladeStudent, "multi_vector": MultiVectorStudent}[kind]
+    maker = MAKERS[kind]
     model = maker(str(folder), query_length=wanted, document_length=wanted, precision="fp32").create("cpu")
     assert tokens(model) == expected
     vectors = model.encode_documents([LONG, "w1"])
@@ -211,7 +207,7 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(
     assert tokens(maker(precision="fp32").open(tmp_path / "saved", "cpu")) == expected
 
 
-@pytest.mark.parametrize("kind", ["dense", "splade", "multi_vector"])
+@pytest.mark.parametrize("kind", MAKERS)
 def test_a_folder_made_elsewhere_is_cut_to_its_positions_too(roberta: Path, tmp_path: Path, kind: str) -> None:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
@@ -220,8 +216,7 @@ def test_a_folder_made_elsewhere_is_cut_to_its_positions_too(roberta: Path, tmp_
     peers: Any = {"dense": SentenceTransformer, "splade": SparseEncoder, "multi_vector": MultiVectorEncoder}
     start = str(tmp_path / "start" if kind == "splade" else roberta)
     peers[kind](start, device="cpu").save_pretrained(str(tmp_path / "model"), create_model_card=False)
-    student: Any = {"dense": DenseStudent(), "splade": SpladeStudent(), "multi_vector": MultiVectorStudent()}[kind]
-    model = student.open(tmp_path / "model", "cpu")
+    model = MAKERS[kind]().open(tmp_path / "model", "cpu")
     assert tokens(model) == 64
     model.encode_documents([LONG])
 
@@ -261,10 +256,9 @@ def test_words_of_a_model_that_marks_ends_alone_become_a_table(tmp_path: Path) -
 PROMPT = " ".join(WORDS[:20]) + " "
 
 
-@pytest.mark.parametrize("kind", ["dense", "splade", "multi_vector"])
+@pytest.mark.parametrize("kind", MAKERS)
 def test_a_prompt_does_not_count_towards_the_length(roberta: Path, kind: str) -> None:
-    maker: Any = {"dense": DenseStudent, "splade": SpladeStudent, "multi_vector": MultiVectorStudent}[kind]
-    model = maker(str(roberta), query_prompt=PROMPT, query_length=12, precision="fp32").create("cpu")
+    model = MAKERS[kind](str(roberta), query_prompt=PROMPT, query_length=12, precision="fp32").create("cpu")
     assert tokens(model, "query") == 32  # 20 of the prompt, 10 of the text, 2 special
     vectors = model.encode_queries([f"{word} {word}" for word in WORDS[:4]])
     different = vectors.toarray() if kind == "splade" else vectors if kind == "dense" else None
@@ -272,12 +266,11 @@ def test_a_prompt_does_not_count_towards_the_length(roberta: Path, kind: str) ->
         assert len(np.unique(different.round(4), axis=0)) == 4
 
 
-@pytest.mark.parametrize("kind", ["dense", "splade", "multi_vector"])
+@pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("side", ["query", "document"])
 def test_a_prompt_that_leaves_no_room_is_refused(roberta: Path, kind: str, side: str) -> None:
-    maker: Any = {"dense": DenseStudent, "splade": SpladeStudent, "multi_vector": MultiVectorStudent}[kind]
     with pytest.raises(UsageError, match="no room is left for the text"):
-        maker(str(roberta), **{f"{side}_prompt": LONG}).create("cpu")
+        MAKERS[kind](str(roberta), **{f"{side}_prompt": LONG}).create("cpu")
 
 
 def test_the_prompt_of_a_published_embedder_does_not_count_either(tiny_encoder: Path, tmp_path: Path) -> None:

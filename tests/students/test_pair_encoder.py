@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankdistill.errors import UsageError
-from rankdistill.students.pair_encoder import PairEncoder, open_pair_encoder, pair_encoder
+from rankdistill.students.pair_encoder import pair_encoder
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -69,24 +69,6 @@ def test_opened_gates_let_each_side_read_the_other(encoder: Path, tiny_collectio
     scores = model.predict(pairs)
     assert np.abs(scores - 20 * cosines(encoder, pairs)).max() > 0.5
     np.testing.assert_allclose(scores[:5], [model.predict([pair])[0] for pair in pairs[:5]], atol=1e-4)  # padding
-
-
-def test_plain_sentence_transformers_loads_it_with_the_same_scores(
-    encoder: Path, tiny_collection: Collection, tmp_path: Path
-) -> None:
-    from sentence_transformers import CrossEncoder
-
-    pairs = pairs_of(tiny_collection)
-    model = opened(pair_encoder(encoder, 33, "cpu"))
-    model.save_pretrained(str(tmp_path / "pair"), create_model_card=False)
-    plain = CrossEncoder(str(tmp_path / "pair"), device="cpu", trust_remote_code=True)
-    assert isinstance(plain[0], PairEncoder) and plain.num_labels == 1 and plain.max_seq_length == 33
-    np.testing.assert_array_equal(plain.predict(pairs), model.predict(pairs))
-    own = open_pair_encoder(tmp_path / "pair", None, "cpu")
-    assert own is not None
-    np.testing.assert_array_equal(own.predict(pairs), model.predict(pairs))
-    assert not list((tmp_path / "pair").rglob("*.py"))
-    assert open_pair_encoder(encoder, None, "cpu") is None
 
 
 def test_an_encoder_that_cannot_be_had_that_way_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -260,10 +259,3 @@ def test_vectors_made_before_are_taken_or_refused(
     other = tower(narrow_encoder, tiny_encoder, document_vectors=str(made.path), document_length=8)
     with pytest.raises(RankdistillError, match="another model"):
         encode_collection(other, tiny_collection, tmp_path / "run" / "vectors" / "student-facts")
-
-
-def test_the_settings_file_says_whose_documents(tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path) -> None:
-    model = tower(narrow_encoder, tiny_encoder)
-    model.save(tmp_path)
-    documents = json.loads((tmp_path / "rankdistill.json").read_text())["documents"]
-    assert documents["fingerprint"] == large_model(tiny_encoder).fingerprint and documents["dimension"] == 32

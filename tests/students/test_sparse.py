@@ -128,13 +128,6 @@ def test_a_model_with_a_head_keeps_it_without_a_word(
     np.testing.assert_allclose(before[:2].toarray(), wanted, atol=1e-4)
 
 
-def test_a_missing_head_is_said(tiny_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = student(tiny_encoder)
-    assert "has no masked-language head" in capsys.readouterr().err
-    bert: Any = model.model[0].model  # type: ignore[union-attr]
-    assert bert.get_output_embeddings().weight is bert.get_input_embeddings().weight
-
-
 def test_a_foreign_sparse_encoder_is_opened_as_it_is(masked_model: Path, tmp_path: Path) -> None:
     SparseEncoder(str(masked_model), device="cpu", local_files_only=True).save_pretrained(str(tmp_path / "foreign"))
     model = SpladeStudent(precision="fp32").open(tmp_path / "foreign", "cpu")
