@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,12 +106,7 @@ class Collection:
     def iter_documents(self, batch_size: int = 1024, start: int = 0) -> Iterator[tuple[int, list[str]]]:
         """(row of the first, at most `batch_size` texts as `document_texts` gives them), all documents from `start`."""
         for first in range(start, self.document_count, batch_size):
-            last = min(first + batch_size, self.document_count)
-            texts: list[str] = []
-            for _, batch in self._documents.slices(first, last, batch_size):
-                pairs = zip(batch.column("title").to_pylist(), batch.column("text").to_pylist(), strict=True)
-                texts += [joined(title, text) for title, text in pairs]
-            yield first, texts
+            yield first, self.document_texts(range(first, min(first + batch_size, self.document_count)))
 
     # Queries and judgments
 
@@ -183,22 +180,15 @@ class Collection:
     def iter_queries(self, split: str | None = None, batch_size: int = 512) -> Iterator[list[Query]]:
         """Queries with their judgments in `split`, in file order (None: all queries, no judgments)."""
         if split is None:
-            for _, batch in self._queries.slices(0, self.query_count, batch_size):
-                pairs = zip(batch.column("query_id").to_pylist(), batch.column("text").to_pylist(), strict=True)
-                yield [Query(query_id, text, {}) for query_id, text in pairs]
+            for first in range(0, self.query_count, batch_size):
+                rows = range(first, min(first + batch_size, self.query_count))
+                ids, texts = self._queries.take("query_id", rows), self._queries.take("text", rows)
+                yield [Query(query_id, text, {}) for query_id, text in zip(ids, texts, strict=True)]
             return
-        group: dict[str, dict[str, int]] = {}
-        for query_id, relevant in self._iter_judged(split):
-            group[query_id] = relevant
-            if len(group) == batch_size:
-                yield self._with_texts(group)
-                group = {}
-        if group:
-            yield self._with_texts(group)
-
-    def _with_texts(self, group: dict[str, dict[str, int]]) -> list[Query]:
-        texts = self.query_texts(list(group))
-        return [Query(query_id, text, group[query_id]) for query_id, text in zip(group, texts, strict=True)]
+        judged = self._iter_judged(split)
+        while group := dict(itertools.islice(judged, batch_size)):
+            texts = self.query_texts(list(group))
+            yield [Query(query_id, text, group[query_id]) for query_id, text in zip(group, texts, strict=True)]
 
     def _iter_judged(self, split: str, missing: bool = False) -> Iterator[tuple[str, dict[str, int]]]:
         """(query id, document id → relevance): the file is sorted by query, so memory is one query's."""
@@ -248,12 +238,11 @@ class Collection:
         """Counts, lengths in words, judgments per query of each split, and what import found wrong."""
         splits = {}
         for split in self.splits:
-            grades: dict[int, int] = {}
+            grades: Counter[int] = Counter()
             judged: list[int] = []
             for _, relevant in self._iter_judged(split):
                 judged.append(len(relevant))
-                for grade in relevant.values():
-                    grades[grade] = grades.get(grade, 0) + 1
+                grades.update(relevant.values())
             per_query = np.array(judged) if judged else np.zeros(1)
             splits[split] = {
                 "queries": len(judged),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,28 +38,26 @@ RELEVANCE = ("score", "relevance", "label")
 
 
 class _Part(NamedTuple):
-    """What `datasets.load_dataset` is called with."""
+    """A table of records."""
 
     label: str
-    settings: dict[str, Any]
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        import datasets
-
-        yield from datasets.load_dataset(**self.settings)
+    rows: Callable[[], Iterator[dict[str, Any]]]
 
 
-class _File(NamedTuple):
+class _Layout(NamedTuple):
+    corpus: list[_Part]
+    queries: list[_Part]
+    qrels: list[tuple[str, _Part]]  # split, judgments
+
+
+def _file(path: Path) -> _Part:
     """A local Parquet file; nested columns (vectors, lists) are not read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    label: str
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def rows() -> Iterator[dict[str, Any]]:
         try:
-            with pq.ParquetFile(self.label, pre_buffer=False) as file:
+            with pq.ParquetFile(path, pre_buffer=False) as file:
                 columns = [
                     field.name
                     for field in file.schema_arrow
@@ -69,14 +67,10 @@ class _File(NamedTuple):
                     yield from batch.to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise RankdistillError(
-                f"the Parquet file is damaged ({str(error).splitlines()[0]})", where=self.label, fix="fetch it again"
+                f"the Parquet file is damaged ({str(error).splitlines()[0]})", where=str(path), fix="fetch it again"
             ) from None
 
-
-class _Layout(NamedTuple):
-    corpus: list[_Part] | list[_File]
-    queries: list[_Part] | list[_File]
-    qrels: list[tuple[str, _Part]] | list[tuple[str, _File]]
+    return _Part(str(path), rows)
 
 
 def open_source(argument: str, spec: str) -> Collection:
@@ -94,28 +88,28 @@ def open_source(argument: str, spec: str) -> Collection:
 
 
 def _load(writer: CollectionWriter, layout: _Layout) -> None:
-    for part in layout.corpus:
-        writer.source = part.label
-        for number, row in enumerate(part.rows(), 1):
-            where = f"{part.label}, row {number}"
-            text = text_of(_field(row, DOCUMENT_TEXT, where), "text", where)
-            title = text_of(row.get("title"), "title", where)
-            writer.document(identifier(_field(row, DOCUMENT_ID, where), "_id", where), title, text, number)
-    for part in layout.queries:
-        writer.source = part.label
-        for number, row in enumerate(part.rows(), 1):
-            where = f"{part.label}, row {number}"
-            text = text_of(_field(row, QUERY_TEXT, where), "text", where)
-            writer.query(identifier(_field(row, QUERY_ID, where), "_id", where), text, number)
+    for number, where, row in _rows(writer, layout.corpus):
+        text = text_of(_field(row, DOCUMENT_TEXT, where), "text", where)
+        title = text_of(row.get("title"), "title", where)
+        writer.document(identifier(_field(row, DOCUMENT_ID, where), "_id", where), title, text, number)
+    for number, where, row in _rows(writer, layout.queries):
+        text = text_of(_field(row, QUERY_TEXT, where), "text", where)
+        writer.query(identifier(_field(row, QUERY_ID, where), "_id", where), text, number)
     for split, part in layout.qrels:
-        writer.source = part.label
-        for number, row in enumerate(part.rows(), 1):
-            where = f"{part.label}, row {number}"
+        for number, where, row in _rows(writer, [part]):
             query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
             # NanoBEIR has no such column: it lists relevant pairs alone.
             named = (name for name in row if VALUE_NAME.fullmatch(name.lower()))
             relevance = next((row[name] for name in (*RELEVANCE, *named) if name in row), 1)
             writer.judgment(split, query_id, doc_id, grade(relevance, where), number)
+
+
+def _rows(writer: CollectionWriter, parts: list[_Part]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(row from 1, where that is, record) of all parts."""
+    for part in parts:
+        writer.source = part.label
+        for number, row in enumerate(part.rows(), 1):
+            yield number, f"{part.label}, row {number}", row
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
@@ -133,8 +127,8 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
         return [*data_files(folder, f"{name}*", PARQUET), *data_files(folder / name, "*", PARQUET)]
 
     corpus, queries = parts("corpus"), parts("queries")
-    for name, found in (("corpus", corpus), ("queries", queries)):
-        if not found:
+    for name, paths in (("corpus", corpus), ("queries", queries)):
+        if not paths:
             raise RankdistillError(
                 f"a folder of parquet files needs {name}*.parquet or {name}/*.parquet",
                 where=str(folder),
@@ -156,9 +150,7 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
         "qrels": [[split, file_digest(path)] for split, path in qrels],
     }
     layout = _Layout(
-        [_File(str(path)) for path in corpus],
-        [_File(str(path)) for path in queries],
-        [(split, _File(str(path))) for split, path in qrels],
+        list(map(_file, corpus)), list(map(_file, queries)), [(split, _file(path)) for split, path in qrels]
     )
     return key, layout, files
 
@@ -221,16 +213,12 @@ def _hub_layout(key: dict[str, Any], spec: str) -> _Layout:
     (name, revision), *others = key["revisions"].items()
 
     def parts(repository: str, config: str, revision: str) -> list[tuple[str, _Part]]:
-        splits = datasets.get_dataset_split_names(repository, config, revision=revision)
+        def part(split: str) -> _Part:
+            options = {"path": repository, "name": config, "split": split, "revision": revision}
+            return _Part(f"{repository} {config}/{split}", lambda: iter(datasets.load_dataset(**options)))
+
         return [
-            (
-                split,
-                _Part(
-                    f"{repository} {config}/{split}",
-                    {"path": repository, "name": config, "split": split, "revision": revision},
-                ),
-            )
-            for split in splits
+            (split, part(split)) for split in datasets.get_dataset_split_names(repository, config, revision=revision)
         ]
 
     configs = datasets.get_dataset_config_names(name, revision=revision)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,6 @@ Rows = npt.NDArray[np.int64]
 
 BATCH_ROWS = 4096
 BATCH_CHARACTERS = 16 << 20  # a batch of very long texts is closed early: memory stays small, offsets stay 32 bit
-BUCKETS = 16  # ids are sorted in this many parts, so sorting holds a sixteenth of the hashes in memory
 
 
 def id_hash(identifier: str) -> int:
@@ -33,8 +34,32 @@ def id_hash(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
 
 
-def id_hashes(identifiers: Iterable[str]) -> npt.NDArray[np.uint64]:
-    return np.fromiter((id_hash(identifier) for identifier in identifiers), dtype=np.uint64)
+class Column:
+    """An .npy file of one dimension that grows: its header is written last, when the length is known."""
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self.dtype, self.length = np.dtype(dtype), 0
+        self._stream = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._header()
+
+    def _header(self) -> None:
+        # numpy pads the header so that the first dimension may grow in place.
+        self._stream.seek(0)
+        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._stream, description)
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        # A stream, not a memory map: a full disk is an error here, where a mapped page would end the process.
+        self._stream.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
+
+    def __enter__(self) -> Column:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._header()
+        self._stream.close()
 
 
 class TableWriter:
@@ -60,10 +85,8 @@ class TableWriter:
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
         """Append a batch of the same schema as it is."""
-        self._flush()
         if batch.num_rows:
             self._writer.write_batch(batch)
-            self.rows += batch.num_rows
 
     def _flush(self) -> None:
         if not self._columns[0]:
@@ -145,32 +168,23 @@ class Table:
         Raises:
             IndexError: a row is negative or behind the end.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
-        if not len(wanted):
+        places = np.asarray(rows, dtype=np.int64)
+        if not len(places):
             return []
-        if wanted.min() < 0 or wanted.max() >= len(self):
-            wrong = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
+        if places.min() < 0 or places.max() >= len(self):
+            wrong = int(places.min()) if places.min() < 0 else int(places.max())
             raise IndexError(f"row {wrong} is not among the {len(self)} rows")
-        place = self.schema.get_field_index(column)
-        batch_of = np.searchsorted(self.starts, wanted, side="right") - 1
+        number = self.schema.get_field_index(column)
+        batch_of = np.searchsorted(self.starts, places, side="right") - 1
         order = np.argsort(batch_of, kind="stable")
-        found: list[Any] = [None] * len(wanted)
+        values: list[Any] = [None] * len(places)
         for group in np.split(order, np.flatnonzero(np.diff(batch_of[order])) + 1):
             batch = int(batch_of[group[0]])
-            local = wanted[group] - self.starts[batch]
-            values = self.batch(batch).column(place).take(pa.array(local)).to_pylist()
-            for position, value in zip(group.tolist(), values, strict=True):
-                found[position] = value
-        return found
-
-    def slices(self, start: int, stop: int, size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(first row, batch of at most `size` rows) from `start` to `stop`, in order."""
-        batch = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while start < stop:
-            end = min(stop, start + size, int(self.starts[batch + 1]))
-            yield start, self.batch(batch).slice(start - int(self.starts[batch]), end - start)
-            start = end
-            batch += int(start >= self.starts[batch + 1])
+            local = pa.array(places[group] - self.starts[batch])
+            taken = self.batch(batch).column(number).take(local).to_pylist()
+            for place, value in zip(group.tolist(), taken, strict=True):
+                values[place] = value
+        return values
 
 
 class Repeat(NamedTuple):
@@ -183,98 +197,37 @@ class Repeat(NamedTuple):
 
 
 class IdIndexWriter:
-    """Collects id hashes on disk; `sort` finds repeated ids; `publish` writes the sorted index.
+    """Collects the hashes of ids; `repeats` finds ids that come twice; `publish` writes the sorted index.
 
-    Memory: the buffer while ids come in, a sixteenth of the ids (24 bytes each) while sorting.
+    Memory: 16 bytes an id, 40 while they are sorted.
     """
 
-    RECORD = np.dtype([("hash", np.uint64), ("row", np.int64), ("line", np.int64)])
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name, self.rows = folder, name, 0
-        self._hashes: list[int] = []
-        self._lines: list[int] = []
-        self._flushed = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _bucket(self, number: int) -> Path:
-        return self.folder / f".{self.name}.{number}.bucket"
+    def __init__(self) -> None:
+        self._hashes, self.lines = array("Q"), array("q")
 
     def add(self, identifier: str, line: int) -> None:
         self._hashes.append(id_hash(identifier))
-        self._lines.append(line)
-        self.rows += 1
-        if len(self._hashes) >= 1 << 16:
-            self._flush()
+        self.lines.append(line)
 
-    def _flush(self) -> None:
-        records = np.empty(len(self._hashes), self.RECORD)
-        records["hash"], records["line"] = self._hashes, self._lines
-        records["row"] = np.arange(self._flushed, self.rows)
-        bucket_of = records["hash"] >> np.uint64(60)
-        for number in np.unique(bucket_of).tolist():
-            with open(self._bucket(int(number)), "ab") as stream:
-                stream.write(records[bucket_of == number].tobytes())
-        self._flushed = self.rows
-        self._hashes, self._lines = [], []
+    def repeats(self, table: Table, column: str) -> list[Repeat]:
+        """The repeated ids of `table`'s `column`, each against its first occurrence, in order."""
+        hashes = np.array(self._hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        rows = np.sort(order[np.union1d(equal, equal + 1)])
+        first: dict[str, int] = {}
+        pairs = [
+            (first.setdefault(i, row), row) for i, row in zip(table.take(column, rows), rows.tolist(), strict=True)
+        ]
+        return [Repeat(row, self.lines[row], again, self.lines[again]) for row, again in pairs if row != again]
 
-    def _buckets(self) -> Iterator[Path]:
-        return filter(Path.exists, map(self._bucket, range(BUCKETS)))
-
-    def sort(self, table: Table, column: str) -> list[Repeat]:
-        """Sort the buckets; the repeated ids of `table`'s `column`, each against its first occurrence."""
-        self._flush()
-        repeats: list[Repeat] = []
-        for path in self._buckets():
-            records = np.fromfile(path, self.RECORD)
-            records = records[np.argsort(records["hash"], kind="stable")]  # stable: rows stay ascending within a hash
-            path.write_bytes(records.tobytes())
-            equal = np.flatnonzero(records["hash"][1:] == records["hash"][:-1])
-            if not len(equal):
-                continue
-            members = records[np.union1d(equal, equal + 1)]
-            first: dict[str, tuple[int, int]] = {}
-            current = None
-            for identifier, record in zip(table.take(column, members["row"]), members.tolist(), strict=True):
-                if record[0] != current:
-                    first, current = {}, record[0]
-                row, line = first.setdefault(identifier, (record[1], record[2]))
-                if row != record[1]:
-                    repeats.append(Repeat(row, line, record[1], record[2]))
-        return sorted(repeats, key=lambda repeat: repeat.row)
-
-    def publish(self, dropped: Rows) -> None:
-        """Write `<name>.hashes.npy` (sorted) and `<name>.rows.npy`; `dropped` rows (sorted) are taken out."""
-        count = self.rows - len(dropped)
-        # Streams, not memory maps: a full disk is an error here, where a mapped page would end the process.
-        with (
-            _npy(self.folder / f"{self.name}.hashes.npy", np.dtype(np.uint64), count) as hashes,
-            _npy(self.folder / f"{self.name}.rows.npy", np.dtype(np.int64), count) as rows,
-        ):
-            for path in self._buckets():
-                records = np.fromfile(path, self.RECORD)
-                path.unlink()
-                if len(dropped):
-                    records = records[~np.isin(records["row"], dropped)]
-                    records["row"] -= np.searchsorted(dropped, records["row"])
-                hashes.write(records["hash"].tobytes())
-                rows.write(records["row"].tobytes())
-
-
-@contextmanager
-def _npy(path: Path, dtype: np.dtype[Any], count: int) -> Iterator[IO[bytes]]:
-    """A .npy file of one dimension to write the bytes of `count` values into."""
-    with open(path, "wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _load(path: Path, mapped: bool) -> Any:
-    with readable(path):
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    def publish(self, folder: Path, name: str, dropped: Rows) -> None:
+        """Write `<name>.hashes.npy` (sorted) and `<name>.rows.npy`; `dropped` rows are taken out."""
+        hashes = np.delete(np.array(self._hashes, np.uint64), dropped)
+        order = np.argsort(hashes, kind="stable")
+        for part, dtype, values in (("hashes", np.uint64, hashes[order]), ("rows", np.int64, order)):
+            with Column(folder / f"{name}.{part}.npy", dtype) as column:
+                column.append(values)
 
 
 class IdIndex:
@@ -282,32 +235,34 @@ class IdIndex:
 
     def __init__(self, folder: Path, name: str, table: Table, column: str) -> None:
         self._table, self._column = table, column
-        empty = len(table) == 0
-        self._hashes, self._rows = (_load(folder / f"{name}.{part}.npy", not empty) for part in ("hashes", "rows"))
+        self._hashes, self._rows = (self._load(folder / f"{name}.{part}.npy") for part in ("hashes", "rows"))
         if not len(self._hashes) == len(self._rows) == len(table):
             with readable(folder):
                 raise ValueError(f"{name}.hashes.npy does not fit {name}.arrow")
 
+    def _load(self, path: Path) -> Any:
+        with readable(path):  # an empty array cannot be mapped
+            return np.load(path, mmap_mode="r" if len(self._table) else None, allow_pickle=False)
+
     def lookup(self, identifiers: Sequence[str]) -> Rows:
         """int64 rows, -1 where an id is unknown."""
-        found = np.full(len(identifiers), -1, np.int64)
+        result = np.full(len(identifiers), -1, np.int64)
         if not len(identifiers) or not len(self._hashes):
-            return found
-        hashes = id_hashes(identifiers)
+            return result
+        hashes = np.fromiter(map(id_hash, identifiers), np.uint64)
         at = np.searchsorted(self._hashes, hashes)
         open_ = np.arange(len(identifiers))
         while True:
             open_ = open_[at[open_] < len(self._hashes)]
             open_ = open_[self._hashes[at[open_]] == hashes[open_]]
             if not len(open_):
-                return found
+                return result
             rows = self._rows[at[open_]]
             if rows.min() < 0 or rows.max() >= len(self._table):
                 with readable(self._table.path):
                     raise ValueError("the index of ids names rows that are not there")
-            same = np.array(
-                [identifiers[i] == real for i, real in zip(open_, self._table.take(self._column, rows), strict=True)]
-            )
-            found[open_[same]] = rows[same]
+            names = self._table.take(self._column, rows)
+            same = np.array([identifiers[i] == name for i, name in zip(open_, names, strict=True)])
+            result[open_[same]] = rows[same]
             open_ = open_[~same]  # another id with the same hash: look at the next one
             at[open_] += 1

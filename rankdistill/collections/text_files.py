@@ -116,11 +116,7 @@ def long_line(where: str) -> RankdistillError:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object).
-
-    Raises:
-        RankdistillError: a line is not one JSON object (the last one is often cut off).
-    """
+    """(line number, object); a line that is not one JSON object is an error."""
     for number, line in read_lines(path):
         try:
             record = json.loads(line)
@@ -139,11 +135,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def identifier(value: Any, key: str, where: str) -> str:
-    """An id as a string: strings without white space around them, whole numbers in digits.
-
-    Raises:
-        RankdistillError: it is missing, empty or of another type.
-    """
+    """An id as a string: strings without white space around them, whole numbers in digits; nothing else is one."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -154,11 +146,7 @@ def identifier(value: Any, key: str, where: str) -> str:
 
 
 def text_of(value: Any, key: str, where: str) -> str:
-    """A text field; null counts as empty.
-
-    Raises:
-        RankdistillError: it is not a string.
-    """
+    """A text field, which must be a string; null counts as empty."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -167,10 +155,7 @@ def text_of(value: Any, key: str, where: str) -> str:
 
 
 def to_number(text: str) -> float:
-    """
-    Raises:
-        ValueError: it is no number as files have it: Python itself would take `1_000` and digits of other scripts.
-    """
+    """A number as files have it, else a ValueError: Python itself would take `1_000` and digits of other scripts."""
     if "_" in text or not text.isascii():
         raise ValueError(text)
     return float(text)
@@ -217,29 +202,21 @@ class Judgment(NamedTuple):
 
 
 def grade(value: Any, where: str) -> int:
-    """A relevance as a whole number of 32 bits; digits as text count, as do 1.0 and "1.0".
-
-    Raises:
-        RankdistillError: it is none.
-    """
+    """A relevance as a whole number of 32 bits; digits as text count, as do 1.0 and "1.0"."""
     try:
-        found = to_number(value) if isinstance(value, str) else float(value)
-        if isinstance(value, bool) or found != int(found):
+        number = to_number(value) if isinstance(value, str) else float(value)
+        if isinstance(value, bool) or number != int(number):
             raise ValueError
     except (ValueError, OverflowError, TypeError):
         raise RankdistillError(f"the relevance {value!r} is not a whole number", where=where) from None
-    if not -(2**31) <= found < 2**31:
+    if not -(2**31) <= number < 2**31:
         raise RankdistillError(f"the relevance {value!r} is beyond 32 bits", where=where)
-    return int(found)
+    return int(number)
 
 
 def read_qrels(path: Path) -> Iterator[Judgment]:
-    """Judgments in TREC form (`query 0 document relevance`, spaces or tabs) or three columns, header or none.
-
-    Raises:
-        RankdistillError: a line has another number of columns or its relevance is no whole number. A first line is a
-            header only where its words say so (see `is_header`).
-    """
+    """Judgments in TREC form (`query 0 document relevance`, spaces or tabs) or three columns, header (see `is_header`)
+    or none."""
     first = True
     for line_number, line in read_lines(path):
         fields, where = split_columns(line), f"{path}:{line_number}"
@@ -257,11 +234,7 @@ def read_qrels(path: Path) -> Iterator[Judgment]:
 
 
 def read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, id, text) of a two-column TSV, header or none; further tabs belong to the text.
-
-    Raises:
-        RankdistillError: a line has no tab, or an empty id.
-    """
+    """(line number, id, text) of a two-column TSV, header or none; further tabs belong to the text."""
     first = True
     for line_number, line in read_lines(path):
         identity, tab, text = line.partition("\t")
@@ -276,10 +249,7 @@ def read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def plain_or_gzip(folder: Path, name: str) -> Path | None:
     """`folder/name`, else `folder/name.gz`, else None."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def stem(path: Path) -> str:
@@ -296,21 +266,17 @@ def data_files(folder: Path, pattern: str, endings: tuple[str, ...]) -> list[Pat
     alike = list(folder.iterdir()) if folder.is_dir() else []
     alike = [path for path in alike if any(end in path.name.lower() for end in endings)]
     alike = [path for path in alike if fnmatch(path.name.lower().lstrip("._"), pattern.lower()) and path.is_file()]
-    found = sorted(
+    data = sorted(
         path for path in alike if path.name[0] != "." and path.name.endswith(endings) and fnmatch(path.name, pattern)
     )
-    ignored = sorted(path.name for path in set(alike) - set(found))
+    ignored = sorted(path.name for path in set(alike) - set(data))
     if ignored:
         names = ", ".join(ignored[:5]) + (" …" if len(ignored) > 5 else "")
         say(f"{folder}: ignored {names} (what is read ends in {' or '.join(endings)})")
-    return found
+    return data
 
 
 def refuse_one_split(splits: Iterable[tuple[str, Path]]) -> None:
-    """
-    Raises:
-        RankdistillError: two files of judgments would be one split.
-    """
     seen: dict[str, Path] = {}
     for split, path in splits:
         if seen.setdefault(split, path) != path:
@@ -322,10 +288,6 @@ def refuse_one_split(splits: Iterable[tuple[str, Path]]) -> None:
 
 
 def existing_folder(folder: str, loader: str) -> Path:
-    """
-    Raises:
-        RankdistillError: there is no such folder.
-    """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise RankdistillError("there is no such folder", where=str(path), fix=f"give an existing one: {loader}:DIR")

@@ -10,6 +10,7 @@ Files of the artifact (kind "collection"):
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,89 +34,88 @@ RAW_QRELS = pa.schema([("query_id", STRING), ("doc_id", STRING), ("relevance", p
 QRELS = pa.schema(
     [("query_id", STRING), ("doc_id", STRING), ("relevance", pa.int32()), ("query_row", INT64), ("doc_row", INT64)]
 )
-LONGEST = 1 << 16  # words; longer texts count as this long in the length figures
 
 # What to do about an id that comes twice: "refuse" it; "across files": the same record in another file is one record;
 # "same": the same record anywhere is one record.
 Repeats = Literal["refuse", "across files", "same"]
 
 
+class _Sources:
+    """Where the rows of a table came from."""
+
+    def __init__(self) -> None:
+        self._starts: list[tuple[int, str]] = []
+
+    def note(self, row: int, source: str) -> None:
+        if not self._starts or self._starts[-1][1] != source:
+            self._starts.append((row, source))
+
+    def __getitem__(self, row: int) -> str:
+        return next(name for first, name in reversed(self._starts) if first <= row)
+
+
 class _Records:
-    """One table being imported: rows, the id index, where rows came from, lengths, empty texts."""
+    """One table being imported: rows, the id index, where rows came from, lengths, empty texts.
+
+    Memory: 4 bytes a row beside the index's.
+    """
 
     def __init__(self, folder: Path, name: str, what: str, schema: pa.Schema) -> None:
         self.folder, self.name, self.what = folder, name, what
         self.writer = TableWriter(folder / f"{name}.arrow", schema)
-        self.index = IdIndexWriter(folder, name)
-        self.sources: list[tuple[int, str]] = []
-        self.lengths = np.zeros(LONGEST + 1, np.int64)
-        self.empty = 0
-        self.first_empty: tuple[str, int, str] | None = None
+        self.index, self.sources = IdIndexWriter(), _Sources()
+        self._words = array("I")  # of each row
+        self.lengths = np.zeros(0, np.int64)  # the same, once repeated rows are gone
+        self.empty = ""  # how many rows have no text, and the first
 
     def add(self, source: str, line: int, identifier: str, *texts: str) -> None:
-        if not self.sources or self.sources[-1][1] != source:
-            self.sources.append((self.writer.rows, source))
-        words = sum(len(text.split()) for text in texts)
-        self.lengths[min(words, LONGEST)] += 1
-        if not words:
-            self.empty += 1
-            self.first_empty = self.first_empty or (source, line, identifier)
+        self.sources.note(self.writer.rows, source)
+        self._words.append(sum(len(text.split()) for text in texts))
         self.writer.add(identifier, *texts)
         self.index.add(identifier, line)
 
-    def source_of(self, row: int) -> str:
-        return next(name for first, name in reversed(self.sources) if first <= row)
-
-    def finish(self, repeats: Repeats) -> None:
-        """Close the file, settle repeated ids, write the index."""
+    def finish(self, repeats: Repeats, place: Callable[[str, int], str]) -> None:
+        """Close the file, settle repeated ids, write the index; `place` says a source and line to people."""
         self.writer.close()
         table, schema = Table(self.writer.path), self.writer.schema
-        dropped: list[int] = []
-        for repeat in self.index.sort(table, schema.names[0]):
-            sources = self.source_of(repeat.first_row), self.source_of(repeat.row)
+        keep = np.ones(len(table), bool)
+        for repeat in self.index.repeats(table, schema.names[0]):
+            first, second = (self.sources[row] for row in (repeat.first_row, repeat.row))
             pair = [repeat.first_row, repeat.row]
             equal = all(len(set(table.take(name, pair))) == 1 for name in schema.names)
-            if equal and (repeats == "same" or (repeats == "across files" and sources[0] != sources[1])):
-                dropped.append(repeat.row)
+            if equal and (repeats == "same" or (repeats == "across files" and first != second)):
+                keep[repeat.row] = False
                 continue
             identifier = table.take(schema.names[0], [repeat.row])[0]
             raise RankdistillError(
                 f"the {self.what} id {identifier!r} occurs twice" + ("" if equal else " with different text"),
-                where=f"{_at(sources[0], repeat.first_line)} and {_at(sources[1], repeat.line)}",
+                where=f"{_at(first, repeat.first_line)} and {_at(second, repeat.line)}",
                 fix="ids must be unique: remove or rename one of the two",
             )
-        gone = np.array(dropped, np.int64)
-        if dropped:
-            self._rewrite(table, gone)
-        self.index.publish(gone)
+        words = np.array(self._words, np.int64)
+        self.lengths, empty = words[keep], np.flatnonzero(keep & (words == 0)).tolist()
+        if empty:
+            first = place(self.sources[empty[0]], self.index.lines[empty[0]])
+            identifier = table.take(schema.names[0], empty[:1])[0]
+            self.empty = f"{len(empty):,} {self.name} have no text (first: {identifier!r} at {first})"
+        if not keep.all():
+            self._rewrite(table, keep)
+        self.index.publish(self.folder, self.name, np.flatnonzero(~keep))
 
-    def _rewrite(self, table: Table, gone: np.ndarray) -> None:
-        """The table without the rows `gone`."""
+    def _rewrite(self, table: Table, keep: np.ndarray) -> None:
+        """The table with the rows marked in `keep` alone."""
         writer = TableWriter(self.folder / f".{self.name}.arrow", self.writer.schema)
-        for start, batch in zip(table.starts, table.batches, strict=False):
-            keep = np.ones(batch.num_rows, bool)
-            inside = gone[(gone >= start) & (gone < start + batch.num_rows)]
-            keep[inside - start] = False
-            if len(inside):
-                self._forget(batch.filter(pa.array(~keep)))
-            writer.add_batch(batch.filter(pa.array(keep)))
+        for start, batch in zip(table.starts.tolist(), table.batches, strict=False):
+            writer.add_batch(batch.filter(pa.array(keep[start : start + batch.num_rows])))
         writer.close()
         writer.path.replace(self.writer.path)
-        self.writer.rows = writer.rows
-
-    def _forget(self, batch: pa.RecordBatch) -> None:
-        for texts in zip(*(batch.column(i).to_pylist() for i in range(1, batch.num_columns)), strict=True):
-            words = sum(len(text.split()) for text in texts)
-            self.lengths[min(words, LONGEST)] -= 1
-            self.empty -= not words
 
     def words(self) -> dict[str, int]:
         """Median, 95th percentile and maximum of the lengths in words."""
-        total = np.cumsum(self.lengths)
-        if not total[-1]:
+        if not len(self.lengths):
             return {"p50": 0, "p95": 0, "max": 0}
-        p50, p95 = (int(np.searchsorted(total, share * total[-1])) for share in (0.5, 0.95))
-        return {"p50": p50, "p95": p95, "max": int(np.flatnonzero(self.lengths)[-1])}
+        p50, p95 = np.quantile(self.lengths, [0.5, 0.95], method="inverted_cdf")
+        return {"p50": int(p50), "p95": int(p95), "max": int(self.lengths.max())}
 
 
 def _at(source: str, line: int) -> str:
@@ -141,7 +141,7 @@ class CollectionWriter:
         self._documents = _Records(folder, "documents", "document", DOCUMENTS)
         self._queries = _Records(folder, "queries", "query", QUERIES)
         self._judgments: dict[str, TableWriter] = {}
-        self._judgment_sources: dict[str, list[tuple[int, str]]] = {}
+        self._judgment_sources: dict[str, _Sources] = {}
         self._mended = 0
         self.problems: list[str] = []
         self.splits: list[str] = []
@@ -161,10 +161,9 @@ class CollectionWriter:
             if not split or split.startswith(".") or "/" in split:
                 raise RankdistillError(f"{split!r} cannot be the name of a split", where=self.source)
             self._judgments[split] = TableWriter(self.folder / "qrels" / f".{split}.raw", RAW_QRELS)
-            self._judgment_sources[split] = []
-        table, sources = self._judgments[split], self._judgment_sources[split]
-        if not sources or sources[-1][1] != self.source:
-            sources.append((table.rows, self.source))
+            self._judgment_sources[split] = _Sources()
+        table = self._judgments[split]
+        self._judgment_sources[split].note(table.rows, self.source)
         table.add(self._id(query_id, line), self._id(doc_id, line), relevance, line)
         self._bar.advance()
 
@@ -193,13 +192,9 @@ class CollectionWriter:
         """
         if not self._documents.writer.rows:
             raise RankdistillError("the collection has no documents", where=self.source)
-        self._documents.finish(self.document_repeats)
-        self._queries.finish(self.query_repeats)
-        for records, noun in ((self._documents, "documents"), (self._queries, "queries")):
-            if records.empty and records.first_empty:
-                source, line, identifier = records.first_empty
-                place = self._place(source, line)
-                self.problems.append(f"{records.empty:,} {noun} have no text (first: {identifier!r} at {place})")
+        self._documents.finish(self.document_repeats, self._place)
+        self._queries.finish(self.query_repeats, self._place)
+        self.problems += [records.empty for records in (self._documents, self._queries) if records.empty]
         if self._mended:
             self.problems.append(f"{self._mended:,} texts held half a surrogate pair, replaced by U+FFFD")
         documents, queries = (Table(records.writer.path) for records in (self._documents, self._queries))
@@ -263,8 +258,7 @@ class CollectionWriter:
         if not count:
             return
         row = int(np.argmax(where))
-        source = next(name for first, name in reversed(self._judgment_sources[split]) if first <= row)
-        place = self._place(source, raw.take("line", [row])[0])
+        place = self._place(self._judgment_sources[split][row], raw.take("line", [row])[0])
         what = what or f"name {noun} that are not in the collection; they are left out"
         self.problems.append(
             f"{split}: {count:,} of {len(raw):,} judgments {what} (first: {raw.take(column, [row])[0]!r} at {place})"
@@ -285,7 +279,7 @@ Stamps = dict[Path, tuple[int, ...]]
 def stamps(paths: Iterable[Path]) -> Stamps:
     """What changes when a file does, though it be put back: taken before its digest, compared when it was read."""
     stats = {path: path.stat() for path in paths}
-    return {path: (one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for path, one in stats.items()}
+    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats.items()}
 
 
 def imported(

@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rankdistill.collections.storage import id_hash
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import warn
-from rankdistill.scores.store import ScoreKind, hash_ids
+from rankdistill.scores.store import ScoreKind
 
 Method = Literal["platt", "isotonic"]
 Negatives = Literal["auto", "judged", "unjudged"]
@@ -47,7 +48,6 @@ class Isotonic:
     values: tuple[float, ...]
 
     def __call__(self, scores: NDArray[Any]) -> Floats:
-        """Probabilities, float64 of the same shape; NaN stays NaN."""
         return np.interp(np.asarray(scores, np.float64), self.scores, self.values)
 
 
@@ -56,8 +56,7 @@ Calibrator = Platt | Isotonic
 
 def fit_platt(scores: NDArray[Any], labels: NDArray[Any]) -> Platt:
     """Logistic regression of labels [n] (0 or 1) on scores [n], to Platt's smoothed targets, which keep it finite
-    where the scores separate the labels. All scores equal: the share of relevant ones, slope 0.
-    """
+    where the scores separate the labels. All scores equal: the share of relevant ones, slope 0."""
     from scipy.optimize import minimize
 
     scores, labels = _checked(scores, labels)
@@ -122,10 +121,6 @@ def _checked(scores: NDArray[Any], labels: NDArray[Any]) -> tuple[Floats, Floats
     return scores, labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How well calibrated
-
-
 class Bin(NamedTuple):
     """Pairs whose probability lies in one bin: how many, what was said on average, and what share is relevant."""
 
@@ -151,8 +146,8 @@ def reliability(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = B
 def calibration_error(table: Iterable[Bin]) -> float:
     """Expected calibration error: mean |probability - share relevant| over pairs (Naeini et al. 2015)."""
     table = list(table)
-    total = sum(one.pairs for one in table)
-    return sum(one.pairs * abs(one.probability - one.relevant) for one in table) / total if total else float("nan")
+    total = sum(row.pairs for row in table)
+    return sum(row.pairs * abs(row.probability - row.relevant) for row in table) / total if total else float("nan")
 
 
 def raw_probabilities(scores: NDArray[Any], kind: ScoreKind) -> Floats:
@@ -171,10 +166,6 @@ def _sigmoid(z: Floats) -> Floats:
     from scipy.special import expit
 
     return np.asarray(expit(z), np.float64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From recorded scores and labels
 
 
 @dataclass(frozen=True)
@@ -204,7 +195,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
         for name in ("before", "after"):
-            values[name] = [one._asdict() for one in getattr(self, name)]
+            values[name] = [row._asdict() for row in getattr(self, name)]
         return values
 
     def __str__(self) -> str:
@@ -216,7 +207,7 @@ class Calibration:
         ]
         for name, table in (("before", self.before), ("after", self.after)):
             lines.append(f"{name:9}{'pairs':>10}{'probability':>14}{'relevant':>12}")
-            lines += [f"{'':9}{one.pairs:10,}{one.probability:14.4f}{one.relevant:12.4f}" for one in table]
+            lines += [f"{'':9}{row.pairs:10,}{row.probability:14.4f}{row.relevant:12.4f}" for row in table]
         return "\n".join(lines)
 
 
@@ -256,11 +247,11 @@ def calibrate(
         present = ~np.isnan(scores)
         values.append(np.asarray(scores, np.float64)[present])
         labels.append(relevance[present])
-        groups.append(np.full(int(present.sum()), hash_ids([query_id])[0], np.uint64))
+        groups.append(np.full(int(present.sum()), id_hash(query_id), np.uint64))
     relevance = np.concatenate([np.empty(0, np.int64), *labels])
-    chosen: Literal["judged", "unjudged"] = "judged" if negatives == "auto" and (relevance == 0).any() else "unjudged"
-    if negatives != "auto":
-        chosen = negatives
+    chosen = negatives
+    if chosen == "auto":
+        chosen = "judged" if (relevance == 0).any() else "unjudged"
     keep = (relevance != -1) if chosen == "judged" else np.ones(len(relevance), bool)
     if not keep.any() or not (relevance > 0).any():
         raise RankdistillError(
@@ -296,7 +287,9 @@ def _cross_fitted(scores: Floats, labels: Floats, group: NDArray[np.uint64], met
     for number in range(FOLDS):
         held = fold == number
         rest = labels[~held]
-        # Too few queries to leave any out: the fit to all of them, which flatters.
-        own = fit(scores[~held], rest, method) if 0 < rest.sum() < len(rest) else fit(scores, labels, method)
-        result[held] = own(scores[held])
+        if 0 < rest.sum() < len(rest):
+            calibrator = fit(scores[~held], rest, method)
+        else:  # too few queries to leave any out: the fit to all of them, which flatters
+            calibrator = fit(scores, labels, method)
+        result[held] = calibrator(scores[held])
     return result

@@ -7,7 +7,8 @@ teachers are aggregated a document at a time. NaN means "this teacher has no sco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -36,8 +37,6 @@ def normalise(scores: np.ndarray, method: Normalisation = "min_max", temperature
     - `softmax`: exp(t / temperature), summing to 1
     - `none`: as they are
 
-    Calibrated scores are made elsewhere (`calibrators` of `combine`) and are `none` here.
-
     Args:
         scores: [n], NaN where missing.
 
@@ -62,9 +61,9 @@ def normalise(scores: np.ndarray, method: Normalisation = "min_max", temperature
         # Equal scores may have a standard deviation of 1e-17 instead of 0.
         result[present] = (t - t.mean()) / t.std() if t.max() > t.min() else 0.0
     elif method == "rank":
-        ordered = np.sort(t)
-        below, up_to = np.searchsorted(ordered, t, "left"), np.searchsorted(ordered, t, "right")
-        result[present] = (below + (up_to - below - 1) / 2) / (len(t) - 1) if len(t) > 1 else 0.5
+        from scipy.stats import rankdata  # slow to import, seldom wanted
+
+        result[present] = (rankdata(t) - 1) / (len(t) - 1) if len(t) > 1 else 0.5
     else:
         if temperature <= 0:
             raise UsageError(f"the temperature must be above 0, not {temperature}")
@@ -113,10 +112,15 @@ def normalise_members(
     missing: Missing = "average",
     calibrators: Calibrators | None = None,
 ) -> np.ndarray:
-    """Each teacher's scores of one list on a common scale, after the rule for missing scores (see `combine`).
+    """Each teacher's scores of one list on a common scale, after the rule for missing scores.
 
     Args:
         scores: [teachers, n], NaN where missing.
+        missing: a document that some teachers have no score for is
+            `average`: aggregated over the teachers that have one, after each is normalised over what it has;
+            `drop`: given no score, and left out before normalising, so that all teachers see the same list;
+            `error`: refused.
+        calibrators: for the normalisation `calibrated`, one a teacher (see scores/calibration.py).
 
     Returns:
         float64 [teachers, n], NaN where missing.
@@ -135,37 +139,13 @@ def normalise_members(
     if normalisation == "calibrated" and calibrators is not None:
         if len(calibrators) != len(scores):
             raise UsageError(f"{len(calibrators)} calibrations of {len(scores)} teachers")
-        return np.stack([one(row) for one, row in zip(calibrators, scores, strict=True)])
+        return np.stack([probabilities(row) for probabilities, row in zip(calibrators, scores, strict=True)])
     return np.stack([normalise(row, normalisation, temperature) for row in scores])
 
 
-def combine(
-    scores: np.ndarray,
-    normalisation: Normalisation = "min_max",
-    aggregation: Aggregation = "mean",
-    *,
-    weights: Sequence[float] | None = None,
-    temperature: float = 1.0,
-    missing: Missing = "average",
-    calibrators: Calibrators | None = None,
-) -> np.ndarray:
-    """Normalise each teacher over the list, then aggregate.
-
-    Args:
-        scores: [teachers, n], NaN where missing.
-        missing: a document that some teachers have no score for is
-            `average`: aggregated over the teachers that have one, after each is normalised over what it has;
-            `drop`: given no score, and left out before normalising, so that all teachers see the same list;
-            `error`: refused.
-        calibrators: for the normalisation `calibrated`, one a teacher (see scores/calibration.py).
-
-    Returns:
-        float64 [n], NaN where there is no score.
-    """
-    members = normalise_members(
-        scores, normalisation, temperature=temperature, missing=missing, calibrators=calibrators
-    )
-    return aggregate(members, aggregation, weights)
+def _known(scores: np.ndarray) -> Any:
+    """[teachers, n] float64, masked where NaN."""
+    return np.ma.masked_array(np.asarray(scores, np.float64), np.isnan(scores))
 
 
 def disagreement(members: np.ndarray) -> np.ndarray:
@@ -177,15 +157,10 @@ def disagreement(members: np.ndarray) -> np.ndarray:
     Returns:
         float64 [n]; 0 where one teacher has a score, NaN where none has.
     """
-    members = np.asarray(members, dtype=np.float64)
-    present = ~np.isnan(members)
-    count = present.sum(axis=0)
-    filled = np.where(present, members, 0.0)
-    mean = filled.sum(axis=0) / np.maximum(count, 1)
-    squares = (np.where(present, members - mean, 0.0) ** 2).sum(axis=0) / np.maximum(count, 1)
-    return np.where(count > 0, np.sqrt(squares), np.nan)
+    return np.asarray(_known(members).std(axis=0).filled(np.nan))
 
 
+@dataclass
 class Ensemble:
     """Several teachers' recorded scores as one source (`scores_of`, as `TeacherScores` has it).
 
@@ -193,29 +168,26 @@ class Ensemble:
 
     Args:
         members: the teachers' scores.
-        normalisation, aggregation, weights, temperature, missing, calibrators: see `combine`.
+        normalisation, temperature, missing, calibrators: see `normalise_members`.
+        aggregation, weights: see `aggregate`.
         scale: the combined score is multiplied by this.
         names: of the teachers, for messages.
     """
 
-    def __init__(
-        self,
-        members: Sequence[ScoreSource],
-        normalisation: Normalisation = "min_max",
-        aggregation: Aggregation = "mean",
-        weights: Sequence[float] | None = None,
-        temperature: float = 1.0,
-        missing: Missing = "average",
-        scale: float = 1.0,
-        calibrators: Calibrators | None = None,
-        names: Sequence[str] = (),
-    ) -> None:
-        if not members:
+    members: Sequence[ScoreSource]
+    normalisation: Normalisation = "min_max"
+    aggregation: Aggregation = "mean"
+    weights: Sequence[float] | None = None
+    temperature: float = 1.0
+    missing: Missing = "average"
+    scale: float = 1.0
+    calibrators: Calibrators | None = None
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.members:
             raise UsageError("an ensemble needs at least one teacher")
-        self.members = list(members)
-        self.normalisation, self.aggregation, self.weights = normalisation, aggregation, weights
-        self.temperature, self.missing, self.scale, self.calibrators = temperature, missing, scale, calibrators
-        self.names = list(names) or [str(number) for number in range(len(self.members))]
+        self.names = list(self.names) or [str(number) for number in range(len(self.members))]
         self._asked = 0
         self._absent, self._squares, self._scored = (np.zeros(len(self.members)) for _ in range(3))
 
@@ -241,29 +213,27 @@ class Ensemble:
         )
 
     def _count(self, scores: np.ndarray) -> None:
-        absent = np.isnan(scores)
+        known = _known(scores)
+        scored = known.count(axis=1)
         self._asked += scores.shape[1]
-        self._absent += absent.sum(axis=1)
-        scored = (~absent).sum(axis=1)
-        filled = np.where(absent, 0.0, scores.astype(np.float64))
-        mean = filled.sum(axis=1) / np.maximum(scored, 1)
-        self._squares += (np.where(absent, 0.0, scores - mean[:, None]) ** 2).sum(axis=1)
+        self._absent += scores.shape[1] - scored
+        self._squares += (known.var(axis=1) * scored).filled(0.0)
         self._scored += scored
 
     def problems(self) -> list[str]:
         """What was wrong with the scores that were asked for so far, and what to do about it."""
-        found = []
+        problems = []
         partial = [number for number, absent in enumerate(self._absent) if absent > ABSENT * max(1, self._asked)]
         for number in partial:
             rule = {"average": "scored by the others alone", "drop": "left out"}.get(self.missing, "refused")
-            found.append(
+            problems.append(
                 f"ensemble: teacher {self.names[number]} lacks {int(self._absent[number]):,} of {self._asked:,}"
                 f" documents; these are {rule} (missing: {self.missing})"
             )
         if self.normalisation != "none":
-            return found
+            return problems
         if partial and self.missing == "average":
-            found.append(
+            problems.append(
                 "ensemble: without normalisation a document's score depends on which teachers have scored it;"
                 " use normalisation: z_score, or missing: drop"
             )
@@ -274,9 +244,9 @@ class Ensemble:
         known = spread[spread > 0]
         if len(known) > 1 and known.max() > APART * known.min():
             large, small = int(np.argmax(spread)), int(np.argmin(np.where(spread > 0, spread, np.inf)))
-            found.append(
+            problems.append(
                 f"ensemble: teacher {self.names[large]}'s scores spread {known.max() / known.min():.0f} times as far"
                 f" within a list as teacher {self.names[small]}'s, which then counts for nothing;"
                 " use normalisation: z_score (or min_max), or weights that make up for it"
             )
-        return found
+        return problems

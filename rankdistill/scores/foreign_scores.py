@@ -70,12 +70,12 @@ def iter_foreign(
             for values in zip(columns["query_id"], columns["doc_id"], columns["score"], strict=True):
                 yield ForeignScore(*values)
     elif kind in _READERS:
-        for where, found in _READERS[kind](path):
-            for one in found:
-                if not abs(one.score) <= FLOAT32:
-                    what = f"the score {one.score} of document {one.document!r} is not finite as a float32 number"
+        for where, recorded in _READERS[kind](path):
+            for item in recorded:
+                if not abs(item.score) <= FLOAT32:
+                    what = f"the score {item.score} of document {item.document!r} is not finite as a float32 number"
                     raise _bad(kind, what, where)
-                yield one
+                yield item
     else:
         raise UsageError(f"unknown format of scores {kind!r}", fix=", ".join(FORMATS))
 
@@ -164,15 +164,11 @@ def _jsonl(path: Path) -> Scores:
 
 
 def _record(record: dict[str, Any], where: str) -> list[ForeignScore]:
-    """
-    Raises:
-        ValueError: the record is not of the form.
-    """
     named = "query_id" in record
     query = identifier(record["query_id"], "query_id", where) if named else _text(record.get("query"))
     if not query:
         raise ValueError("no query")
-    found = []
+    recorded = []
     for side in ("pos", "neg"):
         by_id = f"{side}_ids" in record
         documents = record.get(f"{side}_ids", record.get(side, []))
@@ -187,10 +183,10 @@ def _record(record: dict[str, Any], where: str) -> list[ForeignScore]:
             document = identifier(document, f"{side}_ids", where) if by_id else _text(document)
             if document is None or isinstance(score, bool) or not isinstance(score, int | float):
                 raise ValueError(f"{side} must hold strings and {side}_scores numbers, not {score!r}")
-            found.append(ForeignScore(query, document, float(score), by_text=not (by_id and named)))
-    if not found:
+            recorded.append(ForeignScore(query, document, float(score), by_text=not (by_id and named)))
+    if not recorded:
         raise ValueError("no scores")
-    return found
+    return recorded
 
 
 def _text(value: Any) -> str | None:

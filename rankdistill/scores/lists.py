@@ -8,14 +8,15 @@ the scores, `disagreement.npy` float32 (standard deviation over the teachers of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from rankdistill.artifacts import Artifact, fingerprint, open_artifact, write_artifact
+from rankdistill.collections.storage import Column, TableWriter
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.scores.ensemble import Ensemble, ScoreSource
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 DISAGREEMENT = "disagreement.npy"
-COLUMNS = {"doc_rows": np.int32, "scores": np.float32, "relevance": np.int32}
+COLUMNS: dict[str, type[np.generic]] = {"doc_rows": np.int32, "scores": np.float32, "relevance": np.int32}
+COUNTED = (
+    *("lists", "documents", "positives", "without_score", "positives_without_score", "unknown_documents"),
+    *("repeated_documents", "short_lists", "lists_without_positive", "doubtful_negatives"),
+)
 
 
 class ScoredList(NamedTuple):
@@ -34,34 +39,6 @@ class ScoredList(NamedTuple):
     doc_rows: np.ndarray
     scores: np.ndarray
     relevance: np.ndarray
-
-
-class _Column:
-    """An .npy file that grows: its header is written last, when the length is known."""
-
-    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
-        self.dtype = np.dtype(dtype)
-        self.length = 0
-        self._stream = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        self._header()
-
-    def _header(self) -> None:
-        # numpy pads the header so that the first dimension may grow in place.
-        self._stream.seek(0)
-        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self._stream, description)
-
-    def append(self, values: np.ndarray) -> None:
-        self._stream.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
-        self.length += len(values)
-
-    def __enter__(self) -> _Column:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._header()
-        self._stream.close()
 
 
 def lists_fingerprint(
@@ -104,9 +81,7 @@ def build_lists(
     qrels = collection.qrels(split) if split is not None else {}
     ensemble = scores if isinstance(scores, Ensemble) else None
     scores_of = scores if scores is None or callable(scores) else scores.scores_of
-    counts = dict.fromkeys(
-        ("lists", "documents", "positives", "without_score", "positives_without_score", "unknown_documents"), 0
-    ) | dict.fromkeys(("repeated_documents", "short_lists", "lists_without_positive", "doubtful_negatives"), 0)
+    counts = dict.fromkeys(COUNTED, 0)
     with write_artifact(
         out,
         kind="lists",
@@ -114,24 +89,22 @@ def build_lists(
         settings={"split": split, **(settings or {})},
         inputs={"collection": collection.fingerprint, **(inputs or {})},
     ) as writer:
-        schema = pa.schema([("query_id", pa.string())])
-        with (
-            _Column(writer.path / "doc_rows.npy", np.int32) as rows_column,
-            _Column(writer.path / "scores.npy", np.float32) as scores_column,
-            _Column(writer.path / "relevance.npy", np.int32) as relevance_column,
-            _Column(writer.path / "offsets.npy", np.int64) as offsets_column,
-            _Column(writer.path / DISAGREEMENT, np.float32) as disagreement_column,
-            pa.OSFile(str(writer.path / "queries.arrow"), "wb") as stream,
-            pa.ipc.new_file(stream, schema) as queries,
-        ):
-            offsets_column.append(np.zeros(1))
-            written: list[str] = []
-            for query_id, given, _ in candidates:
-                doc_ids = list(dict.fromkeys(given))
-                counts["repeated_documents"] += len(given) - len(doc_ids)
+        names = [name for name in (*COLUMNS, "disagreement") if ensemble is not None or name in COLUMNS]
+        queries = TableWriter(writer.path / "queries.arrow", pa.schema([("query_id", pa.string())]))
+        with ExitStack() as stack:
+            stack.callback(queries.abandon)
+            columns = {
+                name: stack.enter_context(Column(writer.path / f"{name}.npy", COLUMNS.get(name, np.float32)))
+                for name in names
+            }
+            offsets = stack.enter_context(Column(writer.path / "offsets.npy", np.int64))
+            offsets.append(np.zeros(1))
+            for query_id, listed, _ in candidates:
+                doc_ids = list(dict.fromkeys(listed))
+                counts["repeated_documents"] += len(listed) - len(doc_ids)
                 judged = qrels.get(query_id, {})
-                given_scores = scores_of(query_id, doc_ids) if scores_of is not None else np.zeros(len(doc_ids))
-                teacher = np.asarray(given_scores, dtype=np.float32)
+                recorded = scores_of(query_id, doc_ids) if scores_of is not None else np.zeros(len(doc_ids))
+                teacher = np.asarray(recorded, dtype=np.float32)
                 if np.isinf(teacher).any():
                     raise RankdistillError("a teacher score is infinite", where=f"query {query_id!r}")
                 rows = np.asarray(collection.doc_rows(doc_ids))
@@ -146,24 +119,19 @@ def build_lists(
                 if keep.sum() < 2:
                     counts["short_lists"] += 1
                     continue
-                rows_column.append(rows[keep])
-                scores_column.append(teacher[keep])
-                relevance_column.append(relevance[keep])
+                values: dict[str, np.ndarray] = {"doc_rows": rows, "scores": teacher, "relevance": relevance}
                 if ensemble is not None:
-                    disagreement_column.append(ensemble.disagreement_of(query_id, doc_ids)[keep])
-                offsets_column.append(np.array([rows_column.length]))
+                    values["disagreement"] = ensemble.disagreement_of(query_id, doc_ids)
+                for name, column in columns.items():
+                    column.append(values[name][keep])
+                counts["documents"] = columns["doc_rows"].length
+                offsets.append(np.array([counts["documents"]]))
                 positives = int((relevance[keep] > 0).sum())
                 counts["positives"] += positives
                 counts["lists_without_positive"] += positives == 0
-                written.append(query_id)
-                if len(written) == 4096:
-                    queries.write_batch(pa.record_batch([pa.array(written)], schema=schema))
-                    written = []
+                queries.add(query_id)
                 counts["lists"] += 1
-            queries.write_batch(pa.record_batch([pa.array(written, pa.string())], schema=schema))
-            counts["documents"] = rows_column.length
-        if ensemble is None:
-            (writer.path / DISAGREEMENT).unlink()
+            queries.close()
         if not counts["lists"]:
             raise RankdistillError(
                 "no list with two scored documents is left" if scores_of else "no list of two documents is left",
@@ -282,25 +250,23 @@ class ScoredLists:
     def __len__(self) -> int:
         return len(self._queries)
 
-    def __getitem__(self, index: int) -> ScoredList:
+    def _part(self, index: int) -> slice:
+        """Where the i-th list lies in the columns."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        index %= len(self)
-        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        query_id = str(self._queries[index].as_py())
+        start, end = self.offsets[index % len(self) :][:2].tolist()
+        return slice(start, end)
+
+    def __getitem__(self, index: int) -> ScoredList:
+        part = self._part(index)
+        query_id = str(self._queries[index % len(self)].as_py())
         return ScoredList(query_id, self.doc_rows[part], self.scores[part], self.relevance[part])
 
     def disagreement_of(self, index: int) -> np.ndarray | None:
         """float32 [n] of the i-th list: the standard deviation over the teachers of a document's normalised scores (0
         where one alone has scored it), a view into the file; None where the scores come from one teacher.
         """
-        if self.disagreement is None:
-            return None
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        part: np.ndarray = self.disagreement[int(self.offsets[index]) : int(self.offsets[index + 1])]
-        return part
+        return None if self.disagreement is None else self.disagreement[self._part(index)]
 
     def __repr__(self) -> str:
         return f"ScoredLists({len(self):,} lists, {int(self.offsets[-1]):,} documents at {self.artifact.path})"

@@ -87,8 +87,8 @@ def plackett_luce(orders: Sequence[Sequence[int]], count: int, ridge: float = 0.
             gradient[order] += e * np.cumsum(1 / left) - 1
         return value, gradient
 
-    found = minimize(loss, np.zeros(count), jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-7})
-    strengths = np.asarray(found.x)
+    optimum = minimize(loss, np.zeros(count), jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-7})
+    strengths = np.asarray(optimum.x)
     return strengths - strengths.mean()
 
 
@@ -154,9 +154,7 @@ def agreement(orders: Sequence[Sequence[int]]) -> float:
     count = len(orders[0]) if orders else 0
     if len(orders) < 2 or count < 2:
         return 1.0
-    ranks = np.empty((len(orders), count))
-    for row, order in enumerate(orders):
-        ranks[row, np.asarray(order, dtype=np.int64)] = np.arange(count)
+    ranks = np.argsort(np.asarray(orders), axis=1)
     upper = np.triu_indices(count, 1)
     signs = np.stack([np.sign(rank[:, None] - rank[None, :])[upper] for rank in ranks])
     # The sum over pairs of orders of their products, from the square of the sum: orders have no ties.

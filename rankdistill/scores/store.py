@@ -12,11 +12,12 @@ probability 3·10⁻⁴.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -44,38 +45,14 @@ PART_PAIRS = 65_536  # pairs kept in memory at most before a part is written …
 PART_SECONDS = 20.0  # … or this long after the last one
 
 
-def hash_ids(ids: Sequence[str] | pa.Array) -> np.ndarray:
-    """A 64-bit hash of each id, the same on every machine: uint64 [N] (FNV-1a, then the mixer of splitmix64)."""
-    array = ids if isinstance(ids, pa.Array) else pa.array(ids, type=pa.string())
-    if pa.types.is_dictionary(array.type):
-        return np.asarray(hash_ids(array.dictionary)[array.indices.to_numpy()])
-    array = array.cast(pa.large_string())
-    if len(array) == 0:
-        return np.zeros(0, dtype=np.uint64)
-    offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    content = np.frombuffer(array.buffers()[2] or b"\0", dtype=np.uint8)
-    lengths = np.diff(offsets)
-    hashes = np.full(len(array), 0xCBF29CE484222325, dtype=np.uint64)
-    # By position, all ids at once; rows are dropped as they end.
-    rows = np.flatnonzero(lengths > 0)
-    position = 0
-    while len(rows):
-        step = content[offsets[rows] + position].astype(np.uint64)
-        hashes[rows] = (hashes[rows] ^ step) * np.uint64(0x100000001B3)
-        position += 1
-        rows = rows[lengths[rows] > position]
-    return _mix(hashes ^ lengths.astype(np.uint64))
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(value ^ (value >> np.uint64(31)))
+def hash_ids(ids: Iterable[str]) -> np.ndarray:
+    """Python's 64-bit hash of each id, uint64 [N]: the same within a process alone, so it is never written."""
+    return np.fromiter(map(hash, ids), np.int64).view(np.uint64)
 
 
 def pair_keys(query_hash: np.ndarray, doc_hash: np.ndarray) -> np.ndarray:
     """One 64-bit key a pair, from the hashes of its two ids; (a, b) and (b, a) differ."""
-    return _mix(query_hash * np.uint64(0x9E3779B97F4A7C15) + doc_hash)
+    return query_hash * np.uint64(0x9E3779B97F4A7C15) + doc_hash
 
 
 class PairTable:
@@ -87,30 +64,32 @@ class PairTable:
     def __len__(self) -> int:
         return sum(len(keys) for keys, _ in self._segments)
 
-    def add(self, keys: np.ndarray, scores: np.ndarray) -> int:
-        """Add uint64 [N] keys and float32 [N] scores; returns how many were new."""
-        keys, first = np.unique(keys, return_index=True)
-        scores = np.asarray(scores, dtype=np.float32)[first]
-        new = np.isnan(self.find(keys))
-        keys, scores = keys[new], scores[new]
-        if len(keys):
-            self._segments.append((keys, scores))
+    def add(self, keys: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Add uint64 [N] keys and float32 [N] scores; returns which were new, bool [N]: of one that comes twice the
+        first."""
+        distinct, first = np.unique(keys, return_index=True)
+        fresh = np.isnan(self.find(distinct))
+        distinct, first = distinct[fresh], first[fresh]
+        if len(first):
+            self._segments.append((distinct, np.asarray(scores, dtype=np.float32)[first]))
         # Segments of rising size, each more than twice the next: N pairs are moved O(log N) times.
         while len(self._segments) > 1 and len(self._segments[-2][0]) < 2 * len(self._segments[-1][0]):
             right, left = self._segments.pop(), self._segments.pop()
             joined = np.concatenate([left[0], right[0]])
             order = np.argsort(joined, kind="stable")
             self._segments.append((joined[order], np.concatenate([left[1], right[1]])[order]))
-        return len(keys)
+        new = np.zeros(len(keys), dtype=bool)
+        new[first] = True
+        return new
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """float32 [N], NaN where a pair is not in the table."""
-        found = np.full(len(keys), np.nan, dtype=np.float32)
+        result = np.full(len(keys), np.nan, dtype=np.float32)
         for known, scores in self._segments:
             at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
             hit = known[at] == keys
-            found[hit] = scores[at[hit]]
-        return found
+            result[hit] = scores[at[hit]]
+        return result
 
 
 DELETE = "delete this file and run the same command again: only the pairs in it are scored once more"
@@ -135,18 +114,8 @@ def read_part(path: Path, metadata: Mapping[str, str] | None = None, fix: str = 
         raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RankdistillError(
-            f"the teacher scores cannot be read: {reason}",
-            where=str(path),
-            fix=fix,
-        ) from None
-    for name, wanted in (metadata or {}).items():
-        if own.get(name, wanted) != wanted:
-            raise RankdistillError(
-                f"these scores belong to another {name.replace('_', ' ')} ({own[name]}, not {wanted})",
-                where=str(path),
-                fix="score this collection with this teacher, or import scores made for it",
-            )
+        raise RankdistillError(f"the teacher scores cannot be read: {reason}", where=str(path), fix=fix) from None
+    _check_owner(own, metadata or {}, path)
     scores = table["score"].to_numpy()
     if table["query_id"].null_count or table["doc_id"].null_count:
         raise RankdistillError("the teacher scores have empty ids", where=str(path), fix=fix)
@@ -158,6 +127,24 @@ def read_part(path: Path, metadata: Mapping[str, str] | None = None, fix: str = 
             fix="delete this file and score again, with precision: fp32 if it comes back",
         )
     return table
+
+
+def _check_owner(own: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
+    """Refuse scores of another teacher, collection or kind, where they say whose they are."""
+    for name, value in expected.items():
+        if own.get(name, value) != value:
+            raise RankdistillError(
+                f"these scores belong to another {name.replace('_', ' ')} ({own[name]}, not {value})",
+                where=str(path),
+                fix="score this collection with this teacher, or import scores made for it",
+            )
+
+
+def _keys_of(table: pa.Table) -> np.ndarray:
+    """uint64 [N] of a part's pairs; a query's rows lie together, so its id is hashed once."""
+    queries = table["query_id"].combine_chunks().dictionary_encode()
+    hashes = hash_ids(queries.dictionary.to_pylist())[queries.indices.to_numpy()]
+    return pair_keys(hashes, hash_ids(table["doc_id"].to_pylist()))
 
 
 class TeacherScores:
@@ -199,16 +186,8 @@ class TeacherScores:
         Raises:
             RankdistillError: naming both.
         """
-        for name, own, wanted in (
-            ("collection", self.collection, collection),
-            ("score kind", self.score_kind, score_kind),
-        ):
-            if wanted is not None and own != wanted:
-                raise RankdistillError(
-                    f"these scores belong to another {name} ({own}, not {wanted})",
-                    where=str(self.path),
-                    fix="score this collection with this teacher, or import scores made for it",
-                )
+        expected = {"collection": collection, "score_kind": score_kind}
+        _check_owner(self.metadata, {name: value for name, value in expected.items() if value}, self.path)
         return self
 
     def __repr__(self) -> str:
@@ -232,10 +211,7 @@ class TeacherScores:
         for part in self.parts():
             if part.name not in self._read:
                 table = read_part(part, self.metadata)
-                columns = [table[name].combine_chunks() for name in ("query_id", "doc_id")]
-                # A query's rows lie together, so its id is hashed once.
-                keys = pair_keys(hash_ids(columns[0].dictionary_encode()), hash_ids(columns[1]))
-                self._table.add(keys, table["score"].to_numpy())
+                self._table.add(_keys_of(table), table["score"].to_numpy())
                 self._read.add(part.name)
 
     def missing(self, query_id: str, doc_ids: Sequence[str]) -> list[str]:
@@ -299,26 +275,21 @@ class TeacherScores:
         self._pending = {}
         self._columns = ([], [], [])
 
-    def __iter__(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """(query_id, doc_ids, scores) as written, part by part: a query may come in pieces, a pair comes only once."""
+    def _distinct(self) -> Iterator[pa.Table]:
+        """The parts, without the pairs that an earlier one has."""
         self.flush()
         seen = PairTable()
         for part in self.parts():
             table = read_part(part, self.metadata)
-            queries, documents = (table[name].combine_chunks() for name in ("query_id", "doc_id"))
-            keys = pair_keys(hash_ids(queries.dictionary_encode()), hash_ids(documents))
-            first = np.zeros(len(keys), dtype=bool)
-            first[np.unique(keys, return_index=True)[1]] = True
-            keep = np.flatnonzero(first & np.isnan(seen.find(keys)))
-            scores = table["score"].to_numpy()
-            seen.add(keys, scores)
-            names = queries.take(pa.array(keep)).to_pylist()
-            doc_ids = documents.take(pa.array(keep)).to_pylist()
-            start = 0
-            for end in range(1, len(names) + 1):
-                if end == len(names) or names[end] != names[start]:
-                    yield names[start], doc_ids[start:end], scores[keep[start:end]]
-                    start = end
+            yield table.filter(pa.array(seen.add(_keys_of(table), table["score"].to_numpy())))
+
+    def __iter__(self) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """(query_id, doc_ids, scores) as written, part by part: a query may come in pieces, a pair comes only once."""
+        for table in self._distinct():
+            queries, documents, scores = (*(table[name].to_pylist() for name in SCHEMA.names[:2]), table["score"])
+            for query_id, group in itertools.groupby(range(len(queries)), queries.__getitem__):
+                rows = list(group)
+                yield query_id, documents[rows[0] : rows[-1] + 1], scores[rows[0] : rows[-1] + 1].to_numpy()
 
     def export(self, file: str | Path, calibrator: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
         """Write all scores to one Parquet file that carries the fingerprints; returns the pairs written.
@@ -334,29 +305,16 @@ class TeacherScores:
             metadata |= {"score_kind": "probability", "teacher": fingerprint([self.teacher, str(calibrator)])}
         schema = SCHEMA.with_metadata(metadata)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        queries: list[str] = []
-        documents: list[str] = []
-        parts: list[np.ndarray] = []
         try:
             with disk_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-            with disk_errors(file), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-
-                def write() -> None:
-                    if queries:
-                        columns = [pa.array(queries), pa.array(documents), pa.array(np.concatenate(parts))]
-                        writer.write_table(pa.table(columns, schema=schema))
-                    for column in (queries, documents, parts):
-                        column.clear()
-
-                for query_id, doc_ids, scores in self:
-                    queries.extend([query_id] * len(doc_ids))
-                    documents.extend(doc_ids)
-                    parts.append(scores if calibrator is None else calibrator(scores).astype(np.float32))
-                    pairs += len(doc_ids)
-                    if len(queries) >= PART_PAIRS:
-                        write()
-                write()
+                with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                    for table in self._distinct():
+                        if calibrator is not None:
+                            scores = calibrator(table["score"].to_numpy()).astype(np.float32)
+                            table = table.set_column(2, SCHEMA.field("score"), pa.array(scores))
+                        writer.write_table(table.replace_schema_metadata(schema.metadata))
+                        pairs += len(table)
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
@@ -364,7 +322,7 @@ class TeacherScores:
 
 
 def _keys(query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
-    return pair_keys(hash_ids([query_id]), hash_ids(list(doc_ids)))
+    return pair_keys(hash_ids([query_id]), hash_ids(doc_ids))
 
 
 def _parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:

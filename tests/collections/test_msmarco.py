@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import pytest
 
 from rankdistill.collections import open_collection
-from rankdistill.collections.msmarco import Triple, read_triples, split_name, text_id
+from rankdistill.collections.msmarco import split_name, text_id
 from rankdistill.errors import RankdistillError
 
 COLLECTION = "0\tIron rusts in water.\n1\tCopper turns green.\n2\tGold\tis soft\n"
@@ -74,35 +73,13 @@ def test_split_names(name: str, split: str) -> None:
     assert split_name(Path(name)) == split
 
 
-def test_triples_by_id(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    collection = open_collection(f"msmarco:{folder}")
-    path = folder / "triples.ids.tsv"
-    path.write_text("10\t0\t1\n11\t1\t99\n11\t1\t2\n")
-    assert list(read_triples(path, collection)) == [Triple("10", "0", "1"), Triple("11", "1", "2")]
-    assert "1 of 3 triples" in capsys.readouterr().err
-    path.write_text("10\t0\t1\n11\t1\n")
-    with pytest.raises(RankdistillError, match=r"triples.ids.tsv:2"):
-        list(read_triples(path, collection))
-
-
-def test_triples_by_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    collection = open_collection(f"msmarco:{folder}")
-    path = folder / "triples.tsv.gz"
-    lines = "what rusts\tIron rusts in water.\tCopper turns green.\nwhat rusts\tIron rusts in water.\tnowhere\n"
-    path.write_bytes(gzip.compress(lines.encode()))
-    assert list(read_triples(path, collection)) == [Triple("10", "0", "1")]
-    assert "1 of 2 triples" in capsys.readouterr().err
-
-
 def test_triples_by_text_make_a_collection(tmp_path: Path) -> None:
     path = tmp_path / "triples.train.small.tsv"
     path.write_text("q one\tgood\tbad\nq one\tgood\tworse\nq two\tworse\tgood\n")
     collection = open_collection(f"msmarco:{tmp_path}")
     assert collection.document_texts(range(3)) == ["good", "bad", "worse"]
-    one, two, good, bad, worse = map(text_id, ("q one", "q two", "good", "bad", "worse"))
+    one, two, good, worse = map(text_id, ("q one", "q two", "good", "worse"))
     assert collection.qrels("train") == {one: {good: 1}, two: {worse: 1}}
-    expected = [Triple(one, good, bad), Triple(one, good, worse), Triple(two, worse, good)]
-    assert list(read_triples(path, collection)) == expected
     assert collection.problems == []
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from rankdistill.artifacts import open_artifact
 from rankdistill.collections import Collection, beir, open_collection, text_files
-from rankdistill.collections.msmarco import read_triples
 from rankdistill.collections.text_files import is_header, read_lines, read_qrels
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.compare import compare, read_judgments
@@ -75,8 +74,6 @@ def test_headers_of_runs_triples_and_texts(tmp_path: Path) -> None:
     (folder / "qrels.tsv").write_text("q1\td1\t1\n")
     collection = open_collection(f"msmarco:{folder}")
     assert (collection.doc_ids(range(2)), collection.query_ids()) == (["d1", "d2"], ["q1"])
-    triples.write_text("query\tpositive\tnegative\nq1\td1\td2\n")
-    assert [tuple(one) for one in read_triples(triples, collection)] == [("q1", "d1", "d2")]
 
 
 @pytest.mark.parametrize(
