@@ -18,7 +18,6 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.report import report
 from rankdistill.evaluation.report.data import read_run_data
 from rankdistill.evaluation.report.findings import ratio_interval
-from rankdistill.evaluation.report.html import embedded_json, tag
 from rankdistill.recipe import load_recipe
 from rankdistill.stages import Workspace
 
@@ -26,12 +25,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
+ZINC = f"Zinc {SCRIPT} keeps iron from rusting. </script> & <b>bold</b> zinc"
 HOSTILE = [
-    (
-        "zinc",
-        f"Zinc {SCRIPT} keeps iron from rusting. </script> & <b>bold</b> zinc",
-        f"zinc keeps iron from rust {SCRIPT}",
-    ),
+    ("zinc", ZINC, f"zinc keeps iron from rust {SCRIPT}"),
     ("tin", "Tin is a soft metal; old cans are made of it.", "soft metal of cans"),
     ("lead", "Lead is a heavy metal that keeps out rays.", "heavy metal against rays"),
     ("neon", "Neon is a gas that glows red in tubes.", "gas that glows red"),
@@ -82,23 +78,22 @@ def written(run: Path) -> Path:
     return report(run)
 
 
-def opened(browser: Browser, path: Path, **options: Any) -> Page:
+def opened(browser: Browser, path: Path, trouble: list[str] | None = None, **options: Any) -> Page:
+    """Notes in `trouble` errors of the console, and any request but that of the file."""
     page = browser.new_page(**options)
     page.set_default_timeout(180_000)  # a busy machine is slow, not wrong
+    noted = [] if trouble is None else trouble
+    page.on("console", lambda message: noted.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: noted.append(str(error)))
+    page.on("request", lambda sent: None if sent.url == path.as_uri() else noted.append(sent.url))
     page.goto(path.as_uri())
     return page
 
 
 @pytest.fixture
 def page(browser: Browser, written: Path) -> Iterator[Page]:
-    """The report as opened from disk; fails on an error of the console and on any request but that of the file."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(180_000)
     trouble: list[str] = []
-    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda sent: None if sent.url == written.as_uri() else trouble.append(sent.url))
-    page.goto(written.as_uri())
+    page = opened(browser, written, trouble, viewport={"width": 1280, "height": 900})
     yield page
     assert trouble == []
     page.close()
@@ -110,16 +105,13 @@ def per_query(run: Path, system: str, metric: str = "ndcg@10") -> dict[str, floa
     return {row["query_id"]: row[metric] for row in rows if row["system"] == system}
 
 
-def test_every_section_is_there(page: Page) -> None:
+def test_every_section_is_there_with_the_runs_figures(page: Page, run: Path) -> None:
     headings = page.locator("main h2").all_inner_texts()
     assert len(headings) == 11
     assert page.locator("main svg.chart").count() >= 5
     targets = page.eval_on_selector_all("nav a", "links => links.map(a => a.hash.slice(1))")
     assert all(page.locator(f"section#{name}").count() == 1 for name in targets)
     assert page.locator("#results tbody tr").first.inner_text().startswith("BM25")
-
-
-def test_figures_are_those_of_the_run(page: Page, run: Path) -> None:
     results = json.loads(next(run.glob("evaluation/*/results.json")).read_text())
     (one,) = results["sets"]
     table = page.locator("#results table.sortable").first
@@ -145,7 +137,7 @@ def test_markup_in_texts_stays_text(page: Page) -> None:
     assert page.title() == "tiny: distillation report"
 
 
-def test_nothing_of_the_page_may_fetch_or_run(page: Page, written: Path) -> None:
+def test_nothing_of_the_page_may_fetch_or_run(page: Page, browser: Browser, written: Path, tmp_path: Path) -> None:
     policy = page.locator("meta[http-equiv='Content-Security-Policy']").get_attribute("content")
     assert policy is not None and policy.startswith("default-src 'none'; ")
     assert "unsafe" not in policy and "http" not in policy and "file" not in policy
@@ -156,15 +148,12 @@ def test_nothing_of_the_page_may_fetch_or_run(page: Page, written: Path) -> None
     assert suspicious == []
     links = page.eval_on_selector_all("[href]", "all => all.map(one => one.getAttribute('href'))")
     assert links and all(link.startswith("#") for link in links)
-
-
-def test_a_script_that_was_smuggled_in_does_not_run(browser: Browser, written: Path, tmp_path: Path) -> None:
-    """The second line of defence: even markup in the page runs nothing."""
+    # The second line of defence: even markup that was smuggled in runs nothing.
     smuggled = tmp_path / "smuggled.html"
     smuggled.write_text(written.read_text().replace("<footer>", f"<footer>{SCRIPT}"))
-    page = opened(browser, smuggled)
-    assert page.title() == "tiny: distillation report"
-    page.close()
+    other = opened(browser, smuggled)
+    assert other.title() == "tiny: distillation report"
+    other.close()
 
 
 def column(page: Page, number: int) -> list[float]:
@@ -229,7 +218,7 @@ def test_a_query_opens_to_the_documents_with_their_labels(page: Page, run: Path)
     assert page.locator("tr.opened").count() == 0 and button.get_attribute("aria-expanded") == "false"
 
 
-def test_two_other_systems_can_be_compared(page: Page, run: Path) -> None:
+def test_two_other_systems_are_compared_and_a_point_leads_to_its_query(page: Page, run: Path) -> None:
     page.locator("#queries select").nth(0).select_option(label="BM25")
     page.locator("#queries select").nth(1).select_option(label="student, labels")
     a, b = per_query(run, "BM25"), per_query(run, "student, labels")
@@ -237,9 +226,6 @@ def test_two_other_systems_can_be_compared(page: Page, run: Path) -> None:
     assert f"is better on {better} queries" in page.locator("#queries .tally").inner_text()
     page.locator("#queries select").nth(3).select_option("better")
     assert page.locator("#queries tbody tr").count() == better
-
-
-def test_a_point_leads_to_its_query(page: Page) -> None:
     point = page.locator("#queries circle[data-query]").first
     row = point.get_attribute("data-query")
     point.click(force=True)
@@ -275,7 +261,7 @@ def test_a_phone_scrolls_down_only(browser: Browser, written: Path) -> None:
     page.close()
 
 
-def test_the_keyboard_reaches_the_report(page: Page) -> None:
+def test_the_keyboard_and_those_who_listen_reach_all_of_it(page: Page, run: Path) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
@@ -284,6 +270,10 @@ def test_the_keyboard_reaches_the_report(page: Page) -> None:
     )
     assert unlabelled == 0
     assert page.locator("svg.chart:not(:has(> title))").count() == 0
+    dev = json.loads((run / "student" / "manifest.json").read_text())["dev"]
+    best = max(dev, key=lambda step: (dev[step], -int(step)))
+    hints = page.eval_on_selector_all("#training .dot.best", "all => all.map(one => one.dataset.hint)")
+    assert any(hint.startswith(f"student, step {best}: ") and hint.endswith("(kept)") for hint in hints)
 
 
 def test_tables_to_paste_are_those_of_the_files(page: Page, run: Path, tmp_path: Path) -> None:
@@ -295,13 +285,6 @@ def test_tables_to_paste_are_those_of_the_files(page: Page, run: Path, tmp_path:
     assert r"\begin{tabular}" in (tmp_path / "t.tex").read_text()
     page.locator("#paste button.copy").first.click()
     page.wait_for_function("document.querySelector('#paste button.copy').textContent === 'Copied'")
-
-
-def test_the_curves_and_the_kept_checkpoint(page: Page, run: Path) -> None:
-    dev = json.loads((run / "student" / "manifest.json").read_text())["dev"]
-    best = max(dev, key=lambda step: (dev[step], -int(step)))
-    hints = page.eval_on_selector_all("#training .dot.best", "all => all.map(one => one.dataset.hint)")
-    assert any(hint.startswith(f"student, step {best}: ") and hint.endswith("(kept)") for hint in hints)
 
 
 # -- without a browser ------------------------------------------------------------------------------------------------
@@ -336,14 +319,6 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
     assert "no interval" in text
 
 
-def test_a_collection_that_is_gone_costs_the_texts_only(run: Path, tmp_path: Path) -> None:
-    moved = copy_of(run, tmp_path)
-    path = next(moved.glob("evaluation/*/results.json"))
-    path.write_text(path.read_text().replace("/facts", "/nowhere"))
-    text = report(moved).read_text()
-    assert "The texts are not shown" in text and "d-zinc" in text and "soft metal of cans" not in text
-
-
 def test_damaged_files_are_said_to_be(run: Path, tmp_path: Path) -> None:
     damaged = copy_of(run, tmp_path)
     folder = next(damaged.glob("evaluation/*/*/per_query.parquet")).parent
@@ -357,14 +332,15 @@ def test_damaged_files_are_said_to_be(run: Path, tmp_path: Path) -> None:
         report(damaged)
 
 
-def test_a_run_file_outside_the_evaluation_is_not_read(run: Path, tmp_path: Path) -> None:
-    """results.json may come from elsewhere: a path in it that leaves the folder is not followed."""
+def test_a_collection_that_is_gone_costs_the_texts_and_no_path_leaves_the_folder(run: Path, tmp_path: Path) -> None:
+    """results.json may come from elsewhere."""
     foreign = copy_of(run, tmp_path)
-    secret = tmp_path / "secret.trec"
-    secret.write_text("q-lead Q0 d-secret 1 1.0 x\n")
+    (tmp_path / "secret.trec").write_text("q-lead Q0 d-secret 1 1.0 x\n")
     path = next(foreign.glob("evaluation/*/results.json"))
-    path.write_text(path.read_text().replace("runs/BM25.trec", "../../../../secret.trec"))
+    results = path.read_text().replace("runs/BM25.trec", "../../../../secret.trec")
+    path.write_text(results.replace("/facts", "/nowhere"))
     text = report(foreign).read_text()
+    assert "The texts are not shown" in text and "d-zinc" in text and "soft metal of cans" not in text
     assert "d-secret" not in text and "The ranking of “BM25” is not there." in text
 
 
@@ -373,7 +349,7 @@ def test_wrong_folders_and_names(run: Path, tmp_path: Path) -> None:
         report(tmp_path)
     with pytest.raises(UsageError, match="no evaluation 'beir'"):
         report(run, suite="beir")
-    with pytest.raises(RankdistillError, match="this is a folder"):
+    with pytest.raises(UsageError, match="there is a folder here"):
         report(run, tmp_path)
     bare = copy_of(run, tmp_path)
     shutil.rmtree(bare / "evaluation")
@@ -422,25 +398,6 @@ def test_the_verb_prints_where_the_page_is(run: Path, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert ended.out.split() == [str(page)]
     assert page.read_text().startswith("<!doctype html>") and (tmp_path / "t.tex").is_file()
-
-
-def test_json_cannot_end_its_element() -> None:
-    value = ["</script><script>alert(1)</script>", "<!--", "\u2028", "a & b"]
-    text = embedded_json(value)
-    assert "<" not in text and "\u2028" not in text and json.loads(text) == value
-    with pytest.raises(ValueError):
-        embedded_json(float("nan"))
-
-
-def test_markup_is_made_by_tags_alone() -> None:
-    assert tag("p", {"title": 'a"b', "hidden": True, "id": None}, "<b>", tag("br")) == (
-        '<p title="a&quot;b" hidden>&lt;b&gt;<br></p>'
-    )
-    for name in ("style", "onclick", "a b"):
-        with pytest.raises(ValueError):
-            tag("p", {name: "x"})
-    with pytest.raises(ValueError):
-        tag("p><script", None)
 
 
 def test_the_page_has_bounds(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

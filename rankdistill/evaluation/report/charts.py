@@ -1,7 +1,7 @@
-"""Charts as inline SVG: drawn once, in the colours of the page, with a title and a description that are read aloud.
+"""Charts as elements of SVG, which the page's template writes out: a title and a description that are read aloud, and
+the colours of the page by class, so that one drawing serves light, dark and paper.
 
-Sizes are those of the drawing (viewBox); the page scales it. Colours come from the page's style by class, so that one
-drawing serves light, dark and paper. A mark has a shape of its own beside its colour.
+Sizes are those of the drawing (viewBox); the page scales it. A mark has a shape of its own beside its colour.
 """
 
 from __future__ import annotations
@@ -9,47 +9,66 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from rankdistill.evaluation.cost import pareto_front
-from rankdistill.evaluation.report.html import Attribute, Markup, join, tag
 
 WIDTH, HEIGHT = 460, 330
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
+LABELS = 150  # for the names beside a chart of systems
 CHARACTER = 6.3  # width of a character of a label
 SHAPES = {
-    "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0Z",
-    "square": "M-4.6,-4.6h9.2v9.2h-9.2Z",
-    "diamond": "M0,-6.4L6.4,0L0,6.4L-6.4,0Z",
-    "triangle": "M0,-6L5.8,4.6H-5.8Z",
-    "wedge": "M0,6L5.8,-4.6H-5.8Z",
-    "cross": "M-5.6,-2h3.6v-3.6h4v3.6h3.6v4h-3.6v3.6h-4v-3.6h-3.6Z",
-    "ring": "M-5.4,0a5.4,5.4 0 1,0 10.8,0a5.4,5.4 0 1,0 -10.8,0ZM-2.6,0a2.6,2.6 0 1,1 5.2,0a2.6,2.6 0 1,1 -5.2,0Z",
-    "hexagon": "M0,-6L5.2,-3V3L0,6L-5.2,3V-3Z",
+    "student": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0Z",
+    "index": "M0,-6L5.2,-3V3L0,6L-5.2,3V-3Z",
+    "teacher": "M0,-6.4L6.4,0L0,6.4L-6.4,0Z",
+    "bm25": "M0,-6L5.8,4.6H-5.8Z",
+    "first-stage": "M0,6L5.8,-4.6H-5.8Z",
+    "untrained": "M-5.4,0a5.4,5.4 0 1,0 10.8,0a5.4,5.4 0 1,0 -10.8,0ZM-2.6,0a2.6,2.6 0 1,1 5.2,0a2.6,2.6 0 1,1 -5.2,0Z",
+    "baseline": "M-4.6,-4.6h9.2v9.2h-9.2Z",
+    "other": "M-5.6,-2h3.6v-3.6h4v3.6h3.6v4h-3.6v3.6h-4v-3.6h-3.6Z",
 }
+Element = tuple[str, dict[str, Any], str]  # its name, attributes and text
 
 
 @dataclass
-class Point:
-    """A mark: where, what it is called, and the class (colour) and shape of its kind."""
+class Chart:
+    """A drawing of WIDTH × height."""
+
+    title: str
+    description: str
+    parts: list[Element]
+    height: int = HEIGHT
+    width: int = WIDTH
+
+
+class Point(NamedTuple):
+    """A mark: where, what it is called, the kind of system it stands for, what a pointer over it shows."""
 
     x: float
     y: float
     label: str
-    kind: str = "other"
-    shape: str = "circle"
+    kind: str
     hint: str = ""
 
 
-@dataclass
-class Series:
+class Series(NamedTuple):
     """A line: points in order of x; `marked` is the x of the one to stress."""
 
     label: str
     xs: list[float]
     ys: list[float]
-    kind: str = "other"
+    kind: str
     marked: float | None = None
+
+
+class Line(NamedTuple):
+    """A row of a chart of systems: marks at (value, kind, hint), and a line of class `style` between two values."""
+
+    label: str
+    marks: list[tuple[float, str, str]]
+    ends: Sequence[float] | None
+    style: str
 
 
 @dataclass
@@ -60,30 +79,41 @@ class Axis:
     high: float
     start: float
     end: float
+    ticks: list[float]
     log: bool = False
-    ticks: list[float] = field(default_factory=list)
 
     def __call__(self, value: float) -> float:
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
-        at = math.log10(value) if self.log else value
+        low, high, at = (math.log10(each) if self.log else each for each in (self.low, self.high, value))
         share = (at - low) / (high - low) if high > low else 0.5
         return round(self.start + share * (self.end - self.start), 1)
 
+    def text(self, value: float) -> str:
+        """A tick, with as many decimals as the step has, so that ticks stand under each other."""
+        step = min((b - a for a, b in itertools.pairwise(self.ticks)), default=1.0)
+        decimals = next((count for count in range(6) if abs(round(step, count) - step) < step * 1e-6), 6)
+        return f"{value:.{decimals}f}" if decimals and abs(value) < 1000 and not self.log else number(value)
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from below `low` to above `high`, about `count` of them."""
+
+def _axis(values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.04) -> Axis:
+    low, high = min(values), max(values)
+    margin = (high - low) * pad
+    ticks = _log_ticks(low, high) if log else _nice_ticks(low - margin if low else 0.0, high + margin)
+    return Axis(ticks[0], ticks[-1], start, end, ticks, log)
+
+
+def _nice_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from below `low` to above `high`, about five."""
     if not high > low:
         spread = abs(low) * 0.1 or 1.0
         low, high = low - spread, high + spread
-    rough = (high - low) / count
+    rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    places = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
+    return [round(place * step, 12) for place in places]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 of each power of ten around [low, high]; powers alone where that is many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 2 else (1,)
@@ -95,120 +125,58 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def number(value: float) -> str:
     """A number for people: 1,234, 12.3, 0.1234; powers of thousand as k, M, G."""
-    size = abs(value)
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):.3g}{name}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+    for unit, name, least in ((1e12, "T", 1e12), (1e9, "G", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
+        if abs(value) >= least:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _tick_text(ticks: Sequence[float]) -> Callable[[float], str]:
-    """The ticks of an axis with as many decimals as their step has, so that they stand under each other."""
-    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
-    decimals = next((count for count in range(6) if abs(round(step, count) - step) < step * 1e-6), 6)
-    return lambda value: f"{value:.{decimals}f}" if decimals and abs(value) < 1000 else number(value)
+# -- elements ---------------------------------------------------------------------------------------------------------
 
 
-def _axis(values: Sequence[float], start: float, end: float, log: bool = False, pad: float = 0.04) -> Axis:
-    low, high = min(values), max(values)
-    if log:
-        ticks = log_ticks(low, high)
-    else:
-        margin = (high - low) * pad
-        ticks = nice_ticks(low - margin if low else 0.0, high + margin)
-    return Axis(ticks[0], ticks[-1], start, end, log, ticks)
+def _element(name: str, style: str, text: str = "", **attributes: Any) -> Element:
+    """`text_anchor` is written text-anchor; what is None or "" is left out."""
+    known = {key.replace("_", "-"): value for key, value in attributes.items() if value not in (None, "")}
+    return name, {"class": style, **known}, text
 
 
-def _frame(
-    x: Axis,
-    y: Axis,
-    x_label: str,
-    y_label: str,
-    text: Callable[[float], str] | None = None,
-    height: int = HEIGHT,
-) -> Markup:
-    """Grid, ticks and the names of the axes."""
-    of_x, of_y = text or (number if x.log else _tick_text(x.ticks)), _tick_text(y.ticks)
+def mark(kind: str, x: float = 0, y: float = 0, hint: str = "") -> Element:
+    """The mark of a kind of system: the same in tables and charts."""
+    shape = SHAPES.get(kind, SHAPES["student"])
+    return _element("path", f"mark {kind}", d=shape, transform=f"translate({x:g},{y:g})", data_hint=hint)
+
+
+def _text(style: str, x: float, y: float, text: str, anchor: str = "middle", **more: Any) -> Element:
+    return _element("text", style, text, x=x, y=y, text_anchor=anchor, **more)
+
+
+def _line(style: str, x1: float, x2: float, y1: float, y2: float) -> Element:
+    return _element("line", style, x1=x1, x2=x2, y1=y1, y2=y2)
+
+
+def _across(
+    x: Axis, name: str, height: int, top: int = TOP, text: Callable[[float], str] | None = None
+) -> list[Element]:
+    """The grid, ticks and name of an axis from left to right."""
     bottom = height - BOTTOM
-    parts = []
-    for tick in y.ticks:
-        at = y(tick)
-        parts.append(tag("line", {"class": "grid", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": at, "y2": at}))
-        parts.append(tag("text", {"class": "tick", "x": LEFT - 7, "y": at + 4, "text-anchor": "end"}, of_y(tick)))
-    for tick in x.ticks:
-        at = x(tick)
-        parts.append(tag("line", {"class": "grid", "x1": at, "x2": at, "y1": TOP, "y2": bottom}))
-        parts.append(tag("text", {"class": "tick", "x": at, "y": bottom + 17, "text-anchor": "middle"}, of_x(tick)))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(tag("text", {"class": "axis", "x": middle, "y": height - 8, "text-anchor": "middle"}, x_label))
-    at = (TOP + bottom) / 2
-    turned = {"class": "axis", "text-anchor": "middle", "transform": f"translate(11,{at:.0f}) rotate(-90)"}
-    return join(parts, tag("text", turned, y_label))
+    parts = [_line("grid", x(tick), x(tick), top, bottom) for tick in x.ticks]
+    parts += [_text("tick", x(tick), bottom + 17, (text or x.text)(tick)) for tick in x.ticks]
+    return [*parts, _text("axis", (x.start + x.end) / 2, height - 8, name)]
 
 
-def _svg(title: str, description: str, *content: Markup, height: int = HEIGHT) -> Markup:
-    return tag(
-        "svg",
-        {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "class": "chart"},
-        tag("title", None, title),
-        tag("desc", None, description),
-        *content,
-    )
+def _upwards(y: Axis, name: str) -> list[Element]:
+    parts = [_line("grid", LEFT, WIDTH - RIGHT, y(tick), y(tick)) for tick in y.ticks]
+    parts += [_text("tick", LEFT - 7, y(tick) + 4, y.text(tick), "end") for tick in y.ticks]
+    turned = f"translate(11,{(y.start + y.end) / 2:.0f}) rotate(-90)"
+    return [*parts, _element("text", "axis", name, text_anchor="middle", transform=turned)]
 
 
-def mark(kind: str, shape: str, x: float = 0, y: float = 0, hint: str = "", extra: str = "") -> Markup:
-    """One mark of a kind, with what a pointer over it shows."""
-    values = {
-        "class": f"mark {kind} {extra}".strip(),
-        "d": SHAPES.get(shape, SHAPES["circle"]),
-        "transform": f"translate({x:g},{y:g})" if x or y else None,
-        "data-hint": hint or None,
-    }
-    return tag("path", values)
-
-
-def _placed_labels(points: Sequence[Point], x: Axis, y: Axis, front: Sequence[Point]) -> Markup:
-    """A name beside each mark where there is room: right, left, above or below; else none (the table has it)."""
-    taken = [(x(p.x) - 7, y(p.y) - 7, x(p.x) + 7, y(p.y) + 7) for p in points]
-    parts = []
-    for one in points:
-        at_x, at_y, width = x(one.x), y(one.y), len(one.label) * CHARACTER
-        places = [
-            (at_x + 10, at_y + 4, "start"),
-            (at_x - 10, at_y + 4, "end"),
-            (at_x, at_y - 11, "middle"),
-            (at_x, at_y + 20, "middle"),
-            (at_x + 9, at_y - 9, "start"),
-            (at_x - 9, at_y - 9, "end"),
-            (at_x + 9, at_y + 17, "start"),
-            (at_x - 9, at_y + 17, "end"),
-        ]
-        if one in front:  # the line of the front leaves a mark to the right and comes from below
-            places = [*places[4:6], places[2], places[1], *places[6:], places[3], places[0]]
-        for left, base, anchor in places:
-            start = left - {"start": 0, "end": width, "middle": width / 2}[anchor]
-            box = (start, base - 10, start + width, base + 3)
-            inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 6
-            own = (at_x - 7, at_y - 7, at_x + 7, at_y + 7)
-            if inside and not any(_overlap(box, other) for other in taken if other != own):
-                taken.append(box)
-                values: dict[str, Attribute] = {"class": "label", "x": left, "y": base, "text-anchor": anchor}
-                parts.append(tag("text", values, one.label))
-                break
-    return join(parts)
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+# -- charts -----------------------------------------------------------------------------------------------------------
 
 
 def trade_off(
-    points: Sequence[Point],
-    title: str,
-    x_label: str,
-    y_label: str,
-    text: Callable[[float], str] = number,
-) -> Markup:
+    points: Sequence[Point], title: str, x_label: str, y_label: str, text: Callable[[float], str] = number
+) -> Chart:
     """Quality (up) against a cost (right, logarithmic); the front is joined by steps."""
     x = _axis([point.x for point in points], LEFT, WIDTH - RIGHT, log=True)
     y = _axis([point.y for point in points], HEIGHT - BOTTOM, TOP, pad=0.12)
@@ -216,56 +184,67 @@ def trade_off(
     on_front = pareto_front(values, maximise=["quality"], minimise=["cost"])
     front = sorted((points[int(row)] for row in on_front), key=lambda point: (point.x, point.y))
     way = f"M{x(front[0].x):g},{y(front[0].y):g}"
-    for one in front[1:]:
-        way += f"H{x(one.x):g}V{y(one.y):g}"
+    way += "".join(f"H{x(point.x):g}V{y(point.y):g}" for point in front[1:])
     described = "; ".join(f"{point.label}: {text(point.x)}, {point.y:.4f}" for point in points)
-    return _svg(
-        title,
-        f"Front: {', '.join(point.label for point in front)}. {described}.",
-        _frame(x, y, x_label, y_label, text),
-        tag("path", {"class": "front", "d": f"{way}H{WIDTH - RIGHT}"}),
+    parts = [
+        *_upwards(y, y_label),
+        *_across(x, x_label, HEIGHT, text=text),
+        _element("path", "front", d=f"{way}H{WIDTH - RIGHT}"),
         # The student last: an exact index of it has the very same place.
-        *(mark(p.kind, p.shape, x(p.x), y(p.y), p.hint) for p in sorted(points, key=lambda p: p.kind == "student")),
-        _placed_labels(points, x, y, front),
-    )
+        *(mark(p.kind, x(p.x), y(p.y), p.hint) for p in sorted(points, key=lambda p: p.kind == "student")),
+        *_labels([(x(p.x), y(p.y), p.label, p in front) for p in points]),
+    ]
+    return Chart(title, f"Front: {', '.join(point.label for point in front)}. {described}.", parts)
 
 
-def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, height: int = 260) -> Markup:
+def _labels(marks: Sequence[tuple[float, float, str, bool]]) -> list[Element]:
+    """A name beside each mark (x, y, name, on the front?) where there is room; else none (the table has it)."""
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _, _ in marks]
+    parts = []
+    for row, (x, y, label, on_front) in enumerate(marks):
+        width = len(label) * CHARACTER
+        right, left, above, below = (10, 4, "start"), (-10, 4, "end"), (0, -11, "middle"), (0, 20, "middle")
+        higher, lower = [(9, -9, "start"), (-9, -9, "end")], [(9, 17, "start"), (-9, 17, "end")]
+        places = [right, left, above, below, *higher, *lower]
+        if on_front:  # the line of the front leaves a mark to the right and comes from below
+            places = [*higher, above, left, *lower, below, right]
+        for right_by, down_by, anchor in places:
+            start = x + right_by - {"start": 0, "end": width, "middle": width / 2}[anchor]
+            box = (start, y + down_by - 10, start + width, y + down_by + 3)
+            inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 6
+            if inside and not any(_overlap(box, other) for at, other in enumerate(taken) if at != row):
+                taken.append(box)
+                parts.append(_text("label", x + right_by, y + down_by, label, anchor))
+                break
+    return parts
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, height: int = 260) -> Chart:
     """Lines over steps; the stressed point of a line has a ring and its name."""
-    x = _axis([at for one in series for at in one.xs], LEFT, WIDTH - RIGHT, pad=0.0)
-    x.low, x.high = min(at for one in series for at in one.xs), max(at for one in series for at in one.xs)
-    if x.low == x.high:
-        x.high = x.low + 1
+    steps = [step for each in series for step in each.xs]
+    x = _axis(steps, LEFT, WIDTH - RIGHT, pad=0.0)
+    x.low, x.high = min(steps), max(max(steps), min(steps) + 1)
     x.ticks = [tick for tick in x.ticks if x.low <= tick <= x.high]
-    y = _axis([at for one in series for at in one.ys], height - BOTTOM, TOP, pad=0.08)
-    parts = [_frame(x, y, x_label, y_label, height=height)]
-    for one in series:
-        places = [(x(a), y(b)) for a, b in zip(one.xs, one.ys, strict=True)]
-        parts.append(
-            tag("polyline", {"class": f"curve {one.kind}", "points": " ".join(f"{a:g},{b:g}" for a, b in places)})
-        )
-        few = len(one.xs) <= 40
-        for (a, b), at, value in zip(places, one.xs, one.ys, strict=True):
-            best = at == one.marked
-            hint = f"{one.label}, step {at:,.0f}: {number(value)}{' (kept)' if best else ''}"
-            parts.append(
-                tag(
-                    "circle",
-                    {
-                        "class": f"dot {one.kind}{' best' if best else ''}{'' if few or best else ' faint'}",
-                        "cx": a,
-                        "cy": b,
-                        "r": 6 if best else 3,
-                        "data-hint": hint,
-                    },
-                )
-            )
-    described = "; ".join(
-        f"{one.label} from {number(one.ys[0])} to {number(one.ys[-1])}"
-        + (f", kept: step {one.marked:,.0f}" if one.marked is not None else "")
-        for one in series
-    )
-    return _svg(title, described, *parts, height=height)
+    y = _axis([value for each in series for value in each.ys], height - BOTTOM, TOP, pad=0.08)
+    parts = [*_upwards(y, y_label), *_across(x, x_label, height)]
+    described = []
+    for each in series:
+        places = list(zip(each.xs, each.ys, strict=True))
+        way = " ".join(f"{x(step):g},{y(value):g}" for step, value in places)
+        parts.append(_element("polyline", f"curve {each.kind}", points=way))
+        for step, value in places:
+            best = step == each.marked
+            style = "best" if best else "" if len(places) <= 40 else "faint"
+            hint = f"{each.label}, step {step:,.0f}: {number(value)}{' (kept)' if best else ''}"
+            style = f"dot {each.kind} {style}".strip()
+            parts.append(_element("circle", style, cx=x(step), cy=y(value), r=6 if best else 3, data_hint=hint))
+        kept = "" if each.marked is None else f", kept: step {each.marked:,.0f}"
+        described.append(f"{each.label} from {number(each.ys[0])} to {number(each.ys[-1])}{kept}")
+    return Chart(title, "; ".join(described), parts, height)
 
 
 def cloud(
@@ -273,94 +252,41 @@ def cloud(
     title: str,
     x_label: str,
     y_label: str,
+    description: str,
     *,
     equal: bool = True,
-    description: str = "",
-) -> Markup:
+) -> Chart:
     """Many small marks (x, y, hint, key, how many: its area), with the diagonal where both axes have one scale."""
     xs, ys = [point[0] for point in points], [point[1] for point in points]
-    both = xs + ys if equal else None
-    x = _axis(both or xs, LEFT, WIDTH - RIGHT, pad=0.0 if equal else 0.04)
-    y = _axis(both or ys, HEIGHT - BOTTOM, TOP, pad=0.0 if equal else 0.04)
-    parts = [_frame(x, y, x_label, y_label)]
+    pad = 0.0 if equal else 0.04
+    x = _axis(xs + ys if equal else xs, LEFT, WIDTH - RIGHT, pad=pad)
+    y = _axis(xs + ys if equal else ys, HEIGHT - BOTTOM, TOP, pad=pad)
+    parts = [*_upwards(y, y_label), *_across(x, x_label, HEIGHT)]
     if equal:
-        ends = {"x1": x(x.low), "y1": y(y.low), "x2": x(x.high), "y2": y(y.high)}
-        parts.append(tag("line", {"class": "diagonal", **ends}))
+        parts.append(_line("diagonal", x(x.low), x(x.high), y(y.low), y(y.high)))
     for a, b, hint, key, count in points:
         side = "even" if not equal or a == b else "above" if b > a else "below"
-        values: dict[str, Attribute] = {
-            "class": f"speck {side}",
-            "cx": x(a),
-            "cy": y(b),
-            "r": round(min(13.0, 3.4 * count**0.5), 1),
-        }
-        parts.append(tag("circle", {**values, "data-hint": hint or None, "data-query": key or None}))
-    return _svg(title, description, *parts)
+        radius = round(min(13.0, 3.4 * count**0.5), 1)
+        parts.append(_element("circle", f"speck {side}", cx=x(a), cy=y(b), r=radius, data_hint=hint, data_query=key))
+    return Chart(title, description, parts)
 
 
-def intervals(
-    rows: Sequence[tuple[Point, float | None, float | None]], title: str, x_label: str, label_width: int = 150
-) -> Markup:
-    """One line a system: its mean and the interval around it."""
-    height = 26 * len(rows) + 50
-    values = [value for point, low, high in rows for value in (point.x, low, high) if value is not None]
-    ticks = nice_ticks(min(values), max(values), 4)
-    x = Axis(ticks[0], ticks[-1], label_width, WIDTH - RIGHT, False, ticks)
-    parts = []
-    for tick in ticks:
-        at = x(tick)
-        parts.append(tag("line", {"class": "grid", "x1": at, "x2": at, "y1": 8, "y2": height - 40}))
-        parts.append(
-            tag("text", {"class": "tick", "x": at, "y": height - 25, "text-anchor": "middle"}, _tick_text(ticks)(tick))
-        )
-    for row, (point, low, high) in enumerate(rows):
-        at = 8 + 26 * row + 13
-        label: dict[str, Attribute] = {"class": "label", "x": label_width - 12, "y": at + 4, "text-anchor": "end"}
-        parts.append(tag("text", label, _short(point.label, int((label_width - 12) / CHARACTER))))
-        if low is not None and high is not None:
-            parts.append(
-                tag("line", {"class": f"whisker {point.kind}", "x1": x(low), "x2": x(high), "y1": at, "y2": at})
-            )
-        parts.append(mark(point.kind, point.shape, x(point.x), at, point.hint))
-    middle = (label_width + WIDTH - RIGHT) / 2
-    parts.append(tag("text", {"class": "axis", "x": middle, "y": height - 6, "text-anchor": "middle"}, x_label))
-    described = "; ".join(point.hint for point, _, _ in rows)
-    return _svg(title, described, *parts, height=height)
-
-
-def dumbbells(
-    rows: Sequence[tuple[str, str, float, float]], title: str, x_label: str, names: tuple[str, str], width: int = 150
-) -> Markup:
-    """One line a system (label, kind, first, second): two values and the way between them."""
-    height = 28 * len(rows) + 74
-    ticks = nice_ticks(min(min(row[2:]) for row in rows), max(max(row[2:]) for row in rows), 4)
-    x = Axis(ticks[0], ticks[-1], width, WIDTH - RIGHT, False, ticks)
-    parts = []
-    for column, (name, style) in enumerate(zip(names, ("first", "second"), strict=True)):
-        left = width + column * 130
-        parts.append(tag("circle", {"class": f"end {style}", "cx": left + 5, "cy": 10, "r": 5}))
-        parts.append(tag("text", {"class": "label", "x": left + 16, "y": 14}, name))
-    for tick in ticks:
-        at = x(tick)
-        parts.append(tag("line", {"class": "grid", "x1": at, "x2": at, "y1": 28, "y2": height - 40}))
-        parts.append(
-            tag("text", {"class": "tick", "x": at, "y": height - 25, "text-anchor": "middle"}, _tick_text(ticks)(tick))
-        )
-    for row, (label, _, first, second) in enumerate(rows):
-        at = 28 + 28 * row + 14
-        place: dict[str, Attribute] = {"class": "label", "x": width - 12, "y": at + 4, "text-anchor": "end"}
-        parts.append(tag("text", place, _short(label, int((width - 12) / CHARACTER))))
-        parts.append(tag("line", {"class": "way", "x1": x(first), "x2": x(second), "y1": at, "y2": at}))
-        for value, name, style in ((first, names[0], "first"), (second, names[1], "second")):
-            hint = f"{label}, {name}: {value:.4f}"
-            parts.append(
-                tag("circle", {"class": f"end {style}", "cx": x(value), "cy": at, "r": 5.5, "data-hint": hint})
-            )
-    middle = (width + WIDTH - RIGHT) / 2
-    parts.append(tag("text", {"class": "axis", "x": middle, "y": height - 6, "text-anchor": "middle"}, x_label))
-    described = "; ".join(f"{label}: {first:.4f} and {second:.4f}" for label, _, first, second in rows)
-    return _svg(title, f"{names[0]} and {names[1]}. {described}", *parts, height=height)
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+def by_system(rows: Sequence[Line], title: str, x_label: str, description: str, legend: Sequence[str] = ()) -> Chart:
+    """One line a system. `legend`: kinds of marks that are named above the chart."""
+    top = 8 + 20 * bool(legend)
+    height = 27 * len(rows) + top + BOTTOM
+    values = [value for row in rows for value in [*(value for value, _, _ in row.marks), *(row.ends or ())]]
+    x = _axis(values, LABELS, WIDTH - RIGHT, pad=0.0)
+    parts = _across(x, x_label, height, top)
+    for column, kind in enumerate(legend):
+        left = LABELS + column * 130
+        parts += [mark(kind, left + 5, 10), _text("label", left + 16, 14, kind, "start")]
+    most = int((LABELS - 12) / CHARACTER)
+    for row, line in enumerate(rows):
+        at = top + 27 * row + 13
+        label = line.label if len(line.label) <= most else line.label[: most - 1].rstrip() + "…"
+        parts.append(_text("label", LABELS - 12, at + 4, label, "end"))
+        if line.ends:
+            parts.append(_line(line.style, x(line.ends[0]), x(line.ends[1]), at, at))
+        parts += [mark(kind, x(value), at, hint) for value, kind, hint in line.marks]
+    return Chart(title, description, parts, height)

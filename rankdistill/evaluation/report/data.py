@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,38 +15,36 @@ import pyarrow.parquet as pq
 from rankdistill.artifacts import Artifact
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
-from rankdistill.evaluation.significance import Significance
+from rankdistill.evaluation.significance import Comparison, Significance
 from rankdistill.recipe import Recipe, check_values, read_yaml
 from rankdistill.students.provenance import check_student
 
-TEACHER = "teacher"
-BM25 = "BM25"
+TEACHER, BM25 = "teacher", "BM25"
+AGAIN = "rankdistill evaluate {}, then report"
 
 
-@dataclass
-class PerQuery:
-    """The values of each query: `values[system][metric]` is float64 [queries], NaN where it has none."""
-
-    query_ids: list[str]
-    values: dict[str, dict[str, np.ndarray]]
-
-    def mean_of(self, system: str, metric: str) -> np.ndarray | None:
-        found = self.values.get(system, {}).get(metric)
-        return None if found is None or np.isnan(found).any() else found
+def is_number(value: object) -> TypeGuard[float]:
+    """A finite or infinite number; no NaN, no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 @dataclass
 class SetData:
-    """One set of the suite with everything measured on it."""
+    """One set of the suite with everything measured on it.
+
+    Attributes:
+        query_ids: rows of `per_query`: system → metric → float64 [queries], NaN where a query has no value.
+        fidelity_queries: system → measure → query → value.
+    """
 
     evaluation: Evaluation
     folder: Path
-    per_query: PerQuery | None = None
-    significance: dict[str, Any] | None = None
-    fidelity: dict[str, Any] | None = None
-    fidelity_queries: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # system → measure → query
-    extrapolation: dict[str, Any] | None = None
-    cost: dict[str, Any] | None = None
+    query_ids: list[str] = field(default_factory=list)
+    per_query: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    fidelity: dict[str, Any] = field(default_factory=dict)
+    fidelity_queries: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    extrapolation: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,12 +54,54 @@ class SetData:
     def systems(self) -> list[str]:
         return [row.system for row in self.evaluation.rows]
 
+    @property
+    def queries(self) -> int:
+        return self.evaluation.rows[0].notes.get("queries", 0) if self.evaluation.rows else 0
+
+    @property
+    def same_queries(self) -> list[dict[str, Any]]:
+        """The teacher's time against others', on the same queries."""
+        return self.cost.get("same_queries") or []
+
     def row(self, system: str) -> Row | None:
         return next((row for row in self.evaluation.rows if row.system == system), None)
 
+    def score(self, system: str, metric: str) -> float | None:
+        row = self.row(system)
+        return None if row is None else row.means.get(metric)
+
     def cost_of(self, system: str) -> dict[str, Any]:
-        found = ((self.cost or {}).get("systems") or {}).get(system)
-        return found if isinstance(found, dict) else {}
+        """What was measured of a system; else what its row knows."""
+        row, measured = self.row(system), (self.cost.get("systems") or {}).get(system)
+        known = {
+            "bytes": row.bytes if row else None,
+            "batch_queries_per_second": row.queries_per_second if row else None,
+            "parameters": row.parameters if row else None,
+        }
+        measured = {name: value for name, value in measured.items() if value} if isinstance(measured, dict) else {}
+        return {name: value for name, value in (known | measured).items() if value}
+
+    def latency(self, system: str, percentile: str = "p50", part: str = "total_ms") -> float | None:
+        """Milliseconds of single queries."""
+        return (self.cost_of(system).get(part) or {}).get(percentile)
+
+    def rate(self, system: str) -> float | None:
+        """Queries a second, in batches."""
+        return self.cost_of(system).get("batch_queries_per_second")
+
+    def interval(self, system: str, metric: str) -> list[float] | None:
+        """95 % interval of a mean."""
+        significance, row = self.evaluation.significance, self.row(system)
+        ends = significance.intervals.get(system, {}).get(metric) if significance else None
+        ends = ends or (row.intervals.get(metric) if row else None)
+        return ends if ends and None not in ends else None
+
+    def comparison(self, a: str | None, b: str | None, metric: str) -> Comparison | None:
+        """a − b, None where the pair was not compared."""
+        try:
+            return self.evaluation.significance.of(str(a), str(b), metric) if self.evaluation.significance else None
+        except KeyError:
+            return None
 
 
 @dataclass
@@ -71,6 +111,25 @@ class StudentData:
     name: str
     log: list[dict[str, Any]]
     manifest: dict[str, Any]
+
+    @property
+    def dev(self) -> dict[float, float]:
+        """Step → dev metric."""
+        return {float(step): float(value) for step, value in (self.manifest.get("dev") or {}).items()}
+
+    @property
+    def kept_step(self) -> float | None:
+        return max(self.dev, key=lambda step: (self.dev[step], -step), default=None)
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a key of the log; of a step logged twice (after a restart) the later value counts."""
+        values = {
+            float(entry["step"]): float(entry[key])
+            for entry in self.log
+            if is_number(entry.get(key)) and np.isfinite(entry[key])
+        }
+        steps = sorted(values)
+        return steps, [values[step] for step in steps]
 
 
 @dataclass
@@ -96,29 +155,33 @@ class RunData:
         return self.suite.metrics[0]
 
     def kind(self, system: str) -> str:
-        return kind_of(system, self.recipe)
+        """What a row of the table is: student, teacher, bm25, first-stage, untrained, baseline, index or other."""
+        if system in (TEACHER, BM25):
+            return system.lower()
+        if system.startswith(("first stage", "encoder: ")):
+            return "first-stage"
+        head, _, tail = system.partition(", ")
+        if head != "student":
+            return "other"
+        if tail in (self.recipe.get("baselines") or {}):
+            return "baseline"
+        return {"": "student", "distilled": "student", "untrained": "untrained"}.get(tail, "index")
+
+    def of_kind(self, kind: str) -> str | None:
+        """The first system of a kind."""
+        return next((name for test_set in self.sets for name in test_set.systems if self.kind(name) == kind), None)
 
     @property
     def student(self) -> str | None:
-        """The row of the student itself."""
-        names = [name for one in self.sets for name in one.systems]
-        return next((name for name in names if self.kind(name) == "student"), None)
+        return self.of_kind("student")
 
-
-def kind_of(system: str, recipe: Mapping[str, Any]) -> str:
-    """What a row of the table is: student, teacher, bm25, first-stage, untrained, baseline, index or other."""
-    if system == TEACHER:
-        return "teacher"
-    if system == BM25:
-        return "bm25"
-    if system.startswith(("first stage", "encoder: ")):
-        return "first-stage"
-    head, _, tail = system.partition(", ")
-    if head != "student":
-        return "other"
-    if tail in (recipe.get("baselines") or {}):
-        return "baseline"
-    return {"": "student", "distilled": "student", "untrained": "untrained"}.get(tail, "index")
+    def quality(self, system: str | None) -> float | None:
+        """The headline figure of a system: of the one set, or the macro average over all."""
+        if system is None:
+            return None
+        if len(self.sets) == 1:
+            return self.sets[0].score(system, self.metric)
+        return self.suite.macro.get(system, {}).get(self.metric)
 
 
 def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
@@ -129,87 +192,67 @@ def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
         suite: the name of an evaluation; default the recipe's, else the one written last.
 
     Raises:
-        RankdistillError: this is no run, or it has not been evaluated.
+        RankdistillError: this is no run, it has not been evaluated, or its students are not its recipe's or those that
+            were evaluated.
         UsageError: it has no evaluation of that name.
     """
     folder = Path(folder)
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         raise RankdistillError("this is no run", where=str(folder), fix="give the folder that `rankdistill run` wrote")
-    recipe = read_yaml(saved)
+    values = read_yaml(saved)
     missing: list[str] = []
-    chosen = _chosen(folder, recipe, suite, missing)
+    chosen = _chosen(folder, values, suite, missing)
     evaluated = _suite(chosen)
-    sets = [_set(chosen, one, missing) for one in evaluated.sets]
-    _check_students(folder, recipe, evaluated)
-    trained = [_student(name, path, missing) for name, path in _student_folders(folder, recipe)]
-    students = [one for one in trained if one is not None]
-    times = _json(folder / "times.json", missing, "how long the stages took (times.json)") or {}
+    sets = [_set(chosen, test_set, missing) for test_set in evaluated.sets]
+    recipe = check_values(Recipe, values, str(saved))
+    names = ["student", *recipe.baselines]
+    students = [each for name in names if (each := _student(folder, name, recipe, evaluated, missing)) is not None]
+    times = _json(folder / "times.json", missing, "how long the stages took (times.json)")
     manifests = {
-        str(path.parent.relative_to(folder)): found
+        str(path.parent.relative_to(folder)): manifest
         for path in sorted([*folder.glob("*/manifest.json"), *folder.glob("*/*/manifest.json")])
-        if (found := _json(path, missing, f"{path.relative_to(folder)}"))
+        if (manifest := _json(path, missing, f"{path.relative_to(folder)}"))
     }
     missing += [f"the set {entry['set']} was not evaluated: {entry['reason']}" for entry in evaluated.missing]
-    return RunData(folder, dict(recipe), evaluated, sets, students, times, manifests, missing)
-
-
-def _check_students(folder: Path, values: Mapping[str, Any], evaluated: SuiteEvaluation) -> None:
-    """Refuse a page that shows students under a recipe, or figures of students, that are not theirs."""
-    recipe = check_values(Recipe, values, str(folder / "recipe.yaml"))
-    for name, path in _student_folders(folder, values):
-        manifest = _json(path / "manifest.json", [], "")  # what is absent or damaged is noted elsewhere
-        if manifest is None or "fingerprint" not in manifest:
-            continue
-        student = Artifact(path, manifest)
-        check_student(student, recipe if name == "student" else recipe.baseline(name), folder)
-        if evaluated.students.get(name, student.fingerprint) != student.fingerprint:
-            raise RankdistillError(
-                f"the student {name!r} was trained again after this evaluation",
-                where=str(evaluated.path),
-                fix=f"rankdistill evaluate {folder}, then report",
-            )
+    return RunData(folder, dict(values), evaluated, sets, students, times, manifests, missing)
 
 
 def _chosen(folder: Path, recipe: Mapping[str, Any], suite: str | None, missing: list[str]) -> Path:
-    found = {path.parent.name: path for path in sorted((folder / "evaluation").glob("*/results.json"))}
-    if not found:
-        raise RankdistillError(
-            "the run has not been evaluated", where=str(folder), fix=f"rankdistill evaluate {folder}, then report"
-        )
-    own = Path(str((recipe.get("evaluation") or {}).get("suite", ""))).stem
-    if suite is not None:
-        name = Path(suite).stem
-        if name not in found:
-            raise UsageError(f"the run has no evaluation {name!r}", where=str(folder), fix=f"it has {', '.join(found)}")
-    else:
-        name = own if own in found else max(found, key=lambda one: found[one].stat().st_mtime)
-    others = [one for one in found if one != name]
+    there = {path.parent.name: path for path in sorted((folder / "evaluation").glob("*/results.json"))}
+    if not there:
+        raise RankdistillError("the run has not been evaluated", where=str(folder), fix=AGAIN.format(folder))
+    name = Path(suite or str((recipe.get("evaluation") or {}).get("suite", ""))).stem
+    if name not in there:
+        if suite is not None:
+            raise UsageError(f"the run has no evaluation {name!r}", where=str(folder), fix=f"it has {', '.join(there)}")
+        name = max(there, key=lambda each: there[each].stat().st_mtime)
+    others = [each for each in there if each != name]
     if others:
         missing.append(
             f"this page shows the evaluation {name}; the run also has {', '.join(others)} (--suite {others[0]})"
         )
-    return found[name].parent
+    return there[name].parent
 
 
-def _json(path: Path, missing: list[str], what: str) -> dict[str, Any] | None:
-    """A JSON object; None, with a note, when it is absent or damaged."""
+def _json(path: Path, missing: list[str], what: str) -> dict[str, Any]:
+    """A JSON object; {}, with a note, when it is absent or damaged."""
     if not path.is_file():
         missing.append(f"{what} is not there")
-        return None
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         missing.append(f"{what} cannot be read: {error}")
-        return None
-    return found
+        return {}
+    return values
 
 
 def _known(model: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a dataclass has fields for: files of other versions may hold more."""
-    names = {one.name for one in fields(model)}
+    names = {each.name for each in fields(model)}
     return {name: value for name, value in values.items() if name in names}
 
 
@@ -218,9 +261,9 @@ def _suite(folder: Path) -> SuiteEvaluation:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         sets = []
-        for one in values["sets"]:
-            rows = [Row(**_known(Row, row)) for row in one["rows"]]
-            sets.append(Evaluation(**{**_known(Evaluation, one), "rows": rows}))
+        for each in values["sets"]:
+            rows = [Row(**_known(Row, row)) for row in each["rows"]]
+            sets.append(Evaluation(**{**_known(Evaluation, each), "rows": rows}))
         return SuiteEvaluation(**{**_known(SuiteEvaluation, values), "sets": sets, "path": folder})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RankdistillError(
@@ -229,75 +272,70 @@ def _suite(folder: Path) -> SuiteEvaluation:
 
 
 def _set(suite: Path, evaluation: Evaluation, missing: list[str]) -> SetData:
-    folder = suite / re.sub(r"[^\w.+-]+", "-", evaluation.name)  # as `evaluate_suite` names it
-    one = SetData(evaluation, folder)
     of = evaluation.name
-    one.per_query = _per_query(folder / "per_query.parquet", evaluation, missing)
-    one.significance = _json(folder / "significance.json", missing, f"{of}: significance and intervals")
-    one.fidelity = _json(folder / "fidelity.json", missing, f"{of}: agreement of student and teacher (fidelity)")
-    one.extrapolation = _json(folder / "extrapolation.json", missing, f"{of}: interpolation against extrapolation")
-    one.cost = _json(folder / "cost.json", missing, f"{of}: latency of single queries, memory (cost)")
-    if one.significance is not None:
-        try:
-            evaluation.significance = Significance.from_json(one.significance)
-        except (KeyError, TypeError) as error:
-            missing.append(f"{of}: the tests of significance cannot be read: {error!r}")
-    if one.fidelity is not None:
-        one.fidelity_queries = _fidelity_queries(folder / "fidelity.parquet", missing, of)
-    return one
+    test_set = SetData(evaluation, suite / re.sub(r"[^\w.+-]+", "-", of))  # as `evaluate_suite` names it
+    columns = _table(test_set.folder / "per_query.parquet", missing, f"{of}: the values of each query")
+    test_set.query_ids = list(dict.fromkeys(columns.get("query_id", [])))
+    row_of = {query_id: row for row, query_id in enumerate(test_set.query_ids)}
+    for metric in (name for name in evaluation.metrics if name in columns):
+        for system, query_id, value in zip(columns["system"], columns["query_id"], columns[metric], strict=True):
+            of_system = test_set.per_query.setdefault(system, {})
+            if metric not in of_system:
+                of_system[metric] = np.full(len(row_of), np.nan)
+            of_system[metric][row_of[query_id]] = np.nan if value is None else value
+    tests = _json(test_set.folder / "significance.json", missing, f"{of}: significance and intervals")
+    try:
+        evaluation.significance = Significance.from_json(tests) if tests else None
+    except (KeyError, TypeError) as error:
+        missing.append(f"{of}: the tests of significance cannot be read: {error!r}")
+    test_set.fidelity = _json(
+        test_set.folder / "fidelity.json", missing, f"{of}: agreement of student and teacher (fidelity)"
+    )
+    test_set.extrapolation = _json(
+        test_set.folder / "extrapolation.json", missing, f"{of}: interpolation against extrapolation"
+    )
+    test_set.cost = _json(test_set.folder / "cost.json", missing, f"{of}: latency of single queries, memory (cost)")
+    if test_set.fidelity:
+        columns = _table(test_set.folder / "fidelity.parquet", missing, f"{of}: the agreement of each query")
+        for name in columns.keys() - {"system", "query_id", "student_metric", "teacher_metric", "difference"}:
+            for system, query_id, value in zip(columns["system"], columns["query_id"], columns[name], strict=True):
+                if is_number(value) and np.isfinite(value):
+                    test_set.fidelity_queries.setdefault(system, {}).setdefault(name, {})[query_id] = float(value)
+    return test_set
 
 
-def _table(path: Path, missing: list[str], what: str) -> dict[str, list[Any]] | None:
+def _table(path: Path, missing: list[str], what: str) -> dict[str, list[Any]]:
+    """The columns of a table of systems and queries; {}, with a note, when it is absent or damaged."""
     if not path.is_file():
         missing.append(f"{what} is not there")
-        return None
+        return {}
     try:
-        columns = pq.read_table(path).to_pydict()
+        columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+        if not {"system", "query_id"} <= columns.keys():
+            raise ValueError("it has no columns system and query_id")
     except (OSError, ValueError) as error:  # Arrow's errors are of these two
         missing.append(f"{what} cannot be read: {error}")
-        return None
-    if not {"system", "query_id"} <= columns.keys():
-        missing.append(f"{what} cannot be read: it has no columns system and query_id")
-        return None
+        return {}
     return columns
 
 
-def _per_query(path: Path, evaluation: Evaluation, missing: list[str]) -> PerQuery | None:
-    columns = _table(path, missing, f"{evaluation.name}: the values of each query")
-    if columns is None:
-        return None
-    query_ids = list(dict.fromkeys(columns["query_id"]))
-    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
-    values: dict[str, dict[str, np.ndarray]] = {}
-    for metric in (name for name in evaluation.metrics if name in columns):
-        for system, query_id, value in zip(columns["system"], columns["query_id"], columns[metric], strict=True):
-            of = values.setdefault(system, {})
-            if metric not in of:
-                of[metric] = np.full(len(query_ids), np.nan)
-            of[metric][row_of[query_id]] = np.nan if value is None else value
-    return PerQuery(query_ids, values)
-
-
-def _fidelity_queries(path: Path, missing: list[str], of: str) -> dict[str, dict[str, dict[str, float]]]:
-    columns = _table(path, missing, f"{of}: the agreement of each query")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name in (columns or {}).keys() - {"system", "query_id", "student_metric", "teacher_metric", "difference"}:
-        assert columns is not None
-        for system, query_id, value in zip(columns["system"], columns["query_id"], columns[name], strict=True):
-            if isinstance(value, int | float) and np.isfinite(value):
-                found.setdefault(system, {}).setdefault(name, {})[query_id] = float(value)
-    return found
-
-
-def _student_folders(folder: Path, recipe: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    baselines = [(str(name), folder / "baselines" / str(name)) for name in recipe.get("baselines") or {}]
-    return [("student", folder / "student"), *baselines]
-
-
-def _student(name: str, path: Path, missing: list[str]) -> StudentData | None:
+def _student(
+    folder: Path, name: str, recipe: Recipe, evaluated: SuiteEvaluation, missing: list[str]
+) -> StudentData | None:
+    """A student, refused where it is not the recipe's or not the one that the figures are of."""
+    path = folder / "student" if name == "student" else folder / "baselines" / name
     manifest = _json(path / "manifest.json", missing, f"{name}: the manifest of its training")
-    if manifest is None:
+    if not manifest:
         return None
+    if "fingerprint" in manifest:
+        student = Artifact(path, manifest)
+        check_student(student, recipe if name == "student" else recipe.baseline(name), folder)
+        if evaluated.students.get(name, student.fingerprint) != student.fingerprint:
+            raise RankdistillError(
+                f"the student {name!r} was trained again after this evaluation",
+                where=str(evaluated.path),
+                fix=AGAIN.format(folder),
+            )
     log = []
     try:
         for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines():
@@ -307,14 +345,3 @@ def _student(name: str, path: Path, missing: list[str]) -> StudentData | None:
     except (OSError, ValueError) as error:
         missing.append(f"{name}: the log of its training: {error}")
     return StudentData(name, log, manifest)
-
-
-def curve(log: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a key of a training log; of a step logged twice (after a restart) the later value counts."""
-    found = {
-        float(entry["step"]): float(entry[key])
-        for entry in log
-        if isinstance(entry.get(key), int | float) and np.isfinite(entry[key])
-    }
-    steps = sorted(found)
-    return steps, [found[step] for step in steps]

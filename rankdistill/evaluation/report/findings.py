@@ -5,13 +5,12 @@ Every sentence is made from figures of the files; what was not measured is said 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, SetData
+from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, StudentData
 from rankdistill.evaluation.results import bytes_text, rate_text, verdict
 
 RESAMPLES = 4000
@@ -22,8 +21,7 @@ CELLS = 1 << 21  # random row numbers drawn at once
 NAMES = {"ndcg": "nDCG", "mrr": "MRR", "recall": "Recall", "map": "MAP", "precision": "P", "hit_rate": "Hit rate"}
 
 
-@dataclass
-class Tile:
+class Tile(NamedTuple):
     """One figure of the headline: what it is, and where it comes from."""
 
     value: str
@@ -51,7 +49,9 @@ def signed(value: float, decimals: int = 4) -> str:
     return shown if float(shown) == 0 else f"{'+' if value > 0 else '−'}{shown}"
 
 
-# -- who is who -------------------------------------------------------------------------------------------------------
+def short(system: str) -> str:
+    """A system's name for charts: what all rows of a kind begin with is dropped."""
+    return system.removeprefix("student, ").removeprefix("first stage: ")
 
 
 def describe_model(settings: Mapping[str, Any] | None) -> str:
@@ -60,25 +60,14 @@ def describe_model(settings: Mapping[str, Any] | None) -> str:
         return "labels alone"
     kind = str(settings.get("type", "model")).replace("_", "-")
     if kind == "ensemble":
-        members = [describe_model(one) for one in settings.get("members") or []]
+        members = [describe_model(member) for member in settings.get("members") or []]
         return f"an ensemble of {len(members)} ({'; '.join(members)})"
     name = str(settings.get("model") or settings.get("file") or "").rstrip("/").rsplit("/", 1)[-1]
-    of = f" {name}" if name else ""
-    trained = " fine-tuned in the run" if settings.get("train") else ""
     article = "an" if kind[:1] in "aeiou" else "a"
-    layers = settings.get("layers")
-    cut = f", {len(layers)} of its layers" if layers else ""
-    return f"{article} {kind}{of}{cut}{trained}"
-
-
-def quality(run: RunData, system: str | None) -> float | None:
-    """The headline figure of a system: of the one set, or the macro average over all."""
-    if system is None:
-        return None
-    if len(run.sets) == 1:
-        row = run.sets[0].row(system)
-        return None if row is None else row.means.get(run.metric)
-    return run.suite.macro.get(system, {}).get(run.metric)
+    cut = f", {len(settings['layers'])} of its layers" if settings.get("layers") else ""
+    return (
+        f"{article} {kind}{f' {name}' if name else ''}{cut}{' fine-tuned in the run' if settings.get('train') else ''}"
+    )
 
 
 def ratio_interval(run: RunData, a: str, b: str, seed: int = 0) -> tuple[float, float] | None:
@@ -87,11 +76,11 @@ def ratio_interval(run: RunData, a: str, b: str, seed: int = 0) -> tuple[float, 
     None without the values of each query, or where sets are averaged in groups that the files do not name.
     """
     pairs = []
-    for one in run.sets:
-        values = [one.per_query.mean_of(name, run.metric) if one.per_query else None for name in (a, b)]
-        if values[0] is None or values[1] is None or len(values[0]) < 2:
+    for test_set in run.sets:
+        values = [test_set.per_query.get(name, {}).get(run.metric, np.array([np.nan])) for name in (a, b)]
+        if any(len(of_system) < 2 or np.isnan(of_system).any() for of_system in values):
             return None
-        pairs.append(np.stack([values[0], values[1]]))
+        pairs.append(np.stack(values))
     if not pairs or (len(pairs) > 1 and run.suite.macro_sets != len(pairs)):
         return None
     random = np.random.default_rng(seed)
@@ -108,14 +97,9 @@ def ratio_interval(run: RunData, a: str, b: str, seed: int = 0) -> tuple[float, 
     return float(low), float(high)
 
 
-def _bounds(interval: tuple[float, float] | None) -> str:
+def _bounds(run: RunData) -> str:
+    interval = ratio_interval(run, str(run.student), TEACHER)
     return "no interval" if interval is None else f"95\u00a0% interval {100 * interval[0]:.1f}–{percent(interval[1])}"
-
-
-def _where(run: RunData) -> str:
-    if len(run.sets) > 1:
-        return f"on average over {run.suite.macro_sets} sets of {run.suite.suite}"
-    return f"on {run.sets[0].name}"
 
 
 # -- the headline -----------------------------------------------------------------------------------------------------
@@ -123,203 +107,149 @@ def _where(run: RunData) -> str:
 
 def headline(run: RunData) -> tuple[str, str]:
     """(what was distilled into what; whether it beats what there was before, then what was kept)."""
-    what, kept = _kept_words(run)
-    return what, " ".join([*verdict([one.evaluation for one in run.sets]), kept])
-
-
-def _kept_words(run: RunData) -> tuple[str, str]:
-    student, metric = run.student, metric_name(run.metric)
-    parameters = next((one.manifest.get("parameters") for one in run.students if one.name == "student"), None)
+    parameters = next((each.manifest.get("parameters") for each in run.students if each.name == "student"), None)
     size = f" ({parameters / 1e6:,.1f} M parameters)" if isinstance(parameters, int) else ""
-    what = f"{describe_model(run.recipe.get('student'))}{size}"
     teacher = run.recipe.get("teacher")
     made = f"distilled from {describe_model(teacher)}" if teacher else "trained on labels alone"
-    first = f"The student is {what}, {made}."
-    score, best = quality(run, student), quality(run, TEACHER)
-    where = _where(run)
-    if student is None or score is None:
-        return first, f"There is no figure of the student {where}."
-    if best is None or best <= 0:
-        return first, f"The student reaches {metric} {score:.4f} {where}. No teacher was measured beside it."
-    bounds = _bounds(ratio_interval(run, student, TEACHER))
-    verb = "keeps" if score <= best else "reaches"
-    kept = f"The student {verb} {percent(score / best)} of the teacher’s {metric} {where} ({bounds})"
-    found = speed_up(run, student)
-    if found is None:
-        return f"{first} The teacher’s speed was not measured.", f"{kept}."
-    return first, f"{kept}, at {times(found[0])} its speed."
+    what = f"The student is {describe_model(run.recipe.get('student'))}{size}, {made}."
+
+    where = f"on {run.sets[0].name}"
+    if len(run.sets) > 1:
+        where = f"on average over {run.suite.macro_sets} sets of {run.suite.suite}"
+    metric, score, best = metric_name(run.metric), run.quality(run.student), run.quality(TEACHER)
+    faster = speed_up(run)
+    if score is None:
+        kept = f"There is no figure of the student {where}."
+    elif best is None or best <= 0:
+        kept = f"The student reaches {metric} {score:.4f} {where}. No teacher was measured beside it."
+    else:
+        verb = "keeps" if score <= best else "reaches"
+        kept = f"The student {verb} {percent(score / best)} of the teacher’s {metric} {where} ({_bounds(run)})"
+        kept += f", at {times(faster[0])} its speed." if faster else "."
+        what += "" if faster else " The teacher’s speed was not measured."
+    return what, " ".join([*verdict([test_set.evaluation for test_set in run.sets]), kept])
 
 
-def _rate(run: RunData, system: str) -> float | None:
-    """Queries a second, geometric mean over the sets."""
-    rates = []
-    for one in run.sets:
-        rate = one.cost_of(system).get("batch_queries_per_second")
-        row = one.row(system)
-        rate = rate if rate else row.queries_per_second if row else None
-        if not rate:
-            return None
-        rates.append(float(rate))
-    return float(np.exp(np.mean(np.log(rates)))) if rates else None
-
-
-def speed_up(run: RunData, student: str) -> tuple[float, str] | None:
+def speed_up(run: RunData) -> tuple[float, str] | None:
     """How many times as fast as the teacher the student answers, and how that was measured; mean over the sets."""
     factors, queries = [], 0
-    for one in run.sets:
-        for same in (one.cost or {}).get("same_queries") or []:
-            factor = (same.get("teacher_takes_times") or {}).get(student)
-            if same.get("teacher") == TEACHER and factor:
-                factors.append(float(factor))
-                queries += int(same.get("queries", 0))
+    for same in (same for test_set in run.sets for same in test_set.same_queries):
+        factor = (same.get("teacher_takes_times") or {}).get(run.student)
+        if same.get("teacher") == TEACHER and factor:
+            factors.append(float(factor))
+            queries += int(same.get("queries", 0))
     if factors and len(factors) == len(run.sets):
-        return float(np.exp(np.mean(np.log(factors)))), f"one at a time, the same {queries:,} queries for both"
-    ours, theirs = _rate(run, student), _rate(run, TEACHER)
+        return _geometric_mean(factors), f"one at a time, the same {queries:,} queries for both"
+    ours, theirs = _rate(run, run.student), _rate(run, TEACHER)
     if ours is None or theirs is None:
         return None
     return ours / theirs, f"{rate_text(ours)} against {rate_text(theirs)} queries a second, in batches"
 
 
-def tiles(run: RunData) -> list[Tile]:
+def _rate(run: RunData, system: str | None) -> float | None:
+    """Queries a second, over the sets."""
+    rates = [rate for test_set in run.sets if (rate := test_set.rate(str(system)))]
+    return _geometric_mean(rates) if rates and len(rates) == len(run.sets) else None
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def tiles(run: RunData) -> Iterator[Tile]:
     """The figures under the headline, those that can be computed."""
-    found = [_kept(run), _faster(run), _closed(run), _against_labels(run), _smallest(run)]
-    return [tile for tile in found if tile is not None]
+    student, metric = run.student, metric_name(run.metric)
+    score, best = run.quality(student), run.quality(TEACHER)
+    if student is None:
+        return
+    if score is not None and best:
+        detail = f"{score:.4f} against {best:.4f}; {_bounds(run)}"
+        yield Tile(percent(score / best), f"of the teacher’s {metric}", detail)
+    faster, rate = speed_up(run), _rate(run, student)
+    if faster is not None:
+        yield Tile(times(faster[0]), "the teacher’s speed", faster[1])
+    elif rate is not None:
+        yield Tile(rate_text(rate), "queries a second, the student", "in batches; the teacher’s speed was not measured")
+    if score is None:
+        return
+    start = run.quality(run.of_kind("untrained"))
+    if start is not None and best is not None and best > start:
+        label = "of the gap between the untrained student and the teacher closed"
+        yield Tile(percent((score - start) / (best - start)), label, f"from {start:.4f} to {score:.4f}, of {best:.4f}")
+    baseline = run.of_kind("baseline")
+    plain = run.quality(baseline)
+    if plain is not None:
+        detail = f"{score:.4f} against {plain:.4f}"
+        tested = run.sets[0].comparison(student, baseline, run.metric) if len(run.sets) == 1 else None
+        if tested is not None and tested.low is not None and tested.high is not None:
+            detail += f"; difference 95\u00a0% interval {signed(tested.low)} to {signed(tested.high)}"
+        yield Tile(signed(score - plain), f"{metric} over “{baseline}”, same lists and budget", detail)
+    yield from _smallest(run, student, score)
 
 
-def _kept(run: RunData) -> Tile | None:
-    score, best = quality(run, run.student), quality(run, TEACHER)
-    if run.student is None or score is None or not best:
-        return None
-    return Tile(
-        percent(score / best),
-        f"of the teacher’s {metric_name(run.metric)}",
-        f"{score:.4f} against {best:.4f}; {_bounds(ratio_interval(run, run.student, TEACHER))}",
-    )
-
-
-def _faster(run: RunData) -> Tile | None:
-    if run.student is None:
-        return None
-    found = speed_up(run, run.student)
-    if found is not None:
-        return Tile(times(found[0]), "the teacher’s speed", found[1])
-    ours = _rate(run, run.student)
-    if ours is None:
-        return None
-    return Tile(rate_text(ours), "queries a second, the student", "in batches; the teacher’s speed was not measured")
-
-
-def _row_of(run: RunData, kind: str) -> str | None:
-    return next((name for one in run.sets for name in one.systems if run.kind(name) == kind), None)
-
-
-def _closed(run: RunData) -> Tile | None:
-    start, score, best = quality(run, _row_of(run, "untrained")), quality(run, run.student), quality(run, TEACHER)
-    if start is None or score is None or best is None or best <= start:
-        return None
-    share = (score - start) / (best - start)
-    return Tile(
-        percent(share),
-        "of the gap between the untrained student and the teacher closed",
-        f"from {start:.4f} to {score:.4f}, of {best:.4f}",
-    )
-
-
-def _against_labels(run: RunData) -> Tile | None:
-    name = _row_of(run, "baseline")
-    score, plain = quality(run, run.student), quality(run, name)
-    if name is None or run.student is None or score is None or plain is None:
-        return None
-    detail = f"{score:.4f} against {plain:.4f}"
-    if len(run.sets) == 1:
-        found = comparison(run.sets[0], run.student, name, run.metric)
-        if found is not None and found.low is not None and found.high is not None:
-            detail += f"; difference 95\u00a0% interval {signed(found.low)} to {signed(found.high)}"
-    return Tile(signed(score - plain), f"{metric_name(run.metric)} over “{name}”, same lists and budget", detail)
-
-
-def _smallest(run: RunData) -> Tile | None:
+def _smallest(run: RunData, student: str, score: float) -> Iterator[Tile]:
     """The smallest index, of those of the student."""
-    if run.student is None or len(run.sets) != 1:
-        return None
-    one = run.sets[0]
-    whole = size_of(one, run.student)
-    sizes = [(size, name) for name in one.systems if run.kind(name) == "index" and (size := size_of(one, name))]
-    if not sizes or not whole or min(sizes)[0] >= whole:
-        return None
-    size, name = min(sizes)
-    score, plain = quality(run, name), quality(run, run.student)
-    if score is None or not plain:
-        return None
-    return Tile(
-        percent(size / whole),
-        f"of the bytes in “{name}”, with {percent(score / plain)} of the student’s {metric_name(run.metric)}",
-        f"{bytes_text(size)} against {bytes_text(whole)}; {score:.4f} against {plain:.4f}",
-    )
-
-
-def size_of(one: SetData, system: str) -> int | None:
-    """Bytes that are kept to search."""
-    row = one.row(system)
-    size = one.cost_of(system).get("bytes") or (row.bytes if row else None)
-    return int(size) if size else None
-
-
-def comparison(one: SetData, a: str, b: str, metric: str) -> Any:
-    """The comparison a − b, or None where the pair was not compared."""
-    found = one.evaluation.significance
-    if found is None:
-        return None
-    try:
-        return found.of(a, b, metric)
-    except KeyError:
-        return None
+    test_set = run.sets[0]
+    sizes = {
+        name: size
+        for name in test_set.systems
+        if run.kind(name) == "index" and (size := test_set.cost_of(name).get("bytes"))
+    }
+    name = min(sizes, key=lambda each: (sizes[each], each), default="")
+    whole, quality = test_set.cost_of(student).get("bytes"), run.quality(name)
+    if len(run.sets) == 1 and whole and score and quality is not None and sizes[name] < whole:
+        yield Tile(
+            percent(sizes[name] / whole),
+            f"of the bytes in “{name}”, with {percent(quality / score)} of the student’s {metric_name(run.metric)}",
+            f"{bytes_text(sizes[name])} against {bytes_text(whole)}; {quality:.4f} against {score:.4f}",
+        )
 
 
 # -- read with care ---------------------------------------------------------------------------------------------------
 
 
-def cautions(run: RunData) -> list[str]:
+def cautions(run: RunData) -> Iterator[str]:
     """What a reader should know before believing the figures."""
-    return [*_weak_teacher(run), *_checkpoints(run), *_judgments(run), *_speed_of_few(run), *_scope(run)]
-
-
-def _weak_teacher(run: RunData) -> list[str]:
-    best = quality(run, TEACHER)
+    best = run.quality(TEACHER)
     if best is None:
-        return ["No teacher was measured on these queries: what was kept of it is not known."]
-    others = [BM25, _row_of(run, "first-stage"), _row_of(run, "untrained")]
-    better = [(name, value) for name in others if name and (value := quality(run, name)) is not None and value >= best]
-    found = [
-        f"The teacher ({best:.4f}) is not above “{name}” ({value:.4f}) here: agreeing with it is no proof of quality."
-        for name, value in better
-    ]
-    notes = {row.note for one in run.sets if (row := one.row(TEACHER)) and row.note}
-    return found + [
-        f"{note[0].upper()}{note[1:]}: what it ranks below, and its recall, are those of that list."
-        for note in sorted(notes)
-    ]
-
-
-def _checkpoints(run: RunData) -> list[str]:
-    found = []
+        yield "No teacher was measured on these queries: what was kept of it is not known."
+    else:
+        for name in (BM25, run.of_kind("first-stage"), run.of_kind("untrained")):
+            value = run.quality(name)
+            if value is not None and value >= best:
+                yield (
+                    f"The teacher ({best:.4f}) is not above “{name}” ({value:.4f}) here: agreeing with it is no proof "
+                    "of quality."
+                )
+        for note in sorted({row.note for test_set in run.sets if (row := test_set.row(TEACHER)) and row.note}):
+            yield f"{note[0].upper()}{note[1:]}: what it ranks below, and its recall, are those of that list."
     for student in run.students:
-        dev = {int(step): value for step, value in (student.manifest.get("dev") or {}).items()}
-        if dev and max(dev, key=lambda step: (dev[step], -step)) == 0:
-            found.append(f"“{student.name}”: its best checkpoint on dev is step 0, so its row is the untrained model.")
-        alarm = hacking(student.manifest)
-        if alarm:
-            found.append(f"“{student.name}”: {alarm}")
-    return found
+        if student.kept_step == 0:
+            yield f"“{student.name}”: its best checkpoint on dev is step 0, so its row is the untrained model."
+        if alarm := hacking(student):
+            yield f"“{student.name}”: {alarm}"
+    judged = list(_judgments(run))
+    yield from judged if len(judged) <= 4 else judged[:3]
+    if len(judged) > 4:
+        yield f"… and {len(judged) - 3} more sets with few judgments or queries."
+    counts = [int(same.get("queries", 0)) for test_set in run.sets for same in test_set.same_queries]
+    if counts and min(counts) < FEW_TIMED:
+        yield f"The teacher is so slow here that it was timed on {min(counts)} queries: its factor is a rough one."
+    yield f"One seed ({run.recipe.get('seed', '?')}): intervals are over queries, not over trainings."
+    if run.suite.missing:
+        names = ", ".join(entry["set"] for entry in run.suite.missing)
+        yield f"{len(run.suite.missing)} sets of the suite are missing: {names}."
+    if all(test_set.evaluation.significance is None for test_set in run.sets):
+        yield "No tests of significance were made: evaluate the run again to have them."
 
 
-def hacking(manifest: Mapping[str, Any]) -> str:
+def hacking(student: StudentData) -> str:
     """The alarm of a student's manifest: agreement with the teacher rose while the dev metric fell; "" without one."""
-    note = manifest.get("teacher_hacking")
-    if not note:
-        return ""
+    note = student.manifest.get("teacher_hacking")
+    if not note or isinstance(note, str):
+        return note or ""
     if not isinstance(note, Mapping) or "from_step" not in note:
-        return note if isinstance(note, str) else ALARM
+        return "on dev, agreement with the teacher still rose while quality fell (teacher hacking)."
     falls = f" by {note['fall']:.4f}" if isinstance(note.get("fall"), float) else ""
     return (
         f"from step {note['from_step']} to {note.get('to_step', '?')} agreement with the teacher on dev still rose "
@@ -327,46 +257,21 @@ def hacking(manifest: Mapping[str, Any]) -> str:
     )
 
 
-ALARM = "on dev, agreement with the teacher still rose while quality fell (teacher hacking)."
-
-
-def _judgments(run: RunData) -> list[str]:
-    found = []
-    for one in run.sets:
-        shares = [(row.notes.get("judged@10"), row.system) for row in one.evaluation.rows]
+def _judgments(run: RunData) -> Iterator[str]:
+    for test_set in run.sets:
+        shares = [(row.notes.get("judged@10"), row.system) for row in test_set.evaluation.rows]
         known = [(share, name) for share, name in shares if isinstance(share, int | float)]
         if known and min(known)[0] < FEW_JUDGED:
             low, high = min(known), max(known)
-            found.append(
-                f"{one.name}: of the first ten documents {100 * low[0]:.0f} % (“{low[1]}”) to {100 * high[0]:.0f} % "
-                f"(“{high[1]}”) are judged. Unjudged ones count as not relevant, so a system that finds what nobody "
-                "judged is underrated."
+            yield (
+                f"{test_set.name}: of the first ten documents {100 * low[0]:.0f} % (“{low[1]}”) to "
+                f"{100 * high[0]:.0f} % (“{high[1]}”) are judged. Unjudged ones count as not "
+                "relevant, so a system that finds what nobody judged is underrated."
             )
-        queries = one.evaluation.rows[0].notes.get("queries", 0) if one.evaluation.rows else 0
-        if queries < FEW_QUERIES:
-            found.append(f"{one.name} has {queries} queries: small differences cannot be told from chance.")
-    return (
-        found if len(found) <= 4 else [*found[:3], f"… and {len(found) - 3} more sets with few judgments or queries."]
-    )
+        if test_set.queries < FEW_QUERIES:
+            yield f"{test_set.name} has {test_set.queries} queries: small differences cannot be told from chance."
 
 
-def _speed_of_few(run: RunData) -> list[str]:
-    counts = [int(same.get("queries", 0)) for one in run.sets for same in (one.cost or {}).get("same_queries") or []]
-    if not counts or min(counts) >= FEW_TIMED:
-        return []
-    return [f"The teacher is so slow here that it was timed on {min(counts)} queries: its factor is a rough one."]
-
-
-def _scope(run: RunData) -> list[str]:
-    found = [f"One seed ({run.recipe.get('seed', '?')}): intervals are over queries, not over trainings."]
-    if run.suite.missing:
-        names = ", ".join(entry["set"] for entry in run.suite.missing)
-        found.append(f"{len(run.suite.missing)} sets of the suite are missing: {names}.")
-    if all(one.evaluation.significance is None for one in run.sets):
-        found.append("No tests of significance were made: evaluate the run again to have them.")
-    return found
-
-
-def shortened(names: Sequence[str]) -> dict[str, str]:
-    """Names for charts: what all rows of a kind begin with is dropped."""
-    return {name: name.removeprefix("student, ").removeprefix("first stage: ") for name in names}
+def plain(value: object) -> str:
+    """A value of a file in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

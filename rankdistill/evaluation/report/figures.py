@@ -1,0 +1,169 @@
+"""The figures of a report: which charts are drawn of a run, with their captions; and what is said where one is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rankdistill.evaluation.report import charts
+from rankdistill.evaluation.report.charts import Chart, Line, Point, Series
+from rankdistill.evaluation.report.data import RunData, SetData, is_number
+from rankdistill.evaluation.report.findings import metric_name, short
+from rankdistill.evaluation.report.queries import Queries
+from rankdistill.evaluation.results import bytes_text
+
+LINES = ("student", "baseline", "teacher", "first-stage", "index", "bm25", "untrained", "other")
+
+
+class Figure(NamedTuple):
+    """A chart with its caption, and its lines where there are several."""
+
+    chart: Chart
+    caption: str
+    lines: Sequence[Series] = ()
+
+
+def intervals(run: RunData, test_set: SetData) -> Figure | None:
+    metric, rows, hints = metric_name(run.metric), [], []
+    for system in test_set.systems:
+        value, ends = test_set.score(system, run.metric), test_set.interval(system, run.metric)
+        if value is not None:
+            kind = run.kind(system)
+            hints.append(f"{system}: {value:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else ""))
+            rows.append(Line(short(system), [(value, kind, hints[-1])], ends, f"whisker {kind}"))
+    if all(row.ends is None for row in rows):
+        return None
+    title = f"{metric} of each system with its 95\u00a0% interval"
+    return Figure(
+        charts.by_system(rows, title, metric, "; ".join(hints)),
+        "Intervals are of each mean alone. Systems share their queries, so that two overlapping intervals may still "
+        "differ significantly: the tests of pairs decide.",
+    )
+
+
+def trade_offs(run: RunData, test_set: SetData) -> Iterator[Figure | str]:
+    """Quality against latency and against size; in words why one is not drawn."""
+    metric = metric_name(run.metric)
+    timed = any(test_set.latency(name) for name in test_set.systems)
+
+    def latency(name: str) -> float | None:
+        rate = test_set.rate(name)
+        return test_set.latency(name) if timed else 1000 / rate if rate else None
+
+    def size(name: str) -> float | None:
+        return test_set.cost_of(name).get("bytes")
+
+    label = "ms a query, one at a time (median)" if timed else "ms a query, in batches"
+    axes: list[tuple[str, str, Callable[[str], float | None], Callable[[float], str], str]] = [
+        ("latency", label, latency, charts.number, " ms"),
+        ("size", "bytes kept to search", size, lambda value: bytes_text(round(value)), ""),
+    ]
+    for word, axis, cost, text, unit in axes:
+        scores = {name: score for name in test_set.systems if (score := test_set.score(name, run.metric)) is not None}
+        known = {name: value for name in scores if (value := cost(name))}
+        if len(known) < 2:
+            yield f"Quality against {word} is not drawn: fewer than two systems have a {word}."
+            continue
+        points = []
+        for name, value in known.items():
+            hint = f"{name}: {metric} {scores[name]:.4f}, {text(value)}{unit}"
+            points.append(Point(value, scores[name], short(name), run.kind(name), hint))
+        without = ", ".join(name for name in scores if name not in known)
+        caption = f"{metric} against {word}.{f' Without a {word}: {without}.' if without else ''}"
+        yield Figure(charts.trade_off(points, f"{metric} against {word}", axis, metric, text), caption)
+
+
+def clouds(run: RunData, of: Queries) -> Iterator[Figure]:
+    """Teacher against student: each query a point, then the scores of the pairs that both scored."""
+    data = of.data
+    a, b = (data["systems"][at] for at in data["pair"])
+    metric = run.metric if run.metric in data["metrics"] else data["metrics"][0]
+    column = data["metrics"].index(metric)
+    theirs, ours = (data["values"][data["systems"].index(name)][column] for name in (b, a))
+    places: dict[tuple[float, float], list[int]] = {}
+    for line, place in enumerate(zip(theirs, ours, strict=True)):
+        if None not in place:
+            places.setdefault(place, []).append(line)
+    if not places:
+        return
+    texts = [text or query_id for query_id, text in data["queries"]]
+    points = []
+    for (x, y), at in places.items():
+        more = f" and {len(at) - 1} more queries" if len(at) > 1 else ""
+        points.append((x, y, f"{texts[at[0]]}{more}: {y:.3f} against {x:.3f}", str(at[0]), len(at)))
+    better = sum(len(at) for (x, y), at in places.items() if y > x)
+    worse = sum(len(at) for (x, y), at in places.items() if y < x)
+    same = sum(map(len, places.values())) - better - worse
+    described = f"{better} queries above the diagonal ({a} better), {worse} below, {same} on it."
+    title = f"{metric_name(metric)} of each query"
+    yield Figure(
+        charts.cloud(points, f"{title}: {a} against {b}", b, a, described),
+        f"{title}; larger points are several. {described} Choose a point to find it in the table.",
+    )
+    if not of.scores:
+        return
+    specks = [
+        (t, s, f"{texts[line]} · {doc_id}: {a} {s:+.3g}, {b} {t:+.3g}", "", 1) for line, doc_id, s, t in of.scores
+    ]
+    drawn = f"{len(specks):,} drawn at random of {of.scored:,}" if len(specks) < of.scored else f"all {of.scored:,}"
+    text = (
+        f"Scores of the pairs that the teacher re-ranked and the student retrieved ({drawn}), less each query’s mean."
+    )
+    text += "" if of.correlation is None else f" Correlation {of.correlation:.3f}."
+    across, upwards = (f"{name}, score less its query’s mean" for name in (b, a))
+    yield Figure(
+        charts.cloud(specks, f"Scores of the same pairs, {a} against {b}", across, upwards, text, equal=False), text
+    )
+
+
+def curves(run: RunData) -> Iterator[Figure]:
+    """The dev metric and agreement with the teacher of every student; then each one's loss, on a scale of its own."""
+    keys = {key for each in run.students for entry in each.log for key in entry if key.startswith("dev_")}
+    dev_metric = next((f": {m}" for each in run.students if (m := each.manifest.get("dev_metric"))), "")
+    for key in sorted(keys, key=lambda key: (key.startswith("dev_agreement"), key)):
+        series = []
+        for at, each in enumerate(run.students):
+            steps, values = each.curve(key)
+            if steps:
+                kept = each.kept_step if each.kept_step in steps else None
+                series.append(Series(each.name, steps, values, _line_kind(at, each.name), kept))
+        if series:
+            name = key.removeprefix("dev_")
+            title = "agreement with the teacher" if name == "agreement" else metric_name(name.replace("_", " "))
+            chart = charts.lines(series, f"Dev {title} over training", "step", title)
+            yield Figure(chart, f"Dev {title}{'' if name.startswith('agreement') else dev_metric}.", series)
+    for at, each in enumerate(run.students):
+        parts = sorted({key for entry in each.log for key in entry if key.startswith("loss/")})
+        series = []
+        for row, key in enumerate(["loss", *parts] if len(parts) > 1 else ["loss"]):
+            steps, values = each.curve(key)
+            if len(steps) > 1:
+                kind = _line_kind(at + row, each.name)
+                series.append(Series(key.removeprefix("loss/"), steps, values, kind))
+        if series:
+            named = f" ({parts[0].removeprefix('loss/')})" if len(parts) == 1 else ""
+            chart = charts.lines(series, f"Training loss, {each.name}", "step", "loss")
+            yield Figure(chart, f"Training loss of “{each.name}”{named}.", series)
+
+
+def _line_kind(at: int, name: str) -> str:
+    """Of the line of a student in a chart of several; a baseline never looks like the student, even alone."""
+    return LINES[(at if at or name == "student" else 1) % len(LINES)]
+
+
+def extrapolation(run: RunData, test_set: SetData, protocol: Mapping[str, Any], title: str) -> Figure | None:
+    """Two values of each system: on queries near the training queries and far from them."""
+    parts, metric, rows = protocol.get("parts") or {}, metric_name(run.metric), []
+    for name in test_set.systems:
+        means = {
+            part: (((of or {}).get("systems") or {}).get(name) or {}).get(run.metric) for part, of in parts.items()
+        }
+        values = {part: value for part, value in means.items() if is_number(value)}
+        if values and len(values) == len(parts):
+            marks = [(value, part, f"{short(name)}, {part}: {value:.4f}") for part, value in values.items()]
+            rows.append(Line(short(name), marks, list(values.values()), "way"))
+    if not rows:
+        return None
+    described = "; ".join(hint for row in rows for _, _, hint in row.marks)
+    chart = charts.by_system(rows, f"{metric}, {title}", metric, described, legend=list(parts))
+    return Figure(chart, f"{metric} in the two parts.")
