@@ -10,16 +10,18 @@ Errors are JSON, {"error": {"what", "where", "fix"}}: 400 wrong question, 403 as
 What keeps it safe: a fixed set of routes and no file access; only GET and HEAD; the Host header must name this machine
 (a foreign page that re-points its name at 127.0.0.1 gets 403), and no other site may ask; one search at a time, few
 waiting, few connections, a deadline and a size for every request, and one reading of where it ends; a content policy
-that runs nothing but the page's script.
+that runs nothing but the page's script. The usual ASGI servers have no deadline for a request that drips in.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import ipaddress
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,6 +39,8 @@ from rankdistill.progress import warn
 if TYPE_CHECKING:
     from rankdistill.evaluation.search_page import SearchPage
 
+PAGE = Path(__file__).parent / "page"
+JSON = "application/json; charset=utf-8"
 ASSETS = {
     "/": ("search.html", "text/html; charset=utf-8"),
     "/base.css": ("base.css", "text/css; charset=utf-8"),
@@ -57,6 +61,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+RETRY = {"Retry-After": "1"}
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 LARGEST_BODY = 65_536  # bytes of a body that are read and thrown away before the request is refused
 LARGEST_REQUEST = 2 * LARGEST_BODY  # bytes of a request that are read at all: the first line may have 65,536
@@ -86,51 +91,52 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, host: str = "127.0.0.1", port: int = 8080) -> None:
         if not 0 <= port <= 65_535:
             raise UsageError(f"there is no port {port}", where="--port", fix="0 to 65535; 0 picks a free one")
-        self.host, self.page = host, None
-        self._assets = {
-            path: (kind, files("rankdistill.evaluation").joinpath("page", name).read_bytes())
-            for path, (name, kind) in ASSETS.items()
-        }
+        self.host = host
+        self.page: SearchPage | None = None
+        self.assets = {path: (kind, (PAGE / name).read_bytes()) for path, (name, kind) in ASSETS.items()}
         self._searching = threading.Lock()
         self._places = threading.BoundedSemaphore(self.waiting + 1)
         self._slots = threading.BoundedSemaphore(self.connections)
         self._busy = threading.Condition()
         self._answering = 0
-        with _bind_errors(host, port):
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self.address_family = found[0]
-            super().__init__(found[4][:2], _Handler, bind_and_activate=False)  # type: ignore[arg-type]
-            try:
-                self.server_bind()
-            except BaseException:
-                self.server_close()
-                raise
-
-    page: SearchPage | None
+        with self._bind_errors(port):
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+                0
+            ]
+            self.address_family = family
+            super().__init__(address[:2], _Handler, bind_and_activate=False)  # type: ignore[arg-type]
+            self.server_bind()
+        self.address = ipaddress.ip_address(str(self.server_address[0]).split("%")[0])
+        self.port = int(self.server_address[1])
+        self.loopback = self.address.is_loopback  # only this machine can reach it
 
     def server_bind(self) -> None:
         """As the base class, without its look-up of this machine's name, which may take seconds."""
-        if self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.host, self.server_address[1]
 
-    @property
-    def port(self) -> int:
-        return int(self.server_address[1])
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        return ipaddress.ip_address(str(self.server_address[0]).split("%")[0]).is_loopback
+    @contextmanager
+    def _bind_errors(self, port: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if hasattr(self, "socket"):
+                self.server_close()
+            what, fix = f"this address cannot be used: {error.strerror}", "--host 127.0.0.1"
+            if isinstance(error, PermissionError):
+                what, fix = f"port {port} may not be used", "--port 8080, or any above 1023"
+            elif isinstance(error, socket.gaierror):
+                what = f"{self.host!r} is no address"
+            elif error.errno == errno.EADDRINUSE:
+                what, fix = f"port {port} is taken by another program", "--port 0 picks a free one"
+            raise RankdistillError(what, where=f"{self.host}:{port}", fix=fix) from None
 
     @property
     def url(self) -> str:
-        address = ipaddress.ip_address(str(self.server_address[0]).split("%")[0])
         host = self.host
-        if address.is_unspecified:
-            host = "127.0.0.1" if address.version == 4 else "::1"
+        if self.address.is_unspecified:
+            host = "127.0.0.1" if self.address.version == 4 else "::1"
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
     def run(self, page: SearchPage, ready: Callable[[str], None] | None = None) -> None:
@@ -143,7 +149,16 @@ class PageServer(ThreadingHTTPServer):
             RankdistillError: another program took the port meanwhile.
         """
         stop = threading.Event()
-        with _signals(stop):
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask_to_stop(number: int, frame: Any) -> None:
+            for each in before:
+                signal.signal(each, signal.SIG_DFL)
+            stop.set()
+
+        for number in before:
+            signal.signal(number, ask_to_stop)
+        try:
             self.start(page)
             try:
                 if ready is not None:
@@ -152,16 +167,15 @@ class PageServer(ThreadingHTTPServer):
                     pass
             finally:
                 self.stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def start(self, page: SearchPage) -> None:
         """Answer in a thread of its own, until `stop`."""
         self.page = page
-        try:
-            with _bind_errors(self.host, self.port):
-                self.server_activate()
-        except RankdistillError:
-            self.server_close()
-            raise
+        with self._bind_errors(self.port):
+            self.server_activate()
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def stop(self) -> None:
@@ -171,8 +185,6 @@ class PageServer(ThreadingHTTPServer):
         with self._busy:
             if not self._busy.wait_for(lambda: self._answering == 0, self.grace):
                 warn(f"{self._answering} requests were not finished after {self.grace:.0f} s")
-
-    # -- connections --------------------------------------------------------------------------------------------------
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._slots.acquire(blocking=False):
@@ -195,8 +207,6 @@ class PageServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no failure; anything else is said in a line."""
-        import sys
-
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             warn(f"a request failed: {type(error).__name__}: {error}")
@@ -213,33 +223,19 @@ class PageServer(ThreadingHTTPServer):
                 self._answering -= 1
                 self._busy.notify_all()
 
-    # -- answers ------------------------------------------------------------------------------------------------------
-
     def allows_host(self, header: str | None) -> bool:
         """Whether a Host header names this machine: a loopback name, the name it was bound to, or (bound to more than
         loopback) an address or this machine's own name. Any other name is a foreign page's, re-pointed at us."""
-        if header is None:
-            return False
         try:
-            name = urlsplit(f"//{header}").hostname
+            name = urlsplit(f"//{header or ''}").hostname
+            if not name or "@" in str(header) or "/" in str(header):
+                return False
+            if name in LOOPBACK_NAMES or name == self.host.lower():
+                return True
+            # The last raises where the name is no address.
+            return not self.loopback and (name == socket.gethostname().lower() or bool(ipaddress.ip_address(name)))
         except ValueError:
             return False
-        if not name or "@" in header or "/" in header:
-            return False
-        if name in LOOPBACK_NAMES or name == self.host.lower():
-            return True
-        if self.loopback:
-            return False
-        if name == socket.gethostname().lower():
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
-
-    def asset(self, path: str) -> tuple[str, bytes] | None:
-        return self._assets.get(path)
 
     def ask(self, path: str, given: dict[str, str]) -> tuple[int, dict[str, Any]]:
         """Status and JSON of an API path."""
@@ -268,16 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.connection.settimeout(self.server.request_seconds)
-        reader = _Deadline(self.connection, time.monotonic() + self.server.request_seconds)
         self.rfile.close()
-        self.rfile = io.BufferedReader(reader)
-
-    def do_GET(self) -> None:
-        with self.server.answering():
-            status, kind, body, more = self._answer()
-            self._send(status, kind, body, more)
-
-    do_HEAD = do_GET
+        self.rfile = io.BufferedReader(_Deadline(self.connection, time.monotonic() + self.server.request_seconds))
 
     def parse_request(self) -> bool:
         """As the base class; also refuses what two programs on the way could cut into different requests."""
@@ -290,70 +278,67 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(400, "one Content-Length or none, and no Transfer-Encoding")
         return False
 
+    def do_GET(self) -> None:
+        with self.server.answering():
+            try:
+                status, kind, body = self._answer()
+            except RankdistillError as error:
+                status = 400 if isinstance(error, UsageError) else 500
+                kind, body = JSON, _error(error.what, error.where, error.fix)
+            except Exception as error:
+                # Whatever went wrong inside is said here, not to whoever asked.
+                warn(f"a search failed: {type(error).__name__}: {error}")
+                status, kind, body = 500, JSON, _error("the search failed", fix="see the terminal it was started in")
+            self._send(status, body, kind, RETRY if status == 503 else {})
+
+    do_HEAD = do_GET
+
     def _refuse_method(self) -> None:
         self._drop_body()
-        self._send_error(405, f"{self.command} is not answered here", fix="GET or HEAD", more={"Allow": "GET, HEAD"})
+        error = _error(f"{self.command} is not answered here", fix="GET or HEAD")
+        self._send(405, error, more={"Allow": "GET, HEAD"})
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method
 
-    def _answer(self) -> tuple[int, str, bytes, dict[str, str]]:
-        try:
-            status, answer, more = self._checked()
-        except UsageError as error:
-            status, answer, more = 400, _error(error.what, error.where, error.fix), {}
-        except RankdistillError as error:
-            status, answer, more = 500, _error(error.what, error.where, error.fix), {}
-        except Exception as error:
-            # Whatever went wrong inside is said here, not to whoever asked.
-            warn(f"a search failed: {type(error).__name__}: {error}")
-            status, answer, more = 500, _error("the search failed", fix="see the terminal it was started in"), {}
-        if isinstance(answer, tuple):
-            return status, answer[0], answer[1], more
-        if status == 503:
-            more = more | {"Retry-After": "1"}
-        return status, "application/json; charset=utf-8", json.dumps(answer, ensure_ascii=False).encode(), more
-
-    def _checked(self) -> tuple[int, dict[str, Any] | tuple[str, bytes], dict[str, str]]:
+    def _answer(self) -> tuple[int, str, dict[str, Any] | bytes]:
+        """Status, type and body."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.allows_host(hosts[0]):
-            return 403, _error("this name is not served here", "Host", f"open {self.server.url}"), {}
+            return 403, JSON, _error("this name is not served here", "Host", f"open {self.server.url}")
         if int(self.headers.get("Content-Length") or 0):
             self._drop_body()
-            return 413, _error("no body is read here", fix="put the question into the address"), {}
+            return 413, JSON, _error("no body is read here", fix="put the question into the address")
         if not self.path.startswith("/") or not self.path.isascii():
-            return 400, _error("this is no address", fix="percent-encode it as UTF-8"), {}
+            return 400, JSON, _error("this is no address", fix="percent-encode it as UTF-8")
         path, _, query = self.path.partition("?")
-        asset = self.server.asset(path)
-        if asset is not None:
-            return 200, asset, {}
+        if path in self.server.assets:
+            return 200, *self.server.assets[path]
         if path not in PARAMETERS:
-            return 404, _error("there is nothing here", path[:100], f"{', '.join([*ASSETS, *PARAMETERS])}"), {}
+            return 404, JSON, _error("there is nothing here", path[:100], ", ".join([*ASSETS, *PARAMETERS]))
         if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            return 403, _error("another site may not ask here", "Sec-Fetch-Site", f"open {self.server.url}"), {}
+            return 403, JSON, _error("another site may not ask here", "Sec-Fetch-Site", f"open {self.server.url}")
         status, answer = self.server.ask(path, _parameters(query, PARAMETERS[path]))
-        return status, answer, {}
+        return status, JSON, answer
 
-    def _send(self, status: int, kind: str, body: bytes, more: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, body: dict[str, Any] | bytes, kind: str = JSON, more: dict[str, str] | None = None
+    ) -> None:
+        if isinstance(body, dict):
+            body = json.dumps(body, ensure_ascii=False).encode()
         self.send_response(status)
-        for name, value in {**HEADERS, **(more or {})}.items():
+        about = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"}
+        for name, value in {**HEADERS, **(more or {}), **about}.items():
             self.send_header(name, value)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")
         self.end_headers()
         self.connection.settimeout(self.server.request_seconds)  # reading has used some of it up
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _send_error(self, status: int, what: str, fix: str | None = None, more: dict[str, str] | None = None) -> None:
-        body = json.dumps(_error(what, fix=fix)).encode()
-        self._send(status, "application/json; charset=utf-8", body, more)
-
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses (a malformed request, headers too long), as JSON too."""
         self.close_connection = True
         try:
-            self._send_error(int(code), (message or HTTPStatus(code).phrase)[:200])
+            self._send(int(code), _error((message or HTTPStatus(code).phrase)[:200]))
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1.0)
             end = time.monotonic() + 1.0
@@ -365,11 +350,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _drop_body(self) -> None:
         """Read a short body away: closing with bytes unread would cut off the answer."""
         left = int(self.headers.get("Content-Length") or 0)
-        if 0 < left <= LARGEST_BODY:
-            try:
-                self.rfile.read(left)
-            except OSError:
-                pass
+        try:
+            self.rfile.read(left if left <= LARGEST_BODY else 0)
+        except OSError:
+            pass
 
     def version_string(self) -> str:
         return "rankdistill"
@@ -408,71 +392,23 @@ def _parameters(query: str, known: tuple[str, ...]) -> dict[str, str]:
     """
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=16)
-    except (UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:
         text = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise UsageError(f"the address cannot be read: {text}", fix="percent-encode it as UTF-8") from None
-    given: dict[str, str] = {}
-    for name, value in pairs:
+    names = [name for name, _ in pairs]
+    for name in names:
         if name not in known:
             raise UsageError(f"there is no parameter {name[:50]!r}", fix=f"known: {', '.join(known) or 'none'}")
-        if name in given:
+        if names.count(name) > 1:
             raise UsageError(f"{name} is given twice", where=name, fix="give it once")
-        given[name] = value
-    return given
+    return dict(pairs)
 
 
 def _number(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 6):
+    if text is not None and not (text.isascii() and text.isdigit() and len(text) < 6):
         raise UsageError(f"{text[:20]!r} is no number of documents", where="k", fix="k=10")
-    return int(text)
+    return None if text is None else int(text)
 
 
 def _error(what: str, where: str | None = None, fix: str | None = None) -> dict[str, Any]:
     return {"error": {"what": what, "where": where, "fix": fix}}
-
-
-@contextmanager
-def _bind_errors(host: str, port: int) -> Iterator[None]:
-    where = f"{host}:{port}"
-    try:
-        yield
-    except PermissionError:
-        raise RankdistillError(
-            f"port {port} may not be used", where=where, fix="--port 8080, or any above 1023"
-        ) from None
-    except socket.gaierror:
-        raise RankdistillError(f"{host!r} is no address", where=where, fix="--host 127.0.0.1") from None
-    except OSError as error:
-        import errno
-
-        if error.errno == errno.EADDRINUSE:
-            raise RankdistillError(
-                f"port {port} is taken by another program", where=where, fix="--port 0 picks a free one"
-            ) from None
-        raise RankdistillError(
-            f"this address cannot be used: {error.strerror}", where=where, fix="--host 127.0.0.1"
-        ) from None
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set the event; the second time they end the process. Nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask_to_stop(number: int, frame: Any) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        stop.set()
-
-    for number in before:
-        signal.signal(number, ask_to_stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

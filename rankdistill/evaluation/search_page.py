@@ -11,8 +11,9 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,9 +37,7 @@ ALL_COLUMNS = "all"  # what the teacher re-ranks: the first of every column in t
 METRIC = "ndcg@10"
 
 
-class _Encoded(NamedTuple):
-    vectors: Any  # [1, dimension]
-    milliseconds: float
+Encoded = dict[int, tuple[Any, float]]  # of each encoder: its vector [1, dimension] of a query, and milliseconds
 
 
 @dataclass
@@ -60,21 +59,16 @@ class Column:
     kind: str = ""
     key: str = ""
 
-    def search(self, query: str, k: int, encoded: dict[int, _Encoded] | None = None) -> tuple[Any, dict[str, float]]:
-        """Hits (rows and scores, best first) and milliseconds.
-
-        Args:
-            encoded: what encoders have made of this query already: columns of one student share its vector and time.
-        """
+    def search(self, query: str, k: int, encoded: Encoded) -> tuple[Any, dict[str, float]]:
+        """Hits (rows and scores, best first) and milliseconds; columns of one student share its vector and time."""
         encoder, index = getattr(self.engine, "encoder", None), getattr(self.engine, "index", None)
         if encoder is None or index is None:
             started = time.perf_counter()
             hits = self.engine.search([query], k)[0]
             return hits, {"search_ms": _milliseconds(started)}
-        encoded = {} if encoded is None else encoded
         if id(encoder) not in encoded:
             started = time.perf_counter()
-            encoded[id(encoder)] = _Encoded(encoder.encode_queries([query]), _milliseconds(started))
+            encoded[id(encoder)] = encoder.encode_queries([query]), _milliseconds(started)
         vectors, encode_ms = encoded[id(encoder)]
         started = time.perf_counter()
         hits = index.search(vectors, k)[0]
@@ -94,9 +88,9 @@ class Reranker:
 class _Ranking:
     """What one column found, with ranks from 1 of all rows it followed."""
 
-    rows: list[int]
-    scores: list[float]
-    times: dict[str, float]
+    rows: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
     note: str = ""
     error: str = ""
 
@@ -109,7 +103,7 @@ class SearchPage:
 
     Not for several threads at once (encoders are not): whoever serves it lets one search through at a time.
 
-    In memory: texts and labels of the example split's queries.
+    In memory: texts and labels of the queries that are offered as examples (of test, dev, or any split but train).
 
     Args:
         collection: what is searched.
@@ -117,7 +111,6 @@ class SearchPage:
         teacher: the last column, or None.
         name: of the run.
         depth: documents a column shows unless asked for another number.
-        split: whose queries are offered as examples and known by their text; test, dev, or any but train.
         no_teacher: why there is none, shown in its place.
 
     Raises:
@@ -132,7 +125,6 @@ class SearchPage:
         *,
         name: str = "",
         depth: int = 10,
-        split: str | None = None,
         no_teacher: str = "",
     ) -> None:
         if not columns:
@@ -142,10 +134,10 @@ class SearchPage:
         self.depth = _count(depth, "--depth")
         taken = {TEACHER, ALL_COLUMNS}
         for column in self.columns:
-            column.key = _key(column.key or column.name, taken)
+            column.key = _key(column.name, taken)
             taken.add(column.key)
-        others = [one for one in collection.splits if one != "train"]  # training queries may be half a million
-        self.split = split or next((one for one in ("test", "dev", *others) if one in others), "")
+        splits = [name for name in collection.splits if name != "train"]  # training queries may be half a million
+        self.split = next((name for name in ("test", "dev", *splits) if name in splits), "")
         self.qrels = collection.qrels(self.split, missing=True) if self.split else {}
         ids = list(self.qrels)
         texts = collection.query_texts(ids) if ids else []
@@ -154,14 +146,10 @@ class SearchPage:
             self._query_ids.setdefault(_plain(text), query_id)  # of queries with one text, the first
         self._warm_up()
 
-    def __repr__(self) -> str:
-        names = [column.name for column in self.columns] + ([TEACHER] if self.teacher else [])
-        return f"SearchPage({self.collection.name}: {', '.join(names)})"
-
     def _warm_up(self) -> None:
         """The first calls of every engine load and compile (encoders for each length): not what a query costs."""
         for query in [*list(self._query_ids)[:WARM_UP], "warm up"]:
-            encoded: dict[int, _Encoded] = {}
+            encoded: Encoded = {}
             rankings = [self._rank(column, query[:LONGEST_QUERY], encoded) for column in self.columns]
         if self.teacher is not None:
             self._rerank(query, None, rankings)  # what fails is shown with the first query
@@ -211,7 +199,7 @@ class SearchPage:
                 f"there is no column {teacher!r}", where="teacher", fix=f"one of: {', '.join([ALL_COLUMNS, *keys])}"
             )
         query_id = self._query_ids.get(query)
-        encoded: dict[int, _Encoded] = {}
+        encoded: Encoded = {}
         rankings = {column.key: self._rank(column, query, encoded) for column in self.columns}
         if teacher is not None:
             base = rankings.values() if teacher == ALL_COLUMNS else [rankings[teacher]]
@@ -226,11 +214,11 @@ class SearchPage:
             "documents": self._documents(ids, rankings, query_id),
         }
 
-    def _rank(self, column: Column, query: str, encoded: dict[int, _Encoded]) -> _Ranking:
+    def _rank(self, column: Column, query: str, encoded: Encoded) -> _Ranking:
         try:
             hits, times = column.search(query, FOLLOWED, encoded)
         except RankdistillError as error:  # one column that fails leaves the others
-            return _Ranking([], [], {}, error=error.what)
+            return _Ranking(error=error.what)
         return _Ranking([int(row) for row in hits.rows], [float(score) for score in hits.scores], times)
 
     def _rerank(self, query: str, query_id: str | None, base: list[_Ranking]) -> _Ranking:
@@ -238,12 +226,12 @@ class SearchPage:
         started = time.perf_counter()
         rows = in_turn([one.rows for one in base], self.teacher.depth)
         if not rows:
-            return _Ranking([], [], {}, note="nothing to re-rank")
+            return _Ranking(note="nothing to re-rank")
         item = RerankList(query_id or "", query, self.collection.doc_ids(rows), self.collection.document_texts(rows))
         try:
             scores = np.asarray(self.teacher.scores(item), np.float64)
         except RankdistillError as error:
-            return _Ranking([], [], {}, error=error.what)
+            return _Ranking(error=error.what)
         known = np.flatnonzero(np.isfinite(scores))
         # Stable: of equal scores the document that the first stage had higher.
         order = known[np.argsort(-scores[known], kind="stable")]
@@ -259,8 +247,8 @@ class SearchPage:
 
     def _column(self, key: str, ranking: _Ranking, ids: dict[int, str], k: int, query_id: str | None) -> dict[str, Any]:
         first = [
-            {"doc_id": ids[row], "rank": rank, "score": round(score, 4)}
-            for rank, (row, score) in enumerate(zip(ranking.rows[:k], ranking.scores, strict=False), 1)
+            {"doc_id": ids[row], "rank": ranking.rank_of[row], "score": round(score, 4)}
+            for row, score in zip(ranking.rows[:k], ranking.scores, strict=False)
         ]
         return {
             "key": key,
@@ -300,7 +288,6 @@ class SearchPage:
         self, ids: dict[int, str], rankings: dict[str, _Ranking], query_id: str | None
     ) -> dict[str, dict[str, Any]]:
         labels = self.qrels.get(query_id, {}) if query_id is not None else {}
-        rows = list(ids)
         return {
             document.doc_id: {
                 "title": document.title[:LONGEST_TEXT],
@@ -309,7 +296,7 @@ class SearchPage:
                 "relevance": labels.get(document.doc_id),
                 "ranks": {key: one.rank_of.get(row) for key, one in rankings.items()},
             }
-            for row, document in zip(rows, self.collection.documents(rows) if rows else [], strict=True)
+            for row, document in zip(ids, self.collection.documents(list(ids)) if ids else [], strict=True)
         }
 
 
@@ -337,14 +324,8 @@ def _plain(text: str) -> str:
 
 def in_turn(lists: Sequence[Sequence[int]], count: int) -> list[int]:
     """The first `count` distinct values: the first of each list, then the second of each, and so on."""
-    found: dict[int, None] = {}
-    for place in range(max((len(one) for one in lists), default=0)):
-        for one in lists:
-            if place < len(one):
-                found.setdefault(one[place])
-            if len(found) == count:
-                return list(found)
-    return list(found)
+    in_order = [value for place in zip_longest(*lists) for value in place if value is not None]
+    return list(dict.fromkeys(in_order))[:count]
 
 
 def _count(value: int, where: str) -> int:
@@ -356,10 +337,7 @@ def _count(value: int, where: str) -> int:
 def _key(name: str, taken: set[str]) -> str:
     """A short key for addresses: letters, digits and dashes, different from those taken."""
     stem = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-") or "column"
-    key, number = stem, 2
-    while key in taken:
-        key, number = f"{stem}-{number}", number + 1
-    return key
+    return next(key for key in (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3))) if key not in taken)
 
 
 def _milliseconds(started: float) -> float:

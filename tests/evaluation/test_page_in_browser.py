@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -168,17 +167,12 @@ def test_on_a_phone_columns_are_tabs_and_nothing_overflows(open_page: Open, sche
     assert (sum(map(int, dark[4:-1].split(","))) < 200) == (scheme == "dark")
 
 
-def test_side_by_side_on_a_desk(open_page: Open) -> None:
+def test_side_by_side_on_a_desk_and_marked_in_every_column(open_page: Open) -> None:
     page = open_page(viewport={"width": 1280, "height": 800})
-    ask(page, "which metal")
+    ask(page, "which gas do balloons need")
     boxes = [page.locator(f"#column-{key}").bounding_box() for key in ("bm25", "student", "student-sq8", "teacher")]
     assert all(a and b and a["x"] + a["width"] <= b["x"] and a["y"] == b["y"] for a, b in pairwise(boxes))
     assert overflow(page) == 0 and not page.is_visible("#tabs")
-
-
-def test_pointing_at_a_document_marks_it_in_every_column(open_page: Open) -> None:
-    page = open_page()
-    ask(page, "which gas do balloons need")
     both = next(one for one in shown(page, "bm25") if one in shown(page, "student"))
     page.hover(f"#column-bm25 ol .hit[data-doc='{both}']")
     marked = page.eval_on_selector_all(
@@ -214,7 +208,7 @@ def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
     assert page.evaluate("document.activeElement.id") == "q" and page.input_value("#q") == "which gas do balloons need"
 
 
-def test_going_back_shows_the_query_before(open_page: Open) -> None:
+def test_going_back_shows_the_query_before_and_an_empty_one_asks_for_words(open_page: Open) -> None:
     page = open_page()
     ask(page, "desert plant")
     ask(page, "which planet is red")
@@ -222,11 +216,6 @@ def test_going_back_shows_the_query_before(open_page: Open) -> None:
     page.wait_for_function("() => document.querySelector('#q').value === 'desert plant'")
     settled(page)
     assert shown(page, "bm25")[0] == "d-cactus"
-
-
-def test_an_empty_query_asks_for_words(open_page: Open) -> None:
-    page = open_page()
-    ask(page, "iron")
     before = shown(page, "student")
     page.fill("#q", "   ")
     page.press("#q", "Enter")
@@ -236,17 +225,11 @@ def test_an_empty_query_asks_for_words(open_page: Open) -> None:
 
 def test_a_server_that_is_gone_is_said(browser: Browser, search_page: SearchPage) -> None:
     server = PageServer(port=0)
-    with _running(server, search_page):
-        page = browser.new_page()
-        page.goto(server.url)
-        page.wait_for_selector("#status:not(:empty)")
+    server.start(search_page)
+    page = browser.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("#status:not(:empty)")
+    server.stop()
     ask(page, "iron")
     assert page.inner_text("#status") == "The server does not answer: is it still running?"
     page.close()
-
-
-@contextmanager
-def _running(server: PageServer, page: SearchPage) -> Iterator[None]:
-    server.start(page)
-    yield
-    server.stop()
