@@ -1,11 +1,10 @@
 """The typed recipe: one YAML that fixes a whole run.
 
-Each method (loss, sampler, teacher, student, source of candidates) is chosen by `type`; its other keys are the
-parameters of the class behind it. A class is a method by having a literal `type = "name"` in its body; it is found
-by reading the source of its kind's package and imported when a recipe is checked, so that starting stays fast and
-this module imports nothing above it. A class of any other installed package is named by its place,
-`type: my_package.my_module:MyLoss`, or by a name that its package registers as an entry point of the group
-`rankdistill.loss` (teacher, student ...).
+A method (loss, sampler, teacher ...) is chosen by `type`: the literal `type = "name"` in the body of its class, whose
+constructor's parameters are the other keys. It is found by reading the sources of its kind's package and imported when
+a recipe is checked, so that starting stays fast and this module imports nothing above it. A class of another package is
+named by its place, `type: my_package.my_module:MyLoss`, or by an entry point of the group `rankdistill.loss` (teacher
+...).
 """
 
 from __future__ import annotations
@@ -328,22 +327,15 @@ def shipped_methods(kind: str) -> dict[str, tuple[str, str]]:
     """type → (module, class) of the methods in this package; index specifications have a table of their own."""
     names: dict[str, tuple[str, str]] = {}
     package = KINDS.get(kind)
-    if package is None:
-        return names
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"the package {package} is missing from this installation")
-    for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
+    folder = Path(__file__).parent.joinpath(*(package or "").split(".")[1:])
+    for path in sorted(folder.glob("*.py")) if package else ():
         module = package if path.stem == "__init__" else f"{package}.{path.stem}"
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                for statement in node.body:
-                    target: ast.expr | None = statement.target if isinstance(statement, ast.AnnAssign) else None
-                    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-                        target = statement.targets[0]
-                    value = getattr(statement, "value", None)
-                    if isinstance(target, ast.Name) and target.id == "type" and isinstance(value, ast.Constant):
-                        names[str(value.value)] = (module, node.name)
+        classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+        for cls, statement in ((each, statement) for each in classes for statement in each.body):
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Constant):
+                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+                if [ast.unparse(target) for target in targets] == ["type"]:
+                    names[str(statement.value.value)] = (str(module), cls.name)
     return names
 
 
@@ -708,11 +700,7 @@ def shipped(folder: str) -> dict[str, Path]:
 
 
 def find_declaration(folder: str, name: str) -> Path:
-    """A declaration by path, or by the name of a shipped one (`eval/suites/beir.yaml` works from any folder).
-
-    Raises:
-        UsageError: neither; the nearest shipped name is offered.
-    """
+    """A declaration by path, or by the name of a shipped one (`eval/suites/beir.yaml` works from any folder)."""
     known = shipped(folder)
     try:
         path = Path(name).expanduser()

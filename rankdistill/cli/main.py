@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 MOST = 1 << 31  # of anything that is counted
 
+NEXT = (
+    ("rankdistill report {run}", "all figures, queries and documents on one page"),
+    ('rankdistill search {run} "..."', "search with the student"),
+    ("rankdistill serve {run} --open", "the same beside BM25 and the teacher, in a browser"),
+    ("rankdistill recipes copy {recipe} mine.yaml", "then set its `collection` to texts of your own"),
+    ("{run}/student/model", "the student, for sentence-transformers: SentenceTransformer(...)"),
+)
+
 app = typer.Typer(
     help="Distil expensive rankers into retrievers that can be served.",
     no_args_is_help=True,
@@ -39,6 +47,8 @@ Store = Annotated[Path | None, typer.Option("--store", help="Folder of the score
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...: where all of it runs; default: a GPU if any.")
 ]
+Recipe = Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")]
+Collection = Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")]
 
 
@@ -73,7 +83,7 @@ def _between(least: float, most: float, *, open_end: bool = False) -> Callable[[
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")],
+    recipe: Recipe,
     changes: Set = None,
     out: Out = None,
     until: Annotated[str, typer.Option(help="Stop after this stage.")] = "evaluate",
@@ -92,9 +102,12 @@ def run(
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
     result = workspace.run(until, force or [])
     if result is not None and not as_json:
-        from rankdistill.cli.next_steps import show_run
+        from rankdistill.evaluation.results import print_tables, tables
 
-        show_run(result, workspace.path, recipe)
+        print_tables(tables(result, short=True))  # the rest is in the report
+        steps = [(command.format(run=workspace.path, recipe=recipe), purpose) for command, purpose in NEXT]
+        width = max(len(command) for command, _ in steps)
+        print("\n".join(["", *(f"{command:{width}}  {purpose}" for command, purpose in steps)]))
     elif result is not None:
         _show(result, as_json)
 
@@ -164,14 +177,14 @@ def recipes_methods(
 
     if kind is not None and kind not in KINDS:
         raise UsageError(f"there is no kind of method {kind!r}", fix=nearest(kind, KINDS))
-    for one in [kind] if kind else KINDS:
-        for known in [name] if name else sorted(method_names(one)):
-            cls = method_class(one, known)
+    for each in [kind] if kind else KINDS:
+        for known in [name] if name else sorted(method_names(each)):
+            cls = method_class(each, known)
             said = (inspect.getdoc(cls) or "(its class says nothing of it)").partition("\nArgs:\n")[0]
             if not name:
-                _print(f"{one:9}  {known:22}  {said.splitlines()[0]}")
+                _print(f"{each:9}  {known:22}  {said.splitlines()[0]}")
                 continue
-            _print(f"{one} {known}\n\n{said}")
+            _print(f"{each} {known}\n\n{said}")
             for key, field in parameters_model(cls).model_fields.items():
                 default = "needed" if field.is_required() else json.dumps(field.default, default=str)
                 _print(f"    {key} ({default}): {field.description or ''}")
@@ -188,15 +201,18 @@ def collection(
 ) -> None:
     """What is in a collection: counts, lengths, judged share, problems."""
     _begin(quiet)
+    import yaml
+
     from rankdistill.collections import open_collection
 
     described = open_collection(spec).describe()
-    _print(json.dumps(described, indent=2) if as_json else _outline(described))
+    outline = yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    _print(json.dumps(described, indent=2) if as_json else outline.rstrip())
 
 
 @app.command()
 def mine(
-    spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
+    spec: Collection,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     source: Annotated[
         list[str] | None,
@@ -233,7 +249,7 @@ def mine(
 
 @app.command()
 def score(
-    spec: Annotated[str, typer.Argument(help="A collection.", metavar="COLLECTION")],
+    spec: Collection,
     teacher: Annotated[
         list[str] | None,
         typer.Option(help="A teacher as YAML, e.g. '{type: cross_encoder, model: FOLDER}'; with --probe, several."),
@@ -268,7 +284,7 @@ def score(
     """Score candidates with a teacher, or import scores; they go to the store, each pair once."""
     _begin(quiet, device)
     from rankdistill.artifacts import check_file
-    from rankdistill.cli.spending import limited, print_estimate
+    from rankdistill.cli import scoring
     from rankdistill.collections import open_collection
     from rankdistill.recipe import build
     from rankdistill.runs import iter_run
@@ -284,23 +300,19 @@ def score(
     elif not teacher or candidates is None:
         raise UsageError("nothing to score", fix="give --teacher and --candidates, or --import FILE")
     elif probe is not None:
-        from rankdistill.cli.probing import probe_teachers
-
-        probe_teachers(teacher, budget, opened, candidates, probe, ScoreStore(store))
+        scoring.probe_teachers(teacher, budget, opened, candidates, probe, ScoreStore(store))
         return
     elif len(teacher) > 1:
         raise UsageError("several teachers are compared, not scored together", where="--teacher", fix="--probe 50")
     else:
         run_file = candidates / "candidates.parquet" if candidates.is_dir() else candidates
-        live = limited(build("teacher", teacher[0], "--teacher"), budget)
+        live = scoring.limited(build("teacher", teacher[0], "--teacher"), budget)
         if dry_run:
-            print_estimate(live, opened, iter_run(run_file), ScoreStore(store))
+            scoring.print_estimate(live, opened, iter_run(run_file), ScoreStore(store))
             return
         scores = score_candidates(live, opened, iter_run(run_file), ScoreStore(store))
     if calibrate is not None:
-        from rankdistill.cli.calibration import calibrate_scores
-
-        calibrate_scores(scores, opened, calibrate, out)
+        scoring.calibrate_scores(scores, opened, calibrate, out)
     elif out is not None:
         scores.export(out)
     _print(scores)
@@ -308,7 +320,7 @@ def score(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")],
+    recipe: Recipe,
     changes: Set = None,
     out: Out = None,
     student: Annotated[str, typer.Option(help="`student`, or the name of a baseline.")] = "student",
@@ -360,7 +372,6 @@ def index(
 ) -> None:
     """Export a run's student to an index: a file that plain FAISS opens, or a sparse student's inverted index."""
     _begin(quiet or as_json, device)
-    from rankdistill.cli.searching import refuse_for_sparse
     from rankdistill.collections import open_collection
 
     names = spec or ["flat"]
@@ -368,7 +379,7 @@ def index(
         raise UsageError("one file cannot hold several indexes", where="--out", fix="one --spec, or no --out")
     workspace = _workspace(folder)
     if sweep or target_recall is not None:
-        refuse_for_sparse(workspace.recipe.student_kind, "--sweep" if sweep else "--target-recall")
+        _refuse_for_sparse(workspace, "--sweep" if sweep else "--target-recall")
     over = open_collection(on) if on else workspace.collection
     student = workspace.student()
     indexes = [workspace.index(name, out, student=student, collection=over) for name in names]
@@ -379,7 +390,7 @@ def index(
     from rankdistill.evaluation.results import print_tables
     from rankdistill.indexes.faiss_index import FaissIndex
 
-    found = sweep_student(
+    swept = sweep_student(
         student,
         [one for one in indexes if isinstance(one, FaissIndex)],
         workspace.vectors("student", student, over),
@@ -389,10 +400,10 @@ def index(
         seed=workspace.recipe.seed,
     )
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(swept.to_json(), indent=2))
     elif sweep:
-        print_tables(found.tables())
-    for name, point in found.chosen.items():
+        print_tables(swept.tables())
+    for name, point in swept.chosen.items():
         if not as_json:
             kept = "written into the file" if point.settings else "it has nothing to set"
             _print(f"{name}: {point} reaches recall@{recall_at} {point.recall:.4f}; {kept}")
@@ -424,23 +435,25 @@ def quantize(
     _begin(quiet or as_json, device)
     from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
-    wanted = any_specification(spec, changes or [])
-    if not isinstance(wanted, QuantizerSpecification):
-        raise UsageError(f"{wanted.name} is built, not learned", where="--spec", fix="rankdistill index, or distill_pq")
+    specification = any_specification(spec, changes or [])
+    if not isinstance(specification, QuantizerSpecification):
+        raise UsageError(
+            f"{specification.name} is built, not learned", where="--spec", fix="rankdistill index, or distill_pq"
+        )
     if (folder is None) == (documents is None):
         raise UsageError("what shall be quantised?", fix="give the folder of a run, or --documents FILE")
     if folder is not None:
-        given = [name for name, value in (("queries", queries), ("ids", ids), ("scores", scores)) if value]
-        if given:
-            raise UsageError(f"--{given[0]} belongs to --documents", fix="a run has its own")
-        made = _workspace(folder).index(wanted, out)
+        foreign = [name for name, value in (("queries", queries), ("ids", ids), ("scores", scores)) if value]
+        if foreign:
+            raise UsageError(f"--{foreign[0]} belongs to --documents", fix="a run has its own")
+        learned = _workspace(folder).index(specification, out)
     else:
         from rankdistill.quantization.quantize import quantize_files
 
         assert documents is not None
-        file = out or Path(f"{wanted.name}.faiss")
-        made = quantize_files(documents, queries, wanted, file, ids=ids, scores=scores)
-    _print(json.dumps(made.manifest, indent=2) if as_json else made)
+        file = out or Path(f"{specification.name}.faiss")
+        learned = quantize_files(documents, queries, specification, file, ids=ids, scores=scores)
+    _print(json.dumps(learned.manifest, indent=2) if as_json else learned)
 
 
 @app.command()
@@ -464,12 +477,11 @@ def search(
 ) -> None:
     """Search a run's collection with its student."""
     _begin(quiet or as_json, device)
-    from rankdistill.cli.searching import refuse_for_sparse, searching_workspace
     from rankdistill.plain import escaped, shown
 
-    workspace = searching_workspace(folder)
+    workspace = _searching_workspace(folder)
     if memory_map:
-        refuse_for_sparse(workspace.recipe.student_kind, "--memory-map")
+        _refuse_for_sparse(workspace, "--memory-map")
     if not query.strip():
         raise UsageError("the query is empty", fix='rankdistill search RUN "some words"')
     engine = workspace.engine(index_file, memory_map=memory_map)
@@ -516,7 +528,7 @@ def evaluate(
 
 @app.command()
 def folds(
-    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.", metavar="RECIPE")],
+    recipe: Recipe,
     changes: Set = None,
     out: Out = None,
     protocol: Annotated[
@@ -538,11 +550,11 @@ def folds(
         raise UsageError(f"there is no protocol {protocol!r}", where="--protocol", fix="clusters or similarity")
     checked = load_recipe(recipe, changes or [])
     out = out or Path("runs") / f"{checked.name}-folds"
-    found, name = run_folds(checked, out, store, protocol=protocol, buckets=buckets)  # type: ignore[arg-type]
+    pooled, name = run_folds(checked, out, store, protocol=protocol, buckets=buckets)  # type: ignore[arg-type]
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(pooled.to_json(), indent=2))
         return
-    entry = found.protocols[0]
+    entry = pooled.protocols[0]
     metrics = next(iter(entry["gap"].values()))
     print_tables([extrapolation_table(entry, metric, name) for metric in metrics])
 
@@ -611,7 +623,7 @@ def compare(
     from rankdistill.evaluation.compare import compare as compare_runs
     from rankdistill.evaluation.compare import show
 
-    found = compare_runs(
+    comparison = compare_runs(
         runs,
         qrels,
         collection=on,
@@ -623,7 +635,7 @@ def compare(
         relevance_level=relevance_level,
         drop_self_hits=drop_self_hits or None,
     )
-    show(found, "json" if as_json else form, out)
+    show(comparison, "json" if as_json else form, out)
 
 
 @app.command()
@@ -657,7 +669,6 @@ def doctor(
 ) -> None:
     """What is installed, what is missing, how to get it; or what is wrong with an index."""
     _begin(as_json)
-    from rankdistill.cli.doctor import as_json as plain
     from rankdistill.cli.doctor import checks, damaged_artifacts, look_at_index
 
     if folder is not None:
@@ -665,14 +676,14 @@ def doctor(
         _print(json.dumps(damaged, indent=2) if as_json else "\n".join(damaged) or "every file is what was written")
         raise typer.Exit(bool(damaged))
     if index_file is not None:
-        found = look_at_index(index_file, vectors, queries, count)
-        _print(json.dumps(found.to_json(), indent=2) if as_json else found)
+        looked = look_at_index(index_file, vectors, queries, count)
+        _print(json.dumps(looked.to_json(), indent=2) if as_json else looked)
         return
     if vectors is not None or queries is not None:
         raise UsageError("--vectors and --queries go with --index", fix="rankdistill doctor --index FILE")
     results = checks()
     if as_json:
-        print(json.dumps(plain(results), indent=2))
+        print(json.dumps([check._asdict() for check in results], indent=2))
     else:
         for check in results:
             mark = "ok     " if check.ok else "MISSING" if check.needed else "absent "
@@ -714,6 +725,32 @@ def _workspace(folder: Path) -> Workspace:
     return Workspace(folder)
 
 
+def _searching_workspace(folder: Path) -> Workspace:
+    """The saved recipe of an inference-free student is read without importing the methods it names, and so without
+    torch: its own search needs none of them."""
+    from rankdistill import recipe as recipes
+    from rankdistill.indexes.by_student import INFERENCE_FREE
+    from rankdistill.run_folder import RECIPE
+    from rankdistill.stages import Workspace
+
+    saved = folder / RECIPE
+    values = recipes.read_yaml(saved) if saved.is_file() else None
+    recipe = values and recipes.check_values(recipes.Recipe, values, str(saved))
+    return Workspace(folder, recipe if recipe and recipe.student_kind == INFERENCE_FREE else None)
+
+
+def _refuse_for_sparse(workspace: Workspace, option: str) -> None:
+    """Refuse an option that means something for FAISS indexes alone."""
+    from rankdistill.indexes.by_student import SPARSE_STUDENTS
+
+    if workspace.recipe.student_kind in SPARSE_STUDENTS:
+        raise UsageError(
+            f"{option} is for FAISS indexes; a sparse student has none",
+            where=f"student.type: {workspace.recipe.student_kind}",
+            fix="leave it out; how Seismic searches is in its specification (query_cut, heap_factor)",
+        )
+
+
 def _show(result: Any, as_json: bool) -> None:
     from rankdistill.evaluation.results import print_tables
 
@@ -721,22 +758,6 @@ def _show(result: Any, as_json: bool) -> None:
         print(json.dumps(result.to_json(), indent=2))
     else:
         print_tables(result)
-
-
-def _outline(value: Any, depth: int = 0) -> str:
-    """Nested mappings as indented lines."""
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, dict) and any(isinstance(inner, dict) for inner in item.values()):
-            lines += [f"{'  ' * depth}{key}:", _outline(item, depth + 1)]
-        elif isinstance(item, dict):
-            lines.append(f"{'  ' * depth}{key}: " + ", ".join(f"{name} {inner}" for name, inner in item.items()))
-        elif isinstance(item, list):
-            lines.append(f"{'  ' * depth}{key}: " + ("none" if not item else ""))
-            lines += [f"{'  ' * (depth + 1)}- {entry}" for entry in item]
-        else:
-            lines.append(f"{'  ' * depth}{key}: {item}")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -42,12 +42,13 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
         Column("student", exact, exact.index.bytes, "Every vector as it is, searched exhaustively.", "student"),
     ]
     if indexes is None:
-        built = [one for one in recipe.indexes if workspace.index_file(one).exists()]
-        known = {one: any_specification(one) for one in built}
-        indexes = [one for one in built if getattr(known[one], "factory", "") != "Flat" and searched_here(known[one])]
-    for given in indexes:
-        there = given.endswith(".faiss") or (Path(given) / MANIFEST).is_file()
-        index = open_index(given) if there else workspace.index(given, student=student)
+        built = {name: any_specification(name) for name in recipe.indexes if workspace.index_file(name).exists()}
+        indexes = [
+            name for name, known in built.items() if getattr(known, "factory", "") != "Flat" and searched_here(known)
+        ]
+    for name in indexes:
+        there = name.endswith(".faiss") or (Path(name) / MANIFEST).is_file()
+        index = open_index(name) if there else workspace.index(name, student=student)
         index.check(collection=collection)
         engine = workspace.searched(index, student)
         note = index.specification.description

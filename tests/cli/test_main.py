@@ -17,22 +17,10 @@ from typing import Any
 import pytest
 import yaml
 from forked import Ending, Forked, program, run
-from safetensors.numpy import load_file, save_file
 
-VERBS = (
-    "run",
-    "recipes",
-    "collection",
-    "mine",
-    "score",
-    "train",
-    "index",
-    "search",
-    "serve",
-    "evaluate",
-    "compare",
-    "doctor",
-)
+from rankdistill import __version__
+
+VERBS = "run recipes collection mine score train index search serve evaluate compare doctor"
 MAIN = [sys.executable, "-m", "rankdistill.cli.main"]
 
 
@@ -56,8 +44,10 @@ def test_help_answers_in_under_half_a_second() -> None:
         worked = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
         best = min(best, seconds, worked)
     assert best < 0.5
-    for verb in VERBS:
+    for verb in VERBS.split():
         assert re.search(rf"^  {verb} ", done.stdout, re.MULTILINE), verb
+    version = subprocess.run([*MAIN, "--version"], capture_output=True, text=True, check=True).stdout
+    assert version == f"rankdistill {__version__}\n"
 
 
 def test_shells_complete_verbs() -> None:
@@ -68,12 +58,6 @@ def test_shells_complete_verbs() -> None:
     asked = {"_RANKDISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "rankdistill recipes s", "COMP_CWORD": "2"}
     found = subprocess.run(MAIN, env={**os.environ, **asked}, capture_output=True, text=True, check=False).stdout
     assert found.split() == ["show", "schema"]
-
-
-def test_every_verb_has_a_help_of_its_own(tmp_path: Path) -> None:
-    for verb in VERBS:
-        ending = run(verb, "--help", folder=tmp_path)
-        assert ending.code == 0 and "Usage" in ending.out and verb in ending.out
 
 
 @pytest.mark.parametrize(
@@ -149,12 +133,6 @@ def test_ctrl_c_before_anything_has_begun(recipe_file: Path, tmp_path: Path) -> 
     _, error = process.communicate(timeout=60)
     # Python itself may die of the signal when it came inside an import; a shell reports 130 for both.
     assert process.returncode in (130, -signal.SIGINT), error
-
-
-def test_the_version_is_the_packages(tmp_path: Path) -> None:
-    from rankdistill import __version__
-
-    assert run("--version", folder=tmp_path).out.strip() == f"rankdistill {__version__}"
 
 
 # -- recipes and doctor -----------------------------------------------------------------------------------------------
@@ -233,15 +211,6 @@ def test_scores_of_another_collection_are_refused(finished: Path, tmp_path: Path
     assert "belong to another collection" in error_of(ending, 1)
 
 
-def test_nan_scores_are_refused_with_their_line(tiny_beir: Path, tmp_path: Path) -> None:
-    (tmp_path / "scores.tsv").write_text("q-iron\td-iron\t1.5\nq-iron\td-gold\tnan\n")
-    ending = run(
-        "score", f"beir:{tiny_beir}", "--import", tmp_path / "scores.tsv", "--store", tmp_path / "s", folder=tmp_path
-    )
-    error = error_of(ending, 1)
-    assert "scores.tsv" in error and ("line 2" in error or ":2" in error), error
-
-
 def test_train_makes_a_student_that_sentence_transformers_loads(
     finished: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -254,8 +223,6 @@ def test_train_makes_a_student_that_sentence_transformers_loads(
     assert (out / "baselines" / "labels" / "model" / "modules.json").is_file() and not (out / "student").exists()
     wrong = run("train", recipe_file, "--out", out, "--student", "label", folder=tmp_path)
     assert "no student 'label'" in error_of(wrong, 2)
-    gone = run("train", recipe_file, "--out", tmp_path / "new", "--set", "teacher.model=/gone", folder=tmp_path)
-    assert "no model folder here" in error_of(gone, 1) and not (tmp_path / "new").exists()
 
 
 def test_an_index_is_written_and_searched(finished: Path, tmp_path: Path) -> None:
@@ -272,17 +239,6 @@ def test_an_index_is_written_and_searched(finished: Path, tmp_path: Path) -> Non
     assert [hit["doc_id"] for hit in json.loads(over.out)] == [hit["doc_id"] for hit in exact]
     plain = run("search", finished, "which metal rusts", "-k", "100", "--index", out, folder=tmp_path)
     assert len(plain.out.splitlines()) <= 32 and exact[0]["doc_id"] in plain.out  # no more hits than documents
-
-
-def test_an_index_of_another_student_is_refused(finished: Path, tmp_path: Path) -> None:
-    """The same run whose student was trained differently since."""
-    other = tmp_path / "other"
-    shutil.copytree(finished, other)
-    weights = other / "student" / "model" / "model.safetensors"
-    save_file({name: array * 1.01 for name, array in load_file(weights).items()}, weights, {"format": "pt"})
-    ending = run("search", other, "words", "--index", other / "indexes" / "flat.faiss", folder=tmp_path)
-    error = error_of(ending, 1)
-    assert "another" in error and "student" in error, error
     missing = run("search", finished, "words", "--index", tmp_path / "no.faiss", folder=tmp_path)
     assert "no.faiss" in error_of(missing, 1)
 
@@ -304,7 +260,7 @@ def test_evaluate_finds_sets_in_a_local_folder(finished: Path, tiny_beir: Path, 
     assert "no set of the suite" in error_of(none, 1) and "--local" in none.err
 
 
-def test_run_is_quiet_where_asked_and_prints_json(recipe_file: Path, finished: Path, tmp_path: Path) -> None:
+def test_run_prints_one_table_and_what_to_do_next_or_json(recipe_file: Path, finished: Path, tmp_path: Path) -> None:
     arguments = ["run", recipe_file, "--out", finished, "--store", finished.parent / "store"]
     ending = run(*arguments, "--json", folder=tmp_path)
     results = json.loads(ending.out)
@@ -313,6 +269,10 @@ def test_run_is_quiet_where_asked_and_prints_json(recipe_file: Path, finished: P
     }
     quiet = run(*arguments, "--quiet", folder=tmp_path)
     assert quiet.code == 0 and quiet.err == "" and "student, distilled" in quiet.out
+    table, steps = quiet.out.strip().rsplit("\n\n", 1)
+    assert len(table.split("\n\n")) == 1 and "BM25" in table and "what serving costs" not in table
+    assert len(steps.splitlines()) == 5
+    assert f"rankdistill report {finished}" in steps and f"rankdistill recipes copy {recipe_file}" in steps
 
 
 # -- bad places -------------------------------------------------------------------------------------------------------
@@ -388,14 +348,6 @@ def test_a_disk_that_is_really_full(recipe_file: Path, finished: Path, small_dis
     assert metrics_of(small_disk / "run") == metrics_of(finished)
 
 
-def test_a_run_ends_with_one_table_and_what_to_do_next(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
-    ending = run("run", recipe_file, "--out", finished, "--store", finished.parent / "store", folder=tmp_path)
-    table, steps = ending.out.strip().rsplit("\n\n", 1)
-    assert len(table.split("\n\n")) == 1 and "BM25" in table and "what serving costs" not in table
-    assert len(steps.splitlines()) == 5
-    assert f"rankdistill report {finished}" in steps and f"rankdistill recipes copy {recipe_file}" in steps
-
-
 def test_teachers_are_probed_before_they_are_paid_for(tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     collection, out = f"beir:{tiny_beir}", tmp_path / "mined"
     teacher = ["--teacher", f"{{type: bi_encoder, model: {tiny_encoder}}}"]
@@ -407,13 +359,6 @@ def test_teachers_are_probed_before_they_are_paid_for(tiny_beir: Path, tiny_enco
     assert "first stage" in found.err  # an untrained encoder: it is said to be no better
     refused = run(*probe, "--candidates", str(out / "--positives" / "candidates"), folder=tmp_path)
     assert refused.code == 2 and "positives first" in refused.err
-    several = run(
-        "score",
-        collection,
-        *teacher,
-        *teacher,
-        "--candidates",
-        str(out / "--positives" / "candidates"),
-        folder=tmp_path,
-    )
+    candidates = ["--candidates", str(out / "--positives" / "candidates")]
+    several = run("score", collection, *teacher, *teacher, *candidates, folder=tmp_path)
     assert several.code == 2 and "--probe 50" in several.err
