@@ -124,7 +124,9 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
             )
     with tempfile.TemporaryDirectory() as folder:
         sides: tuple[tuple[Side, Path | None], ...] = (("documents", vectors), ("queries", queries))
-        opened = [path and open_foreign_vectors(path, folder, side=side).vectors for side, path in sides]
+        opened = [
+            open_foreign_vectors(path, folder, side=side).vectors if path is not None else None for side, path in sides
+        ]
         return check_index(index, vectors=opened[0], queries=opened[1], k=k)
 
 
