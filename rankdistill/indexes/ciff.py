@@ -63,11 +63,11 @@ def build(
             for column in ordered:
                 start, end = postings.indptr[column], postings.indptr[column + 1]
                 impacts = postings.data[start:end].tolist()
-                made = messages.PostingsList(term=names[column], df=len(impacts), cf=sum(impacts))
-                add = made.postings.add
+                entry = messages.PostingsList(term=names[column], df=len(impacts), cf=sum(impacts))
+                add = entry.postings.add
                 for gap, impact in zip(np.diff(postings.indices[start:end], prepend=0).tolist(), impacts, strict=True):
                     add(docid=gap, tf=impact)
-                yield made
+                yield entry
                 bar.advance()
 
     def documents() -> Iterator[Any]:

@@ -171,9 +171,9 @@ def _open_npy(path: Path) -> NDArray[Any]:
     return array
 
 
-def _ids_beside(path: Path, given: str | Path | None, column: str, count: int) -> Ids:
+def _ids_beside(path: Path, ids: str | Path | None, column: str, count: int) -> Ids:
     beside = Path(f"{path}.ids.parquet")
-    file = Path(given) if given is not None else beside if beside.is_file() else None
+    file = Path(ids) if ids is not None else beside if beside.is_file() else None
     if file is None:
         return Ids(None, count)
     if not file.is_file():
@@ -254,8 +254,8 @@ def check_distinct(ids: pa.ChunkedArray, what: str, where: str, fix: str | None 
     if pc.count_distinct(ids).as_py() != len(ids):
         counts = pc.value_counts(ids.combine_chunks())
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        found = f"{len(twice)} {what} come twice, the first is {twice[0].as_py()!r}"
-        raise RankdistillError(found, where=where, fix=fix)
+        problem = f"{len(twice)} {what} come twice, the first is {twice[0].as_py()!r}"
+        raise RankdistillError(problem, where=where, fix=fix)
 
 
 def _look_through(source: NDArray[Any] | list[Path], copy: Path | None, ids: Ids, path: Path) -> dict[str, Any]:

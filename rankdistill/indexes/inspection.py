@@ -114,11 +114,11 @@ def check_index(
         return IndexCheck(str(index.path), repr(index), findings)
     rows = np.sort(np.random.default_rng(seed).permutation(count)[:sample])
     inner = coded(index.index)
-    given = None if vectors is None else np.ascontiguousarray(vectors[rows], np.float32)
-    if given is not None:
-        check_vectors(given, index.dimension, lambda row: f"row {rows[row]}")
+    originals = None if vectors is None else np.ascontiguousarray(vectors[rows], np.float32)
+    if originals is not None:
+        check_vectors(originals, index.dimension, lambda row: f"row {rows[row]}")
     binary = isinstance(inner, faiss.IndexBinary)
-    turned = None if given is None or binary else _transformed(index.index, given)
+    turned = None if originals is None or binary else _transformed(index.index, originals)
     decoded = None if binary else _decoded(inner, rows)
     if decoded is not None and not np.isfinite(decoded).all():
         findings.append(Finding("documents decoded", "NaN", "the codebooks are broken: train again"))
@@ -134,7 +134,8 @@ def check_index(
     hashes = _code_hashes(inner)
     if hashes is not None:
         findings.append(_about_shared_codes(hashes, vectors))
-    asked = queries[:sample] if queries is not None else given if given is not None else _outside(index.index, decoded)
+    asked = queries if queries is not None else originals
+    asked = _outside(index.index, decoded) if asked is None else asked[:sample]
     if asked is not None:
         findings.append(_about_missing(index, asked, min(k, count), has_lists))
     findings += _about_polysemous(index.index)
@@ -211,11 +212,11 @@ def _about_lists(ivf: Any) -> list[Finding]:
     ]
 
 
-def _about_probing(ivf: Any, own: NDArray[np.int64], inside: NDArray[np.float32], exact: bool) -> list[Finding]:
+def _about_probing(ivf: Any, lists: NDArray[np.int64], inside: NDArray[np.float32], exact: bool) -> list[Finding]:
     _, probed = ivf.quantizer.search(np.ascontiguousarray(inside), min(int(ivf.nprobe), int(ivf.nlist)))
-    known = own >= 0
-    first = float((probed[known, 0] == own[known]).mean())
-    among = float((probed[known] == own[known, None]).any(axis=1).mean())
+    known = lists >= 0
+    first = float((probed[known, 0] == lists[known]).mean())
+    among = float((probed[known] == lists[known, None]).any(axis=1).mean())
     assign = (
         "documents stand in other lists than those a search for them visits: assign them again by the rule the index"
         " probes by (its metric), with the final centroids"
@@ -229,11 +230,11 @@ def _about_probing(ivf: Any, own: NDArray[np.int64], inside: NDArray[np.float32]
     ]
 
 
-def _about_lengths(decoded: NDArray[np.float32], given: NDArray[np.float32] | None, unit: bool) -> list[Finding]:
+def _about_lengths(decoded: NDArray[np.float32], originals: NDArray[np.float32] | None, unit: bool) -> list[Finding]:
     lengths = np.linalg.norm(decoded, axis=1)
-    if given is None and not unit:
+    if originals is None and not unit:
         return [Finding.of("length of decoded, mean", float(lengths.mean()))]
-    before = np.ones(len(lengths)) if given is None else np.linalg.norm(given, axis=1)
+    before = np.ones(len(lengths)) if originals is None else np.linalg.norm(originals, axis=1)
     real = before > 0
     if not real.any():
         return []
@@ -244,8 +245,8 @@ def _about_lengths(decoded: NDArray[np.float32], given: NDArray[np.float32] | No
         Finding.of("length kept, mean", mean, mean < 0.5, advice),
         Finding.of("length kept, spread", spread, spread > SPREAD, advice),
     ]
-    if given is not None:
-        products = (decoded[real] * given[real]).sum(axis=1)
+    if originals is not None:
+        products = (decoded[real] * originals[real]).sum(axis=1)
         cosines = products / np.maximum(lengths[real] * before[real], 1e-12)
         findings.append(Finding.of("direction kept, mean", float(cosines.mean())))
     return findings

@@ -207,10 +207,10 @@ def _launch(config: ModuleType) -> None:
             raise RankdistillError(f"{java} does not start: {error}", where=str(java.home), fix=NO_JAVA) from error
 
 
-def _options(given: Sequence[str], java: Java) -> list[str]:
+def _options(asked: Sequence[str], java: Java) -> list[str]:
     """What the JVM is started with: what others asked for first, less a module that the runtime lacks."""
     module = f"--add-modules={VECTOR_MODULE}"
-    options = [option for option in given if option != module or VECTOR_MODULE in java.modules]
+    options = [option for option in asked if option != module or VECTOR_MODULE in java.modules]
     options.append("-Xrs")  # Ctrl-C stays Python's: otherwise the JVM ends the process, and nothing is cleaned up
     memory = os.environ.get(MEMORY)
     if memory:

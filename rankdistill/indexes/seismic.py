@@ -173,7 +173,7 @@ def _silent() -> Iterator[None]:
             os.dup2(nowhere, stream)
         yield
     finally:
-        for stream, own in kept.items():
-            os.dup2(own, stream)
-            os.close(own)
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
         os.close(nowhere)
