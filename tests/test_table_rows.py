@@ -85,7 +85,7 @@ def test_the_search_page_shows_it(done: Workspace) -> None:
 
     page = search_page(done)
     assert [column.name for column in page.columns] == ["BM25", "student"]
-    found = page.columns[1].search("which metal rusts", 3)[0]
+    found = page.columns[1].search("which metal rusts", 3, {})[0]
     assert len(found.rows) == 3
 
 

@@ -510,7 +510,8 @@ class _Permutation(_Row):
         options = list(dict.fromkeys(self.left[name][self.depth] for name in self.alive))
         ways = [self.spelled.get(token, [token]) if self.depth == 0 else [token] for token in options]
         alike = max(map(len, ways))  # as many of each: the first again where there are fewer
-        values = logits[torch.tensor([way + way[:1] * (alike - len(way)) for way in ways])].amax(dim=1)
+        even = torch.tensor([way + way[:1] * (alike - len(way)) for way in ways], device=logits.device)
+        values = logits[even].amax(dim=1)
         token = options[self.chosen(values)]
         self.alive = [name for name in self.alive if self.left[name][self.depth] == token]
         self.depth += 1
