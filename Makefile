@@ -2,7 +2,7 @@
 # make test         environment, then all tests            (ARGS="tests/losses -x" for some of them)
 # make test-newest  the same in .venv-newest: the newest libraries that pip finds today
 # make test-lowest  the same in .venv-lowest: each library in the lowest version that pyproject.toml admits
-#                  (JOBS=0 in one process; otherwise a process for each core, eight at most)
+#                  (JOBS=0 in one process; otherwise one more than there are cores, as tests wait too; eight at most)
 # make lint         ruff and mypy
 # make docs         the documentation's site, built strictly: site/index.html
 # make fuzz         foreign input of every kind, mutated, for as long as you like (MINUTES=30)
@@ -21,7 +21,7 @@ TORCH := $(if $(GPU),,constraints-cpu.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-JOBS ?= logical
+JOBS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 PYTEST := python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # Without those that need arguments, or a GPU.
 BENCH ?= $(filter-out %/gpu.py %/effectiveness.py,$(wildcard eval/benchmarks/*.py))
