@@ -284,7 +284,7 @@ def test_tables_to_paste_are_those_of_the_files(page: Page, run: Path, tmp_path:
     assert page.locator("#latex-text").text_content() == latex
     assert r"\begin{tabular}" in (tmp_path / "t.tex").read_text()
     page.locator("#paste button.copy").first.click()
-    page.wait_for_function("document.querySelector('#paste button.copy').textContent === 'Copied'")
+    page.wait_for_selector("#paste button.copy:text-is('Copied')")
 
 
 # -- without a browser ------------------------------------------------------------------------------------------------

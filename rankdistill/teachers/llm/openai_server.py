@@ -8,6 +8,7 @@ import random
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +26,7 @@ from rankdistill.teachers.llm.chat import load_tokenizer, separators
 
 HOSTED = "https://api.openai.com/v1"
 HOSTED_KEY = "OPENAI_API_KEY"
+LONGEST_WAIT = 120.0  # seconds that a server may ask for; more is an error at once
 LONGEST_PAUSE = 60.0  # seconds between two tries, where the server names no time
 UNREADABLE = "unreadable"  # a response's extension: what is wrong with a body that came with status 200
 STEP_TOKENS = 8  # of one identifier
@@ -237,6 +239,8 @@ class OpenAIBackend(Backend):
         """Tell the client, which retries by a response's status and headers, what it would not see."""
         response.read()
         hopeless = response.status_code == 429 and b"insufficient_quota" in response.content
+        with suppress(ValueError):  # none, or a date, at which newer clients look themselves
+            hopeless |= float(response.headers.get("retry-after", "")) > LONGEST_WAIT
         if response.status_code == 200:
             try:
                 read_reply(response.content)
