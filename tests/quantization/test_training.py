@@ -489,9 +489,11 @@ def test_memory_grows_by_codes_ids_and_lists_not_by_vectors(tmp_path: Path) -> N
     for count in counts:
         file = tmp_path / f"{count}.npy"
         np.save(file, random.normal(size=(count, 64)).astype(np.float32))
-        ending = Forked(measure, str(tmp_path / str(count)), str(file), folder=tmp_path / "output").wait()
-        assert ending.code == 0, ending.err
-        kilobytes.append(int(ending.out))
+        # What the allocator keeps back comes on top, by chance: the least of two.
+        places = [str(tmp_path / f"{count}-{attempt}") for attempt in range(2)]
+        endings = [Forked(measure, place, str(file), folder=tmp_path / "output").wait() for place in places]
+        assert all(ending.code == 0 for ending in endings), endings
+        kilobytes.append(min(int(ending.out) for ending in endings))
     slope = 1024 * (kilobytes[1] - kilobytes[0]) / (counts[1] - counts[0])
     print(f"{kilobytes} KiB: {slope:.0f} bytes a document more, a vector takes {4 * 64}")
     assert slope < 100
