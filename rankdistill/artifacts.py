@@ -526,7 +526,7 @@ def write_artifact(
             write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
             _publish(partial, path)
         except BaseException:
-            if not resume or not any(partial.iterdir()):
+            if not resume or not any(partial.glob("*")):  # published already, it is gone
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 

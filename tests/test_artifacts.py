@@ -368,6 +368,17 @@ def test_new_empty_and_own_places_are_taken(tmp_path: Path) -> None:
         write(tmp_path / "file")
 
 
+def test_an_interrupt_just_after_publishing_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(path: Path) -> None:
+        if path == tmp_path:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rankdistill.artifacts._sync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", resume=True)
+    assert open_artifact(tmp_path / "a").fingerprint == "abc"
+
+
 def _publish_without_end(path: Path) -> None:
     for number in range(sys.maxsize):
         with write_artifact(path, kind="thing", fingerprint="abc", settings={}) as writer:

@@ -23,7 +23,6 @@ from rankdistill.recipe import (
     method_place,
     nearest,
     override_value,
-    shipped,
 )
 
 
@@ -127,12 +126,6 @@ def any_specification(
         for number, loss in enumerate(specification.losses)
     ]
     return specification.model_copy(update={"losses": losses})
-
-
-def shipped_specifications() -> dict[str, IndexSpecification]:
-    """The shipped ones that are built; the learned ones are made by `rankdistill quantize`."""
-    every = {name: any_specification(path) for name, path in shipped("indexes").items()}
-    return {name: built for name, built in every.items() if isinstance(built, IndexSpecification)}
 
 
 def vectors_needed(factory: str) -> int:

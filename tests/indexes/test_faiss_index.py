@@ -10,6 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from shipped_indexes import shipped_specifications
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.building import build_index
@@ -21,7 +22,7 @@ from rankdistill.indexes.faiss_index import (
     manifest_file,
     sign_bits,
 )
-from rankdistill.indexes.specification import IndexSpecification, load_specification, shipped_specifications
+from rankdistill.indexes.specification import IndexSpecification, load_specification
 
 COUNT, DIMENSION = 1500, 32
 IDS = [f"doc {row}\nwith a line" for row in range(COUNT)]

@@ -8,13 +8,14 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from shipped_indexes import shipped_specifications
 
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.faiss_assembly import add_codes, assemble_index
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.inspection import check_index
-from rankdistill.indexes.specification import load_specification, shipped_specifications
+from rankdistill.indexes.specification import load_specification
 
 COUNT, DIMENSION = 1500, 32
 
