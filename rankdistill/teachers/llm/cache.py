@@ -113,8 +113,8 @@ class AnswerCache:
             # Each statement is a transaction of its own.
             self._connection = sqlite3.connect(self.folder / FILE, timeout=WAIT, isolation_level=None)
             self._connection.text_factory = bytes  # what is damaged is told by the one who reads it
-            if write or segments:
-                self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, record TEXT)")
+            # Also to read: a kill may have left the file without it.
+            self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, record TEXT)")
             for segment in segments:
                 self._take_over(self._connection, segment)
         return self._connection

@@ -139,6 +139,15 @@ def test_a_record_of_another_shape_is_asked_again_and_said(
         assert backend.asked == 1 and ("is asked again" in capsys.readouterr().err) == asked
 
 
+def test_a_file_that_a_kill_left_before_its_table_is_used(tmp_path: Path) -> None:
+    """sqlite makes the file, then the table."""
+    (tmp_path / FILE).touch()
+    cache = AnswerCache(tmp_path)
+    assert len(cache) == 0 and cache.find("k") is None
+    cache.add("k", Answer("1"))
+    assert len(AnswerCache(tmp_path)) == 1
+
+
 def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     list(ask(Shout(), requests(3), AnswerCache(tmp_path), Budget()))
     (tmp_path / FILE).write_bytes(b"no database" * 1000)
