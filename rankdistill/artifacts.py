@@ -326,11 +326,24 @@ def check_place(path: str | Path) -> None:
     Raises:
         UsageError: there is a file, or a folder that holds something and no manifest of ours, or a file not in it.
     """
+    path = Path(path)
+    while True:
+        before = _identity(path)
+        try:
+            return _refuse_foreign(path)
+        except (UsageError, FileNotFoundError):
+            if _identity(path) == before:
+                raise
+            # Another process was publishing there, and this has looked at two folders as if they were one.
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Tells a folder from the one that is published in its place."""
     try:
-        _refuse_foreign(Path(path))
-    except (UsageError, FileNotFoundError):
-        time.sleep(0.2)  # another process may have been publishing, which takes two renames
-        _refuse_foreign(Path(path))
+        stat = os.lstat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _refuse_foreign(path: Path) -> None:
