@@ -102,9 +102,9 @@ def run(
     workspace = Workspace(out or Path("runs") / checked.name, checked, store)
     result = workspace.run(until, force or [])
     if result is not None and not as_json:
-        from rankdistill.evaluation.results import print_tables, tables
+        from rankdistill.evaluation.tables import print_tables
 
-        print_tables(tables(result, short=True))  # the rest is in the report
+        print_tables(result.tables(short=True))  # the rest is in the report
         steps = [(command.format(run=workspace.path, recipe=recipe), purpose) for command, purpose in NEXT]
         width = max(len(command) for command, _ in steps)
         print("\n".join(["", *(f"{command:{width}}  {purpose}" for command, purpose in steps)]))
@@ -387,7 +387,7 @@ def index(
         _print(json.dumps([one.manifest for one in indexes], indent=2) if as_json else "\n".join(map(repr, indexes)))
         return
     from rankdistill.evaluation.operating_points import sweep_student
-    from rankdistill.evaluation.results import print_tables
+    from rankdistill.evaluation.tables import print_tables
     from rankdistill.indexes.faiss_index import FaissIndex
 
     swept = sweep_student(
@@ -402,7 +402,7 @@ def index(
     if as_json:
         print(json.dumps(swept.to_json(), indent=2))
     elif sweep:
-        print_tables(swept.tables())
+        print_tables(swept)
     for name, point in swept.chosen.items():
         if not as_json:
             kept = "written into the file" if point.settings else "it has nothing to set"
@@ -543,7 +543,8 @@ def folds(
     """Measure extrapolation: run a recipe once for each part of the queries held out, and pool per query."""
     _begin(quiet or as_json, device)
     from rankdistill.cli.folds import run_folds
-    from rankdistill.evaluation.results import extrapolation_table, print_tables
+    from rankdistill.evaluation.results import extrapolation_table
+    from rankdistill.evaluation.tables import print_tables
     from rankdistill.recipe import load_recipe
 
     if protocol not in ("clusters", "similarity"):
@@ -752,7 +753,7 @@ def _refuse_for_sparse(workspace: Workspace, option: str) -> None:
 
 
 def _show(result: Any, as_json: bool) -> None:
-    from rankdistill.evaluation.results import print_tables
+    from rankdistill.evaluation.tables import print_tables
 
     if as_json:
         print(json.dumps(result.to_json(), indent=2))

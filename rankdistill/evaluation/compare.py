@@ -21,8 +21,9 @@ from rankdistill.artifacts import check_file, file_digest, write_atomically
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
-from rankdistill.evaluation.results import Evaluation, Row
+from rankdistill.evaluation.results import Evaluation, Row, comparisons_table
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
+from rankdistill.evaluation.tables import SIGNED, latex, markdown, plain_table, print_tables
 from rankdistill.plain import shown_lines
 from rankdistill.progress import progress, say, warn
 from rankdistill.runs import Run, file_stem, read_run
@@ -108,7 +109,6 @@ def compare(
         rows=[],
         environment=environment(),
     )
-    values: dict[str, dict[str, np.ndarray]] = {}
     with progress("compare", len(sources), "runs") as bar:
         for name, source in zip(names, sources, strict=True):
             run = source.run if isinstance(source.run, Run) else read_run(source.run)
@@ -116,10 +116,9 @@ def compare(
             evaluation.depth = max(evaluation.depth, int(np.diff(run.offsets).max(initial=0)))
             file = str(source.run) if isinstance(source.run, Path) else ""
             evaluation.rows.append(Row(name, measured.means, measured.notes, file))
-            values[name] = measured.per_query
+            evaluation.per_query[name] = measured.per_query
             bar.advance()
     evaluation.compare_rows(
-        values,
         baseline=baseline,
         family="all" if baseline is None else "baseline",
         correction=correction,
@@ -131,30 +130,26 @@ def compare(
 
 def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = None) -> None:
     """Print a comparison, or write it to a file, as text, markdown, latex or json (every pair on every metric)."""
-    from rankdistill.evaluation import results
-
     if form not in FORMS:
         raise UsageError(f"there is no format {form!r}", where="format", fix=f"choose {', '.join(FORMS)}")
     significance = evaluation.significance
-    shown = results.tables(evaluation, intervals=form != "latex")
+    tables = evaluation.tables(intervals=form != "latex")
     if significance is not None and significance.comparisons:
-        shown.append(results.comparisons(significance, f"{evaluation.name}: pairs of runs"))
+        tables.append(comparisons_table(significance, f"{evaluation.name}: pairs of runs"))
     if form == "json":
         values = evaluation.to_json() | {"significance": significance.to_json() if significance else None}
         text = json.dumps(values, indent=2) + "\n"
-    elif form == "markdown":
-        text = results.markdown(shown)
-    elif form == "latex":
-        text = results.latex(shown)
+    elif form == "text":
+        text = plain_table(tables) + "\n"
     else:
-        text = results.plain_table(shown) + "\n"
+        text = (markdown if form == "markdown" else latex)(tables)
     if out is not None:
         reads = [evaluation.collection["spec"], *(row.run for row in evaluation.rows)]
-        check_file(out, reads=reads, mark=results.SIGNED.get(form, '{\n  "name"').strip())
-        write_atomically(out, text + results.SIGNED.get(form, ""))
+        check_file(out, reads=reads, mark=SIGNED.get(form, '{\n  "name"').strip())
+        write_atomically(out, text + SIGNED.get(form, ""))
         say(f"written to {out}")
     elif form == "text":
-        results.print_tables(shown)
+        print_tables(tables)
     else:
         print(shown_lines(text), end="")
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ WARM_UP_SECONDS = 1.0
 PERCENTILES = (50, 95, 99)
 SEED = 42
 
+Name = TypeVar("Name", str, int)
 # What a step makes of the query texts and of what the step before it made.
 Step = Callable[[Sequence[str], Any], Any]
 
@@ -280,8 +281,8 @@ def _on_the_same_queries(teacher: str, totals: Mapping[str, np.ndarray]) -> dict
 
 
 def pareto_front(
-    points: Mapping[str, Mapping[str, float | None]], *, maximise: Sequence[str] = (), minimise: Sequence[str] = ()
-) -> list[str]:
+    points: Mapping[Name, Mapping[str, float | None]], *, maximise: Sequence[str] = (), minimise: Sequence[str] = ()
+) -> list[Name]:
     """Names of the points that no other dominates: at least as good in every key and better in one.
 
     Equal points are on the front together, or not at all. A point that lacks a key (None or NaN) is left out.
@@ -290,18 +291,17 @@ def pareto_front(
         points: name → key → value.
         maximise, minimise: keys of which more, or less, is better. Names come best first by these keys, ties by name.
     """
-    better_low: dict[str, tuple[float, ...]] = {}
+    lower: dict[Name, tuple[float, ...]] = {}  # what is maximised is turned round: less is better in every place
     for name, values in points.items():
         known = [values.get(key) for key in (*maximise, *minimise)]
         signs = [-1.0] * len(maximise) + [1.0] * len(minimise)
         numbers = [sign * value for sign, value in zip(signs, known, strict=True) if value is not None]
         if len(numbers) == len(known) and not any(map(math.isnan, numbers)):
-            better_low[name] = tuple(numbers)
-    front: list[str] = []
+            lower[name] = tuple(numbers)
+    front: list[Name] = []
     # In this order a point can only be dominated by one before it, and then by one of the front.
-    for name in sorted(better_low, key=lambda name: (better_low[name], name)):
-        mine = better_low[name]
-        others = (better_low[other] for other in front if better_low[other] != mine)
+    for name, mine in sorted(lower.items(), key=lambda item: (item[1], item[0])):
+        others = (lower[other] for other in front if lower[other] != mine)
         if not any(all(a <= b for a, b in zip(other, mine, strict=True)) for other in others):
             front.append(name)
     return front

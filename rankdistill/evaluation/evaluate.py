@@ -27,9 +27,10 @@ from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps,
 from rankdistill.evaluation.extrapolation import QuerySplit, measure_splits
 from rankdistill.evaluation.fidelity import measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, evaluate_run, parse_metric
-from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, markdown
+from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
 from rankdistill.evaluation.suites import EvaluationSet, Found, Missing, Suite, load_references, locate
+from rankdistill.evaluation.tables import markdown
 from rankdistill.progress import progress, warn
 from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
 
@@ -215,9 +216,20 @@ def evaluate_systems(
             f"{itself:,} of {len(query_ids):,} queries are documents of {collection.name} (same id, same text) and are "
             "found first: with drop_self_hits: true in the suite they are left out"
         )
-    rows: list[Row] = []
-    per_query: list[pa.Table] = []
-    values: dict[str, dict[str, np.ndarray]] = {}
+    set_name = name or collection.name
+    evaluation = Evaluation(
+        name=set_name,
+        split=split,
+        collection={"name": collection.name, "spec": collection.spec, "fingerprint": collection.fingerprint},
+        metrics=list(metrics),
+        depth=depth,
+        relevance_level=relevance_level,
+        drop_self_hits=drop_self_hits,
+        rows=[],
+        environment=environment(),
+        published=[figure.model_dump() for figure in load_references(set_name)] if references else [],
+        path=out,
+    )
     for (system_name, system), file_name in zip(systems.items(), _file_names(systems), strict=True):
         part = getattr(system, "part", None)
         ids = query_ids if part is None else [query_id for query_id in query_ids if query_id in part]
@@ -226,7 +238,7 @@ def evaluate_systems(
         judged = qrels if part is None else {query_id: qrels[query_id] for query_id in ids}
         measured = evaluate_run(run, judged, metrics, relevance_level=relevance_level)
         measured.notes |= {"self_hits_dropped": dropped, "self_documents": itself}
-        rows.append(
+        evaluation.rows.append(
             Row(
                 system=system_name,
                 means=measured.means,
@@ -239,31 +251,15 @@ def evaluate_systems(
             )
         )
         if part is None:
-            names = pa.array([system_name] * len(measured.query_ids), pa.string())
-            per_query.append(measured.to_table().add_column(0, "system", names))
-            values[system_name] = measured.per_query
-    set_name = name or collection.name
-    evaluation = Evaluation(
-        name=set_name,
-        split=split,
-        collection={"name": collection.name, "spec": collection.spec, "fingerprint": collection.fingerprint},
-        metrics=list(metrics),
-        depth=depth,
-        relevance_level=relevance_level,
-        drop_self_hits=drop_self_hits,
-        rows=rows,
-        environment=environment(),
-        published=[figure.model_dump() for figure in load_references(set_name)] if references else [],
-        path=out,
-    )
-    evaluation.compare_rows(values, baseline=baseline, correction=correction, alpha=alpha, seed=seed)
+            evaluation.per_query[system_name] = measured.per_query
+    evaluation.compare_rows(baseline=baseline, correction=correction, alpha=alpha, seed=seed)
     if splits:
-        evaluation.extrapolation = measure_splits(splits, values, qrels, relevance_level)
-    if TEACHER in systems and len(rows) > 1:
-        _measure_fidelity(evaluation, getattr(systems[TEACHER], "lowest", None), qrels, values)
+        evaluation.extrapolation = measure_splits(splits, evaluation.per_query, qrels, relevance_level)
+    if TEACHER in systems and len(evaluation.rows) > 1:
+        _measure_fidelity(evaluation, out, getattr(systems[TEACHER], "lowest", None), qrels)
     if latency_queries:
         evaluation.measure_cost(systems, collection, query_ids, latency_queries)
-    _write(evaluation, per_query, out)
+    _write(evaluation, list(qrels), out)
     return evaluation
 
 
@@ -279,19 +275,13 @@ def _own_documents(collection: Collection, query_ids: list[str]) -> int:
     return sum(same_text(text, document) for text, document in zip(texts, documents, strict=True))
 
 
-def _measure_fidelity(
-    evaluation: Evaluation,
-    lowest: Mapping[str, float] | None,
-    qrels: Any,
-    values: Mapping[str, Mapping[str, np.ndarray]],
-) -> None:
+def _measure_fidelity(evaluation: Evaluation, out: Path, lowest: Mapping[str, float] | None, qrels: Any) -> None:
     """Fill in the agreement of all rows with the teacher's, from the runs on disk."""
-    assert evaluation.path is not None
     if lowest is not None and not lowest.keys() & qrels.keys():
         warn("the teacher has no score for any query here: agreement with it is not measured")
         return
     metric = evaluation.metrics[0]
-    runs: dict[str, Run | str | Path] = {row.system: evaluation.path / row.run for row in evaluation.rows}
+    runs: dict[str, Run | str | Path] = {row.system: out / row.run for row in evaluation.rows}
     evaluation.fidelity = measure_fidelity(
         runs.pop(TEACHER),
         runs,
@@ -300,7 +290,7 @@ def _measure_fidelity(
         metric=metric,
         relevance_level=evaluation.relevance_level,
         lowest=lowest,
-        values={system: by_metric[metric] for system, by_metric in values.items()},
+        values={system: by_metric[metric] for system, by_metric in evaluation.per_query.items()},
     )
 
 
@@ -383,7 +373,11 @@ def environment() -> dict[str, Any]:
     return {"query_batch": QUERY_BATCH, **{name: measured[name] for name in ("machine", "threads", "libraries")}}
 
 
-def _write(evaluation: Evaluation, per_query: list[pa.Table], out: Path) -> None:
+def _write(evaluation: Evaluation, query_ids: Sequence[str], out: Path) -> None:
+    per_query = [
+        pa.table({"system": [system] * len(query_ids), "query_id": query_ids, **values})
+        for system, values in evaluation.per_query.items()
+    ]
     if per_query:
         write_table(out / "per_query.parquet", pa.concat_tables(per_query))
     if evaluation.significance is not None:

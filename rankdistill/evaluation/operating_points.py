@@ -11,8 +11,9 @@ chosen setting will be measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from rankdistill.artifacts import Artifact, locked
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment, pareto_front, percentiles
 from rankdistill.evaluation.metrics import Qrels, evaluate_run, parse_metric
-from rankdistill.evaluation.results import Table, latency_text, plain_table, rate_text
+from rankdistill.evaluation.tables import Cell, Table, latency_text, make_table, number, plain_table, rate_text
 from rankdistill.indexes.base import Encoder, Hits, Vectors
 from rankdistill.indexes.dense import ExactIndex
 from rankdistill.indexes.faiss_index import FaissIndex, parts, publish_index
@@ -91,15 +92,14 @@ class Sweep:
     def front(self) -> list[OperatingPoint]:
         """The points that none beats in quality, queries a second (in a batch) and bytes a document."""
         values = {
-            f"{number:06}": {
+            at: {
                 "quality": point.metrics.get(self.quality, point.recall),
                 "rate": point.queries_per_second,
                 "bytes": point.bytes_a_document,
             }
-            for number, point in enumerate(self.points)
+            for at, point in enumerate(self.points)
         }
-        names = pareto_front(values, maximise=["quality", "rate"], minimise=["bytes"])
-        return [self.points[int(name)] for name in names]
+        return [self.points[at] for at in pareto_front(values, maximise=["quality", "rate"], minimise=["bytes"])]
 
     def reaching(self, recall: float) -> OperatingPoint:
         """The cheapest point with at least this recall.
@@ -128,33 +128,35 @@ class Sweep:
         values["points"] = [{**asdict(point), "front": id(point) in front} for point in self.points]
         return values
 
-    def tables(self) -> list[Table]:
+    def tables(self, *, intervals: bool = False) -> list[Table]:
         """The front as a table, most quality first."""
-        metrics = list(self.points[0].metrics)
-        header = ["index", "settings", f"recall@{self.k}", *metrics, "queries/s", "one query ms", "bytes/doc"]
-        rows = [
-            [
-                *(point.index, str(point), f"{point.recall:.4f}"),
-                *(f"{point.metrics[metric]:.4f}" for metric in metrics),
-                *(rate_text(point.queries_per_second), latency_text(point.single_ms["p50"])),
-                f"{point.bytes_a_document:,.1f}",
-            ]
-            for point in self.front
-        ]
-        environment = self.environment
-        below = [
-            f"{len(rows)} of {len(self.points)} settings tried: none of the others is as good in {self.quality}, as "
+
+        def mean(metric: str, point: OperatingPoint) -> Cell:
+            return number(point.metrics.get(metric))
+
+        columns: dict[str, Callable[[OperatingPoint], Cell | str]] = {
+            "index": lambda point: point.index,
+            "settings": str,
+            f"recall@{self.k}": lambda point: number(point.recall),
+            **{metric: partial(mean, metric) for metric in self.points[0].metrics},
+            "queries/s": lambda point: number(point.queries_per_second, rate_text),
+            "one query ms": lambda point: number(point.single_ms["p50"], latency_text),
+            "bytes/doc": lambda point: number(point.bytes_a_document, "{:,.1f}".format),
+        }
+        front, environment = self.front, self.environment
+        notes = [
+            f"{len(front)} of {len(self.points)} settings tried: none of the others is as good in {self.quality}, as "
             "fast in a batch and as small",
             f"recall: of exact search over the float vectors; {self.queries} queries ({self.origin or 'as given'})",
             f"search alone, the queries encoded before; depth {self.depth}",
             f"queries/s: all in one call, {environment.get('threads')} threads, {environment.get('machine')}",
         ]
         if self.without_settings:
-            below.append(f"{', '.join(self.without_settings)}: no search setting, so one point")
-        return [Table("operating points: the Pareto front", header, rows, set(), below)]
+            notes.append(f"{', '.join(self.without_settings)}: no search setting, so one point")
+        return [make_table("operating points: the Pareto front", front, columns, notes)]
 
     def __repr__(self) -> str:
-        return plain_table(self.tables())
+        return plain_table(self)
 
 
 def _lower(a: OperatingPoint, b: OperatingPoint) -> bool:
@@ -202,6 +204,7 @@ def sweep(
     metrics: Sequence[str] = ("ndcg@10",),
     grid: Mapping[str, Sequence[float]] | None = None,
     origin: str = "",
+    target_recall: float | None = None,
 ) -> Sweep:
     """Search with every combination of settings and measure quality and speed. `index` itself is not touched.
 
@@ -215,106 +218,90 @@ def sweep(
         metrics: against the qrels.
         grid: setting → values; default `search_grid`. A setting that is not in it keeps the index's own value.
         origin: which queries these are, for the table.
+        target_recall: above 0, at most 1: `chosen` gets the cheapest setting that reaches it. The gap between it and
+            the next lower one tried is halved down to a sixteenth.
 
     Raises:
         UsageError: an unknown metric or setting; not as many exact results, or ids, as queries.
+        RankdistillError: no setting reaches the target; the best is named.
     """
-    trial = _Trial(index, queries, exact, k, query_ids, qrels, metrics)
-    return _sweep(trial, grid, origin)
+    if target_recall is not None and not 0 < target_recall <= 1:
+        raise UsageError(f"a recall of {target_recall:g} cannot be aimed at", fix="above 0, at most 1, e.g. 0.95")
+    if k < 1:
+        raise UsageError(f"recall of the {k} best documents cannot be counted", fix="k of at least 1")
+    if not len(queries) or len(exact) != len(queries):
+        raise UsageError(f"{len(queries)} queries and {len(exact)} exact results", fix="one result for each query")
+    ids, metrics = list(query_ids or ()), list(metrics) if qrels else []
+    judged = {query_id: (qrels or {})[query_id] for query_id in ids if query_id in (qrels or {})}
+    if qrels and len(ids) != len(queries):
+        raise UsageError("judged queries need their ids", fix="query_ids: one for each query")
+    if qrels and not judged:
+        raise UsageError("none of the queries is judged", where=f"query {ids[0]!r}")
+    depth = max([k, *(parse_metric(metric).cutoff or k for metric in metrics)])
+    trial, vectors = index.clone(), np.ascontiguousarray(queries, np.float32)
+    expected = [_expected(hits, k) for hits in exact]
 
+    def measure(settings: Mapping[str, float]) -> OperatingPoint:
+        trial.set_search(**settings)
+        results = trial.search(vectors, depth)
+        recall = [
+            min(int(np.isin(hits.rows[:k], rows).sum()), size) / size
+            for hits, (rows, size) in zip(results, expected, strict=True)
+            if size
+        ]
+        means: dict[str, float] = {}
+        if metrics:
+            ranking = {
+                query_id: dict(zip(trial.doc_ids(hits.rows), hits.scores.tolist(), strict=True))
+                for query_id, hits in zip(ids, results, strict=True)
+            }
+            means = evaluate_run(Run.from_dict(ranking), judged, metrics).means
+        batch = _seconds(trial, [vectors] * BATCH_RUNS, depth, BATCH_SECONDS)
+        single = _seconds(
+            trial, [vectors[row : row + 1] for row in range(len(vectors))][:SINGLE_QUERIES], depth, SINGLE_SECONDS
+        )
+        return OperatingPoint(
+            index=trial.name,
+            settings=dict(settings),
+            recall=float(np.mean(recall)) if recall else 0.0,
+            metrics=means,
+            queries_per_second=len(vectors) / min(batch),
+            single_ms=percentiles([1000 * seconds for seconds in single]),
+            bytes_a_document=trial.bytes_per_document,
+        )
 
-def _sweep(trial: _Trial, grid: Mapping[str, Sequence[float]] | None, origin: str) -> Sweep:
-    index = trial.index
-    grid = search_grid(index, trial.depth) if grid is None else grid
+    grid = search_grid(trial, depth) if grid is None else grid
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     points = []
     with progress(f"sweep {index.name}", len(combinations), "settings") as bar:
         for settings in combinations:
-            points.append(trial.measure(settings))
+            points.append(measure(settings))
             bar.advance()
-    return Sweep(
+    swept = Sweep(
         points=points,
-        k=trial.k,
-        depth=trial.depth,
-        queries=len(trial.queries),
-        quality=trial.metrics[0] if trial.metrics else f"recall@{trial.k}",
+        k=k,
+        depth=depth,
+        queries=len(vectors),
+        quality=metrics[0] if metrics else f"recall@{k}",
         origin=origin,
         environment={**measuring_environment(), "device": "cpu"},
         without_settings=[] if grid else [index.name],
     )
+    if target_recall is not None:
+        swept.chosen[index.name] = _cheapest(swept, target_recall, measure)
+    return swept
 
 
-class _Trial:
-    """A clone of an index, and what its answers are held against (see `sweep`)."""
-
-    def __init__(
-        self,
-        index: FaissIndex,
-        queries: Vectors,
-        exact: Sequence[Hits] | NDArray[Any],
-        k: int = 10,
-        query_ids: Sequence[str] | None = None,
-        qrels: Qrels | None = None,
-        metrics: Sequence[str] = ("ndcg@10",),
-    ) -> None:
-        if k < 1:
-            raise UsageError(f"recall of the {k} best documents cannot be counted", fix="k of at least 1")
-        if not len(queries) or len(exact) != len(queries):
-            raise UsageError(f"{len(queries)} queries and {len(exact)} exact results", fix="one result for each query")
-        self.index, self.queries, self.k = index.clone(), np.ascontiguousarray(queries, np.float32), k
-        self.expected = [_expected(hits, k) for hits in exact]
-        self.query_ids, self.qrels, self.metrics = list(query_ids or ()), {}, list(metrics) if qrels else []
-        if qrels:
-            if len(self.query_ids) != len(queries):
-                raise UsageError("judged queries need their ids", fix="query_ids: one for each query")
-            self.qrels = {query_id: qrels[query_id] for query_id in self.query_ids if query_id in qrels}
-            if not self.qrels:
-                raise UsageError("none of the queries is judged", where=f"query {self.query_ids[0]!r}")
-        self.depth = max([k, *(parse_metric(metric).cutoff or k for metric in self.metrics)])
-
-    def measure(self, settings: Mapping[str, float]) -> OperatingPoint:
-        self.index.set_search(**settings)
-        found = self.index.search(self.queries, self.depth)
-        recall = [
-            min(int(np.isin(hits.rows[: self.k], rows).sum()), size) / size
-            for hits, (rows, size) in zip(found, self.expected, strict=True)
-            if size
-        ]
-        means: dict[str, float] = {}
-        if self.metrics:
-            ranking = {
-                query_id: dict(zip(self.index.doc_ids(hits.rows), hits.scores.tolist(), strict=True))
-                for query_id, hits in zip(self.query_ids, found, strict=True)
-            }
-            means = evaluate_run(Run.from_dict(ranking), self.qrels, self.metrics).means
-        return OperatingPoint(
-            index=self.index.name,
-            settings=dict(settings),
-            recall=float(np.mean(recall)) if recall else 0.0,
-            metrics=means,
-            queries_per_second=self._batch_rate(),
-            single_ms=percentiles(self._single()),
-            bytes_a_document=self.index.bytes_per_document,
-        )
-
-    def _batch_rate(self) -> float:
-        times: list[float] = []
-        while not times or (sum(times) < BATCH_SECONDS and len(times) < BATCH_RUNS):
-            started = time.perf_counter()
-            self.index.search(self.queries, self.depth)
-            times.append(time.perf_counter() - started)
-        return len(self.queries) / min(times)
-
-    def _single(self) -> list[float]:
-        times: list[float] = []
-        begun = time.perf_counter()
-        for row in range(min(SINGLE_QUERIES, len(self.queries))):
-            started = time.perf_counter()
-            self.index.search(self.queries[row : row + 1], self.depth)
-            times.append(1000 * (time.perf_counter() - started))
-            if time.perf_counter() - begun > SINGLE_SECONDS:
-                break
-        return times
+def _seconds(index: FaissIndex, batches: Sequence[Vectors], depth: int, most: float) -> list[float]:
+    """What each search took, until `most` seconds are spent."""
+    times: list[float] = []
+    for vectors in batches:
+        started = time.perf_counter()
+        index.search(vectors, depth)
+        times.append(time.perf_counter() - started)
+        if sum(times) > most:
+            break
+    return times
 
 
 def _expected(exact: Hits | NDArray[Any], k: int) -> tuple[NDArray[np.int64], int]:
@@ -330,46 +317,26 @@ def _expected(exact: Hits | NDArray[Any], k: int) -> tuple[NDArray[np.int64], in
     return exact.rows[ties], size
 
 
-# -- choosing ---------------------------------------------------------------------------------------------------------
-
-
-def tune(
-    index: FaissIndex,
-    queries: Vectors,
-    exact: Sequence[Hits] | NDArray[Any],
-    target_recall: float,
-    *,
-    grid: Mapping[str, Sequence[float]] | None = None,
-    origin: str = "",
-    **options: Any,
-) -> Sweep:
-    """A sweep, and in its `chosen` the cheapest setting that reaches a recall; `index` itself is not touched.
-
-    After the sweep, the gap between the setting found and the next lower one tried is halved down to a sixteenth.
-
-    Raises:
-        RankdistillError: no setting reaches the target (above 0, at most 1); the best is named.
-    """
-    if not 0 < target_recall <= 1:
-        raise UsageError(f"a recall of {target_recall:g} cannot be aimed at", fix="above 0, at most 1, e.g. 0.95")
-    trial = _Trial(index, queries, exact, **options)
-    found = _sweep(trial, grid, origin)
-    chosen = found.reaching(target_recall)
+def _cheapest(swept: Sweep, target: float, measure: Callable[[Mapping[str, float]], OperatingPoint]) -> OperatingPoint:
+    """The cheapest point that reaches a recall, between the settings tried too; what is tried on the way is added."""
+    chosen = swept.reaching(target)
     for name in WHOLE:
         if name not in chosen.settings:
             continue
-        tried = sorted({int(point.settings[name]) for point in found.points})
+        tried = sorted({int(point.settings[name]) for point in swept.points})
         low = max((value for value in tried if value < chosen.settings[name]), default=None)
         while low is not None and (high := int(chosen.settings[name])) - low > max(1, high // 16):
             middle = (low + high) // 2
-            point = trial.measure({**chosen.settings, name: middle})
-            found.points.append(point)
-            if point.recall >= target_recall:
+            point = measure({**chosen.settings, name: middle})
+            swept.points.append(point)
+            if point.recall >= target:
                 chosen = point
             else:
                 low = middle
-    found.chosen[index.name] = chosen
-    return found
+    return chosen
+
+
+# -- a student's index ------------------------------------------------------------------------------------------------
 
 
 def save_settings(index: FaissIndex, settings: Mapping[str, float], tuned: Mapping[str, Any]) -> FaissIndex:
@@ -397,9 +364,6 @@ def save_settings(index: FaissIndex, settings: Mapping[str, float], tuned: Mappi
             specification=specification,
             manifest={**manifest, "tuned": dict(tuned)},
         )
-
-
-# -- a student's index ------------------------------------------------------------------------------------------------
 
 
 class TuningQueries(NamedTuple):
@@ -436,7 +400,7 @@ def tuning_queries(collection: Collection, *, seed: int = 42, most: int = MOST_Q
             return TuningQueries(ids, collection.query_texts(ids), {i: judged[i] for i in ids if i in judged}, origin)
     rows = np.sort(generator.choice(collection.document_count, min(most, collection.document_count), replace=False))
     words = [(document.title or document.text).split()[:16] for document in collection.documents(rows)]
-    texts = [" ".join(one) for one in words if one]
+    texts = [" ".join(first) for first in words if first]
     if not texts:
         raise RankdistillError("there are no queries, and the documents drawn are empty", where=collection.name)
     return TuningQueries(
@@ -468,24 +432,21 @@ def sweep_student(
     tuning = tuning_queries(collection, seed=seed)
     encoded = student.encode_queries(tuning.texts)
     array = open_vectors(vectors)
-    judged = {"query_ids": tuning.ids, "qrels": tuning.qrels} if tuning.qrels else {}
-    options: dict[str, Any] = {"k": k, "origin": tuning.origin, **judged}
+    judged: dict[str, Any] = {"query_ids": tuning.ids, "qrels": tuning.qrels} if tuning.qrels else {}
     sweeps: list[Sweep] = []
     for index in indexes:
         index.check(student, collection)
         reference = ExactIndex(array, vectors.fingerprint, metric=index.specification.metric)
         exact = reference.search(encoded, 2 * k)  # deeper than k: what ties with the last is as good
-        if target_recall is None:
-            sweeps.append(sweep(index, encoded, exact, **options))
-            continue
-        sweeps.append(tune(index, encoded, exact, target_recall, **options))
-        point = sweeps[-1].chosen[index.name]
-        about = {"target_recall": target_recall, "k": k, "queries": len(encoded), "origin": tuning.origin}
-        if point.settings:
+        swept = sweep(index, encoded, exact, k=k, origin=tuning.origin, target_recall=target_recall, **judged)
+        point = swept.chosen.get(index.name)
+        if point is not None and point.settings:
+            about = {"target_recall": target_recall, "k": k, "queries": len(encoded), "origin": tuning.origin}
             save_settings(index, point.settings, {**about, **asdict(point)})
-    whole = sweeps[0]
-    for other in sweeps[1:]:
-        whole.points += other.points
-        whole.without_settings += other.without_settings
-        whole.chosen |= other.chosen
+        sweeps.append(swept)
+    whole, *others = sweeps
+    for swept in others:
+        whole.points += swept.points
+        whole.without_settings += swept.without_settings
+        whole.chosen |= swept.chosen
     return whole

@@ -1,18 +1,16 @@
-"""What an evaluation found, and its tables: terminal, plain text, Markdown, LaTeX.
+"""What an evaluation found, and its tables; published figures stand apart, marked as published.
 
-Published figures stand apart, marked as published.
-
-A figure that differs significantly from the baseline's carries a mark: ▲ better, ▼ worse; the line below says by which
-test. Markdown also has the 95% intervals.
+Each table is described here once, for text (`tables.py`) and for the report's page. Marks refer to the baseline, on
+the page to the student; the line below says by which test.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,17 +18,28 @@ from rankdistill.evaluation.cost import measure_costs
 from rankdistill.evaluation.extrapolation import Extrapolation
 from rankdistill.evaluation.fidelity import Fidelity
 from rankdistill.evaluation.metrics import Metrics
-from rankdistill.evaluation.significance import Significance, compare_values
-from rankdistill.plain import shown
+from rankdistill.evaluation.significance import Comparison, Significance, compare_values
+from rankdistill.evaluation.tables import (
+    Cell,
+    Table,
+    bytes_text,
+    count_text,
+    figure_text,
+    latency_text,
+    make_table,
+    number,
+    p_text,
+    plain_table,
+    rate_text,
+    signed,
+)
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-LEFT = ("system", "set", "source", "reason", "metric", "against", "front", "index", "settings")  # columns of words
-MARKS = {1: "▲", -1: "▼", 0: ""}
-LATEX_MARKS = {"▲": r"$^{\dagger}$", "▼": r"$^{\ddagger}$"}
 CORRECTIONS = {"holm": "Holm", "tukey_hsd": "Tukey HSD"}
 PAIR_ROWS = 30  # comparisons shown in a table; all are in significance.json
+Columns = dict[str, Callable[[Any], Cell | str]]
 
 
 @dataclass
@@ -56,6 +65,7 @@ class Evaluation:
     Attributes:
         significance: the comparisons of the rows, written to a file of its own.
         cost: what it costs to serve them (see `cost`), written to a file of its own; None where it was not asked for.
+        per_query: system → metric → value of each query, of the rows that are compared; in a file of its own.
         fidelity: how far the rows rank as the one named `teacher`, where there is one; files of its own.
         extrapolation: the rows on queries near the training queries and far from them; files of its own.
         published: figures of others on this set, to be shown beside and never among the rows.
@@ -73,6 +83,7 @@ class Evaluation:
     environment: dict[str, Any] = field(default_factory=dict)
     published: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
+    per_query: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     significance: Significance | None = None
     cost: dict[str, Any] | None = None
     fidelity: Fidelity | None = None
@@ -87,15 +98,39 @@ class Evaluation:
                 return row
         raise KeyError(system)
 
+    def tables(self, *, intervals: bool = False, short: bool = False) -> list[Table]:
+        """`short`: the systems alone, without notes."""
+        name, verdicts = self.name, [f"{self.metrics[0]}: {line}" for line in verdict([self])]
+        notes = [] if short else row_notes(self)
+        results = results_table(self, notes=[*verdicts, *notes, *legend(self.significance)])
+        if short:
+            return [results]
+        parts = [
+            cost_table(self),
+            agreement_table(self),
+            *(extrapolation_table(entry, self.metrics[0], name) for entry in self.protocols),
+            intervals_table(self) if intervals else None,
+            published_table(name, self.metrics, self.published),
+        ]
+        return [results, *(part for part in parts if part is not None)]
+
+    @property
+    def protocols(self) -> list[dict[str, Any]]:
+        """How the queries were parted into interpolation and extrapolation, with the figures of the parts."""
+        return [] if self.extrapolation is None else self.extrapolation.protocols
+
+    @property
+    def queries(self) -> int:
+        return int(self.rows[0].notes.get("queries", 0)) if self.rows else 0
+
     def to_json(self) -> dict[str, Any]:
         """What `results.json` holds."""
-        apart = ("path", "significance", "cost", "fidelity", "extrapolation")
+        apart = ("path", "per_query", "significance", "cost", "fidelity", "extrapolation")
         values = {name: value for name, value in vars(self).items() if name not in apart}
         return values | {"rows": [asdict(row) for row in self.rows]}
 
     def compare_rows(
         self,
-        values: Mapping[str, Mapping[str, np.ndarray]],
         *,
         baseline: str | None = None,
         family: Literal["all", "baseline"] = "all",
@@ -103,10 +138,10 @@ class Evaluation:
         alpha: float = 0.05,
         seed: int = 0,
     ) -> None:
-        """Fill in the rows' intervals and `significance` from system → metric → value of each query."""
+        """Fill in the rows' intervals and `significance` from `per_query`."""
         missing = {row.system: row.notes["missing_queries"] for row in self.rows if row.notes["missing_queries"]}
         self.significance = compare_values(
-            values,
+            self.per_query,
             baseline=baseline,
             family=family,
             correction=correction,
@@ -155,6 +190,17 @@ class SuiteEvaluation:
     def __repr__(self) -> str:
         return plain_table(self)
 
+    def tables(self, *, intervals: bool = False, short: bool = False) -> list[Table]:
+        """Of every set, then the average; `short`: of each set the systems alone, without notes."""
+        parts = [table for of_set in self.sets for table in of_set.tables(intervals=intervals, short=short)]
+        if len(self.sets) > 1:
+            published = published_table(f"{self.suite}, average", self.metrics, self.published)
+            parts += [macro_table(self), *([published] if published else [])]
+        if self.missing:
+            columns: Columns = {"set": lambda entry: entry["set"], "reason": lambda entry: entry["reason"]}
+            parts.append(make_table(f"{self.suite}: sets not evaluated", self.missing, columns))
+        return parts
+
     def to_json(self) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name not in ("path", "sets")}
         return values | {"sets": [evaluated.to_json() for evaluated in self.sets]}
@@ -191,10 +237,7 @@ def outcomes(evaluation: Evaluation) -> dict[str, tuple[str, float, float]]:
     against: dict[str, tuple[str, float, float]] = {}
     for name in reference_rows(list(means)) if student else []:
         ours, theirs = means[str(student)], means[name]
-        try:
-            tested = evaluation.significance.of(str(student), name, metric) if evaluation.significance else None
-        except KeyError:
-            tested = None
+        tested = evaluation.significance.find(str(student), name, metric) if evaluation.significance else None
         if tested is None:
             kind = "below" if ours < theirs else "above" if ours > theirs else "alike"
         else:
@@ -224,191 +267,142 @@ def verdict(evaluations: Sequence[Evaluation]) -> list[str]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Table:
-    """Cells as text; columns of words are left-aligned, the others right. `bold` holds (row, column)."""
+def results_table(
+    evaluation: Evaluation, against: str | None = None, notes: Sequence[str] = (), page: bool = False
+) -> Table:
+    """The rows' means, sizes and speeds.
 
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    bold: set[tuple[int, int]] = field(default_factory=set)
-    lines_below: list[str] = field(default_factory=list)
+    Args:
+        against: the system that marks refer to; default the baseline.
+        page: with the latency of a query, which the text has in the table of costs.
+    """
+    tests, rows = evaluation.significance, evaluation.rows
+    most = max((row.notes.get("queries", 0) for row in rows), default=0)
+    whole = [row for row in rows if row.notes.get("queries", 0) == most]  # a row of some of the queries is no best one
 
-    def widths(self) -> list[int]:
-        return [max(len(line[column]) for line in [self.header, *self.rows]) for column in range(len(self.header))]
-
-
-def bytes_text(count: int | None) -> str:
-    """`1.5 MB` (1 MB = 10^6 bytes); empty when unknown."""
-    if count is None:
-        return ""
-    size, unit = float(count), 0
-    while size >= 999.5 and unit < 4:
-        size, unit = size / 1000, unit + 1
-    return f"{count} B" if unit == 0 else f"{size:.3g} {('kB', 'MB', 'GB', 'TB')[unit - 1]}"
-
-
-def rate_text(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-
-
-def figure_text(value: float | Sequence[float] | None) -> str:
-    """A figure to four digits; a range as least–greatest; empty when there is none."""
-    if value is None:
-        return ""
-    if isinstance(value, int | float):
-        return f"{value:.4f}"
-    return "–".join(f"{part:.3f}" for part in value)
-
-
-def tables(evaluation: Evaluation | SuiteEvaluation, *, intervals: bool = False, short: bool = False) -> list[Table]:
-    """The tables of an evaluation; `short`: of each set the systems alone, without notes."""
-    if isinstance(evaluation, Evaluation):
-        return _set_tables(evaluation, intervals, short)
-    parts = [table for of_set in evaluation.sets for table in _set_tables(of_set, intervals, short)]
-    if len(evaluation.sets) > 1:
-        parts.append(_macro_table(evaluation))
-        parts += _published(f"{evaluation.suite}, average", evaluation.metrics, evaluation.published)
-    if evaluation.missing:
-        rows = [[entry["set"], entry["reason"]] for entry in evaluation.missing]
-        parts.append(Table(f"{evaluation.suite}: sets not evaluated", ["set", "reason"], rows))
-    return parts
-
-
-def _set_tables(evaluation: Evaluation, intervals: bool, short: bool = False) -> list[Table]:
-    measured = {
-        title: (name, text)
-        for title, name, text in (
-            ("size", "bytes", bytes_text),
-            ("queries/s", "queries_per_second", rate_text),
-            ("pairs/s", "pairs_per_second", rate_text),
-        )
-        if any(getattr(row, name) is not None for row in evaluation.rows)
+    # As printed: what looks equal is equally bold.
+    best = {
+        metric: max((figure_text(row.means.get(metric)) for row in whole), default="") for metric in evaluation.metrics
     }
-    header = ["system", *evaluation.metrics, *measured]
-    rows = [
-        [row.system, *(figure_text(row.means[metric]) for metric in evaluation.metrics)]
-        + [text(getattr(row, name)) for name, text in measured.values()]
-        for row in evaluation.rows
-    ]
-    most = max((row.notes["queries"] for row in evaluation.rows), default=0)
-    whole = [row.notes["queries"] == most for row in evaluation.rows]  # a row of some of the queries is no best one
-    bold = _best(
-        [cells if of_all else [""] * len(cells) for cells, of_all in zip(rows, whole)], len(evaluation.metrics)
-    )
-    below = [f"{evaluation.metrics[0]}: {line}" for line in verdict([evaluation])]
-    below += [] if short else _notes(evaluation)
-    if evaluation.significance is not None:
-        _add_marks(rows, evaluation.metrics, evaluation.significance)
-        below += legend(evaluation.significance)
-    queries = evaluation.rows[0].notes["queries"] if evaluation.rows else 0
+
+    def figure(metric: str, row: Row) -> Cell:
+        value, ends = row.means.get(metric), row.intervals.get(metric)
+        strong = len(rows) > 1 and row in whole and figure_text(value) == best[metric]
+        sign = tests.mark(row.system, metric, against) if tests is not None else 0
+        return number(value, below=figure_text(ends), sign=sign, strong=strong)
+
+    columns: Columns = {
+        "system": lambda row: row.system,
+        **{metric: partial(figure, metric) for metric in evaluation.metrics},
+        "size": lambda row: number(row.bytes, bytes_text),
+        "queries/s": lambda row: number(row.queries_per_second, rate_text),
+        "pairs/s": lambda row: number(row.pairs_per_second, rate_text),
+    }
+    if page:
+        columns["ms a query"] = lambda row: number(latency(evaluation, row.system), latency_text)
     split = f"{evaluation.split}, " if evaluation.split else ""
-    title = f"{evaluation.name} ({split}{queries:,} queries, depth {evaluation.depth:,})"
-    table = Table(title, header, rows, bold, below)
-    if short:
-        return [table]
-    return [
-        table,
-        *_cost(evaluation),
-        *_agreement(evaluation),
-        *_extrapolation(evaluation),
-        *(_intervals(evaluation) if intervals else []),
-        *_published(evaluation.name, evaluation.metrics, evaluation.published),
-    ]
+    title = f"{evaluation.name} ({split}{evaluation.queries:,} queries, depth {evaluation.depth:,})"
+    return make_table(title, rows, columns, notes)
 
 
-def _agreement(evaluation: Evaluation) -> list[Table]:
+def latency(evaluation: Evaluation, system: str, step: str = "total", level: str = "p50") -> float | None:
+    """Milliseconds of a single query; None where it was not measured."""
+    of_system = (evaluation.cost or {"systems": {}})["systems"].get(system, {})
+    return (of_system.get(f"{step}_ms") or {}).get(level)
+
+
+def agreement_table(evaluation: Evaluation, page: bool = False) -> Table | None:
+    """`page`: with the headline metric and the measures that seldom tell more."""
     fidelity = evaluation.fidelity
     if fidelity is None:
-        return []
-    overlap, unscored = f"overlap@{fidelity.cutoff}", f"unscored@{fidelity.cutoff}"
-    shown = {"Kendall τ": "kendall_tau", overlap: overlap, "RBO": "rbo", "margins r": "margin_correlation"}
-    rows = [
-        [
-            *(system, *(figure_text(values[key]) for key in shown.values()), f"{values[unscored]:.1%}"),
-            f"{values['student_better']:,}/{values['equal']:,}/{values['teacher_better']:,}",
-            f"{values['won']:,}/{values['lost']:,}",
-        ]
-        for system, values in fidelity.systems.items()
-    ]
-    queries = fidelity.notes["queries"] - fidelity.notes["queries_without_teacher_list"]
+        return None
+    cutoff, counts = fidelity.cutoff, fidelity.notes
+    overlap, unscored = f"overlap@{cutoff}", f"unscored@{cutoff}"
+    measures = {"Kendall τ": "kendall_tau", overlap: overlap, "RBO": "rbo", "margins r": "margin_correlation"}
+    shares = {unscored: unscored}
+    means = {row.system: row.means.get(evaluation.metrics[0]) for row in evaluation.rows}
+    columns: Columns = {"system": lambda system: system}
+    if page:
+        columns[evaluation.metrics[0]] = lambda system: number(means.get(system))
+        measures["margins r, pooled"] = "margin_correlation_pooled"
+        shares["not retrieved"] = "not_retrieved"
+
+    def measure(key: str, text: Callable[[Any], str], system: str) -> Cell:
+        return number(fidelity.systems[system][key], text)
+
+    def together(keys: Sequence[str], system: str) -> Cell:
+        values = [fidelity.systems[system][key] for key in keys]
+        return Cell("/".join(f"{value:,}" for value in values), values[0])
+
+    columns |= {name: partial(measure, key, figure_text) for name, key in measures.items()}
+    columns |= {name: partial(measure, key, "{:.1%}".format) for name, key in shares.items()}
+    columns["win/tie/loss"] = partial(together, ("student_better", "equal", "teacher_better"))
+    columns["won/lost"] = partial(together, ("won", "lost"))
+    queries = counts["queries"] - counts["queries_without_teacher_list"]
     title = f"{evaluation.name}: agreement with the teacher ({queries:,} queries, at most {fidelity.depth:,} documents)"
-    below = [
-        "agreement is not effectiveness: Kendall τ-b over the documents that the teacher scored, RBO with p = .9, "
-        "Pearson's r of the margins between scores within a query",
-        f"{unscored}: share of the first {fidelity.cutoff} that the teacher never scored; win/tie/loss against it: "
-        f"queries, by {fidelity.metric}; won/lost: relevant documents that only one has among its first "
-        f"{fidelity.cutoff}",
+    notes = [
+        "agreement is not effectiveness: Kendall τ-b over the documents that the teacher scored, RBO with "
+        f"p = {counts['rbo_persistence']:g}, Pearson's r of the margins between scores within a query",
+        f"{unscored}: share of the first {cutoff} that the teacher never scored; win/tie/loss against it: "
+        f"queries, by {fidelity.metric}; won/lost: relevant documents that only one has among its first {cutoff}",
+        f"the teacher scored {counts['documents_a_list']:.3g} documents a query; of "
+        f"{counts['queries_without_teacher_list']:,} queries it scored none",
     ]
-    header = ["system", *shown, unscored, "win/tie/loss", "won/lost"]
-    return [Table(title, header, rows, set(), below)]
-
-
-def _extrapolation(evaluation: Evaluation) -> list[Table]:
-    if evaluation.extrapolation is None:
-        return []
-    metric = evaluation.metrics[0]
-    return [extrapolation_table(entry, metric, evaluation.name) for entry in evaluation.extrapolation.protocols]
+    return make_table(title, list(fidelity.systems), columns, notes)
 
 
 def extrapolation_table(protocol: Mapping[str, Any], metric: str, name: str) -> Table:
     """One metric on queries near the training queries and far from them, from an entry of `extrapolation.json`."""
-    parts, overlap = protocol["parts"], protocol["relevant_overlap"]
-    header, rows = ["system", *parts, "gap"], []
-    reference = protocol["reference"]
-    for system, gaps in protocol["gap"].items():
-        means = [figure_text(part["systems"][system].get(metric)) for part in parts.values()]
-        rows.append([system, *means, _gap_text(gaps[metric])])
-        if reference is not None:
-            rows[-1].append(_gap_text(protocol["gap_beyond"].get(system, {}).get(metric)))
-    if reference is not None:
-        header.append(f"gap beyond {reference}'s")
+    parts, overlap, reference = protocol["parts"], protocol["relevant_overlap"], protocol["reference"]
+
+    def mean(part: str, system: str) -> Cell:
+        ends = parts[part]["intervals"][system][metric]
+        return number(parts[part]["systems"][system].get(metric), below=figure_text(ends))
+
+    def gap(key: str, system: str) -> Cell:
+        known = protocol[key].get(system, {}).get(metric)
+        if known is None:
+            return Cell("")
+        return Cell(f"{signed(known[0])} ({signed(known[1], 3)} to {signed(known[2], 3)})", known[0])
+
+    columns: Columns = {
+        "system": lambda system: system,
+        **{part: partial(mean, part) for part in parts},
+        "gap": partial(gap, "gap"),
+        f"gap beyond {reference}'s": partial(gap, "gap_beyond"),
+    }
     counts = ", ".join(f"{part['queries']:,} {name}" for name, part in parts.items())
     if protocol["neither"]:
-        counts += f", {protocol['neither']:,} neither"
+        counts += f", {protocol['neither']:,} neither (held out, but too near to a training query)"
     how = f"left-out clusters, {protocol['folds']} folds" if "folds" in protocol else "nearest training query"
     if "bucket" in protocol:
         how = f"cluster {protocol['bucket']} of {protocol['buckets']} left out"
-    below = [
-        f"{counts} queries; no query of extrapolation has a training query at a cosine above {protocol['bound']:.3f} "
-        f"({protocol['encoder']})",
+    trained = protocol["training_queries"]  # of folds, each one's
+    trained = ", ".join(f"{count:,}" for count in (trained if isinstance(trained, list) else [trained]))
+
+    def seen(part: str) -> str:
+        known = overlap[part]
+        passages = f" ({known['seen_passages']:,} of {known['passages']:,} passages)" if "passages" in known else ""
+        return f"{known['pair_share'] or 0:.1%} in {part}{passages}"
+
+    notes = [
+        f"{counts} queries; no query of extrapolation has one of the {trained} training queries at a cosine above "
+        f"{protocol['bound']:.3f} ({protocol['encoder']})",
         "gap: interpolation − extrapolation with its 95% interval; "
         + (
             "of the same queries, paired"
             if protocol["paired"]
             else "the parts hold different queries: what tells is the gap beyond that of a system without training"
         ),
-        "of what is relevant, "
-        + ", ".join(f"{overlap[part]['pair_share'] or 0:.1%} in {part}" for part in parts)
-        + " is relevant to a training query too",
+        f"of what is relevant, {', '.join(map(seen, parts))} is relevant to a training query too",
     ]
-    return Table(f"{name}: interpolation and extrapolation ({how}), {metric}", header, rows, set(), below)
+    title = f"{name}: interpolation and extrapolation ({how}), {metric}"
+    return make_table(title, list(protocol["gap"]), columns, notes)
 
 
-def _gap_text(gap: Sequence[float] | None) -> str:
-    return "" if gap is None else f"{gap[0]:+.4f} ({gap[1]:+.3f} to {gap[2]:+.3f})"
-
-
-def _best(rows: list[list[str]], metrics: int) -> set[tuple[int, int]]:
-    """The greatest figures of each metric, as printed: what looks equal is equally bold."""
-    bold: set[tuple[int, int]] = set()
-    for column in range(1, metrics + 1):
-        values = [row[column] for row in rows]
-        bold |= {(row, column) for row, value in enumerate(values) if len(rows) > 1 and value == max(values)}
-    return bold
-
-
-def _add_marks(rows: list[list[str]], metrics: Sequence[str], significance: Significance) -> None:
-    for column, metric in enumerate(metrics, 1):
-        marks = [MARKS[significance.mark(row[0], metric)] for row in rows]
-        width = max(map(len, marks), default=0)
-        for row, mark in zip(rows, marks, strict=True):
-            row[column] += mark.ljust(width)  # figures stay under each other
-
-
-def legend(significance: Significance) -> list[str]:
+def legend(significance: Significance | None) -> list[str]:
     """What the marks mean: [] where nothing was compared."""
-    if not significance.comparisons:
+    if significance is None or not significance.comparisons:
         return []
     if significance.queries < 2:
         return ["one query: no test, no interval"]
@@ -419,111 +413,117 @@ def legend(significance: Significance) -> list[str]:
     ]
 
 
-def _intervals(evaluation: Evaluation) -> list[Table]:
-    rows = [
-        [row.system, *(_interval(row.intervals.get(metric)) for metric in evaluation.metrics)]
-        for row in evaluation.rows
-    ]
+def intervals_table(evaluation: Evaluation) -> Table | None:
     if not any(row.intervals for row in evaluation.rows):
-        return []
+        return None
+
+    def interval(metric: str, row: Row) -> Cell:
+        return number(row.intervals.get(metric), lambda ends: f"{ends[0]:.4f} to {ends[1]:.4f}")
+
+    intervals = {metric: partial(interval, metric) for metric in evaluation.metrics}
+    columns: Columns = {"system": lambda row: row.system, **intervals}
     title = f"{evaluation.name}: 95% intervals of the means (BCa bootstrap over queries)"
-    return [Table(title, ["system", *evaluation.metrics], rows)]
+    return make_table(title, evaluation.rows, columns)
 
 
-def _cost(evaluation: Evaluation) -> list[Table]:
-    """What serving costs: one query at a time, bytes, memory; [] where it was not measured."""
+def cost_table(evaluation: Evaluation) -> Table | None:
+    """What serving costs: one query at a time, bytes, memory; None where it was not measured."""
     cost = evaluation.cost
     if cost is None:
-        return []
+        return None
     systems: dict[str, dict[str, Any]] = cost["systems"]
-    known = ("encode", "search", "rerank", "fuse")
-    steps = [name for name in known if any(costs.get(f"{name}_ms") for costs in systems.values())]
-    header = ["system", *(f"{name} ms" for name in steps), "p50 ms", "p95 ms", "p99 ms"]
-    header += ["bytes/doc", "memory", "parameters", "front"]
-    rows = []
-    for name, costs in systems.items():
-        total = costs["total_ms"] or {}
-        fronts = [axis for axis, front in cost["pareto"].items() if name in front]
-        cells = [name, *(latency_text((costs.get(f"{step}_ms") or {}).get("p50")) for step in steps)]
-        cells += [latency_text(total.get(level)) for level in ("p50", "p95", "p99")]
-        cells += ["" if costs["bytes_a_document"] is None else f"{costs['bytes_a_document']:,.0f}"]
-        cells += [bytes_text(costs["memory_bytes"]), count_text(costs["parameters"]), ", ".join(fronts)]
-        rows.append(cells)
+
+    def step(name: str, system: str) -> Cell:
+        median, *rest = (latency(evaluation, system, name, level) for level in ("p50", "p95", "p99"))
+        return number(
+            median, latency_text, below=" / ".join(latency_text(value) for value in rest if value is not None)
+        )
+
+    def whole(level: str, system: str) -> Cell:
+        return number(latency(evaluation, system, level=level), latency_text)
+
+    columns: Columns = {
+        "system": lambda system: system,
+        **{f"{name} ms": partial(step, name) for name in ("encode", "search", "rerank", "fuse")},
+        **{f"{level} ms": partial(whole, level) for level in ("p50", "p95", "p99")},
+        "bytes/doc": lambda system: number(systems[system]["bytes_a_document"], "{:,.0f}".format),
+        "memory": lambda system: number(systems[system]["memory_bytes"], bytes_text),
+        "parameters": lambda system: number(systems[system]["parameters"], count_text),
+        "front": lambda system: ", ".join(axis for axis, front in cost["pareto"].items() if system in front),
+    }
     environment = cost["environment"]
     counts = sorted({costs["queries_measured"] for costs in systems.values()} - {0})
-    measured = " to ".join(str(count) for count in counts[:: max(1, len(counts) - 1)]) or "no"
-    below = [
-        f"one query at a time, warmed up, {measured} queries, depth {cost['depth']:,}; {environment['machine']}, "
+    queries = " to ".join(str(count) for count in counts[:: max(1, len(counts) - 1)]) or "no"
+    notes = [
+        f"one query at a time, warmed up, {queries} queries, depth {cost['depth']:,}; {environment['machine']}, "
         f"{environment['device']}, {environment['threads']} threads; a step's figure is its median",
         f"front: no system is at least as good in {cost['metric']} and as cheap in latency (p50), in bytes, and better "
         "in one; memory: index and weights",
     ]
     if (environment["load"] or 0) > environment["cores"] + 0.5:
         load = f"load {environment['load']} on {environment['cores']} cores"
-        below.append(f"the machine was busy ({load}): alone on it, systems are faster")
+        notes.append(f"the machine was busy ({load}): alone on it, systems are faster")
     for same in cost["same_queries"]:
         ratios = same["teacher_takes_times"].items()
         times = ", ".join(f"{ratio:,.{0 if ratio >= 10 else 1}f}× {name}" for name, ratio in ratios)
         mean = latency_text(same["mean_ms"][same["teacher"]])
-        below.append(f"{same['teacher']}: {mean} ms a query, on the same {same['queries']} queries as long as {times}")
-    return [Table(f"{evaluation.name}: what serving costs", header, rows, set(), below)]
+        notes.append(f"{same['teacher']}: {mean} ms a query, on the same {same['queries']} queries as long as {times}")
+    return make_table(f"{evaluation.name}: what serving costs", list(systems), columns, notes)
 
 
-def latency_text(milliseconds: float | None) -> str:
-    return "" if milliseconds is None else f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:,.0f}"
+def comparisons_table(significance: Significance, title: str, student: str | None = None) -> Table:
+    """The tests of the pairs; where they are many and of all pairs, those of the first metric.
 
+    Args:
+        student: those of this system alone, as its differences from the others, where it was compared.
+    """
+    pairs, notes = significance.comparisons, []
+    if ours := [pair for pair in pairs if student in (pair.a, pair.b)]:
+        pairs = [pair if pair.a == student else pair.turned() for pair in ours]
+    elif len(pairs) > PAIR_ROWS:
+        if significance.family == "all" and len(significance.metrics) > 1:
+            pairs = [pair for pair in pairs if pair.metric == significance.metrics[0]]
+            notes.append(f"the same for {', '.join(significance.metrics[1:])}: in the JSON")
+        if len(pairs) > PAIR_ROWS:
+            notes.append(f"{len(pairs) - PAIR_ROWS:,} more pairs: in the JSON")
+            pairs = pairs[:PAIR_ROWS]
 
-def count_text(count: int | None) -> str:
-    """`22.7 M`; empty when unknown."""
-    if count is None:
-        return ""
-    return f"{count:,}" if count < 10_000 else f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
+    def interval(pair: Comparison) -> Cell:
+        if pair.low is None or pair.high is None:
+            return Cell("")
+        return Cell(f"{signed(pair.low)} to {signed(pair.high)}", pair.low)
 
+    def corrected(p: float) -> str:
+        return p_text(p) + (" *" if p < significance.alpha else "  ")
 
-def _interval(ends: Sequence[float | None] | None) -> str:
-    return "" if not ends or None in ends else f"{ends[0]:.4f} to {ends[1]:.4f}"
-
-
-def comparisons(significance: Significance, title: str) -> Table:
-    """The tests of the pairs; where they are many and of all pairs, those of the first metric."""
-    shown = significance.comparisons
-    below: list[str] = []
-    if significance.family == "all" and len(shown) > PAIR_ROWS and len(significance.metrics) > 1:
-        shown = [pair for pair in shown if pair.metric == significance.metrics[0]]
-        below.append(f"the same for {', '.join(significance.metrics[1:])}: in the JSON")
-    if len(shown) > PAIR_ROWS:
-        below.append(f"{len(shown) - PAIR_ROWS:,} more pairs: in the JSON")
-        shown = shown[:PAIR_ROWS]
-    # fmt: off
-    header = ["metric", "system", "against", "difference", "95%", "d", "win/tie/loss", "t-test", "randomisation",
-              "t corrected", "corrected"]
-    # fmt: on
-    rows = [
-        [
-            *(pair.metric, pair.a, pair.b, f"{pair.difference:+.4f}"),
-            *("" if pair.low is None else f"{pair.low:+.4f} to {pair.high:+.4f}",),
-            *("" if pair.effect_size is None else f"{pair.effect_size:+.2f}",),
-            f"{pair.wins:,}/{pair.ties:,}/{pair.losses:,}",
-            *(p_text(p) for p in (pair.p_t, pair.p_randomisation, pair.p_t_corrected)),
-            p_text(pair.p_randomisation_corrected) + (" *" if pair.significant else "  "),
-        ]
-        for pair in shown
-    ]
-    below.insert(
+    columns: Columns = {
+        "metric": lambda pair: pair.metric,
+        "system": lambda pair: pair.a,
+        "against": lambda pair: pair.b,
+        "difference": lambda pair: number(pair.difference, signed),
+        "95%": interval,
+        "d": lambda pair: number(pair.effect_size, lambda value: signed(value, 2)),
+        "win/tie/loss": lambda pair: Cell(f"{pair.wins:,}/{pair.ties:,}/{pair.losses:,}", pair.wins),
+        "t-test": lambda pair: number(pair.p_t, p_text),
+        "randomisation": lambda pair: number(pair.p_randomisation, p_text),
+        "t corrected": lambda pair: number(pair.p_t_corrected, p_text),
+        "corrected": lambda pair: number(pair.p_randomisation_corrected, corrected),
+    }
+    notes.insert(
         0,
         f"difference: system − the one against it, with its BCa bootstrap interval; d: Cohen's, paired; p-values of "
         f"{significance.permutations:,} permutations (exact where few queries differ); corrected: "
         f"{CORRECTIONS[significance.correction]}; * below {significance.alpha:g}",
     )
-    return Table(title, header, rows, set(), below)
+    return make_table(title, pairs, columns, notes)
 
 
-def p_text(p: float) -> str:
-    return "<.0001" if p < 0.0001 else f"{p:.4f}".removeprefix("0") if p < 0.99995 else "1"
-
-
-def _notes(evaluation: Evaluation) -> list[str]:
-    lines = [f"{row.system}: {_describe(row)}" for row in evaluation.rows]
+def row_notes(evaluation: Evaluation) -> list[str]:
+    """How each row was counted."""
+    lines = []
+    for row in evaluation.rows:
+        notes = Metrics(row.system, row.means, [], {}, row.notes).describe_notes()
+        lines.append(f"{row.system}: {notes}" + (f"; {row.note}" if row.note else ""))
     if evaluation.relevance_level > 1:
         lines.append(f"binary metrics count judgments from {evaluation.relevance_level} on")
     if any(row.queries_per_second is not None for row in evaluation.rows):
@@ -534,172 +534,33 @@ def _notes(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _describe(row: Row) -> str:
-    notes = Metrics(row.system, row.means, [], {}, row.notes).describe_notes()
-    return f"{notes}; {row.note}" if row.note else notes
+def macro_table(suite: SuiteEvaluation) -> Table:
+    def figure(metric: str, system: str) -> Cell:
+        best = max(figure_text(means[metric]) for means in suite.macro.values())
+        value = suite.macro[system][metric]
+        return number(value, strong=len(suite.macro) > 1 and figure_text(value) == best)
 
-
-def _macro_table(suite: SuiteEvaluation) -> Table:
-    rows = [[name, *(figure_text(means[metric]) for metric in suite.metrics)] for name, means in suite.macro.items()]
-    below = [f"{len(suite.missing)} sets are missing from this average"] if suite.missing else []
-    everywhere = set(suite.macro)
-    elsewhere = sorted({row.system for of_set in suite.sets for row in of_set.rows} - everywhere)
+    notes = [f"{len(suite.missing)} sets are missing from this average"] if suite.missing else []
+    elsewhere = sorted({row.system for of_set in suite.sets for row in of_set.rows} - set(suite.macro))
     if elsewhere:
-        below.append(f"not measured on every set, so not averaged: {', '.join(elsewhere)}")
-    title = f"{suite.suite}: macro average over {suite.macro_sets} sets"
-    return Table(title, ["system", *suite.metrics], rows, _best(rows, len(suite.metrics)), below)
+        notes.append(f"not measured on every set, so not averaged: {', '.join(elsewhere)}")
+    columns: Columns = {
+        "system": lambda system: system,
+        **{metric: partial(figure, metric) for metric in suite.metrics},
+    }
+    return make_table(f"{suite.suite}: macro average over {suite.macro_sets} sets", list(suite.macro), columns, notes)
 
 
-def _published(name: str, metrics: Sequence[str], figures: Sequence[dict[str, Any]]) -> list[Table]:
+def published_table(name: str, metrics: Sequence[str], figures: Sequence[dict[str, Any]]) -> Table | None:
     """Published figures that share a metric with the table above."""
-    rows = [
-        [
-            f"{figure['system']} ({figure['note']})" if figure["note"] else figure["system"],
-            *(figure_text(figure["metrics"].get(metric)) for metric in metrics),
-            figure["source"],
-        ]
-        for figure in figures
-        if set(figure["metrics"]) & set(metrics)
-    ]
-    if not rows:
-        return []
-    return [Table(f"{name}: published by others, not measured here", ["system", *metrics, "source"], rows)]
+    shared = [figure for figure in figures if set(figure["metrics"]) & set(metrics)]
 
+    def mean(metric: str, row: dict[str, Any]) -> Cell:
+        return number(row["metrics"].get(metric))
 
-Shown = Evaluation | SuiteEvaluation | Sequence[Table]
-
-
-def _tables_of(shown: Shown, intervals: bool = False) -> Sequence[Table]:
-    return tables(shown, intervals=intervals) if isinstance(shown, Evaluation | SuiteEvaluation) else shown
-
-
-def plain_table(evaluation: Shown, width: int | None = None) -> str:
-    """Aligned plain text; where a table is wider than `width`, one block of lines for each row."""
-    return "\n\n".join(_plain(table, width) for table in _tables_of(evaluation))
-
-
-def _plain(table: Table, width: int | None) -> str:
-    widths = table.widths()
-    lines = [table.title]
-    if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
-        label = max((len(name) for name in table.header[1:]), default=0)
-        for row in table.rows:
-            lines.append(row[0])
-            lines += [
-                f"  {name:<{label}}  {cell}".rstrip()
-                for name, cell in zip(table.header[1:], row[1:], strict=True)
-                if cell.strip()
-            ]
-    else:
-        for row in [table.header, *table.rows]:
-            numbers = [_aligned(table.header[i], cell, widths[i]) for i, cell in enumerate(row)]
-            lines.append("  ".join(numbers).rstrip())
-    return "\n".join(lines + table.lines_below)
-
-
-def _aligned(column: str, cell: str, width: int) -> str:
-    return cell.ljust(width) if column in LEFT else cell.rjust(width)
-
-
-def markdown(evaluation: Shown) -> str:
-    """Markdown; the best figures are bold."""
-    parts = []
-    for table in _tables_of(evaluation, intervals=True):
-        lines = [f"### {table.title}", "", _markdown_row(table.header)]
-        lines.append(_markdown_row([":---" if name in LEFT else "---:" for name in table.header]))
-        for number, row in enumerate(table.rows):
-            cells = [_escape(cell.rstrip()) for cell in row]
-            lines.append(_markdown_row([f"**{c}**" if (number, i) in table.bold else c for i, c in enumerate(cells)]))
-        lines += [""] + [f"- {_escape(line)}" for line in table.lines_below]
-        parts.append("\n".join(lines).rstrip())
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escape(text: str) -> str:
-    for mark in ("\\", "|", "<", "*", "_", "`"):
-        text = text.replace(mark, f"\\{mark}" if mark != "<" else "&lt;")
-    return text.replace("\n", " ")
-
-
-def latex(evaluation: Shown) -> str:
-    """LaTeX tables to paste into a paper (needs the booktabs package); the best figures are bold.
-
-    Notes become comments; what the marks mean is said in the caption.
-    """
-    return "\n".join(map(_latex, _tables_of(evaluation)))
-
-
-def _latex(table: Table) -> str:
-    marks = [line for line in table.lines_below if line.startswith("▲")]
-    lines = ["% \\usepackage{booktabs}", *(f"% {' '.join(line.split())}" for line in table.lines_below)]
-    lines += [r"\begin{table}", r"\centering"]
-    # The legend's marks are spelt out: "▲ ▼ better or worse than ..."
-    said = [line.replace("▲ ▼ better or worse", "▲ better, ▼ worse", 1) for line in marks]
-    lines.append(rf"\caption{{{_tex('. '.join([table.title, *said]))}.}}")
-    lines.append(rf"\begin{{tabular}}{{{''.join('l' if name in LEFT else 'r' for name in table.header)}}}")
-    lines += [r"\toprule", _latex_row([_tex(name) for name in table.header]), r"\midrule"]
-    for number, row in enumerate(table.rows):
-        cells = [_tex(cell.rstrip()) for cell in row]
-        lines.append(_latex_row([rf"\textbf{{{c}}}" if (number, i) in table.bold else c for i, c in enumerate(cells)]))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-TEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
-    "–": "--", "−": "$-$", "×": r"$\times$", "\n": " ", **LATEX_MARKS,
-}  # fmt: skip
-
-
-def _tex(text: str) -> str:
-    """Text as LaTeX prints it: a system's name may hold anything."""
-    return "".join(TEX.get(character, character) for character in text)
-
-
-# Below what is written to a file of the user's choice: by it the file is known as ours, and may be written again.
-SIGNED = {
-    "markdown": "\n<!-- written by rankdistill -->\n",
-    "latex": "\n% written by rankdistill\n",
-    "text": "\nwritten by rankdistill\n",
-}
-
-
-def _clean(table: Table) -> Table:
-    """Without control characters: names of runs, sets and collections are others' words."""
-    header, *rows = ([shown(cell, len(cell)) for cell in row] for row in [table.header, *table.rows])
-    below = [shown(line, len(line)) for line in table.lines_below]
-    return replace(table, title=shown(table.title, len(table.title)), header=header, rows=rows, lines_below=below)
-
-
-def print_tables(evaluation: Shown, stream: TextIO | None = None, width: int | None = None) -> None:
-    """Print to a terminal through rich; elsewhere, or where it is too narrow for `width` columns, as plain text."""
-    stream = stream or sys.stdout
-    shown_tables = [_clean(table) for table in _tables_of(evaluation)]
-    if not stream.isatty():
-        print(plain_table(shown_tables, width), file=stream)
-        return
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(file=stream, width=width)
-    for table in shown_tables:
-        if sum(table.widths()) + 3 * len(table.header) + 1 > console.width:
-            print(_plain(table, console.width) + "\n", file=stream)
-            continue
-        # Text objects, not markup: a system's name may hold brackets.
-        grid = RichTable(title=Text(table.title), title_justify="left")
-        for name in table.header:
-            grid.add_column(Text(name), justify="left" if name in LEFT else "right")
-        for number, row in enumerate(table.rows):
-            grid.add_row(*(Text(c, style="bold" if (number, i) in table.bold else "") for i, c in enumerate(row)))
-        console.print(grid)
-        for line in table.lines_below:
-            console.print(Text(line, style="dim"))
+    columns: Columns = {
+        "system": lambda row: f"{row['system']} ({row['note']})" if row["note"] else row["system"],
+        **{metric: partial(mean, metric) for metric in metrics},
+        "source": lambda row: row["source"],
+    }
+    return make_table(f"{name}: published by others, not measured here", shared, columns) if shared else None

@@ -119,19 +119,23 @@ class Significance:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def of(self, a: str, b: str, metric: str) -> Comparison:
-        """The comparison of a and b as a − b, whichever way round it was made; KeyError where there is none."""
+        """As `find`; KeyError where there is none."""
+        pair = self.find(a, b, metric)
+        if pair is None:
+            raise KeyError((a, b, metric))
+        return pair
+
+    def find(self, a: str, b: str, metric: str) -> Comparison | None:
+        """The comparison of a and b as a − b, whichever way round it was made."""
         for pair in self.comparisons:
             if pair.metric == metric and {pair.a, pair.b} == {a, b}:
                 return pair if pair.a == a else pair.turned()
-        raise KeyError((a, b, metric))
+        return None
 
-    def mark(self, system: str, metric: str) -> int:
-        """1 or -1 where the system is significantly better or worse than the baseline, else 0."""
-        try:
-            pair = self.of(system, str(self.baseline), metric)
-        except KeyError:
-            return 0
-        return int(np.sign(pair.difference)) if pair.significant else 0
+    def mark(self, system: str, metric: str, against: str | None = None) -> int:
+        """1 or -1 where the system is significantly better or worse than another, by default the baseline; else 0."""
+        pair = self.find(system, str(against or self.baseline), metric)
+        return int(np.sign(pair.difference)) if pair is not None and pair.significant else 0
 
     def to_json(self) -> dict[str, Any]:
         """As `significance.json` has it; no NaN or infinity."""

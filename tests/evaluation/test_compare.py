@@ -15,7 +15,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.compare import compare, read_judgments
 from rankdistill.evaluation.evaluate import evaluate_systems
 from rankdistill.evaluation.metrics import evaluate_run
-from rankdistill.evaluation.results import plain_table
+from rankdistill.evaluation.tables import plain_table
 from rankdistill.runs import Run, read_run, write_trec
 
 QRELS = {"q1": {"a": 2, "b": 0}, "q2": {"a": 1}, "q3": {"c": 1}}

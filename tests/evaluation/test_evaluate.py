@@ -22,8 +22,8 @@ from rankdistill.evaluation.evaluate import (
     evaluate_systems,
 )
 from rankdistill.evaluation.metrics import evaluate_run
-from rankdistill.evaluation.results import bytes_text, markdown, plain_table, print_tables
 from rankdistill.evaluation.suites import EvaluationSet, Suite
+from rankdistill.evaluation.tables import bytes_text, markdown, plain_table, print_tables
 from rankdistill.runs import Run, read_run, write_trec
 
 WORDS = ["iron", "gold", "helium", "whale", "bat", "oak", "moon", "mars", "bee", "spider"]

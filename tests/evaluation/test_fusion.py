@@ -18,8 +18,8 @@ from rankdistill.evaluation.evaluate import EngineSystem, RerankSystem, evaluate
 from rankdistill.evaluation.fusion import FusedEngine, Fusion, fuse
 from rankdistill.evaluation.hybrid import fused_rows
 from rankdistill.evaluation.metrics import evaluate_run
-from rankdistill.evaluation.results import plain_table
 from rankdistill.evaluation.suites import FusedRow, load_suite
+from rankdistill.evaluation.tables import plain_table
 from rankdistill.indexes.base import Hits, no_hits, ranked
 from rankdistill.runs import Run, write_trec
 

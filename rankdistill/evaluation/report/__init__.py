@@ -13,15 +13,16 @@ import base64
 import datetime
 import hashlib
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rankdistill import __version__
 from rankdistill.artifacts import check_file, disk_errors, write_atomically
+from rankdistill.evaluation import results
 from rankdistill.evaluation.report import charts, figures, findings, tables
 from rankdistill.evaluation.report.data import RunData, read_run_data
 from rankdistill.evaluation.report.queries import collect_queries
-from rankdistill.evaluation.results import SIGNED, latex, markdown
-from rankdistill.evaluation.results import tables as plain_tables
+from rankdistill.evaluation.tables import SIGNED, latex, markdown
 
 __all__ = ["report"]
 
@@ -71,8 +72,6 @@ def report(
 
 
 def _page(run: RunData, pasted: dict[str, str]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     queries = [collect_queries(run, test_set) for test_set in run.sets]
     notes = [
         f"{test_set.name}: {note}" if len(run.sets) > 1 else note
@@ -108,14 +107,9 @@ def _page(run: RunData, pasted: dict[str, str]) -> str:
         charts=charts,
         figures=figures,
         findings=findings,
+        results=results,
         tables=tables,
-        row_notes=_row_notes,
     )
-
-
-def _row_notes(evaluation: Any) -> list[str]:
-    # The marks of this page refer to the student, those of the plain table to its baseline.
-    return [line for line in plain_tables(evaluation)[0].lines_below if not line.startswith("▲")]
 
 
 def _asset(name: str) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import Artifact
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
-from rankdistill.evaluation.significance import Comparison, Significance
+from rankdistill.evaluation.extrapolation import Extrapolation
+from rankdistill.evaluation.fidelity import Fidelity
+from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, agreement_table
+from rankdistill.evaluation.significance import Significance
+from rankdistill.evaluation.tables import is_number
 from rankdistill.recipe import Recipe, check_values, read_yaml
 from rankdistill.students.provenance import check_student
 
@@ -23,14 +27,9 @@ TEACHER, BM25 = "teacher", "BM25"
 AGAIN = "rankdistill evaluate {}, then report"
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """A finite or infinite number; no NaN, no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
 @dataclass
 class SetData:
-    """One set of the suite with everything measured on it.
+    """One set of the suite with what was measured on each of its queries.
 
     Attributes:
         query_ids: rows of `per_query`: system → metric → float64 [queries], NaN where a query has no value.
@@ -41,10 +40,7 @@ class SetData:
     folder: Path
     query_ids: list[str] = field(default_factory=list)
     per_query: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    fidelity: dict[str, Any] = field(default_factory=dict)
     fidelity_queries: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    extrapolation: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -55,53 +51,12 @@ class SetData:
         return [row.system for row in self.evaluation.rows]
 
     @property
-    def queries(self) -> int:
-        return self.evaluation.rows[0].notes.get("queries", 0) if self.evaluation.rows else 0
-
-    @property
     def same_queries(self) -> list[dict[str, Any]]:
         """The teacher's time against others', on the same queries."""
-        return self.cost.get("same_queries") or []
+        return (self.evaluation.cost or {}).get("same_queries", [])
 
-    def row(self, system: str) -> Row | None:
+    def row(self, system: str | None) -> Row | None:
         return next((row for row in self.evaluation.rows if row.system == system), None)
-
-    def score(self, system: str, metric: str) -> float | None:
-        row = self.row(system)
-        return None if row is None else row.means.get(metric)
-
-    def cost_of(self, system: str) -> dict[str, Any]:
-        """What was measured of a system; else what its row knows."""
-        row, measured = self.row(system), (self.cost.get("systems") or {}).get(system)
-        known = {
-            "bytes": row.bytes if row else None,
-            "batch_queries_per_second": row.queries_per_second if row else None,
-            "parameters": row.parameters if row else None,
-        }
-        measured = {name: value for name, value in measured.items() if value} if isinstance(measured, dict) else {}
-        return {name: value for name, value in (known | measured).items() if value}
-
-    def latency(self, system: str, percentile: str = "p50", part: str = "total_ms") -> float | None:
-        """Milliseconds of single queries."""
-        return (self.cost_of(system).get(part) or {}).get(percentile)
-
-    def rate(self, system: str) -> float | None:
-        """Queries a second, in batches."""
-        return self.cost_of(system).get("batch_queries_per_second")
-
-    def interval(self, system: str, metric: str) -> list[float] | None:
-        """95 % interval of a mean."""
-        significance, row = self.evaluation.significance, self.row(system)
-        ends = significance.intervals.get(system, {}).get(metric) if significance else None
-        ends = ends or (row.intervals.get(metric) if row else None)
-        return ends if ends and None not in ends else None
-
-    def comparison(self, a: str | None, b: str | None, metric: str) -> Comparison | None:
-        """a − b, None where the pair was not compared."""
-        try:
-            return self.evaluation.significance.of(str(a), str(b), metric) if self.evaluation.significance else None
-        except KeyError:
-            return None
 
 
 @dataclass
@@ -180,7 +135,8 @@ class RunData:
         if system is None:
             return None
         if len(self.sets) == 1:
-            return self.sets[0].score(system, self.metric)
+            row = self.sets[0].row(system)
+            return None if row is None else row.means.get(self.metric)
         return self.suite.macro.get(system, {}).get(self.metric)
 
 
@@ -283,19 +239,27 @@ def _set(suite: Path, evaluation: Evaluation, missing: list[str]) -> SetData:
             if metric not in of_system:
                 of_system[metric] = np.full(len(row_of), np.nan)
             of_system[metric][row_of[query_id]] = np.nan if value is None else value
-    tests = _json(test_set.folder / "significance.json", missing, f"{of}: significance and intervals")
-    try:
-        evaluation.significance = Significance.from_json(tests) if tests else None
-    except (KeyError, TypeError) as error:
-        missing.append(f"{of}: the tests of significance cannot be read: {error!r}")
-    test_set.fidelity = _json(
-        test_set.folder / "fidelity.json", missing, f"{of}: agreement of student and teacher (fidelity)"
-    )
-    test_set.extrapolation = _json(
-        test_set.folder / "extrapolation.json", missing, f"{of}: interpolation against extrapolation"
-    )
-    test_set.cost = _json(test_set.folder / "cost.json", missing, f"{of}: latency of single queries, memory (cost)")
-    if test_set.fidelity:
+    nothing = pa.table({})
+    parts: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+        ("significance", Significance.from_json, "significance and intervals"),
+        (
+            "fidelity",
+            lambda of: Fidelity(**_known(Fidelity, of), table=nothing),
+            "agreement with the teacher (fidelity)",
+        ),
+        ("extrapolation", lambda of: Extrapolation(of["protocols"], nothing), "interpolation against extrapolation"),
+        ("cost", dict, "latency of single queries, memory (cost)"),
+    ]
+    for name, read, what in parts:
+        values = _json(test_set.folder / f"{name}.json", missing, f"{of}: {what}")
+        try:
+            setattr(evaluation, name, read(values) if values else None)
+            evaluation.tables()  # what makes no table cannot be read
+            agreement_table(evaluation, page=True)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            setattr(evaluation, name, None)
+            missing.append(f"{of}: {what} cannot be read: {error!r}")
+    if evaluation.fidelity is not None:
         columns = _table(test_set.folder / "fidelity.parquet", missing, f"{of}: the agreement of each query")
         for name in columns.keys() - {"system", "query_id", "student_metric", "teacher_metric", "difference"}:
             for system, query_id, value in zip(columns["system"], columns["query_id"], columns[name], strict=True):

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from rankdistill.evaluation.report import charts
 from rankdistill.evaluation.report.charts import Chart, Line, Point, Series
-from rankdistill.evaluation.report.data import RunData, SetData, is_number
+from rankdistill.evaluation.report.data import RunData, SetData
 from rankdistill.evaluation.report.findings import metric_name, short
 from rankdistill.evaluation.report.queries import Queries
-from rankdistill.evaluation.results import bytes_text
+from rankdistill.evaluation.results import latency
+from rankdistill.evaluation.tables import bytes_text
 
 LINES = ("student", "baseline", "teacher", "first-stage", "index", "bm25", "untrained", "other")
 
@@ -25,12 +26,11 @@ class Figure(NamedTuple):
 
 def intervals(run: RunData, test_set: SetData) -> Figure | None:
     metric, rows, hints = metric_name(run.metric), [], []
-    for system in test_set.systems:
-        value, ends = test_set.score(system, run.metric), test_set.interval(system, run.metric)
+    for row in test_set.evaluation.rows:
+        value, ends, kind = row.means.get(run.metric), row.intervals.get(run.metric), run.kind(row.system)
         if value is not None:
-            kind = run.kind(system)
-            hints.append(f"{system}: {value:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else ""))
-            rows.append(Line(short(system), [(value, kind, hints[-1])], ends, f"whisker {kind}"))
+            hints.append(f"{row.system}: {value:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else ""))
+            rows.append(Line(short(row.system), [(value, kind, hints[-1])], ends, f"whisker {kind}"))
     if all(row.ends is None for row in rows):
         return None
     title = f"{metric} of each system with its 95\u00a0% interval"
@@ -43,24 +43,20 @@ def intervals(run: RunData, test_set: SetData) -> Figure | None:
 
 def trade_offs(run: RunData, test_set: SetData) -> Iterator[Figure | str]:
     """Quality against latency and against size; in words why one is not drawn."""
-    metric = metric_name(run.metric)
-    timed = any(test_set.latency(name) for name in test_set.systems)
-
-    def latency(name: str) -> float | None:
-        rate = test_set.rate(name)
-        return test_set.latency(name) if timed else 1000 / rate if rate else None
-
-    def size(name: str) -> float | None:
-        return test_set.cost_of(name).get("bytes")
-
-    label = "ms a query, one at a time (median)" if timed else "ms a query, in batches"
-    axes: list[tuple[str, str, Callable[[str], float | None], Callable[[float], str], str]] = [
-        ("latency", label, latency, charts.number, " ms"),
-        ("size", "bytes kept to search", size, lambda value: bytes_text(round(value)), ""),
+    metric, rows = metric_name(run.metric), test_set.evaluation.rows
+    times = {row.system: latency(test_set.evaluation, row.system) for row in rows}
+    label = "ms a query, one at a time (median)"
+    if not any(times.values()):
+        label = "ms a query, in batches"
+        times = {row.system: 1000 / row.queries_per_second for row in rows if row.queries_per_second}
+    sizes: dict[str, Any] = {row.system: row.bytes for row in rows}
+    axes: list[tuple[str, str, Mapping[str, float | None], Callable[[float], str], str]] = [
+        ("latency", label, times, charts.number, " ms"),
+        ("size", "bytes kept to search", sizes, lambda value: bytes_text(round(value)), ""),
     ]
-    for word, axis, cost, text, unit in axes:
-        scores = {name: score for name in test_set.systems if (score := test_set.score(name, run.metric)) is not None}
-        known = {name: value for name in scores if (value := cost(name))}
+    scores = {row.system: row.means[run.metric] for row in rows if run.metric in row.means}
+    for word, axis, costs, text, unit in axes:
+        known = {name: value for name in scores if (value := costs.get(name))}
         if len(known) < 2:
             yield f"Quality against {word} is not drawn: fewer than two systems have a {word}."
             continue
@@ -153,15 +149,12 @@ def _line_kind(at: int, name: str) -> str:
 
 def extrapolation(run: RunData, test_set: SetData, protocol: Mapping[str, Any], title: str) -> Figure | None:
     """Two values of each system: on queries near the training queries and far from them."""
-    parts, metric, rows = protocol.get("parts") or {}, metric_name(run.metric), []
+    parts, metric, rows = protocol["parts"], metric_name(run.metric), []
     for name in test_set.systems:
-        means = {
-            part: (((of or {}).get("systems") or {}).get(name) or {}).get(run.metric) for part, of in parts.items()
-        }
-        values = {part: value for part, value in means.items() if is_number(value)}
-        if values and len(values) == len(parts):
-            marks = [(value, part, f"{short(name)}, {part}: {value:.4f}") for part, value in values.items()]
-            rows.append(Line(short(name), marks, list(values.values()), "way"))
+        means = {part: of["systems"].get(name, {}).get(run.metric) for part, of in parts.items()}
+        if None not in means.values():
+            marks = [(value, part, f"{short(name)}, {part}: {value:.4f}") for part, value in means.items()]
+            rows.append(Line(short(name), marks, list(means.values()), "way"))
     if not rows:
         return None
     described = "; ".join(hint for row in rows for _, _, hint in row.marks)

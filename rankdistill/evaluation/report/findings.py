@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, StudentData
-from rankdistill.evaluation.results import bytes_text, rate_text, verdict
+from rankdistill.evaluation.results import verdict
+from rankdistill.evaluation.tables import bytes_text, rate_text, signed
 
 RESAMPLES = 4000
 FEW_QUERIES = 50
@@ -41,12 +42,6 @@ def percent(share: float) -> str:
 
 def times(factor: float) -> str:
     return f"{factor:,.0f}×" if factor >= 10 else f"{factor:.2g}×"
-
-
-def signed(value: float, decimals: int = 4) -> str:
-    """With a plus or a minus; what rounds to nothing has neither."""
-    shown = f"{abs(value):.{decimals}f}"
-    return shown if float(shown) == 0 else f"{'+' if value > 0 else '−'}{shown}"
 
 
 def short(system: str) -> str:
@@ -148,7 +143,8 @@ def speed_up(run: RunData) -> tuple[float, str] | None:
 
 def _rate(run: RunData, system: str | None) -> float | None:
     """Queries a second, over the sets."""
-    rates = [rate for test_set in run.sets if (rate := test_set.rate(str(system)))]
+    rows = [test_set.row(system) for test_set in run.sets]
+    rates = [row.queries_per_second for row in rows if row is not None and row.queries_per_second]
     return _geometric_mean(rates) if rates and len(rates) == len(run.sets) else None
 
 
@@ -180,7 +176,8 @@ def tiles(run: RunData) -> Iterator[Tile]:
     plain = run.quality(baseline)
     if plain is not None:
         detail = f"{score:.4f} against {plain:.4f}"
-        tested = run.sets[0].comparison(student, baseline, run.metric) if len(run.sets) == 1 else None
+        tests = run.sets[0].evaluation.significance if len(run.sets) == 1 else None
+        tested = tests.find(student, str(baseline), run.metric) if tests is not None else None
         if tested is not None and tested.low is not None and tested.high is not None:
             detail += f"; difference 95\u00a0% interval {signed(tested.low)} to {signed(tested.high)}"
         yield Tile(signed(score - plain), f"{metric} over “{baseline}”, same lists and budget", detail)
@@ -189,14 +186,9 @@ def tiles(run: RunData) -> Iterator[Tile]:
 
 def _smallest(run: RunData, student: str, score: float) -> Iterator[Tile]:
     """The smallest index, of those of the student."""
-    test_set = run.sets[0]
-    sizes = {
-        name: size
-        for name in test_set.systems
-        if run.kind(name) == "index" and (size := test_set.cost_of(name).get("bytes"))
-    }
-    name = min(sizes, key=lambda each: (sizes[each], each), default="")
-    whole, quality = test_set.cost_of(student).get("bytes"), run.quality(name)
+    sizes = {row.system: row.bytes for row in run.sets[0].evaluation.rows if row.bytes}
+    name = min((each for each in sizes if run.kind(each) == "index"), key=lambda each: (sizes[each], each), default="")
+    whole, quality = sizes.get(student), run.quality(name)
     if len(run.sets) == 1 and whole and score and quality is not None and sizes[name] < whole:
         yield Tile(
             percent(sizes[name] / whole),
@@ -268,10 +260,5 @@ def _judgments(run: RunData) -> Iterator[str]:
                 f"{100 * high[0]:.0f} % (“{high[1]}”) are judged. Unjudged ones count as not "
                 "relevant, so a system that finds what nobody judged is underrated."
             )
-        if test_set.queries < FEW_QUERIES:
-            yield f"{test_set.name} has {test_set.queries} queries: small differences cannot be told from chance."
-
-
-def plain(value: object) -> str:
-    """A value of a file in a few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        if (queries := test_set.evaluation.queries) < FEW_QUERIES:
+            yield f"{test_set.name} has {queries} queries: small differences cannot be told from chance."
