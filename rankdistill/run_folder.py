@@ -127,7 +127,11 @@ class RunFolder:
     @property
     def labels(self) -> str | None:
         """The split whose labels the training queries have: None where they are learned from without any."""
-        return "train" if self.recipe.candidates.unlabelled is None else None
+        return self._labelled if self.recipe.candidates.unlabelled is None else None
+
+    @property
+    def _labelled(self) -> str:
+        return self.collection.training_split or "train"
 
     def sources(self, collection: Collection) -> list[Source]:
         """The recipe's sources of candidates, opened over a collection."""
@@ -216,7 +220,9 @@ class RunFolder:
             candidates, _ = self.mine()
             inputs, out = {"candidates": candidates.fingerprint}, self.path / "teacher-calibration"
             queries, lists = self.queries[0], lambda: _lists(candidates)
-            calibrate_ensemble(teacher, self.collection, lists, queries, out, self.store, inputs=inputs)
+            calibrate_ensemble(
+                teacher, self.collection, lists, queries, out, self.store, inputs=inputs, split=self._labelled
+            )
         return teacher
 
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
@@ -231,7 +237,8 @@ class RunFolder:
             if split and depth:
                 source = self.own_sources[0]
                 dev = self.first_stage(self.collection, source, f"dev-{name}", depth, split, dev_ids), split
-            train_teacher(teacher, settings, self.collection, self.mine()[0], dev, self.path / name, self.recipe.seed)
+            candidates, seed = self.mine()[0], self.recipe.seed
+            train_teacher(teacher, settings, self.collection, candidates, dev, self.path / name, seed, self._labelled)
 
     # -- score --------------------------------------------------------------------------------------------------------
 
@@ -483,7 +490,7 @@ class RunFolder:
             vectors,
             read,
             out,
-            query_ids=self.queries[0] if own and "train" in collection.splits else None,
+            query_ids=self.queries[0] if own and self.collection.training_split else None,
             lists=self.score() if own and read.relevance == "scores" else None,
             open_student=self._open_student,
         )

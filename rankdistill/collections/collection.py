@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rankdistill.artifacts import Artifact
+from rankdistill.artifacts import Artifact, fingerprint
 from rankdistill.collections.storage import IdIndex, Rows, Table, id_hash, readable
 from rankdistill.errors import RankdistillError
 
 # Names under which collections publish what is one thing here: what one tunes on.
 DEV_NAMES = ("dev", "validation", "valid", "val", "dev.small")
+# The splits of queries that were made from the documents themselves (see `with_queries`).
+GENERATED, GENERATED_DEV, GENERATED_TEST = "generated", "generated-dev", "generated-test"
+Labels = Mapping[str, Mapping[str, int]]  # query id → document id → relevance
 
 
 class Document(NamedTuple):
@@ -49,18 +52,26 @@ class Collection:
         artifact: kind "collection", as `rankdistill.collections.writer.imported` leaves it.
         name: what tables and file names call it.
         spec: what `open_collection` was given.
-        unlabelled: query id → text of further queries (see `with_queries`); held in memory.
+        further: query id → text of further queries (see `with_queries`); held in memory.
+        labels: split → their judgments, beside those on disk.
     """
 
-    def __init__(self, artifact: Artifact, name: str, spec: str, unlabelled: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        name: str,
+        spec: str,
+        further: Mapping[str, str] | None = None,
+        labels: Mapping[str, Labels] | None = None,
+    ) -> None:
         self.artifact, self.name, self.spec = artifact, name, spec
-        self.unlabelled = dict(unlabelled or {})
+        self.further, self._labels = dict(further or {}), {split: dict(each) for split, each in (labels or {}).items()}
         self.path: Path = artifact.path
         self.fingerprint: str = artifact.fingerprint
         with readable(self.path):
             self.document_count = int(artifact.counts["documents"])
             self.query_count = int(artifact.counts["queries"])
-            self.splits: tuple[str, ...] = tuple(artifact.manifest["splits"])
+            self.splits: tuple[str, ...] = tuple(dict.fromkeys([*artifact.manifest["splits"], *self._labels]))
             self.problems: list[str] = list(artifact.manifest["problems"])
         self._documents = Table(self.path / "documents.arrow")
         self._document_index = IdIndex(self.path, "documents", self._documents, "doc_id")
@@ -71,15 +82,16 @@ class Collection:
             with readable(self.path):
                 raise ValueError("the tables have other lengths than the manifest")
 
-    def __reduce__(self) -> tuple[type[Collection], tuple[Artifact, str, str, dict[str, str]]]:
+    def __reduce__(self) -> tuple[type[Collection], tuple[Any, ...]]:
         # Data loader workers open the files anew.
-        return Collection, (self.artifact, self.name, self.spec, self.unlabelled)
+        return Collection, (self.artifact, self.name, self.spec, self.further, self._labels)
 
     def __len__(self) -> int:
         return self.document_count
 
     def __repr__(self) -> str:
-        splits = ", ".join(f"{split} {len(self.query_rows(split)):,}" for split in self.splits)
+        counts = {split: len(self._labels.get(split) or self.query_rows(split)) for split in self.splits}
+        splits = ", ".join(f"{split} {count:,}" for split, count in counts.items())
         return (
             f"Collection({self.name}: {self.document_count:,} documents, {self.query_count:,} queries"
             f"{'; judged: ' + splits if splits else ', no judgments'})"
@@ -126,6 +138,11 @@ class Collection:
             fix=f"its judged splits are: {', '.join(self.splits) or 'none'}",
         )
 
+    @property
+    def training_split(self) -> str | None:
+        """The split that is learned from: what was generated, where anything was, else train."""
+        return next((split for split in (GENERATED, "train") if split in self.splits), None)
+
     def _qrels_table(self, split: str) -> Table:
         name = self.split_name(split)
         if name not in self._tables:
@@ -133,9 +150,12 @@ class Collection:
         return self._tables[name]
 
     def query_rows(self, split: str | None = None) -> Rows:
-        """Rows of the queries that have judgments in `split`, in file order; None: all queries."""
+        """Rows of the queries on disk that have judgments in `split`, in file order; None: all of them."""
         if split is None:
             return np.arange(self.query_count, dtype=np.int64)
+        if split in self._labels:
+            rows = self._query_index.lookup(list(self._labels[split]))
+            return np.unique(rows[rows >= 0])
         parts = [np.empty(0, np.int64)]
         for batch in self._qrels_table(split).batches:
             rows = batch.column("query_row").to_numpy()
@@ -143,6 +163,8 @@ class Collection:
         return np.unique(np.concatenate(parts))
 
     def query_ids(self, split: str | None = None) -> list[str]:
+        if split in self._labels:
+            return list(self._labels[split])
         return self._queries.take("query_id", self.query_rows(split))
 
     def query_texts(self, ids: Sequence[str]) -> list[str]:
@@ -152,7 +174,7 @@ class Collection:
         """
         rows = self._query_index.lookup(ids)
         if len(rows) and rows.min() < 0:
-            if self.unlabelled:
+            if self.further:
                 return self._mixed_texts(ids, rows)
             unknown = ids[int(np.argmin(rows))]
             raise RankdistillError(f"collection {self.name} has no query {unknown!r}", where=self.spec)
@@ -161,21 +183,61 @@ class Collection:
     def _mixed_texts(self, ids: Sequence[str], rows: Rows) -> list[str]:
         own = iter(self._queries.take("text", rows[rows >= 0]))
         try:
-            return [next(own) if row >= 0 else self.unlabelled[query_id] for query_id, row in zip(ids, rows)]
+            return [next(own) if row >= 0 else self.further[query_id] for query_id, row in zip(ids, rows)]
         except KeyError as error:
             raise RankdistillError(f"collection {self.name} has no query {error}", where=self.spec) from None
 
     def has_queries(self, ids: Sequence[str]) -> list[bool]:
-        return [bool(row >= 0) or i in self.unlabelled for i, row in zip(ids, self._query_index.lookup(ids))]
+        return [bool(row >= 0) or i in self.further for i, row in zip(ids, self._query_index.lookup(ids))]
 
-    def with_queries(self, texts: Sequence[str]) -> Collection:
-        """The same collection with further queries, which have no labels; `unlabelled` holds their ids and texts.
+    def with_queries(
+        self,
+        texts: Sequence[str],
+        relevant: Mapping[str, Sequence[str]] | None = None,
+        *,
+        seed: int = 42,
+        parts: Mapping[str, str] | None = None,
+    ) -> Collection:
+        """The same collection with further queries; `further` holds their ids and texts.
 
         An id is a hash of its text, so that the same text is the same query everywhere and the collection's fingerprint
-        may stay: scores, candidates and indexes made with it still belong to it. Texts that repeat count once.
+        may stay: scores and indexes made with it still belong to it. Texts that repeat count once. Labels have a
+        fingerprint of their own (`labels_fingerprint`).
+
+        Args:
+            relevant: text → ids of the documents that it was made from, its positives. They give the splits
+                `generated`, `generated-dev` and `generated-test`.
+            seed: of what is held out.
+            parts: document id → split, where that is settled already; `parted` documents unless given.
+
+        Raises:
+            RankdistillError: a positive is not in the collection.
         """
-        new = {f"text-{hashlib.sha256(text.encode()).hexdigest()[:20]}": text for text in texts}
-        return Collection(self.artifact, self.name, self.spec, {**self.unlabelled, **new})
+        new = {text: f"text-{hashlib.sha256(text.encode()).hexdigest()[:20]}" for text in (*texts, *(relevant or ()))}
+        labels: dict[str, dict[str, dict[str, int]]] = {}
+        if relevant:
+            parts = parts or parted(relevant.values(), seed)
+            labels = {split: {} for split in (GENERATED, GENERATED_DEV, GENERATED_TEST)}
+            for text, doc_ids in relevant.items():
+                labels[parts[doc_ids[0]]][new[text]] = dict.fromkeys(doc_ids, 1)
+        return self.with_labels({query_id: text for text, query_id in new.items()}, labels)
+
+    def with_labels(self, texts: Mapping[str, str], labels: Mapping[str, Labels]) -> Collection:
+        """The same collection with further queries, query id → text, and splits of judgments, laid over its own.
+
+        Raises:
+            RankdistillError: a judged document is not in the collection.
+        """
+        doc_ids = list({doc_id for split in labels.values() for judged in split.values() for doc_id in judged})
+        for doc_id, row in zip(doc_ids, self.doc_rows(doc_ids).tolist(), strict=True):
+            if row < 0:
+                raise RankdistillError(f"collection {self.name} has no document {doc_id!r}", where=self.spec)
+        laid = {**self._labels, **{split: judged for split, judged in labels.items() if judged}}
+        return Collection(self.artifact, self.name, self.spec, {**self.further, **texts}, laid)
+
+    def labels_fingerprint(self, split: str | None) -> list[str]:
+        """What the collection's own fingerprint does not cover of a split: judgments laid over it; else empty."""
+        return [fingerprint(self._labels[split])] if split in self._labels else []
 
     def iter_queries(self, split: str | None = None, batch_size: int = 512) -> Iterator[list[Query]]:
         """Queries with their judgments in `split`, in file order (None: all queries, no judgments)."""
@@ -192,6 +254,9 @@ class Collection:
 
     def _iter_judged(self, split: str, missing: bool = False) -> Iterator[tuple[str, dict[str, int]]]:
         """(query id, document id → relevance): the file is sorted by query, so memory is one query's."""
+        if split in self._labels:
+            yield from ((query_id, dict(judged)) for query_id, judged in self._labels[split].items())
+            return
         current, relevant = "", dict[str, int]()
         for batch in self._qrels_table(split).batches:
             columns = (batch.column(name).to_pylist() for name in ("query_id", "doc_id", "relevance", "doc_row"))
@@ -269,3 +334,28 @@ def held_out(query_ids: Sequence[str], fraction: float = 0.1, seed: int = 42) ->
     count = min(len(query_ids) - 1, max(1, round(len(query_ids) * fraction)))
     chosen = set(sorted(query_ids, key=lambda query_id: id_hash(f"{seed}:{query_id}"))[:count])
     return [i for i in query_ids if i not in chosen], [i for i in query_ids if i in chosen]
+
+
+def parted(groups: Iterable[Sequence[str]], seed: int = 42, fraction: float = 0.1) -> dict[str, str]:
+    """Document id → generated split: of the documents a tenth is held out for test and a tenth for dev (at least one
+    query's of each, where there are three), by a hash of seed and id.
+
+    Documents that share a query are held out together or not at all, so that no document of a query that measures has a
+    training query. A set of many documents is the least likely to be held out.
+
+    Args:
+        groups: the ids of the documents that each query was made from.
+    """
+    together: dict[str, set[str]] = {}
+    for doc_ids in groups:
+        joint = set(doc_ids).union(*(together.get(doc_id, ()) for doc_id in doc_ids))
+        together.update(dict.fromkeys(joint, joint))
+    sets = list({id(joint): joint for joint in together.values()}.values())
+    sets.sort(key=lambda joint: max(id_hash(f"{seed}:{doc_id}") for doc_id in joint))
+    count = max(1, round(fraction * len(sets))) if len(sets) > 2 else 0
+    names = [GENERATED_TEST] * count + [GENERATED_DEV] * count
+    return {
+        doc_id: names[place] if place < len(names) else GENERATED
+        for place, joint in enumerate(sets)
+        for doc_id in joint
+    }

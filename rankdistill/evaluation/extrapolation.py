@@ -301,7 +301,8 @@ def run_splits(
             part = [INTERPOLATION] * len(query_ids)
         parted = replace(parted, part=part)
         record["keep"] = held_out.keep
-    judged = collection.qrels("train")
+    labelled = collection.training_split
+    judged = collection.qrels(labelled) if labelled else {}
     seen = {doc_id for query_id in training for doc_id, grade in judged.get(query_id, {}).items() if grade > 0}
     return [replace(parted, seen=frozenset(seen), settings=record)]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankdistill.collections.collection import GENERATED, GENERATED_TEST
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import RerankList, Searches
 from rankdistill.evaluation.metrics import evaluate_run
@@ -136,8 +137,10 @@ class SearchPage:
         for column in self.columns:
             column.key = _key(column.name, taken)
             taken.add(column.key)
-        splits = [name for name in collection.splits if name != "train"]  # training queries may be half a million
-        self.split = next((name for name in ("test", "dev", *splits) if name in splits), "")
+        splits = [
+            name for name in collection.splits if name not in ("train", GENERATED)
+        ]  # training queries may be half a million
+        self.split = next((name for name in ("test", "dev", GENERATED_TEST, *splits) if name in splits), "")
         self.qrels = collection.qrels(self.split, missing=True) if self.split else {}
         ids = list(self.qrels)
         texts = collection.query_texts(ids) if ids else []

@@ -155,11 +155,12 @@ def mine(
             writer.counts["cut_queries"] = cut  # by these encoders since they were loaded
         writer.notes["file"] = FILE
 
+    labels = collection.labels_fingerprint(split)
     inputs = {f"source {place}": source.engine.fingerprint for place, source in enumerate(sources, 1)}
     return obtain(
         out,
         kind="candidates",
-        fingerprint=fingerprint(["candidates", settings, collection.fingerprint]),
+        fingerprint=fingerprint(["candidates", settings, collection.fingerprint, *labels]),
         settings=settings,
         inputs={"collection": collection.fingerprint, **inputs},
         make=make,

@@ -34,14 +34,15 @@ def collection_queries(
     """The queries a specification asks for, encoded by the student, and a fingerprint of all that decides them.
 
     Args:
-        query_ids: training queries to use; those of the train split, if there is one, unless given.
+        query_ids: training queries to use; those of the training split, if there is one, unless given.
         lists: the teacher's scored lists, for `relevance: scores`; their queries are the given ones.
     """
+    split = collection.training_split
     recorded = specification.relevance == "scores" and lists is not None
     if lists is not None and recorded:
         query_ids = lists.query_ids
     elif query_ids is None:
-        query_ids = collection.query_ids("train") if "train" in collection.splits else []
+        query_ids = collection.query_ids(split) if split else []
     shares = specification.queries
     ids = list(query_ids) if shares.given or recorded else []
     if not recorded and len(ids) > shares.most:
@@ -55,7 +56,7 @@ def collection_queries(
         pseudo = [text for text in pseudo_queries(collection, rows) if text]
     positives = None
     if specification.documents.labelled:
-        judged = collection.qrels("train") if "train" in collection.splits else {}
+        judged = collection.qrels(split) if split else {}
         positives = [
             collection.doc_rows([doc_id for doc_id, grade in judged.get(query_id, {}).items() if grade > 0])
             for query_id in ids

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankdistill.collections.collection import DEV_NAMES, held_out
+from rankdistill.collections.collection import DEV_NAMES, GENERATED, GENERATED_DEV, held_out
 from rankdistill.collections.text_files import read_lines
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import warn
@@ -89,15 +89,26 @@ def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[
     own_dev = next((name for name in DEV_NAMES if name in collection.splits), None)
     dev_split: str | None = "dev" if own_dev else "train"
     if settings.unlabelled is None:
-        if "train" not in collection.splits:
+        split = collection.training_split
+        if split is None:
             raise UsageError(
                 f"collection {collection.name} has no train split",
                 where=collection.spec,
                 fix=f"to learn from queries without labels, {WHERE}: queries (or titles, or a text file)",
             )
-        train, dev = collection.training_splits(seed=seed)
+        if split == GENERATED:
+            train, dev_split = collection.query_ids(split), "dev" if own_dev else GENERATED_DEV
+            if dev_split not in (*collection.splits, "dev"):
+                raise RankdistillError(
+                    f"{len(train)} queries are left of those generated: none can be held out as dev queries",
+                    where="generate",
+                    fix="more documents or weaker filters: `reason` in generated/queries.parquet says what each lost",
+                )
+            dev = collection.query_ids(dev_split)
+        else:
+            train, dev = collection.training_splits(seed=seed)
     else:
-        train = list(collection.unlabelled) or _unjudged(collection)
+        train = list(collection.further) or _unjudged(collection)
         if len(train) < 2:
             raise RankdistillError(
                 f"collection {collection.name} has {len(train)} queries that are no dev or test queries",

@@ -48,7 +48,8 @@ def lists_fingerprint(
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     """The fingerprint that `build_lists` will give: whether lists on disk are these can be told before any is made."""
-    return fingerprint(["lists", split, collection.fingerprint, dict(inputs or {}), dict(settings or {})])
+    labels = collection.labels_fingerprint(split)
+    return fingerprint(["lists", split, collection.fingerprint, dict(inputs or {}), dict(settings or {}), *labels])
 
 
 def build_lists(

@@ -25,11 +25,13 @@ def train_teacher(
     dev: tuple[Artifact, str] | None,
     path: Path,
     seed: int,
+    split: str = "train",
 ) -> None:
     """Train it on the training candidates, judged by those of dev, and let it use the result; or what is there already.
 
     Args:
         settings: the recipe's, of this teacher.
+        split: whose labels it is trained on.
         dev: what it is judged by, if anything: candidates of dev queries, and the split whose labels they have.
     """
     values = {**unplaced(settings), **teacher.training_inputs(), "seed": seed}
@@ -39,7 +41,7 @@ def train_teacher(
         say(f"teach: training {settings['type']}")
         judged = Dev([(query_id, ids) for query_id, ids, _ in iter_run(dev[0].path / FILE)], dev[1]) if dev else None
         pairs = iter_run(candidates.path / FILE)
-        writer.counts = teacher.train(collection, pairs, writer.path / "model", seed, dev=judged)
+        writer.counts = teacher.train(collection, pairs, writer.path / "model", seed, split, judged)
 
     print_ = fingerprint([values, inputs])
     obtain(path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, make=make, resume=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, find_artifact, fingerprint, locked
+from rankdistill.collections.collection import GENERATED_DEV, GENERATED_TEST
 from rankdistill.errors import UsageError
 from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import say
@@ -83,7 +84,9 @@ class WarmUpTraining:
         self.rows = rows.astype(np.int64)
         texts = [text for text in pseudo_queries(collection, np.sort(self.rows)) if text]
         self.collection = collection.with_queries(texts)
-        self.query_ids = list(dict.fromkeys([*query_ids, *self.collection.unlabelled]))
+        measures = [split for split in (GENERATED_DEV, GENERATED_TEST) if split in collection.splits]
+        held = {query_id for split in measures for query_id in collection.query_ids(split)}
+        self.query_ids = [i for i in dict.fromkeys([*query_ids, *self.collection.further]) if i not in held]
         if settings.steps is not None:  # more are not read, and the teacher's vectors of them would be made for nothing
             some = generator(0, 4).permutation(len(self.query_ids))[: settings.steps * settings.batch_size]
             self.query_ids = [self.query_ids[place] for place in np.sort(some)]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from rankdistill.collections import Collection, open_collection, storage, writer
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.scores.lists import lists_fingerprint
 
 BeirFolder = Callable[..., Path]
 DOCUMENTS = 9000  # more than two batches
@@ -255,3 +256,45 @@ def test_opening_imports_no_torch() -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+def test_queries_made_of_documents_are_labelled_and_held_out_by_document(tiny_collection: Collection) -> None:
+    """No document of a query that measures has a training query, also where two documents share a text."""
+    doc_ids = tiny_collection.doc_ids(range(32))
+    relevant = {f"what is {doc_id}": [doc_id] for doc_id in doc_ids}
+    relevant |= {f"more of {doc_id}": [doc_id] for doc_id in doc_ids} | {"either": [doc_ids[0], doc_ids[9]]}
+    known = tiny_collection.with_queries([], relevant)
+    assert known.splits == (*tiny_collection.splits, "generated", "generated-dev", "generated-test")
+    splits = known.splits[-3:]
+    sources = [{doc_id for judged in known.qrels(split).values() for doc_id in judged} for split in splits]
+    assert set().union(*sources) == set(doc_ids) and sum(map(len, sources)) == len(doc_ids)
+    assert all(sources) and len(sources[0]) >= 24
+    qrels = {query_id: judged for split in splits for query_id, judged in known.qrels(split).items()}
+    (either,) = [i for i in qrels if known.query_texts([i]) == ["either"]]
+    assert qrels[either] == {doc_ids[0]: 1, doc_ids[9]: 1} and len(qrels) == 65
+    assert [query.text for batch in known.iter_queries("generated-dev") for query in batch] == known.query_texts(
+        known.query_ids("generated-dev")
+    )
+    again = pickle.loads(pickle.dumps(known))  # noqa: S301
+    assert all(again.qrels(split) == known.qrels(split) for split in splits)
+    assert f"generated {len(known.query_ids('generated'))}" in repr(known)
+    assert known.describe()["splits"]["generated-test"]["queries"] == len(known.query_ids("generated-test"))
+    # Another seed holds out others; the order in which texts come does not matter.
+    reordered = tiny_collection.with_queries([], dict(reversed(relevant.items())))
+    assert reordered.qrels("generated-test") == known.qrels("generated-test")
+    other = tiny_collection.with_queries([], relevant, seed=1)
+    assert other.qrels("generated-test") != known.qrels("generated-test")
+    assert known.training_split == "generated" and tiny_collection.training_split == "train"
+    with pytest.raises(RankdistillError, match="no document 'nobody'"):
+        tiny_collection.with_queries([], {"who": ["nobody"]})
+
+
+def test_labels_laid_over_have_a_fingerprint_of_their_own(tiny_collection: Collection) -> None:
+    """The collection's stays, and scores belong to it; what reads the labels cannot be taken for another's."""
+    first, second = (tiny_collection.with_queries([], {"which one": [doc_id]}) for doc_id in ("d-iron", "d-gold"))
+    assert first.fingerprint == second.fingerprint and first.query_ids("generated") == second.query_ids("generated")
+    assert first.labels_fingerprint("generated") != second.labels_fingerprint("generated")
+    assert lists_fingerprint(first, "generated") != lists_fingerprint(second, "generated")
+    assert first.labels_fingerprint("train") == [] and lists_fingerprint(first, "train") == lists_fingerprint(
+        tiny_collection, "train"
+    )

@@ -237,3 +237,15 @@ def test_recipe_sources_of_one_encoder_open_it_once(tiny_collection: Collection,
     sources = [Source.of(one, tiny_collection, tmp_path, opened) for one in [*settings, *bm25]]
     assert [sources.index(one) for one in sources] == list(range(6)) and len(opened) == 3
     assert len({id(one.engine) for one in sources[:3]}) == 1
+
+
+def test_candidates_of_queries_whose_labels_changed_are_mined_anew(
+    collection: Collection, ascending: Fixed, tmp_path: Path
+) -> None:
+    """A generated query's id is its text's: its labels are another's when another document gave it."""
+    first = {}
+    for doc_id in collection.doc_ids([3, 5]):
+        labelled = collection.with_queries([], {"what is it": [doc_id]})
+        artifact = mine(labelled, [Source(ascending)], tmp_path / "candidates", depth=2, split="generated")
+        first[doc_id] = next(iter_run(artifact.path / "candidates.parquet"))[1][0]
+    assert list(first) == list(first.values())

@@ -62,12 +62,12 @@ def test_titles_of_documents(bare: Collection) -> None:
     assert not set(train) & set(dev)
     # Beside the collection's own; the same text has the same id; workers of a data loader know them too.
     assert known.query_texts(["q-iron", train[0]]) == [*bare.query_texts(["q-iron"]), texts[0]]
-    assert with_unlabelled(bare, wanted).unlabelled == known.unlabelled and known.fingerprint == bare.fingerprint
+    assert with_unlabelled(bare, wanted).further == known.further and known.fingerprint == bare.fingerprint
     assert pickle.loads(pickle.dumps(known)).query_texts(train) == texts[: len(train)]  # noqa: S301
     assert known.has_queries([train[0], "q-iron", "nobody"]) == [True, True, False]
     with pytest.raises(RankdistillError, match="nobody"):
         known.query_texts([train[0], "nobody"])
-    assert len(with_unlabelled(bare, recipe(bare, "titles", queries=3)).unlabelled) == 3
+    assert len(with_unlabelled(bare, recipe(bare, "titles", queries=3)).further) == 3
 
 
 def test_lines_of_a_file_without_test_queries(
@@ -92,7 +92,20 @@ def test_a_text_file_is_read_as_all_others_are(bare: Collection, tmp_path: Path)
     file = tmp_path / "queries.gz"
     file.write_bytes(gzip.compress("\ufeffwhat rusts\nhow do\u2028bats hunt\n".encode()))
     known = with_unlabelled(bare, recipe(bare, str(file)))
-    assert list(known.unlabelled.values()) == ["what rusts", "how do\u2028bats hunt"]
+    assert list(known.further.values()) == ["what rusts", "how do\u2028bats hunt"]
     file.write_bytes("café\nthé\n".encode("latin-1"))
     with pytest.raises(RankdistillError, match=r"byte 0xe9 .* not UTF-8\n.*queries.gz:1"):
         with_unlabelled(bare, recipe(bare, str(file)))
+
+
+def test_generated_queries_are_learned_from_where_there_are_any(tiny_collection: Collection, bare: Collection) -> None:
+    relevant = {f"about {doc_id}": [doc_id] for doc_id in bare.doc_ids(range(20))}
+    known = bare.with_queries([], relevant)
+    train, dev, judged = query_pool(known, recipe(bare))
+    assert (train, dev, judged) == (known.query_ids("generated"), known.query_ids("generated-dev"), "generated-dev")
+    # Real dev queries choose the checkpoint where there are any.
+    known = tiny_collection.with_queries([], relevant)
+    assert query_pool(known, recipe(tiny_collection))[1:] == (tiny_collection.query_ids("dev"), "dev")
+    few = bare.with_queries([], {"about one": bare.doc_ids([0])})
+    with pytest.raises(RankdistillError, match=r"1 queries are left[\s\S]*reason"):
+        query_pool(few, recipe(bare))
