@@ -1,7 +1,7 @@
 """`beir:DIR`: a folder in the layout of BEIR (Thakur et al. 2021), plain or gzip.
 
 corpus.jsonl    {"_id", "title" (optional), "text"}
-queries.jsonl   {"_id", "text"}
+queries.jsonl   {"_id", "text"}; a folder of documents alone has none, and no qrels
 qrels/SPLIT.tsv query-id, corpus-id, score with or without a header; four TREC columns are read too
 """
 
@@ -28,14 +28,13 @@ from rankdistill.errors import RankdistillError
 
 def open_source(argument: str, spec: str) -> Collection:
     folder = existing_folder(argument, "beir")
-    corpus, queries = _required(folder, "corpus.jsonl"), _required(folder, "queries.jsonl")
-    qrels = data_files(folder / "qrels", "*", (".tsv", ".tsv.gz"))
-    refuse_one_split((stem(path), path) for path in qrels)
-    files = stamps([corpus, queries, *qrels])
+    corpus = _required(folder, "corpus.jsonl")
+    queries, qrels = judgment_files(folder)
+    files = stamps([corpus, *queries, *qrels])
     key = {
         "loader": "beir",
         "corpus": file_digest(corpus),
-        "queries": file_digest(queries),
+        "queries": file_digest(queries[0]) if queries else None,
         "qrels": {stem(path): file_digest(path) for path in qrels},
     }
 
@@ -46,16 +45,33 @@ def open_source(argument: str, spec: str) -> Collection:
             where = f"{corpus}:{line}"
             title = text_of(record.get("title"), "title", where)
             writer.document(_id(record, where), title, _text(record, where), line)
-        writer.source = str(queries)
-        for line, record in read_json_lines(queries):
-            where = f"{queries}:{line}"
-            writer.query(_id(record, where), _text(record, where), line)
+        load_queries(writer, queries)
         for path in qrels:
             writer.source = str(path)
             for judgment in read_qrels(path):
                 writer.judgment(stem(path), *judgment)
 
     return imported(key, load, name=folder.resolve().name, spec=spec, files=files)
+
+
+def judgment_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(queries.jsonl where there is one, qrels of all splits).
+
+    Raises:
+        RankdistillError: there are qrels without queries, or two of one split.
+    """
+    qrels = data_files(folder / "qrels", "*", (".tsv", ".tsv.gz"))
+    refuse_one_split((stem(path), path) for path in qrels)
+    queries = _required(folder, "queries.jsonl") if qrels else plain_or_gzip(folder, "queries.jsonl")
+    return [queries] if queries else [], qrels
+
+
+def load_queries(writer: CollectionWriter, files: list[Path]) -> None:
+    for queries in files:
+        writer.source = str(queries)
+        for line, record in read_json_lines(queries):
+            where = f"{queries}:{line}"
+            writer.query(_id(record, where), _text(record, where), line)
 
 
 def _required(folder: Path, name: str) -> Path:

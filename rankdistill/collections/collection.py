@@ -73,6 +73,8 @@ class Collection:
             self.query_count = int(artifact.counts["queries"])
             self.splits: tuple[str, ...] = tuple(dict.fromkeys([*artifact.manifest["splits"], *self._labels]))
             self.problems: list[str] = list(artifact.manifest["problems"])
+            # Where what is searched are passages: of how many documents, and how these were cut (documents.py).
+            self.passages: dict[str, int] = dict(artifact.manifest.get("passages", {}))
         self._documents = Table(self.path / "documents.arrow")
         self._document_index = IdIndex(self.path, "documents", self._documents, "doc_id")
         self._queries = Table(self.path / "queries.arrow")
@@ -92,8 +94,9 @@ class Collection:
     def __repr__(self) -> str:
         counts = {split: len(self._labels.get(split) or self.query_rows(split)) for split in self.splits}
         splits = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+        kind = f"passages of {self.passages['documents']:,} documents" if self.passages else "documents"
         return (
-            f"Collection({self.name}: {self.document_count:,} documents, {self.query_count:,} queries"
+            f"Collection({self.name}: {self.document_count:,} {kind}, {self.query_count:,} queries"
             f"{'; judged: ' + splits if splits else ', no judgments'})"
         )
 
@@ -322,6 +325,7 @@ class Collection:
             "fingerprint": self.fingerprint,
             "path": str(self.path),
             "documents": self.document_count,
+            **({"passages": self.passages, "skipped": self.artifact.manifest["skipped"]} if self.passages else {}),
             "queries": self.query_count,
             "words": self.artifact.manifest["words"],
             "splits": splits,

@@ -31,7 +31,7 @@ ROWS = 1024  # of a Parquet file held at a time
 SECONDS = 5.0  # the hub answers within this, or counts as unreachable
 DOCUMENT_ID = ("_id", "id", "doc_id", "docid", "corpus-id", "corpus_id", "pid")
 QUERY_ID = ("_id", "id", "query_id", "query-id", "qid")
-DOCUMENT_TEXT, QUERY_TEXT = ("text", "contents", "passage"), ("text", "query")
+DOCUMENT_TEXT, QUERY_TEXT = ("text", "contents", "content", "body", "passage"), ("text", "query")
 JUDGED = (("query-id", "query_id", "qid"), ("corpus-id", "corpus_id", "doc_id", "docid", "pid"))
 PARQUET = (".parquet",)
 RELEVANCE = ("score", "relevance", "label")
@@ -50,27 +50,32 @@ class _Layout(NamedTuple):
     qrels: list[tuple[str, _Part]]  # split, judgments
 
 
-def _file(path: Path) -> _Part:
-    """A local Parquet file; nested columns (vectors, lists) are not read."""
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a local Parquet file; nested columns (vectors, lists) are not read.
+
+    Raises:
+        RankdistillError: it is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def rows() -> Iterator[dict[str, Any]]:
-        try:
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                columns = [
-                    field.name
-                    for field in file.schema_arrow
-                    if not pa.types.is_nested(field.type) or VALUE_NAME.fullmatch(field.name.lower())
-                ]
-                for batch in file.iter_batches(ROWS, columns=columns):
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise RankdistillError(
-                f"the Parquet file is damaged ({str(error).splitlines()[0]})", where=str(path), fix="fetch it again"
-            ) from None
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            columns = [
+                field.name
+                for field in file.schema_arrow
+                if not pa.types.is_nested(field.type) or VALUE_NAME.fullmatch(field.name.lower())
+            ]
+            for batch in file.iter_batches(ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RankdistillError(
+            f"the Parquet file is damaged ({str(error).splitlines()[0]})", where=str(path), fix="fetch it again"
+        ) from None
 
-    return _Part(str(path), rows)
+
+def _file(path: Path) -> _Part:
+    return _Part(str(path), lambda: parquet_rows(path))
 
 
 def open_source(argument: str, spec: str) -> Collection:
@@ -128,7 +133,7 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
 
     corpus, queries = parts("corpus"), parts("queries")
     for name, paths in (("corpus", corpus), ("queries", queries)):
-        if not paths:
+        if not paths and (name == "corpus" or (folder / "qrels").is_dir()):
             raise RankdistillError(
                 f"a folder of parquet files needs {name}*.parquet or {name}/*.parquet",
                 where=str(folder),

@@ -118,20 +118,53 @@ def long_line(where: str) -> RankdistillError:
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object); a line that is not one JSON object is an error."""
     for number, line in read_lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise RankdistillError(
-                f"the line is not valid JSON ({reason}); is the file cut off here?",
-                where=f"{path}:{number}",
-                fix="each line must be one JSON object",
-            ) from None
-        if not isinstance(record, dict):
-            raise RankdistillError(
-                f"the line is a JSON {type(record).__name__}, not an object", where=f"{path}:{number}"
-            )
-        yield number, record
+        yield number, json_object(line, f"{path}:{number}")
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """
+    Raises:
+        RankdistillError: the line is not one JSON object.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RankdistillError(
+            f"the line is not valid JSON ({reason}); is the file cut off here?",
+            where=where,
+            fix="each line must be one JSON object",
+        ) from None
+    if not isinstance(record, dict):
+        raise RankdistillError(f"the line is a JSON {type(record).__name__}, not an object", where=where)
+    return record
+
+
+def read_text(path: Path, charset: re.Pattern[bytes] | None = None) -> str:
+    """A whole file of text, in UTF-8 unless its beginning names another `charset` (group 1 of the pattern).
+
+    Raises:
+        RankdistillError: it is larger than 64 MB, in another encoding, binary, or damaged gzip.
+    """
+    content = b""
+    try:
+        with open_text(path) as stream:
+            while len(content) <= LONGEST_LINE and (part := stream.read(LONGEST_LINE)):
+                content += part  # a gzip file that is cut off shows it at its end alone
+    except (EOFError, zlib.error) as error:
+        raise RankdistillError(f"the gzip file is cut off or damaged ({error})", where=str(path)) from None
+    if len(content) > LONGEST_LINE:
+        fix = "split it, or write its parts as JSON lines"
+        raise RankdistillError(f"a text of more than {LONGEST_LINE >> 20} MB", where=str(path), fix=fix)
+    declared = charset and charset.search(content[:4096])
+    try:
+        text = content.decode(declared[1].decode() if declared else "utf-8-sig")
+    except (UnicodeDecodeError, LookupError):
+        fix = "convert the file to UTF-8 (for example: iconv -f LATIN1 -t UTF-8)"
+        raise RankdistillError("the text is not UTF-8", where=str(path), fix=fix) from None
+    if "\0" in text:
+        raise RankdistillError("the file is binary, not text", where=str(path))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def identifier(value: Any, key: str, where: str) -> str:

@@ -145,6 +145,7 @@ class CollectionWriter:
         self._mended = 0
         self.problems: list[str] = []
         self.splits: list[str] = []
+        self.notes: dict[str, Any] = {}  # further ones, for the manifest
         self._progress = progress(f"import {label}", None, "records")
         self._bar = self._progress.__enter__()
 
@@ -324,7 +325,7 @@ def _import(
                     "the file changed while it was read", where=", ".join(changed), fix="run the same command again"
                 )
             artifact.counts.update(writer.finish())
-            artifact.notes.update(splits=writer.splits, problems=writer.problems, words=writer.words())
+            artifact.notes.update(splits=writer.splits, problems=writer.problems, words=writer.words(), **writer.notes)
         finally:
             writer.close()
     for problem in writer.problems:

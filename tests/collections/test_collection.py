@@ -244,13 +244,6 @@ def test_wrong_names(spec: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_a_bare_folder_gets_its_format_told(beir_folder: BeirFolder) -> None:
-    folder = beir_folder()
-    with pytest.raises(UsageError) as caught:
-        open_collection(str(folder))
-    assert f"beir:{folder}" in str(caught.value)
-
-
 def test_opening_imports_no_torch() -> None:
     code = "import sys, rankdistill.collections; print({'torch', 'datasets', 'ir_datasets'} & set(sys.modules))"
     root = Path(__file__).parents[2]
