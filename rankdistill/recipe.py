@@ -250,7 +250,7 @@ class Recipe(Section):
     device: str | None = Field(
         None, description="cpu, cuda, cuda:1 ...: where all of it runs; a GPU if there is one unless given"
     )
-    collection: str = Field(description="a folder of documents, beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs")
+    collection: str = Field(description="a folder, beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs")
     candidates: Candidates = Field(default_factory=Candidates)
     teacher: Teacher | None = Field(None, description="who scores the lists; null: the student learns from labels")
     student: Student = Field(description="who learns from them")

@@ -195,7 +195,7 @@ def recipes_methods(
 
 @app.command()
 def collection(
-    spec: Annotated[str, typer.Argument(help="A folder, beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs.")],
+    spec: Annotated[str, typer.Argument(help="DIR, beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs.")],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
