@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rankdistill.artifacts import (
     CLAIM,
@@ -24,10 +24,12 @@ from rankdistill.artifacts import (
     sealed_artifact,
 )
 from rankdistill.errors import RankdistillError
+from rankdistill.indexes.faiss_index import FaissIndex, damaged_index, manifest_file
+from rankdistill.indexes.foreign_vectors import Side, open_foreign_vectors
+from rankdistill.indexes.inspection import IndexCheck, check_index
 from rankdistill.indexes.jvm import NO_JAVA, VECTOR_MODULE, find_java, jar, needed_java
-
-if TYPE_CHECKING:
-    from rankdistill.indexes.inspection import IndexCheck
+from rankdistill.run_folder import RECIPE, recipe_is_whole
+from rankdistill.students.token_batches import resolve_precision
 
 # Extra → the modules it brings.
 EXTRAS = {
@@ -56,9 +58,6 @@ def damaged_artifacts(run: Path) -> list[str]:
     manifests = sorted(path for path in run.rglob(MANIFEST) if not _hidden(path.relative_to(run)))
     if not manifests:
         raise RankdistillError("there is no artifact here", where=str(run), fix="give the folder of a run")
-    from rankdistill.indexes.faiss_index import damaged_index
-    from rankdistill.run_folder import RECIPE, recipe_is_whole
-
     again = "delete {} and run the same command again"
     damaged = []
     for path in [*manifests, *sorted(run.rglob(CLAIM))]:
@@ -107,10 +106,6 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
     Raises:
         RankdistillError: a file that cannot be read, vectors that are not the index's.
     """
-    from rankdistill.indexes.faiss_index import FaissIndex, manifest_file
-    from rankdistill.indexes.foreign_vectors import Side, open_foreign_vectors
-    from rankdistill.indexes.inspection import check_index
-
     ours = manifest_file(file).is_file() or not file.is_file()
     index = FaissIndex.open(file, memory_map=True) if ours else FaissIndex.foreign(file, memory_map=True)
     made = index.manifest.get("vectors_fingerprint")
@@ -140,7 +135,6 @@ def _torch() -> Check:
     try:
         import torch
 
-        from rankdistill.students.token_batches import resolve_precision
     except ImportError:
         return Check("torch", False, "missing", "pip install torch", needed=True)
     precision = resolve_precision(torch.device("cpu"), "auto")

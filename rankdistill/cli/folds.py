@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rankdistill.errors import UsageError
+from rankdistill.evaluation.extrapolation import Extrapolation, pool_folds
 from rankdistill.progress import say
-
-if TYPE_CHECKING:
-    from rankdistill.evaluation.extrapolation import Extrapolation
-    from rankdistill.recipe import Recipe
+from rankdistill.recipe import HoldOut, Recipe, check_recipe, merge
+from rankdistill.stages import Workspace
 
 Protocol = Literal["clusters", "similarity"]
 
@@ -21,8 +20,6 @@ def fold_recipes(recipe: Recipe, protocol: Protocol = "clusters", buckets: int =
 
     Other settings of the recipe's own `candidates.hold_out` (bound, encoder) stay.
     """
-    from rankdistill.recipe import HoldOut, check_recipe, merge
-
     settings = (recipe.candidates.hold_out or HoldOut()).model_dump() | {"protocol": protocol, "bucket": 0}
     folds: list[dict[str, Any]] = [{"keep": "far"}, {"keep": "near"}]
     if protocol == "clusters":
@@ -51,9 +48,6 @@ def run_folds(
     Raises:
         UsageError: the recipe measures no extrapolation.
     """
-    from rankdistill.evaluation.extrapolation import pool_folds
-    from rankdistill.stages import Workspace
-
     if recipe.evaluation.extrapolation is None:
         raise UsageError("the recipe measures no extrapolation", where="evaluation.extrapolation", fix="remove `null`")
     folders, sets = [], []

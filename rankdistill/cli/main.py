@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from rankdistill import __version__
+from rankdistill.devices import use_device
 from rankdistill.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,8 +139,6 @@ def recipes_list(as_json: Json = False) -> None:
 @recipes_app.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")], changes: Set = None) -> None:
     """A recipe with every default filled in."""
-    import yaml
-
     from rankdistill.recipe import load_recipe
 
     print(yaml.safe_dump(load_recipe(name, changes or []).resolved(), sort_keys=False), end="")
@@ -171,8 +173,6 @@ def recipes_methods(
     name: Annotated[str | None, typer.Argument(metavar="TYPE", help="Explain this one: a type.")] = None,
 ) -> None:
     """What a recipe can name, methods of other installed packages too; one of them with its keys."""
-    import inspect
-
     from rankdistill.recipe import KINDS, method_class, method_names, nearest, parameters_model
 
     if kind is not None and kind not in KINDS:
@@ -201,8 +201,6 @@ def collection(
 ) -> None:
     """What is in a collection: counts, lengths, judged share, problems."""
     _begin(quiet)
-    import yaml
-
     from rankdistill.collections import open_collection
 
     described = open_collection(spec).describe()
@@ -578,8 +576,6 @@ def serve(
 ) -> None:
     """A local page that shows BM25, the student, its indexes and the teacher side by side for a query you type."""
     _begin(quiet, device)
-    import webbrowser
-
     from rankdistill.cli.serve import search_page
     from rankdistill.evaluation.page_server import PageServer
     from rankdistill.progress import say, warn
@@ -699,7 +695,6 @@ def doctor(
 
 
 def _begin(quiet: bool, device: str | None = None) -> None:
-    from rankdistill.devices import use_device
     from rankdistill.progress import set_quiet
 
     set_quiet(quiet)

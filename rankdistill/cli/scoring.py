@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from rankdistill.artifacts import open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from rankdistill.collections import Collection
-    from rankdistill.scores.store import ScoreStore, TeacherScores
-    from rankdistill.teachers.base import Teacher
+from rankdistill.progress import warn
+from rankdistill.recipe import build
+from rankdistill.runs import iter_run
+from rankdistill.scores.calibration import calibrate
+from rankdistill.scores.store import ScoreStore, TeacherScores
+from rankdistill.teachers.base import Teacher
+from rankdistill.teachers.llm.asking import AskingTeacher
+from rankdistill.teachers.probe import named, probe
+from rankdistill.teachers.scoring import dry_run, missing_pairs
 
 
 def limited(teacher: Teacher, budget: str | None) -> Teacher:
@@ -23,8 +28,6 @@ def limited(teacher: Teacher, budget: str | None) -> Teacher:
     Raises:
         UsageError: not a budget, or a teacher that asks no language model.
     """
-    from rankdistill.teachers.llm.asking import AskingTeacher
-
     if budget is None:
         return teacher
     if not isinstance(teacher, AskingTeacher):
@@ -44,9 +47,6 @@ def print_estimate(
     store: ScoreStore,
 ) -> None:
     """What scoring these candidates would cost; nothing is asked and nothing is kept."""
-    from rankdistill.teachers.llm.asking import AskingTeacher
-    from rankdistill.teachers.scoring import dry_run, missing_pairs
-
     if isinstance(teacher, AskingTeacher):
         print("\n".join(dry_run(teacher, collection, candidates, store).lines()))
         return
@@ -63,8 +63,6 @@ def calibrate_scores(scores: TeacherScores, collection: Collection, method: Any,
     Raises:
         RankdistillError: no train split, or no labelled pair among the scores.
     """
-    from rankdistill.scores.calibration import calibrate
-
     if "train" not in collection.splits:
         raise RankdistillError(
             "calibration needs labels of training queries, and there is no train split",
@@ -88,11 +86,6 @@ def probe_teachers(
     Raises:
         UsageError: the candidates have their positives first, so that their order is no first stage's.
     """
-    from rankdistill.progress import warn
-    from rankdistill.recipe import build
-    from rankdistill.runs import iter_run
-    from rankdistill.teachers.probe import named, probe
-
     if candidates.is_dir():
         if open_artifact(candidates, "candidates").manifest["settings"].get("include_positives"):
             raise UsageError(

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankdistill.artifacts import MANIFEST, open_artifact
 from rankdistill.errors import RankdistillError
+from rankdistill.evaluation.search_page import Column, Reranker, SearchPage
+from rankdistill.indexes.by_student import exhaustive_engine, open_index
+from rankdistill.indexes.sparse import searched_here
+from rankdistill.indexes.specification import any_specification
 from rankdistill.progress import warn
 from rankdistill.recipe import build
-
-if TYPE_CHECKING:
-    from rankdistill.evaluation.search_page import Reranker, SearchPage
-    from rankdistill.stages import Workspace
+from rankdistill.run_folder import STUDENT
+from rankdistill.scores.store import ScoreStore
+from rankdistill.stages import Workspace
+from rankdistill.teachers.base import TextList
+from rankdistill.teachers.ensemble import EnsembleTeacher
+from rankdistill.teachers.scoring import prepared_folder, score_list
 
 
 def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, depth: int = 10) -> SearchPage:
@@ -27,12 +33,6 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
     Raises:
         RankdistillError: there is no trained student; an index belongs to another one.
     """
-    from rankdistill.evaluation.search_page import Column, SearchPage
-    from rankdistill.indexes.by_student import exhaustive_engine, open_index
-    from rankdistill.indexes.sparse import searched_here
-    from rankdistill.indexes.specification import any_specification
-    from rankdistill.run_folder import STUDENT
-
     collection, recipe = workspace.collection, workspace.recipe
     student = workspace.student()
     exact: Any = exhaustive_engine(student, workspace.vectors(STUDENT, student, collection))
@@ -68,12 +68,6 @@ def _teacher(workspace: Workspace) -> Reranker | None:
     Raises:
         RankdistillError: it has not been trained yet.
     """
-    from rankdistill.evaluation.search_page import Reranker
-    from rankdistill.scores.store import ScoreStore
-    from rankdistill.teachers.base import TextList
-    from rankdistill.teachers.ensemble import EnsembleTeacher
-    from rankdistill.teachers.scoring import prepared_folder, score_list
-
     if workspace.recipe.teacher is None:
         return None
     teacher: Any = build("teacher", workspace.recipe.teacher.settings(), "teacher")

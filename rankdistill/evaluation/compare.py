@@ -13,11 +13,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rankdistill.artifacts import check_file, file_digest, write_atomically
+from rankdistill.collections import Collection, open_collection
+from rankdistill.collections.identifiers import text_ids
+from rankdistill.collections.text_files import data_files, grade, read_qrels
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
@@ -27,9 +32,6 @@ from rankdistill.evaluation.tables import SIGNED, latex, markdown, plain_table, 
 from rankdistill.plain import shown_lines
 from rankdistill.progress import progress, say, warn
 from rankdistill.runs import Run, file_stem, read_run
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 RUN_FILES = (".trec", ".trec.gz", ".run", ".run.gz", ".parquet")
 RESULTS = "results.json"
@@ -183,8 +185,6 @@ def _folder(folder: Path) -> Iterator[_Source]:
     if evaluations:
         yield from _evaluated(evaluations[0])
         return
-    from rankdistill.collections.text_files import data_files
-
     files = data_files(folder, "*", RUN_FILES)
     if not files:
         raise UsageError(
@@ -259,8 +259,6 @@ def _settings(sources: Sequence[_Source]) -> dict[str, Any]:
 def _judgments(
     qrels: Qrels | str | Path | None, collection: Collection | str | None, split: str | None, settings: dict[str, Any]
 ) -> _Judgments:
-    from rankdistill.collections import open_collection
-
     if qrels is not None and collection is not None:
         raise UsageError("both judgments and a collection are given", fix="give one of them")
     if isinstance(qrels, str | Path):
@@ -326,19 +324,11 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
-    from rankdistill.collections.text_files import read_qrels
-
     for judgment in read_qrels(path):
         yield judgment.query_id, judgment.doc_id, judgment.relevance, f"{path}:{judgment.line}"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from rankdistill.collections.identifiers import text_ids
-    from rankdistill.collections.text_files import grade
-
     columns = ["query_id", "doc_id", "relevance"]
     try:
         table = pq.read_table(path)

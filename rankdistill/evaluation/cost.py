@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rankdistill.artifacts import library_versions
 from rankdistill.devices import synchronise
 from rankdistill.indexes.base import available_threads
 from rankdistill.progress import progress
@@ -83,9 +85,10 @@ class Footprint:
 
 
 def encoders(engine: Any) -> list[Any]:
-    """The encoder of an engine that has one."""
+    """Those of an engine: none, one, or of a fused one several."""
+    several: list[Any] | None = getattr(engine, "encoders", None)
     encoder = getattr(engine, "encoder", None)
-    return [] if encoder is None else [encoder]
+    return several if several is not None else [] if encoder is None else [encoder]
 
 
 @dataclass
@@ -312,8 +315,6 @@ def pareto_front(
 
 def measuring_environment() -> dict[str, Any]:
     """The machine, its processor, and the threads that libraries in use are set to."""
-    from rankdistill.artifacts import library_versions
-
     threads: dict[str, int] = {}
     if "torch" in sys.modules:
         threads["torch"] = sys.modules["torch"].get_num_threads()
@@ -332,8 +333,6 @@ def measuring_environment() -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name, where the system tells it."""
-    import platform
-
     kind = f"{platform.machine()} {platform.system()}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
 from rankdistill.artifacts import disk_errors, write_atomically, write_json, write_table
+from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps, measuring_environment
 from rankdistill.evaluation.extrapolation import QuerySplit, measure_splits
@@ -31,11 +32,9 @@ from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
 from rankdistill.evaluation.suites import EvaluationSet, Found, Missing, Suite, load_references, locate
 from rankdistill.evaluation.tables import markdown
+from rankdistill.indexes.mining import same_text
 from rankdistill.progress import progress, warn
 from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 QUERY_BATCH = 256  # queries handed to a system at once
 TEACHER = "teacher"  # the row that others' agreement is measured with
@@ -265,8 +264,6 @@ def evaluate_systems(
 
 def _own_documents(collection: Collection, query_ids: list[str]) -> int:
     """How many queries are documents of the collection: of the same id and the same text (see `mining`)."""
-    from rankdistill.indexes.mining import same_text
-
     if not hasattr(collection, "documents"):  # judgments alone
         return 0
     rows = np.asarray(collection.doc_rows(query_ids))
@@ -400,7 +397,7 @@ def evaluate_suite(
     own: Collection | None = None,
     local: str | Path | None = None,
     fetch: bool = True,
-    opener: Callable[[str], Any] | None = None,
+    opener: Callable[[str], Any] = open_collection,
     students: Mapping[str, str] | None = None,
 ) -> SuiteEvaluation:
     """Evaluate every set of a suite that can be found; the others are listed as missing with the reason.

@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,14 +32,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import MANIFEST, fingerprint, write_json, write_table
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import Qrels
+from rankdistill.indexes.vectors import encode_queries, open_vectors
 from rankdistill.progress import say
 from rankdistill.recipe import Recipe
 from rankdistill.sampling.base import generator
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
+from rankdistill.students.models import resolve_model
 
 FILE, TABLE = "extrapolation.json", "extrapolation.parquet"
 INTERPOLATION, EXTRAPOLATION, NEITHER = PARTS = ("interpolation", "extrapolation", "neither")
@@ -218,9 +218,6 @@ def embed_queries(
 
     Memory: all of them, 4·d bytes a query (0.8 GB for MS MARCO's 500,000 training queries at 384 dimensions).
     """
-    from rankdistill.indexes.vectors import encode_queries, open_vectors
-    from rankdistill.students.models import resolve_model
-
     ids_digest = hashlib.sha256("\0".join(query_ids).encode()).hexdigest()[:16]
     key = [resolve_model(model).revision, length, collection.fingerprint, ids_digest]
     path = folder / f"queries-{fingerprint(key)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankdistill.errors import UsageError
 from rankdistill.evaluation.evaluate import EngineSystem
-from rankdistill.evaluation.fusion import FusedEngine, Fusion
+from rankdistill.evaluation.fusion import FusedEngine
 from rankdistill.evaluation.suites import FusedRow
 from rankdistill.progress import warn
 from rankdistill.recipe import nearest
@@ -17,29 +17,19 @@ from rankdistill.recipe import nearest
 ALIASES = ("bm25", "student", "untrained", "first_stage")
 
 
-class FusedSystem(EngineSystem):
-    """A row of an evaluation: engines that rows of their own are measured with, fused.
-
-    Args:
-        members: row → system.
-        depth: documents of each that are fused; as many as are asked for unless given.
-    """
-
-    def __init__(self, members: Mapping[str, EngineSystem], fusion: Fusion, depth: int | None = None) -> None:
-        engines: dict[str, Any] = {name: system.engine for name, system in members.items()}
-        self.fused = FusedEngine(engines, fusion, depth)
-        sizes = [system.bytes for system in members.values() if system.bytes is not None]
-        note = self.fused.name + (f"; the first {depth} of each" if depth else "")
-        note += "; the weights are the suite's, nothing was fitted here" if fusion.weights else ""
-        super().__init__(self.fused, sum(sizes) if len(sizes) == len(members) else None, note)
-
-    def models(self) -> list[Any]:
-        return self.fused.encoders
+def _fused(members: Mapping[str, EngineSystem], row: FusedRow) -> EngineSystem:
+    """Engines that rows of their own are measured with, as one."""
+    engines: dict[str, Any] = {name: system.engine for name, system in members.items()}
+    engine = FusedEngine(engines, row, row.depth)
+    sizes = [system.bytes for system in members.values() if system.bytes is not None]
+    note = engine.name + (f"; the first {row.depth} of each" if row.depth else "")
+    note += "; the weights are the suite's, nothing was fitted here" if row.weights else ""
+    return EngineSystem(engine, sum(sizes) if len(sizes) == len(members) else None, note)
 
 
 def fused_rows(
     fusion: list[FusedRow], rows: Mapping[str, Any], open_run: Callable[[Path], EngineSystem]
-) -> dict[str, FusedSystem]:
+) -> dict[str, EngineSystem]:
     """A suite's fused rows. One whose `bm25`, `student` ... the table has no row for is left out, with a warning.
 
     Args:
@@ -49,7 +39,7 @@ def fused_rows(
     Raises:
         UsageError: a member that is neither a row nor a run, is no search, or is meant twice; a name that is taken.
     """
-    fused: dict[str, FusedSystem] = {}
+    fused: dict[str, EngineSystem] = {}
     for row in fusion:
         where = f"fusion: {row.name}"
         if row.name in rows:
@@ -65,7 +55,7 @@ def fused_rows(
         for name, system in members.items():
             if not isinstance(system, EngineSystem):
                 raise UsageError(f"the row {name!r} is no search", where=where, fix="fuse what it re-ranks")
-        fused[row.name] = FusedSystem(members, row, row.depth)
+        fused[row.name] = _fused(members, row)
     return fused
 
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, locked
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import measuring_environment, pareto_front, percentiles
 from rankdistill.evaluation.metrics import Qrels, evaluate_run, parse_metric
@@ -31,9 +32,6 @@ from rankdistill.indexes.faiss_index import FaissIndex, parts, publish_index
 from rankdistill.indexes.vectors import open_vectors
 from rankdistill.progress import progress
 from rankdistill.runs import Run
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 MOST_QUERIES = 500
 MOST_FACTOR = 64  # hits re-scored for each one returned

@@ -30,14 +30,12 @@ from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.search_page import SearchPage
 from rankdistill.progress import warn
-
-if TYPE_CHECKING:
-    from rankdistill.evaluation.search_page import SearchPage
 
 PAGE = Path(__file__).parent / "page"
 JSON = "application/json; charset=utf-8"

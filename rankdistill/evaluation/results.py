@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from rankdistill.collections import Collection
 from rankdistill.evaluation.cost import measure_costs
 from rankdistill.evaluation.extrapolation import Extrapolation
 from rankdistill.evaluation.fidelity import Fidelity
@@ -33,9 +34,6 @@ from rankdistill.evaluation.tables import (
     rate_text,
     signed,
 )
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 CORRECTIONS = {"holm": "Holm", "tukey_hsd": "Tukey HSD"}
 PAIR_ROWS = 30  # comparisons shown in a table; all are in significance.json

@@ -13,18 +13,17 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rankdistill.collections import Collection
 from rankdistill.collections.collection import GENERATED, GENERATED_TEST
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.evaluation.cost import encoder_and_index
 from rankdistill.evaluation.evaluate import RerankList, Searches
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.runs import Run
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 LONGEST_QUERY = 1000  # characters
 MOST_DOCUMENTS = 50  # a column
@@ -62,11 +61,12 @@ class Column:
 
     def search(self, query: str, k: int, encoded: Encoded) -> tuple[Any, dict[str, float]]:
         """Hits (rows and scores, best first) and milliseconds; columns of one student share its vector and time."""
-        encoder, index = getattr(self.engine, "encoder", None), getattr(self.engine, "index", None)
-        if encoder is None or index is None:
+        parts = encoder_and_index(self.engine)
+        if parts is None:
             started = time.perf_counter()
             hits = self.engine.search([query], k)[0]
             return hits, {"search_ms": _milliseconds(started)}
+        encoder, index = parts
         if id(encoder) not in encoded:
             started = time.perf_counter()
             encoded[id(encoder)] = encoder.encode_queries([query]), _milliseconds(started)

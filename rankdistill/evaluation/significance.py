@@ -28,6 +28,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri, stdtr
 
 from rankdistill.errors import UsageError
 from rankdistill.recipe import nearest
@@ -224,7 +225,7 @@ def compare_values(
     )
     if not table.size:
         return result
-    resampled = _bootstrap_means(table, resamples, seed)  # [metrics, resamples, systems]
+    resampled = bootstrap_means(table, resamples, seed)  # [metrics, resamples, systems]
     for number, metric in enumerate(metrics):
         for column, name in enumerate(systems):
             interval = bca(resampled[number, :, column], table[number, :, column])
@@ -312,8 +313,6 @@ def paired_t(differences: Any) -> tuple[Floats, Floats]:
         differences: [queries, columns] or [queries]. Where all are 0, or there is one query, nothing speaks against
             chance: p = 1 and t = 0 or NaN. Where all are equal and not 0, t is infinite and p = 0.
     """
-    from scipy.special import stdtr
-
     d = np.asarray(differences, np.float64)
     d = d.reshape(len(d), -1)
     queries = len(d)
@@ -428,7 +427,7 @@ def randomised_tukey_hsd(
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 
-def _bootstrap_means(table: Floats, resamples: int, seed: int) -> Floats:
+def bootstrap_means(table: Floats, resamples: int, seed: int) -> Floats:
     """Means of resampled queries, the same samples for every metric and system: [metrics, resamples, systems]."""
     metrics, queries, systems = table.shape
     flat = np.ascontiguousarray(table.transpose(1, 0, 2).reshape(queries, -1))
@@ -446,8 +445,6 @@ def _bootstrap_means(table: Floats, resamples: int, seed: int) -> Floats:
 
 def bca(resampled: Floats, values: Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
     """The BCa interval of the mean of values [queries], from means of bootstrap samples; None with fewer than two."""
-    from scipy.special import ndtr, ndtri
-
     if len(values) < 2:
         return None
     mean = float(values.mean())

@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from rankdistill.collections import Collection, open_collection
+from rankdistill.collections.text_files import plain_or_gzip
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.fusion import Fusion
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, parse_metric
 from rankdistill.plain import Name, Section, read_yaml
 from rankdistill.recipe import check_values, declarations, find_declaration
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 FOLDER = "eval/suites"
 REFERENCE_FOLDER = "eval/reference"
@@ -174,7 +173,7 @@ def locate(
     own: Collection | None = None,
     local: Path | None = None,
     fetch: bool = True,
-    opener: Callable[[str], Any] | None = None,
+    opener: Callable[[str], Any] = open_collection,
 ) -> Found | Missing:
     """Find a set: a folder of its name below `local`, the run's own collection, then the declared collection.
 
@@ -182,14 +181,8 @@ def locate(
         own: the run's collection; used for `collection: own`, and for a set of its name or specification.
         local: a folder whose sub-folders are sets in BEIR or MS MARCO layout, or clones of data sets of the hub.
         fetch: open a declared collection that may have to be downloaded.
-        opener: opens a specification; default `rankdistill.collections.open_collection`.
+        opener: opens a specification.
     """
-    from rankdistill.collections.text_files import plain_or_gzip
-
-    if opener is None:
-        from rankdistill.collections import open_collection
-
-        opener = open_collection
     candidate: Any = None
     folder = local / entry.name if local is not None else None
     try:

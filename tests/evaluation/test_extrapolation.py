@@ -319,7 +319,7 @@ def test_vectors_are_made_once(values: dict[str, Any], tmp_path: Path, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("rankdistill.indexes.vectors.encode_queries", refuse)
+    monkeypatch.setattr("rankdistill.evaluation.extrapolation.encode_queries", refuse)
     assert (embed_queries(collection, some, values["student"]["model"], tmp_path) == first).all()
     with pytest.raises(AssertionError, match="again"):
         embed_queries(collection, some[::-1], values["student"]["model"], tmp_path)

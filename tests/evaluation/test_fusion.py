@@ -275,7 +275,7 @@ def test_members_that_cannot_be_fused_are_named() -> None:
         fused("bm25", "teacher")
     with pytest.raises(UsageError, match="there is a row of this name"):
         fused("bm25", "flat", name="BM25")
-    assert list(fused("bm25", "flat")["x"].fused.members) == ["BM25", "student, flat"]
+    assert list(fused("bm25", "flat")["x"].engine.members) == ["BM25", "student, flat"]
 
 
 def test_fused_rows_are_measured_like_the_others(tiny_collection: Collection, tmp_path: Path) -> None:

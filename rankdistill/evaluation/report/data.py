@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from rankdistill.evaluation.tables import is_number
 from rankdistill.recipe import Recipe, check_values, read_yaml
 from rankdistill.students.provenance import check_student
 
+T = TypeVar("T")
 TEACHER, BM25 = "teacher", "BM25"
 AGAIN = "rankdistill evaluate {}, then report"
 
@@ -164,11 +166,11 @@ def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
     recipe = check_values(Recipe, values, str(saved))
     names = ["student", *recipe.baselines]
     students = [each for name in names if (each := _student(folder, name, recipe, evaluated, missing)) is not None]
-    times = _json(folder / "times.json", missing, "how long the stages took (times.json)")
+    times = _read(folder / "times.json", missing, "how long the stages took (times.json)", _object) or {}
     manifests = {
         str(path.parent.relative_to(folder)): manifest
         for path in sorted([*folder.glob("*/manifest.json"), *folder.glob("*/*/manifest.json")])
-        if (manifest := _json(path, missing, f"{path.relative_to(folder)}"))
+        if (manifest := _read(path, missing, f"{path.relative_to(folder)}", _object))
     }
     missing += [f"the set {entry['set']} was not evaluated: {entry['reason']}" for entry in evaluated.missing]
     return RunData(folder, dict(values), evaluated, sets, students, times, manifests, missing)
@@ -191,19 +193,37 @@ def _chosen(folder: Path, recipe: Mapping[str, Any], suite: str | None, missing:
     return there[name].parent
 
 
-def _json(path: Path, missing: list[str], what: str) -> dict[str, Any]:
-    """A JSON object; {}, with a note, when it is absent or damaged."""
+def _read(path: Path, missing: list[str], what: str, parse: Callable[[Path], T]) -> T | None:
+    """What a file holds; None, with a note, where it is absent or damaged."""
     if not path.is_file():
         missing.append(f"{what} is not there")
-        return {}
+        return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
-        missing.append(f"{what} cannot be read: {error}")
-        return {}
+        return parse(path)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # Arrow's are of these too
+        said = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        missing.append(f"{what} cannot be read: {said}")
+        return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
     return values
+
+
+def _columns(path: Path) -> dict[str, list[Any]]:
+    """Of a table of systems and queries."""
+    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    if not {"system", "query_id"} <= columns.keys():
+        raise ValueError("it has no columns system and query_id")
+    return columns
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
 
 def _known(model: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,10 +247,19 @@ def _suite(folder: Path) -> SuiteEvaluation:
         ) from None
 
 
+def _fill(evaluation: Evaluation, name: str, make: Callable[[dict[str, Any]], Any], path: Path) -> bool:
+    """What was measured apart goes into the evaluation; what makes no table cannot be read."""
+    setattr(evaluation, name, make(_object(path)))
+    evaluation.tables()
+    agreement_table(evaluation, page=True)
+    return True
+
+
 def _set(suite: Path, evaluation: Evaluation, missing: list[str]) -> SetData:
     of = evaluation.name
     test_set = SetData(evaluation, suite / re.sub(r"[^\w.+-]+", "-", of))  # as `evaluate_suite` names it
-    columns = _table(test_set.folder / "per_query.parquet", missing, f"{of}: the values of each query")
+    file = test_set.folder / "per_query.parquet"
+    columns = _read(file, missing, f"{of}: the values of each query", _columns) or {}
     test_set.query_ids = list(dict.fromkeys(columns.get("query_id", [])))
     row_of = {query_id: row for row, query_id in enumerate(test_set.query_ids)}
     for metric in (name for name in evaluation.metrics if name in columns):
@@ -242,25 +271,17 @@ def _set(suite: Path, evaluation: Evaluation, missing: list[str]) -> SetData:
     nothing = pa.table({})
     parts: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
         ("significance", Significance.from_json, "significance and intervals"),
-        (
-            "fidelity",
-            lambda of: Fidelity(**_known(Fidelity, of), table=nothing),
-            "agreement with the teacher (fidelity)",
-        ),
+        ("fidelity", lambda of: Fidelity(**_known(Fidelity, of), table=nothing), "agreement with the teacher"),
         ("extrapolation", lambda of: Extrapolation(of["protocols"], nothing), "interpolation against extrapolation"),
         ("cost", dict, "latency of single queries, memory (cost)"),
     ]
-    for name, read, what in parts:
-        values = _json(test_set.folder / f"{name}.json", missing, f"{of}: {what}")
-        try:
-            setattr(evaluation, name, read(values) if values else None)
-            evaluation.tables()  # what makes no table cannot be read
-            agreement_table(evaluation, page=True)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+    for name, make, what in parts:
+        file = test_set.folder / f"{name}.json"
+        if not _read(file, missing, f"{of}: {what}", partial(_fill, evaluation, name, make)):
             setattr(evaluation, name, None)
-            missing.append(f"{of}: {what} cannot be read: {error!r}")
     if evaluation.fidelity is not None:
-        columns = _table(test_set.folder / "fidelity.parquet", missing, f"{of}: the agreement of each query")
+        file = test_set.folder / "fidelity.parquet"
+        columns = _read(file, missing, f"{of}: the agreement of each query", _columns) or {}
         for name in columns.keys() - {"system", "query_id", "student_metric", "teacher_metric", "difference"}:
             for system, query_id, value in zip(columns["system"], columns["query_id"], columns[name], strict=True):
                 if is_number(value) and np.isfinite(value):
@@ -268,27 +289,12 @@ def _set(suite: Path, evaluation: Evaluation, missing: list[str]) -> SetData:
     return test_set
 
 
-def _table(path: Path, missing: list[str], what: str) -> dict[str, list[Any]]:
-    """The columns of a table of systems and queries; {}, with a note, when it is absent or damaged."""
-    if not path.is_file():
-        missing.append(f"{what} is not there")
-        return {}
-    try:
-        columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-        if not {"system", "query_id"} <= columns.keys():
-            raise ValueError("it has no columns system and query_id")
-    except (OSError, ValueError) as error:  # Arrow's errors are of these two
-        missing.append(f"{what} cannot be read: {error}")
-        return {}
-    return columns
-
-
 def _student(
     folder: Path, name: str, recipe: Recipe, evaluated: SuiteEvaluation, missing: list[str]
 ) -> StudentData | None:
     """A student, refused where it is not the recipe's or not the one that the figures are of."""
     path = folder / "student" if name == "student" else folder / "baselines" / name
-    manifest = _json(path / "manifest.json", missing, f"{name}: the manifest of its training")
+    manifest = _read(path / "manifest.json", missing, f"{name}: the manifest of its training", _object)
     if not manifest:
         return None
     if "fingerprint" in manifest:
@@ -300,12 +306,5 @@ def _student(
                 where=str(evaluated.path),
                 fix=AGAIN.format(folder),
             )
-    log = []
-    try:
-        for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                log.append(entry)
-    except (OSError, ValueError) as error:
-        missing.append(f"{name}: the log of its training: {error}")
-    return StudentData(name, log, manifest)
+    log = _read(path / "log.jsonl", missing, f"{name}: the log of its training", _log)
+    return StudentData(name, log or [], manifest)

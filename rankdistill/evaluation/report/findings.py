@@ -12,13 +12,13 @@ import numpy as np
 
 from rankdistill.evaluation.report.data import BM25, TEACHER, RunData, StudentData
 from rankdistill.evaluation.results import verdict
+from rankdistill.evaluation.significance import bootstrap_means
 from rankdistill.evaluation.tables import bytes_text, rate_text, signed
 
 RESAMPLES = 4000
 FEW_QUERIES = 50
 FEW_TIMED = 20
 FEW_JUDGED = 0.5
-CELLS = 1 << 21  # random row numbers drawn at once
 NAMES = {"ndcg": "nDCG", "mrr": "MRR", "recall": "Recall", "map": "MAP", "precision": "P", "hit_rate": "Hit rate"}
 
 
@@ -70,25 +70,17 @@ def ratio_interval(run: RunData, a: str, b: str, seed: int = 0) -> tuple[float, 
 
     None without the values of each query, or where sets are averaged in groups that the files do not name.
     """
-    pairs = []
-    for test_set in run.sets:
+    if len(run.sets) > 1 and run.suite.macro_sets != len(run.sets):
+        return None
+    means = np.zeros((RESAMPLES, 2))
+    for number, test_set in enumerate(run.sets):
         values = [test_set.per_query.get(name, {}).get(run.metric, np.array([np.nan])) for name in (a, b)]
         if any(len(of_system) < 2 or np.isnan(of_system).any() for of_system in values):
             return None
-        pairs.append(np.stack(values))
-    if not pairs or (len(pairs) > 1 and run.suite.macro_sets != len(pairs)):
+        means += bootstrap_means(np.stack(values, axis=1)[None], RESAMPLES, seed + number)[0]
+    if (means[:, 1] <= 0).any():
         return None
-    random = np.random.default_rng(seed)
-    means = np.zeros((2, RESAMPLES))
-    for pair in pairs:
-        queries = pair.shape[1]
-        step = max(1, CELLS // queries)
-        for start in range(0, RESAMPLES, step):
-            rows = random.integers(0, queries, (min(step, RESAMPLES - start), queries))
-            means[:, start : start + step] += pair[:, rows].mean(axis=2)
-    if (means[1] <= 0).any():
-        return None
-    low, high = np.percentile(means[0] / means[1], [2.5, 97.5])
+    low, high = np.percentile(means[:, 0] / means[:, 1], [2.5, 97.5])
     return float(low), float(high)
 
 

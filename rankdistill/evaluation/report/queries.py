@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.report.data import TEACHER, RunData, SetData
 from rankdistill.runs import Run, iter_run, read_run
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 MOST_QUERIES = 2000  # lines of a set
 MOST_VALUES = 400_000  # figures on a page: with many sets each has fewer lines
@@ -96,8 +94,6 @@ def _default_pair(run: RunData, systems: Sequence[str]) -> tuple[str, str]:
 
 def _collection(test_set: SetData, notes: list[str]) -> Collection | None:
     """The texts, if they are still what was evaluated."""
-    from rankdistill.collections import open_collection
-
     known = test_set.evaluation.collection
     try:
         collection = open_collection(str(known["spec"]))
