@@ -214,7 +214,7 @@ class RunFolder:
         if not isinstance(teacher, EnsembleTeacher):
             self._trained(teacher, settings, "teacher")
             return teacher
-        for number, (member, own) in enumerate(zip(teacher.members, settings["members"], strict=True)):
+        for number, (member, own) in enumerate(zip(teacher.teachers, settings["members"], strict=True)):
             self._trained(member, own, f"teacher-{number}")
         if teacher.needs_calibration:
             candidates, _ = self.mine()
@@ -557,4 +557,4 @@ def _lists(candidates: Artifact) -> Iterator[Ranking]:
 
 def members_of(teacher: Any) -> Sequence[Any]:
     """An ensemble's teachers, or the one there is."""
-    return getattr(teacher, "members", [teacher])
+    return getattr(teacher, "teachers", [teacher])

@@ -72,7 +72,7 @@ def _teacher(workspace: Workspace) -> Reranker | None:
         return None
     teacher: Any = build("teacher", workspace.recipe.teacher.settings(), "teacher")
     ensemble = isinstance(teacher, EnsembleTeacher)
-    for number, member in enumerate(teacher.members if ensemble else [teacher]):
+    for number, member in enumerate(teacher.teachers if ensemble else [teacher]):
         if member.needs_training:
             name = f"teacher-{number}" if ensemble else "teacher"
             member.use_trained(open_artifact(workspace.path / name, "teacher").path / "model")

@@ -3,6 +3,8 @@ queries and documents (a student that starts where its teacher stands)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import orthogonal
@@ -12,6 +14,7 @@ from rankdistill.losses.base import VectorLoss
 from rankdistill.losses.schedules import Schedule
 
 
+@dataclass(eq=False)
 class QueryMSE(VectorLoss):
     """mean (q_s - q_t)^2 + cosine * (1 - cos(q_s, q_t)), mean over queries (ScalingNote, Huang et al. 2024,
     arXiv:2411.15766); no documents, no labels. 0 for a perfect student.
@@ -24,16 +27,14 @@ class QueryMSE(VectorLoss):
 
     type = "query_mse"
     sides = ("query",)
-
-    def __init__(self, cosine: Schedule = 1.0, weight: Schedule = 1.0) -> None:
-        super().__init__(weight)
-        self.cosine = cosine
+    cosine: Schedule = 1.0
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         _check_widths(self.type, student, teacher)
         return (student - teacher).square().mean() + self.now(self.cosine) * _apart(student, teacher)
 
 
+@dataclass(eq=False)
 class VectorMSE(VectorLoss):
     """|v_s - v_t|^2 + cosine * (1 - cos(v_s, v_t)), mean over texts, of queries and of documents (EmbedDistill, Kim et
     al. 2023, arXiv:2301.12005; LEAF, Vujanic and Rueckstiess 2025, arXiv:2509.12539); no labels. 0 for a perfect
@@ -48,10 +49,9 @@ class VectorMSE(VectorLoss):
 
     type = "vector_mse"
     sides = ("query", "document")
+    cosine: Schedule = 1.0
 
-    def __init__(self, cosine: Schedule = 1.0, weight: Schedule = 1.0) -> None:
-        super().__init__(weight)
-        self.cosine = cosine
+    def __post_init__(self) -> None:
         self.projection: nn.Module = nn.Identity()
 
     def fit(self, student: int, teacher: int) -> None:

@@ -10,32 +10,33 @@ Losses are sorted by what they read, so that a trainer needs one call a kind:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rankdistill.losses.schedules import Schedule, Scheduled
+from rankdistill.losses.schedules import Schedule, Scheduled, Temperature
 
 
-class Loss(Scheduled, nn.Module, ABC):
-    """Constructor parameters are the keys of a recipe.
-
-    What a loss learns about the training's course it keeps in buffers, which are part of a checkpoint.
+@dataclass(eq=False)
+class Loss(Scheduled, ABC):
+    """What a student learns to make small.
 
     Args:
         weight: share in a sum of losses.
     """
 
+    weight: Schedule = field(default=1.0, kw_only=True)
+
     needs_labels = False
     needs_teacher = True
     needs_batch_teacher = False
     over_pairs = False  # memory grows with the square of a list
-    matches: Literal["", "margins", "softmax"] = ""  # what of the teacher's scores the student's become: one scale then
-    teacher_temperature: Schedule | None = None  # of the softmax over the teacher's scores, where there is one
+    # What of the teacher's scores the student's become: one scale then.
+    matches: ClassVar[Literal["", "margins", "softmax"]] = ""
 
-    def __init__(self, weight: Schedule = 1.0) -> None:
-        super().__init__()
+    def __init__(self, weight: Schedule = 1.0) -> None:  # called by those that write a constructor of their own
         self.weight = weight
 
     def strength(self) -> float:
@@ -130,7 +131,7 @@ class Regulariser(Loss):
     type: ClassVar[str]  # type: ignore[assignment]
     needs_teacher = False
     needs_idf = False
-    side: Literal["query", "document"]
+    side: Literal["query", "document"]  # said by each
 
     @abstractmethod
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -138,6 +139,27 @@ class Regulariser(Loss):
 
     def use_idf(self, idf: Tensor) -> None:
         """Told before a training where `needs_idf`: float [dimension], of the student's terms in the collection."""
+
+
+@dataclass(eq=False)
+class Softmaxes(Loss):
+    """A loss that compares softmax(s / tau_s) with softmax(t / tau_t).
+
+    Args:
+        temperature: tau_s, the student's.
+        teacher_temperature: tau_t; the student's unless given.
+    """
+
+    matches = "softmax"
+    temperature: Temperature = 1.0
+    teacher_temperature: Temperature | None = None
+
+    def __post_init__(self) -> None:
+        self.teacher_temperature = self.teacher_temperature or self.temperature
+
+    def temperatures(self) -> tuple[float, float]:
+        """tau_s and tau_t at this step."""
+        return self.now(self.temperature), self.now(self.teacher_temperature or self.temperature)
 
 
 def sums_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:

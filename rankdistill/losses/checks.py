@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankdistill.losses.base import Loss, evenness
-from rankdistill.losses.schedules import value_at
+from rankdistill.losses.schedules import Schedule, value_at
 from rankdistill.progress import warn
 
 UNDERFLOW = 100.0  # spread / temperature from which a float32 softmax holds nothing but its greatest
@@ -76,9 +76,9 @@ def check_scale(
         for name, loss in readers.items():
             if loss.matches == "margins":
                 warnings += _margins(name, student, teacher, reach, least)
-            elif loss.teacher_temperature is not None:
-                even = evenness(teacher_scores.double() / loss.now(loss.teacher_temperature), mask)
-                warnings += _softmax(name, loss, student, teacher, float(even.median()), reach, least)
+            elif (schedule := getattr(loss, "teacher_temperature", None)) is not None:
+                even = evenness(teacher_scores.double() / loss.now(schedule), mask)
+                warnings += _softmax(name, loss, schedule, student, teacher, float(even.median()), reach, least)
     for text in warnings:
         warn(text)
     return warnings
@@ -124,11 +124,17 @@ def _margins(name: str, student: _Scores, teacher: _Scores, reach: float, least:
 
 
 def _softmax(
-    name: str, loss: Loss, student: _Scores, teacher: _Scores, even: float, reach: float, least: float
+    name: str,
+    loss: Loss,
+    schedule: Schedule,  # of the teacher's temperature
+    student: _Scores,
+    teacher: _Scores,
+    even: float,
+    reach: float,
+    least: float,
 ) -> list[str]:
-    assert loss.teacher_temperature is not None
-    temperature = loss.now(loss.teacher_temperature)
-    coldest = min(temperature, value_at(loss.teacher_temperature, loss.steps, loss.steps))
+    temperature = loss.now(schedule)
+    coldest = min(temperature, value_at(schedule, loss.steps, loss.steps))
     key = "teacher_temperature" if "teacher_temperature" in signature(type(loss)).parameters else "temperature"
     if teacher.spread / coldest > UNDERFLOW:
         return [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from rankdistill.losses.base import BatchLoss, ListLoss, comparable, log_softmax_where, sums_where
-from rankdistill.losses.schedules import Schedule, Temperature
+from rankdistill.losses.schedules import Temperature
 
 
+@dataclass(eq=False)
 class InfoNCE(ListLoss):
     """-log softmax of the positive among its list (van den Oord et al. 2018, arXiv:1807.03748); reads no teacher.
 
@@ -22,10 +25,7 @@ class InfoNCE(ListLoss):
     type = "infonce"
     needs_labels = True
     needs_teacher = False
-
-    def __init__(self, temperature: Temperature = 1.0, weight: Schedule = 1.0) -> None:
-        super().__init__(weight)
-        self.temperature = temperature
+    temperature: Temperature = 1.0
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
@@ -66,6 +66,7 @@ class LCE(ListLoss):
         return sums_where(entropy, counted[:, None])
 
 
+@dataclass(eq=False)
 class InBatchInfoNCE(BatchLoss):
     """-log softmax of the positive among all documents of the batch: the other queries' documents are negatives too
     (DPR, Karpukhin et al. 2020, arXiv:2004.04906); reads no teacher.
@@ -80,10 +81,7 @@ class InBatchInfoNCE(BatchLoss):
     type = "in_batch_infonce"
     needs_labels = True
     needs_teacher = False
-
-    def __init__(self, temperature: Temperature = 1.0, weight: Schedule = 1.0) -> None:
-        super().__init__(weight)
-        self.temperature = temperature
+    temperature: Temperature = 1.0
 
     def forward(
         self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankdistill.losses.base import BatchLoss, ListLoss, comparable, log_softmax_where
-from rankdistill.losses.schedules import Schedule, Temperature
+from rankdistill.losses.base import BatchLoss, ListLoss, Softmaxes, comparable, log_softmax_where
+from rankdistill.losses.schedules import Temperature
 
 
-class Divergence(ListLoss):
+class Divergence(Softmaxes, ListLoss):
     """tau_s^power * D(softmax(t / tau_t), softmax(s / tau_s)), mean over the lists of two documents or more.
 
     The power keeps the size of the gradient as the temperature changes (Hinton et al. 2015, arXiv:1503.02531).
-
-    Args:
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type: ClassVar[str]
-    matches = "softmax"
     power: ClassVar[int] = 2
-    teacher_temperature: Schedule
-
-    def __init__(
-        self, temperature: Temperature = 1.0, teacher_temperature: Temperature | None = None, weight: Schedule = 1.0
-    ) -> None:
-        super().__init__(weight)
-        self.temperature = temperature
-        self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
 
     @abstractmethod
     def between(self, teacher: Tensor, student: Tensor) -> Tensor:
@@ -42,9 +30,9 @@ class Divergence(ListLoss):
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        temperature = self.now(self.temperature)
+        temperature, teacher_temperature = self.temperatures()
         student = log_softmax_where(student_scores / temperature, mask)
-        teacher = log_softmax_where(teacher_scores / self.now(self.teacher_temperature), mask)
+        teacher = log_softmax_where(teacher_scores / teacher_temperature, mask)
         divergence = self.between(teacher, student).masked_fill(~mask, 0.0).sum(dim=1)
         return temperature**self.power * divergence, comparable(mask).to(divergence.dtype)
 
@@ -101,6 +89,7 @@ class TotalVariation(Divergence):
         return (teacher.exp() - student.exp()).abs() / 2
 
 
+@dataclass(eq=False)
 class ListNet(Divergence):
     """Cross-entropy -sum softmax(t / tau) * log softmax(s / tau) (Cao et al. 2007).
 
@@ -112,34 +101,27 @@ class ListNet(Divergence):
 
     type = "listnet"
     power = 0
-
-    def __init__(self, temperature: Temperature = 1.0, weight: Schedule = 1.0) -> None:
-        super().__init__(temperature, None, weight)
+    teacher_temperature: Temperature | None = field(default=None, init=False)
 
     def between(self, teacher: Tensor, student: Tensor) -> Tensor:
         return -teacher.exp() * student
 
 
-class InBatchKL(BatchLoss):
+@dataclass(eq=False)
+class InBatchKL(Softmaxes, BatchLoss):
     """tau_s^2 * KL(softmax(T / tau_t) || softmax(S / tau_s)) over all documents of the batch, mean over its queries.
 
     T are the batch teacher's scores of each query with every document (RocketQAv2's dynamic listwise distillation, Ren
     et al. 2021, arXiv:2110.07367, with the documents of the batch for a list); 0 for a perfect student.
-
-    Args:
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type = "in_batch_kl"
     needs_teacher = False
     needs_batch_teacher = True
 
-    def __init__(
-        self, temperature: Temperature = 1.0, teacher_temperature: Temperature | None = None, weight: Schedule = 1.0
-    ) -> None:
-        super().__init__(weight)
-        self.of_lists = KLDivergence(temperature, teacher_temperature)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.of_lists = KLDivergence(self.temperature, self.teacher_temperature)
 
     def forward(
         self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor

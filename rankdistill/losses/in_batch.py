@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from rankdistill.losses.base import BatchLoss
 from rankdistill.losses.schedules import Schedule
 
 
+@dataclass(eq=False)
 class InBatchMarginMSE(BatchLoss):
     """1/2 [MSE(s_ii+ - s_ij+, T_ii+ - T_ij+) + MSE(s_ii+ - s_ij-, T_ii+ - T_ij-)] over all i and j != i (Hofstaetter et
     al. 2021, arXiv:2104.06967), s_ij the student's and T_ij the batch teacher's score of query i with a document of
@@ -30,9 +33,7 @@ class InBatchMarginMSE(BatchLoss):
     needs_labels = True
     needs_teacher = False
     needs_batch_teacher = True
-
-    def __init__(self, weight: Schedule = 0.75) -> None:
-        super().__init__(weight)
+    weight: Schedule = 0.75
 
     def forward(
         self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,9 +12,10 @@ from torch.nn import functional
 
 from rankdistill.losses.base import ListLoss
 from rankdistill.losses.ranknet import ranks_of
-from rankdistill.losses.schedules import Schedule, Temperature
+from rankdistill.losses.schedules import Temperature
 
 
+@dataclass(eq=False)
 class LambdaLoss(ListLoss):
     """Mean over the pairs with g_i > g_j of w_ij * log2(1 + exp((s_j - s_i) / tau)) (Wang et al. 2018, CIKM).
 
@@ -33,20 +35,15 @@ class LambdaLoss(ListLoss):
 
     type = "lambda_loss"
     over_pairs = True
+    gain: Literal["teacher", "labels"] = "teacher"
+    weighting: Literal["ndcg2", "ndcg2++"] = "ndcg2++"
+    mu: float = 10.0
+    k: int | None = None
+    temperature: Temperature = 1.0
 
-    def __init__(
-        self,
-        gain: Literal["teacher", "labels"] = "teacher",
-        weighting: Literal["ndcg2", "ndcg2++"] = "ndcg2++",
-        mu: float = 10.0,
-        k: int | None = None,
-        temperature: Temperature = 1.0,
-        weight: Schedule = 1.0,
-    ) -> None:
-        super().__init__(weight)
-        self.gain, self.weighting, self.mu, self.k, self.temperature = gain, weighting, mu, k, temperature
-        self.needs_labels = gain == "labels"
-        self.needs_teacher = gain == "teacher"
+    def __post_init__(self) -> None:
+        self.needs_labels = self.gain == "labels"
+        self.needs_teacher = self.gain == "teacher"
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor

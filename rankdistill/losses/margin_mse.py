@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from rankdistill.losses.base import ListLoss, sums_where
-from rankdistill.losses.schedules import Schedule
 
 
+@dataclass(eq=False)
 class MarginMSE(ListLoss):
     """Mean over pairs of ((s_i - s_j) - (t_i - t_j))^2 (Hofstaetter et al. 2020, arXiv:2010.02666).
 
@@ -23,14 +24,11 @@ class MarginMSE(ListLoss):
 
     type = "margin_mse"
     matches = "margins"
+    pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest"
 
-    def __init__(
-        self, pairs: Literal["positive_vs_rest", "all_pairs"] = "positive_vs_rest", weight: Schedule = 1.0
-    ) -> None:
-        super().__init__(weight)
-        self.pairs = pairs
-        self.needs_labels = pairs == "positive_vs_rest"
-        self.over_pairs = pairs == "all_pairs"
+    def __post_init__(self) -> None:
+        self.needs_labels = self.pairs == "positive_vs_rest"
+        self.over_pairs = self.pairs == "all_pairs"
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from rankdistill.losses.base import ListLoss, comparable, log_softmax_where
-from rankdistill.losses.schedules import Schedule, Temperature
+from rankdistill.losses.schedules import Temperature
 
 
+@dataclass(eq=False)
 class PLD(ListLoss):
     """sum_k alpha_k * (logsumexp_{l >= k} s_l - s_k), documents in the order to be learnt (Bassam et al. 2025,
     arXiv:2506.12542), mean over the lists of two documents or more.
@@ -22,13 +25,8 @@ class PLD(ListLoss):
     """
 
     type = "pld"
-    teacher_temperature: Schedule
-
-    def __init__(
-        self, temperature: Temperature = 1.0, teacher_temperature: Temperature = 1.0, weight: Schedule = 1.0
-    ) -> None:
-        super().__init__(weight)
-        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+    temperature: Temperature = 1.0
+    teacher_temperature: Temperature = 1.0
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor

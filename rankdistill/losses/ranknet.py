@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankdistill.losses.base import ListLoss
-from rankdistill.losses.schedules import Schedule, Temperature
+from rankdistill.losses.schedules import Temperature
 
 
+@dataclass(eq=False)
 class RankNet(ListLoss):
     """Weighted mean of log(1 + exp(s_j - s_i)) over the pairs with t_i > t_j (Burges et al. 2005).
 
@@ -26,16 +28,8 @@ class RankNet(ListLoss):
 
     type = "ranknet"
     over_pairs = True
-
-    def __init__(
-        self,
-        weighting: Literal["none", "rank", "ndcg"] = "none",
-        temperature: Temperature = 1.0,
-        weight: Schedule = 1.0,
-    ) -> None:
-        super().__init__(weight)
-        self.weighting = weighting
-        self.temperature = temperature
+    weighting: Literal["none", "rank", "ndcg"] = "none"
+    temperature: Temperature = 1.0
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor

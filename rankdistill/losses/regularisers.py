@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +30,7 @@ Share = Annotated[float, Field(ge=0)]
 Terms = Annotated[float, Field(gt=0)]
 
 
+@dataclass(eq=False)
 class Sparsity(Regulariser):
     """A penalty on the term weights of one side.
 
@@ -46,22 +48,19 @@ class Sparsity(Regulariser):
 
     type: ClassVar[str]
     usual: ClassVar[float] = 0.08  # λ of FLOPS on documents
+    _: KW_ONLY
+    weight: Schedule | None = None  # type: ignore[assignment]  # there is one from the constructor's end on
+    side: Literal["query", "document"] = "document"
+    ramp: Share = 1 / 3
+    threshold: Terms | None = None
+    target: Terms | None = None
 
-    def __init__(
-        self,
-        weight: Schedule | None = None,
-        side: Literal["query", "document"] = "document",
-        ramp: Share = 1 / 3,
-        threshold: Terms | None = None,
-        target: Terms | None = None,
-    ) -> None:
-        if weight is None:
-            weight = self.usual if target is None else self.usual / 100
-        if isinstance(weight, (int, float)) and ramp > 0:
-            weight = Ramp(start=0.0, end=weight, over=ramp, shape="quadratic")
-        super().__init__(weight)
-        self.side, self.ramp, self.threshold, self.target = side, ramp, threshold, target
-        self.controller = None if target is None else Controller(target)
+    def __post_init__(self) -> None:
+        if self.weight is None:
+            self.weight = self.usual if self.target is None else self.usual / 100
+        if isinstance(self.weight, (int, float)) and self.ramp > 0:
+            self.weight = Ramp(start=0.0, end=self.weight, over=self.ramp, shape="quadratic")
+        self.controller = None if self.target is None else Controller(self.target)
 
     @abstractmethod
     def penalty(self, weights: Tensor) -> Tensor:
@@ -118,6 +117,7 @@ class L2(L1):
         return weights.square().sum(dim=1).mean()
 
 
+@dataclass(eq=False)
 class IdfFlops(Flops):
     """FLOPS with each term's part counting by (mean IDF / IDF_j)^power: terms of many documents pay more.
 
@@ -131,15 +131,11 @@ class IdfFlops(Flops):
 
     type = "idf_flops"
     needs_idf = True
-    factors: Tensor
+    power: float = 2.0
 
-    def __init__(
-        self,
-        power: float = 2.0,
-        **sparsity: Any,
-    ) -> None:
-        super().__init__(**sparsity)
-        self.power = power
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.factors: Tensor
         self.register_buffer("factors", None)
 
     def use_idf(self, idf: Tensor) -> None:
@@ -149,6 +145,7 @@ class IdfFlops(Flops):
         return (self.factors.to(weights.device) * weights.mean(dim=0).square()).sum()
 
 
+@dataclass(eq=False)
 class DfFlops(Sparsity):
     """Σ_j (c_j · mean of |w_j|)², where c_j goes from 0 to 1 with the share of documents that have the term.
 
@@ -164,17 +161,13 @@ class DfFlops(Sparsity):
     """
 
     type = "df_flops"
-    shares: Tensor | None
+    midpoint: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    steepness: Annotated[float, Field(gt=0)] = 10.0
+    memory: Annotated[float, Field(ge=1)] = 2000
 
-    def __init__(
-        self,
-        midpoint: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        steepness: Annotated[float, Field(gt=0)] = 10.0,
-        memory: Annotated[float, Field(ge=1)] = 2000,
-        **sparsity: Any,
-    ) -> None:
-        super().__init__(**sparsity)
-        self.midpoint, self.steepness, self.memory = midpoint, steepness, memory
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shares: Tensor | None
         self.register_buffer("shares", None)
 
     def penalty(self, weights: Tensor) -> Tensor:
@@ -205,21 +198,15 @@ class Controller(nn.Module):
         target: active terms a text.
     """
 
-    log_factor: Tensor
-    active: Tensor
-    batches: Tensor
-    start: Tensor
-    before: Tensor
-    step: Tensor
-
     def __init__(self, target: float) -> None:
         super().__init__()
         self.target = target
-        for name in ("log_factor", "active", "batches"):  # the latter two: of the step under way
-            self.register_buffer(name, torch.zeros(()))
-        for name in ("start", "before"):  # logarithms of active terms: at the first step, at the last
-            self.register_buffer(name, torch.full((), math.nan))
-        self.register_buffer("step", torch.full((), -1, dtype=torch.int64))
+        self.log_factor = nn.Buffer(torch.zeros(()))
+        self.active: Tensor = nn.Buffer(torch.zeros(()))  # of the step under way, and ...
+        self.batches: Tensor = nn.Buffer(torch.zeros(()))  # ... of how many batches
+        # Logarithms of active terms: at the first step, at the last.
+        self.start, self.before = nn.Buffer(torch.full((), math.nan)), nn.Buffer(torch.full((), math.nan))
+        self.step = nn.Buffer(torch.full((), -1, dtype=torch.int64))
 
     @property
     def factor(self) -> float:

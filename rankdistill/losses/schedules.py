@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
+from torch import nn
 
 from rankdistill.plain import Section
 
@@ -61,11 +62,19 @@ def value_at(schedule: float | Ramp | Mapping[str, Any], step: int, steps: int) 
     return ramp.start + (ramp.end - ramp.start) * done
 
 
-class Scheduled:
-    """What follows ramps: a loss, a weighting of lists."""
+class Scheduled(nn.Module):
+    """What follows ramps: a loss, a weighting of lists. A dataclass: its fields are the keys of a recipe.
+
+    What it learns about the training's course it keeps in buffers, which are part of a checkpoint.
+    """
 
     step = 0  # optimiser steps done ...
     steps = 1  # ... of the whole training
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        module = super().__new__(cls)
+        nn.Module.__init__(module)  # here, as the constructor that a dataclass makes calls no other
+        return module
 
     def at_step(self, step: int, steps: int) -> None:
         """The trainer tells how many of the training's optimiser steps are done, before each batch."""

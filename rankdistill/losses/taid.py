@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankdistill.losses.base import comparable, log_softmax_where
 from rankdistill.losses.divergence import KLDivergence
-from rankdistill.losses.schedules import Schedule, Temperature
 
 
+@dataclass(eq=False)
 class TAID(KLDivergence):
     """tau_s^2 * KL(p || softmax(s / tau_s)), p = softmax((1 - lambda) * stop_grad(s / tau_s) + lambda * t / tau_t).
 
@@ -27,32 +29,22 @@ class TAID(KLDivergence):
         adaptive: faster where the loss falls.
         rate: of the adaptive part (the paper's alpha).
         momentum: share of m that a step keeps (the paper's beta).
-        temperature: tau_s, the student's.
-        teacher_temperature: tau_t; the student's unless given.
     """
 
     type = "taid"
-    share: Tensor  # lambda
-    trend: Tensor  # m
-    previous: Tensor  # the loss of the step before the last; -1: none yet
-    loss_sum: Tensor  # over the lists of the last step ...
-    loss_count: Tensor  # ... and how many
+    start: float = 0.4
+    end: float = 1.0
+    adaptive: bool = True
+    rate: float = 5e-4
+    momentum: float = 0.99
 
-    def __init__(
-        self,
-        start: float = 0.4,
-        end: float = 1.0,
-        adaptive: bool = True,
-        rate: float = 5e-4,
-        momentum: float = 0.99,
-        temperature: Temperature = 1.0,
-        teacher_temperature: Temperature | None = None,
-        weight: Schedule = 1.0,
-    ) -> None:
-        super().__init__(temperature, teacher_temperature, weight)
-        self.start, self.end, self.adaptive, self.rate, self.momentum = start, end, adaptive, rate, momentum
-        for name, value in (("share", start), ("trend", 0.0), ("previous", -1.0), ("loss_sum", 0.0), ("loss_count", 0)):
-            self.register_buffer(name, torch.tensor(float(value)))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.share = nn.Buffer(torch.tensor(float(self.start)))  # lambda
+        self.trend = nn.Buffer(torch.tensor(0.0))  # m
+        self.previous = nn.Buffer(torch.tensor(-1.0))  # the loss of the step before the last; -1: none yet
+        self.loss_sum: Tensor = nn.Buffer(torch.tensor(0.0))  # over the lists of the last step ...
+        self.loss_count: Tensor = nn.Buffer(torch.tensor(0.0))  # ... and how many
         self._told = -1  # the last step that was told: batches of one step move lambda once
 
     @torch.no_grad()
@@ -79,9 +71,9 @@ class TAID(KLDivergence):
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        temperature = self.now(self.temperature)
+        temperature, teacher_temperature = self.temperatures()
         student = student_scores / temperature
-        teacher = teacher_scores / self.now(self.teacher_temperature)
+        teacher = teacher_scores / teacher_temperature
         # s + lambda * (t - s), so that a perfect student is its own target to the last digit.
         target = student.detach() + self.share.to(student.dtype) * (teacher - student.detach())
         divergence = self.between(log_softmax_where(target, mask), log_softmax_where(student, mask))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rankdistill.losses.base import ListLoss, comparable, log_softmax_where
-from rankdistill.losses.schedules import Schedule, Temperature
+from rankdistill.losses.base import ListLoss, Softmaxes, comparable, log_softmax_where
 
 
-class Sinkhorn(ListLoss):
+@dataclass(eq=False)
+class Sinkhorn(Softmaxes, ListLoss):
     """What it costs to carry the batch's student distributions to its teacher distributions (SinKD, Cui et al. 2024,
     arXiv:2402.17110).
 
@@ -27,36 +28,23 @@ class Sinkhorn(ListLoss):
 
     Args:
         temperature: tau_s, of the student's softmax.
-        teacher_temperature: tau_t; the student's unless given.
         blur: weight of the plan's entropy; costs lie between 0 and 2.
         iterations: of Sinkhorn's scaling.
         debias: subtract what the blur alone costs.
     """
 
     type = "sinkhorn"
-    matches = "softmax"
-    teacher_temperature: Schedule
-
-    def __init__(
-        self,
-        temperature: Temperature = 1.0,
-        teacher_temperature: Temperature | None = None,
-        blur: float = 0.1,
-        iterations: int = 20,
-        debias: bool = True,
-        weight: Schedule = 1.0,
-    ) -> None:
-        super().__init__(weight)
-        self.temperature = temperature
-        self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-        self.blur, self.iterations, self.debias = blur, iterations, debias
+    blur: float = 0.1
+    iterations: int = 20
+    debias: bool = True
 
     def terms(
         self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         counted = comparable(mask)
-        student = log_softmax_where(student_scores / self.now(self.temperature), mask)
-        teacher = log_softmax_where(teacher_scores / self.now(self.teacher_temperature), mask)
+        tau, teacher_tau = self.temperatures()
+        student = log_softmax_where(student_scores / tau, mask)
+        teacher = log_softmax_where(teacher_scores / teacher_tau, mask)
         order = teacher_scores.masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
         shown = mask.gather(1, order)
         student, teacher = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -12,6 +13,7 @@ from rankdistill.errors import RankdistillError
 from rankdistill.sampling.base import DocumentSampler
 
 
+@dataclass
 class BalancedDocuments(DocumentSampler):
     """A pair of a positive and a negative, drawn so that its margin is spread evenly (Hofstaetter et al. 2021,
     arXiv:2104.06967; with `topic_batches`, TAS-Balanced).
@@ -27,10 +29,8 @@ class BalancedDocuments(DocumentSampler):
     """
 
     type = "balanced_pairs"
-
-    def __init__(self, size: Annotated[int, Field(ge=2)] = 2, bins: Annotated[int, Field(ge=1)] = 10) -> None:
-        self.size = size
-        self.bins = bins
+    size: Annotated[int, Field(ge=2)] = 2
+    bins: Annotated[int, Field(ge=1)] = 10
 
     def usable(self, scores: NDArray[np.float32], relevance: NDArray[np.int32]) -> bool:
         positives = int((relevance > 0).sum())

@@ -24,7 +24,7 @@ def generator(*numbers: int) -> np.random.Generator:
 
 
 class BatchSampler(ABC):
-    """Which queries share a batch."""
+    """Which queries share a batch. A dataclass: its fields are a recipe's keys."""
 
     type: str
     size: int
@@ -47,7 +47,7 @@ class BatchSampler(ABC):
 
 
 class DocumentSampler(ABC):
-    """Which documents of a query's list are used this time."""
+    """Which documents of a query's list are used this time. A dataclass: its fields are a recipe's keys."""
 
     type: str
     size: int

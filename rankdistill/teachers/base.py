@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -34,7 +35,7 @@ class Dev(NamedTuple):
 
 
 class Teacher(ABC):
-    """Scores candidate lists. The constructor takes the recipe's settings and loads nothing."""
+    """Scores candidate lists. A dataclass: its fields are the recipe's keys. Making one loads nothing."""
 
     type: ClassVar[str]
     score_kind: ScoreKind
@@ -88,8 +89,8 @@ class Teacher(ABC):
         raise RankdistillError(f"a teacher of type {self.type!r} is not trained")
 
     def describe(self) -> dict[str, Any]:
-        """The settings, for manifests: the constructor's own."""
-        return {"type": self.type}
+        """The settings, for manifests: a dataclass's fields."""
+        return {"type": self.type, **(asdict(self) if is_dataclass(self) else {})}
 
     def take_report(self) -> dict[str, Any]:
         """What was counted while scoring since this was last called (see teachers/reports.py); empty for nothing."""

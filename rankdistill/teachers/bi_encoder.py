@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 KEPT_VECTORS = 200_000  # document vectors held in memory at most
 
 
+@dataclass(eq=False)
 class EncoderTeacher(PairTeacher):
     """What teachers that load an encoder have in common: where it runs, and what names it.
 
@@ -36,27 +38,24 @@ class EncoderTeacher(PairTeacher):
         device: cpu, cuda ...; a GPU if there is one by default.
     """
 
-    def __init__(
-        self,
-        model: str,
-        scale: float = 1.0,
-        max_length: int | None = None,
-        precision: Precision = "auto",
-        device: str | None = None,
-    ) -> None:
-        self.model_name, self.scale, self.max_length = model, scale, max_length
-        self.precision: Precision = precision
-        self._device_name = device
+    model: str
+    _: KW_ONLY
+    scale: float = 1.0
+    max_length: int | None = None
+    precision: Precision = "auto"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
         self._model: Any = None
 
     @property
-    def device(self) -> torch.device:
-        return resolve_device(self._device_name)
+    def place(self) -> torch.device:
+        return resolve_device(self.device)
 
     def fingerprint(self) -> str:
         settings = self.describe()
         del settings["model"]
-        return fingerprint({**settings, "revision": resolve_model(self.model_name).revision})
+        return fingerprint({**settings, "revision": resolve_model(self.model).revision})
 
     def take_report(self) -> dict[str, Any]:
         """How many texts were cut to the model's or the recipe's length."""
@@ -67,15 +66,12 @@ class EncoderTeacher(PairTeacher):
         return cut
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "type": self.type,
-            "model": self.model_name,
-            "scale": self.scale,
-            "max_length": self.max_length,
-            "precision": resolve_precision(self.device, self.precision),
-        }
+        settings = {**super().describe(), "precision": resolve_precision(self.place, self.precision)}
+        del settings["device"]
+        return settings
 
 
+@dataclass(eq=False)
 class BiEncoderTeacher(EncoderTeacher):
     """Any sentence-transformers model; the score of a pair is a product of its two vectors.
 
@@ -86,16 +82,13 @@ class BiEncoderTeacher(EncoderTeacher):
 
     type = "bi_encoder"
     score_kind = "similarity"
+    similarity: Literal["auto", "dot", "cos"] = "auto"
 
-    def __init__(self, model: str, similarity: Literal["auto", "dot", "cos"] = "auto", **encoder: Any) -> None:
-        super().__init__(model, **encoder)
-        self.similarity = similarity
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._kept: dict[bytes, np.ndarray] = {}
         self.encoded: VectorFolders | None = None  # where the model's vectors of a collection may lie already
         self._made: dict[str, np.ndarray | None] = {}  # a collection's fingerprint → its vectors in `encoded`
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"similarity": self.similarity}
 
     def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
         collection = lists[0].collection if lists else None
@@ -123,17 +116,17 @@ class BiEncoderTeacher(EncoderTeacher):
             from rankdistill.students.dense import DenseStudent
             from rankdistill.students.sparse import is_sparse
 
-            if is_sparse(resolve_model(self.model_name).path):
+            if is_sparse(resolve_model(self.model).path):
                 raise UsageError(
-                    f"{self.model_name!r} is a SparseEncoder", where="teacher.model", fix="type: sparse_encoder"
+                    f"{self.model!r} is a SparseEncoder", where="teacher.model", fix="type: sparse_encoder"
                 )
             self._model = DenseStudent(
-                self.model_name,
+                self.model,
                 similarity="keep" if self.similarity == "auto" else self.similarity,
                 query_length=self.max_length,
                 document_length=self.max_length,
                 precision=self.precision,
-            ).create(self.device)
+            ).create(self.place)
         model: DenseModel = self._model
         return model
 

@@ -47,7 +47,7 @@ def calibrate_ensemble(
     """
     settings = {
         "method": ensemble.calibration,
-        "members": [member.fingerprint() for member in ensemble.members],
+        "members": [member.fingerprint() for member in ensemble.teachers],
         "queries": fingerprint(list(query_ids)),
         "split": split,
     }
@@ -57,7 +57,7 @@ def calibrate_ensemble(
         judged = collection.qrels(split)
         qrels = {query_id: judged[query_id] for query_id in query_ids if query_id in judged}
         maps = []
-        for member in ensemble.members:
+        for member in ensemble.teachers:
             scores = score_candidates(member, collection, candidates(), store)
             pairs = ((query_id, ids, scores.scores_of(query_id, ids)) for query_id, ids, _ in candidates())
             calibration = calibrate(pairs, qrels, member.score_kind, ensemble.calibration)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 
+@dataclass(eq=False)
 class EnsembleTeacher:
     """A combination of teachers' scores; see scores/ensemble.py for the rules.
 
@@ -37,28 +38,23 @@ class EnsembleTeacher:
     """
 
     type = "ensemble"
+    members: list[dict[str, Any]]
+    normalisation: Normalisation = "z_score"
+    aggregation: Aggregation = "mean"
+    weights: list[float] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    scale: float = 1.0
+    missing: Missing = "average"
+    calibration: Method = "platt"
 
-    def __init__(
-        self,
-        members: list[dict[str, Any]],
-        normalisation: Normalisation = "z_score",
-        aggregation: Aggregation = "mean",
-        weights: list[float] | None = None,
-        temperature: Annotated[float, Field(gt=0)] = 1.0,
-        scale: float = 1.0,
-        missing: Missing = "average",
-        calibration: Method = "platt",
-    ) -> None:
-        if not members:
+    def __post_init__(self) -> None:
+        if not self.members:
             raise UsageError("an ensemble needs at least one member", where="teacher.members")
-        self.members: list[Teacher] = [
-            build("teacher", member, f"teacher.members.{number}") for number, member in enumerate(members)
+        self.teachers: list[Teacher] = [
+            build("teacher", member, f"teacher.members.{number}") for number, member in enumerate(self.members)
         ]
-        if any(isinstance(member, EnsembleTeacher) for member in self.members):
+        if any(isinstance(teacher, EnsembleTeacher) for teacher in self.teachers):
             raise UsageError("an ensemble within an ensemble", where="teacher.members", fix="list all members in one")
-        self.normalisation, self.aggregation, self.weights = normalisation, aggregation, weights
-        self.temperature, self.scale, self.missing = temperature, scale, missing
-        self.calibration: Method = calibration
         self.calibrators: list[Calibrator] | None = None
 
     @property
@@ -71,15 +67,15 @@ class EnsembleTeacher:
         rules = [self.normalisation, self.aggregation, self.weights, self.temperature, self.scale, self.missing]
         maps = [asdict(calibrator) for calibrator in self.calibrators or ()]
         # Lists made of an ensemble hold its members' disagreement.
-        return fingerprint([[member.fingerprint() for member in self.members], rules, maps, "disagreement"])
+        return fingerprint([[teacher.fingerprint() for teacher in self.teachers], rules, maps, "disagreement"])
 
     def prepare(self, collection: Collection, folder: Path) -> None:
         """As `Teacher.prepare`, of each member."""
-        for member in self.members:
-            member.prepare(collection, folder)
+        for teacher in self.teachers:
+            teacher.prepare(collection, folder)
 
     def combine(self, scores: Sequence[ScoreSource]) -> Ensemble:
-        """The members' scores, in the order of `members`, as one source."""
+        """The members' scores, in the order of `teachers`, as one source."""
         self._refuse_uncalibrated()
         return Ensemble(
             scores,
@@ -90,7 +86,7 @@ class EnsembleTeacher:
             self.missing,
             scale=self.scale,
             calibrators=self.calibrators,
-            names=[f"{number} ({member.type})" for number, member in enumerate(self.members)],
+            names=[f"{number} ({teacher.type})" for number, teacher in enumerate(self.teachers)],
         )
 
     def _refuse_uncalibrated(self) -> None:

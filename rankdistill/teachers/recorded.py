@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class _FileTeacher(Teacher):
     file: str
     live = False
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self._table: PairTable | None = None
         self._known_digest = ""
         self._by_text = False  # some scores are of texts, not of ids
@@ -80,6 +81,7 @@ class _FileTeacher(Teacher):
                 yield item.query_id, [item.doc_ids[at] for at in known], scores[known]
 
 
+@dataclass(eq=False)
 class RecordedTeacher(_FileTeacher):
     """Scores from a file.
 
@@ -90,23 +92,18 @@ class RecordedTeacher(_FileTeacher):
     """
 
     type = "recorded"
-
-    def __init__(self, file: str, format: Format = "auto", score_kind: ScoreKind = "logit") -> None:
-        super().__init__()
-        self.file = file
-        self.format: Format = format
-        self.score_kind = score_kind
+    file: str
+    format: Format = "auto"
+    score_kind: ScoreKind = "logit"
 
     def fingerprint(self) -> str:
         return fingerprint({**self.describe(), "file": self._digest()})
-
-    def describe(self) -> dict[str, Any]:
-        return {"type": self.type, "file": self.file, "format": self.format, "score_kind": self.score_kind}
 
     def _pairs(self) -> Iterator[ForeignScore]:
         return iter_foreign(self.file, self.format)
 
 
+@dataclass(eq=False)
 class RunTeacher(_FileTeacher):
     """Any run (TREC text or Parquet) as teacher: somebody's re-ranking, a listwise LLM's order, BM25.
 
@@ -121,24 +118,19 @@ class RunTeacher(_FileTeacher):
     """
 
     type = "run"
+    file: str
+    score_kind: Literal["rank", "similarity"] = "rank"
+    function: Literal[RankFunction, "plackett_luce"] = "reciprocal"
+    repeats: list[str] | None = None
 
-    def __init__(
-        self,
-        file: str,
-        score_kind: Literal["rank", "similarity"] = "rank",
-        function: Literal[RankFunction, "plackett_luce"] = "reciprocal",
-        repeats: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.file = file
-        self.score_kind = score_kind
-        self.function = function
-        self.repeats = list(repeats or [])
-        if self.repeats and score_kind == "similarity":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.repeats = list(self.repeats or [])
+        if self.repeats and self.score_kind == "similarity":
             raise UsageError(
                 "runs are fused by their orders", where="teacher.repeats", fix="score_kind: rank, or an ensemble"
             )
-        if function == "plackett_luce" and score_kind == "rank" and not self.repeats:
+        if self.function == "plackett_luce" and self.score_kind == "rank" and not self.repeats:
             raise UsageError("plackett_luce is fitted to several runs", where="teacher.repeats", fix="name the others")
 
     def fingerprint(self) -> str:
@@ -147,9 +139,6 @@ class RunTeacher(_FileTeacher):
         return fingerprint(
             {"type": self.type, "file": self._digest(), "kind": self.score_kind, "function": function, **repeats}
         )
-
-    def describe(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("type", "file", "score_kind", "function", "repeats")}
 
     def _pairs(self) -> Iterator[ForeignScore]:
         if self.score_kind == "similarity":
@@ -166,7 +155,7 @@ class RunTeacher(_FileTeacher):
 
     def _orders(self) -> Iterator[tuple[str, list[list[str]]]]:
         """Each query's orders in the runs that have it; the repeats are held in memory, the first run is not."""
-        repeats = [{query_id: ids for query_id, ids, _ in iter_run(file)} for file in self.repeats]
+        repeats = [{query_id: ids for query_id, ids, _ in iter_run(file)} for file in self.repeats or ()]
         seen = set()
         for query_id, doc_ids, _ in iter_run(self.file):
             seen.add(query_id)

@@ -241,7 +241,7 @@ def _reporting(teacher: Teacher, scores: TeacherScores) -> Iterator[None]:
 def score_list(teacher: Teacher | EnsembleTeacher, item: TextList) -> np.ndarray:
     """Score one list now, past the store: float32 [len(item.doc_ids)], NaN where the teacher has no score."""
     ensemble = teacher if isinstance(teacher, EnsembleTeacher) else None
-    members = ensemble.members if ensemble else [cast(Teacher, teacher)]
+    members = ensemble.teachers if ensemble else [cast(Teacher, teacher)]
     scores = [_ListScores(member, item) for member in members]
     source = ensemble.combine(scores) if ensemble else scores[0]
     return source.scores_of(item.query_id, item.doc_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ class TermWeightTeacher(PairTeacher):
         return sparse.csr_matrix((weights, columns, offsets), shape=(len(texts), terms))
 
 
+@dataclass(eq=False)
 class BM25Teacher(TermWeightTeacher):
     """BM25 by the statistics of the collection that is scored, over its texts: a lexical teacher without a model.
 
@@ -87,15 +89,19 @@ class BM25Teacher(TermWeightTeacher):
     """
 
     type = "bm25"
+    k1: float = 0.9
+    b: float = 0.4
+    language: str = "english"
+    scale: float = 1.0
 
-    def __init__(self, k1: float = 0.9, b: float = 0.4, language: str = "english", scale: float = 1.0) -> None:
-        self.engine, self.scale = BM25(k1=k1, b=b, language=language), scale
+    def __post_init__(self) -> None:
+        self.engine = BM25(k1=self.k1, b=self.b, language=self.language)
 
     def fingerprint(self) -> str:
         return fingerprint(self.describe())  # the store is keyed by the collection, whose statistics decide too
 
     def describe(self) -> dict[str, Any]:
-        return {"type": self.type, **self.engine.settings, "scale": self.scale}
+        return super().describe() | self.engine.settings  # k1 and b as floats
 
     def prepare(self, collection: Collection, folder: Path) -> None:
         """Index the collection, or open the index that is there."""
@@ -124,12 +130,10 @@ class SparseEncoderTeacher(TermWeightTeacher, EncoderTeacher):
         if self._model is None:
             from rankdistill.students.sparse import SpladeStudent, is_sparse
 
-            folder = resolve_model(self.model_name).path
+            folder = resolve_model(self.model).path
             if not is_sparse(folder):
-                raise UsageError(
-                    f"{self.model_name!r} is no SparseEncoder", where="teacher.model", fix="type: bi_encoder"
-                )
-            self._model = SpladeStudent(precision=self.precision).open(folder, self.device)
+                raise UsageError(f"{self.model!r} is no SparseEncoder", where="teacher.model", fix="type: bi_encoder")
+            self._model = SpladeStudent(precision=self.precision).open(folder, self.place)
             if self.max_length is not None:
                 _cut(self._model, self.max_length)
         model: SparseModel = self._model

@@ -144,7 +144,7 @@ def test_an_ensemble_of_kinds_by_hand(tiny_collection: Collection, tmp_path: Pat
     doc_ids = ["d-iron", "d-gold", "d-moon"]
     lists = [("q-iron", doc_ids, np.zeros(3))]
     store = ScoreStore(tmp_path / "store")
-    source = ensemble.combine([score_candidates(one, tiny_collection, lists, store) for one in ensemble.members])
+    source = ensemble.combine([score_candidates(one, tiny_collection, lists, store) for one in ensemble.teachers])
     # dense: 1, .5, 0; sparse: 1/3, 1, 0; mean: 2/3, 3/4, 0.
     teacher = source.scores_of("q-iron", doc_ids)
     np.testing.assert_allclose(teacher, [20.0, 22.5, 0.0], rtol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from rankdistill.losses.schedules import Schedule
 from rankdistill.losses.weighting.base import Weighting, mean_one
 
 
+@dataclass(eq=False)
 class Agreement(Weighting):
     """exp(-strength * d / mean d), d a list's mean disagreement between the teachers, the other mean the batch's.
 
@@ -22,10 +25,7 @@ class Agreement(Weighting):
 
     type = "agreement"
     needs_disagreement = True
-
-    def __init__(self, strength: Schedule = 1.0) -> None:
-        super().__init__()
-        self.strength = strength
+    strength: Schedule = 1.0
 
     @torch.no_grad()
     def forward(

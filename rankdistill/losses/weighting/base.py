@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankdistill.losses.schedules import Scheduled
 
 
-class Weighting(Scheduled, nn.Module, ABC):
-    """Constructor parameters are the keys of a recipe; state goes into buffers, which are part of a checkpoint."""
+class Weighting(Scheduled, ABC):
+    """What each list of a batch counts in the losses over lists."""
 
     type: ClassVar[str]  # type: ignore[assignment]
     needs_disagreement = False  # between the members of an ensemble of teachers

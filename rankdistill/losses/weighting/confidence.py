@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from rankdistill.losses.schedules import Schedule, Temperature
 from rankdistill.losses.weighting.base import Weighting, mean_one
 
 
+@dataclass(eq=False)
 class Confidence(Weighting):
     """confidence^power of each list, from the teacher's softmax(t / tau); lists of one document count 0.
 
@@ -25,12 +27,9 @@ class Confidence(Weighting):
     """
 
     type = "confidence"
-
-    def __init__(
-        self, by: Literal["entropy", "margin"] = "entropy", power: Schedule = 1.0, temperature: Temperature = 1.0
-    ) -> None:
-        super().__init__()
-        self.by, self.power, self.temperature = by, power, temperature
+    by: Literal["entropy", "margin"] = "entropy"
+    power: Schedule = 1.0
+    temperature: Temperature = 1.0
 
     @torch.no_grad()
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from rankdistill.losses.schedules import Schedule, Temperature
 from rankdistill.losses.weighting.base import Weighting, mean_one
 
 
+@dataclass(eq=False)
 class Difficulty(Weighting):
     """difficulty^power of each list: hard ones count more, anew in each batch, so that what is learnt recedes.
 
@@ -25,12 +27,9 @@ class Difficulty(Weighting):
     """
 
     type = "difficulty"
-
-    def __init__(
-        self, by: Literal["entropy", "loss"] = "entropy", power: Schedule = 1.0, temperature: Temperature = 1.0
-    ) -> None:
-        super().__init__()
-        self.by, self.power, self.temperature = by, power, temperature
+    by: Literal["entropy", "loss"] = "entropy"
+    power: Schedule = 1.0
+    temperature: Temperature = 1.0
 
     @torch.no_grad()
     def forward(
