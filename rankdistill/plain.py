@@ -27,7 +27,7 @@ class NotPlain(UsageError):
 class Section(BaseModel):
     """Settings whose keys are all known and whose numbers are numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 def path_name(name: str) -> str:

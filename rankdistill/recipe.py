@@ -21,12 +21,23 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from rankdistill.errors import UsageError
 from rankdistill.plain import DEEPEST, Name, NotPlain, Section, parse_mapping, parse_yaml, shown
@@ -67,12 +78,33 @@ class Method(BaseModel):
         return self.model_dump()
 
 
-Loss = Annotated[Method, "loss"]
-Sampler = Annotated[Method, "sampler"]
-Student = Annotated[Method, "student"]
-Teacher = Annotated[Method, "teacher"]
-Source = Annotated[Method, "source"]
-Weighting = Annotated[Method, "weighting"]
+@dataclass(frozen=True)
+class Of:
+    """In `Annotated[Method, Of("loss")]` the kind, whose class checks the settings and fills in their defaults."""
+
+    kind: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(Annotated[source, AfterValidator(self._filled), WithJsonSchema({KIND: self.kind})])
+
+    def _filled(self, method: Method) -> Method:
+        try:
+            return Method.model_validate(check_method(self.kind, method.settings(), ""))
+        except UsageError as error:
+            raise WrongMethod(error) from None
+
+
+class WrongMethod(ValueError):
+    """What is wrong with a method, which `check_values` gives its place."""
+
+
+KIND = "x-kind"  # stands in a JSON schema where the methods of a kind will be pointed to
+Loss = Annotated[Method, Of("loss")]
+Sampler = Annotated[Method, Of("sampler")]
+Student = Annotated[Method, Of("student")]
+Teacher = Annotated[Method, Of("teacher")]
+Source = Annotated[Method, Of("source")]
+Weighting = Annotated[Method, Of("weighting")]
 
 
 class HoldOut(Section):
@@ -209,13 +241,6 @@ class Alignment(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps over which the learning rate rises")
     checkpoints: int = Field(2, ge=1, description="how often, over the training, to save")
-
-    @field_validator("teacher")
-    @classmethod
-    def _checked(cls, teacher: Method | Literal["student"] | None) -> Method | Literal["student"] | None:
-        if not isinstance(teacher, Method):
-            return teacher
-        return Method.model_validate(check_method("student", teacher.settings(), "student.warm_up.teacher"))
 
 
 class Extrapolation(Section):
@@ -535,39 +560,9 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 def check_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A checked recipe with every default filled in, those of methods too."""
     recipe = check_values(Recipe, dict(values), where)
-    filled = _fill_methods(recipe.model_dump(), Recipe, where)  # as JSON, NaN would be null
-    recipe = Recipe.model_validate(filled)
     for name in recipe.baselines:
         recipe.baseline(name)
     return recipe
-
-
-def _fill_methods(values: dict[str, Any], model: type[BaseModel], where: str) -> dict[str, Any]:
-    filled = dict(values)
-    for name, field in model.model_fields.items():
-        value, place = values.get(name), f"{where}: {name}"
-        kind = _method_kind(field)
-        if value is None:
-            continue
-        if kind and isinstance(value, list):
-            filled[name] = [check_method(kind, item, f"{place}.{i}") for i, item in enumerate(value)]
-        elif kind:
-            filled[name] = check_method(kind, value, place)
-        elif inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            filled[name] = _fill_methods(value, field.annotation, place)
-    return filled
-
-
-def _method_kind(field: Any) -> str | None:
-    """The kind in `Annotated[Method, kind]`, wherever it stands in a field's annotation."""
-    stack: list[Any] = [field.annotation, *field.metadata]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str) and item in KINDS:
-            return item
-        if typing.get_origin(item) is not Literal:
-            stack.extend(typing.get_args(item))
-    return None
 
 
 def check_values(model: type[M], values: Any, where: str) -> M:
@@ -584,7 +579,11 @@ def check_values(model: type[M], values: Any, where: str) -> M:
         return made
     except ValidationError as error:
         problem = error.errors()[0]
-        path = shown(".".join(str(part) for part in problem["loc"]))
+        # Of a value that may be of several kinds pydantic names the kind too, in brackets of some sort.
+        path = shown(".".join(str(part) for part in problem["loc"] if "[" not in str(part)))
+        if isinstance(wrong := problem.get("ctx", {}).get("error"), WrongMethod):
+            inner: UsageError = wrong.args[0]
+            raise UsageError(inner.what, where=f"{where}: {path}{inner.where or ''}", fix=inner.fix) from None
         key = shown(problem["loc"][-1]) if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
             known = _known_keys(model, problem["loc"][:-1])
@@ -731,18 +730,8 @@ def json_schema() -> dict[str, Any]:
         # A class of any installed package, whose keys are known when the recipe is read.
         place = {"properties": {"type": {"type": "string", "pattern": r"^[\w.]+:\w+$"}}, "required": ["type"]}
         definitions[kind] = {"oneOf": [*choices, place]}
-    _point_methods(schema["properties"], Recipe, definitions)
-    return typing.cast("dict[str, Any]", json.loads(json.dumps(schema)))
 
+    def pointed(values: dict[str, Any]) -> dict[str, Any]:
+        return {"$ref": f"#/$defs/{values[KIND]}"} if KIND in values else values
 
-def _point_methods(properties: dict[str, Any], model: type[BaseModel], definitions: dict[str, Any]) -> None:
-    for name, field in model.model_fields.items():
-        kind = _method_kind(field)
-        if kind:
-            choice = {"$ref": f"#/$defs/{kind}"}
-            is_list = properties[name].get("type") == "array"
-            may_lack = type(None) in typing.get_args(field.annotation)
-            one = {"anyOf": [choice, {"type": "null"}]} if may_lack else choice
-            properties[name] = {"type": "array", "items": choice} if is_list else one
-        elif inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            _point_methods(definitions[field.annotation.__name__]["properties"], field.annotation, definitions)
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(schema), object_hook=pointed))

@@ -27,7 +27,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import disk_errors
-from rankdistill.collections.identifiers import IdCodes, text_ids, text_keys
+from rankdistill.collections.identifiers import text_ids, text_keys
 from rankdistill.collections.text_files import LONGEST_LINE, is_header, long_line, open_text
 from rankdistill.errors import RankdistillError
 
@@ -165,7 +165,12 @@ class Run:
     @property
     def tied(self) -> np.ndarray:
         """bool [N]: the score equals that of another document of the query, so that ids decide the order."""
-        return _tied(self.scores, self.offsets)
+        scores, queries = self.scores, self.query_rows
+        same = (scores[1:] == scores[:-1]) & (queries[1:] == queries[:-1])
+        tied = np.zeros(len(scores), bool)
+        tied[1:] |= same
+        tied[:-1] |= same
+        return tied
 
     @property
     def ranks(self) -> np.ndarray:
@@ -214,21 +219,25 @@ class Run:
 
     def _put_in_order(self) -> None:
         """Check that no document is twice in a query, and sort rows where they are not in trec_eval's order."""
-        orders: list[tuple[int, int, np.ndarray | None]] = []
-        changed, twice = False, 0
+        orders: list[np.ndarray] = []
+        twice = 0
         repeated: tuple[str, str] | None = None
         for first, last in self.parts():
             start, end = int(self.offsets[first]), int(self.offsets[last])
-            codes = IdCodes(self.doc_ids[start:end])
-            offsets = self.offsets[first : last + 1] - start
-            queries = np.repeat(np.arange(last - first, dtype=np.int32), np.diff(offsets))
-            again = codes.repeated(queries)
-            if len(again) and repeated is None:
-                repeated = self.query_ids[first + queries[again[0]]], self.doc_ids[start + int(again[0])].as_py()
-            twice += len(again)
-            order = _block_order(self.scores[start:end], codes, queries, offsets)
-            changed |= order is not None
-            orders.append((start, end, order))
+            queries = np.repeat(np.arange(last - first), np.diff(self.offsets[first : last + 1]))
+            ids, scores = self.doc_ids[start:end], self.scores[start:end]
+            pairs = queries << 32 | ids.dictionary_encode().indices.to_numpy()
+            if not np.diff(np.sort(pairs)).all():
+                again = np.setdiff1d(np.arange(len(pairs)), np.unique(pairs, return_index=True)[1])
+                repeated = repeated or (self.query_ids[first + queries[again[0]]], ids[int(again[0])].as_py())
+                twice += len(again)
+            order = np.arange(len(scores))
+            if not ((scores[1:] < scores[:-1]) | (queries[1:] > queries[:-1])).all():
+                # Arrow compares strings by their UTF-8 bytes.
+                table = pa.table({"query": queries, "score": scores, "id": ids})
+                keys = [("query", "ascending"), ("score", "descending"), ("id", "descending")]
+                order = pc.sort_indices(table, keys).to_numpy().astype(np.int64)
+            orders.append(order + start)
         if repeated is not None:
             raise RankdistillError(
                 f"document {repeated[1]!r} is listed more than once for query {repeated[0]!r}"
@@ -236,43 +245,10 @@ class Run:
                 where=self.name,
                 fix="keep one line for each document of a query",
             )
-        if changed:
-            whole = np.concatenate([np.arange(start, end) if o is None else o + start for start, end, o in orders])
-            self.scores = self.scores[whole]
-            self.doc_ids = self.doc_ids.take(pa.array(whole))
-
-
-def _tied(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """bool [N]: the score equals its neighbour's of the same query."""
-    tied = np.zeros(len(scores), bool)
-    if len(tied) > 1:
-        same = scores[1:] == scores[:-1]
-        starts = offsets[1:-1]
-        same[starts[(starts > 0) & (starts < len(tied))] - 1] = False
-        tied[1:] |= same
-        tied[:-1] |= same
-    return tied
-
-
-def _block_order(scores: np.ndarray, codes: IdCodes, queries: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-    """The order that puts rows in trec_eval's: int64 [N], or None when they are in it; queries are rising numbers."""
-    order: np.ndarray | None = None
-    if ((scores[1:] > scores[:-1]) & (queries[1:] == queries[:-1])).any():
-        order = np.lexsort((-scores, queries))
-        scores = scores[order]
-    tied = np.flatnonzero(_tied(scores, offsets))
-    if not len(tied):
-        return order
-    # Only ids decide ties, so only theirs are compared.
-    falling = codes.falling(tied if order is None else order[tied])
-    tied_scores, tied_queries = scores[tied], queries[tied]
-    new_group = (tied_scores[1:] != tied_scores[:-1]) | (tied_queries[1:] != tied_queries[:-1])
-    sequence = np.lexsort((falling, np.concatenate([[0], np.cumsum(new_group)])))
-    if (sequence == np.arange(len(tied))).all():
-        return order
-    placed = np.arange(len(scores))
-    placed[tied] = tied[sequence]
-    return placed if order is None else order[placed]
+        order = np.concatenate([np.zeros(0, np.int64), *orders])
+        if (order[1:] < order[:-1]).any():
+            self.scores = self.scores[order]
+            self.doc_ids = self.doc_ids.take(pa.array(order))
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:

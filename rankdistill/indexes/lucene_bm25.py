@@ -30,74 +30,16 @@ if TYPE_CHECKING:
 
 FILES = "index"  # Lucene's files, in a folder of their own
 
-# Lucene's analyzers by Snowball's names of languages; `none`: lower-cased words as they are
-CODES = [
-    "arabic",
-    "ar",
-    "armenian",
-    "hy",
-    "bengali",
-    "bn",
-    "basque",
-    "eu",
-    "catalan",
-    "ca",
-    "chinese",
-    "cjk",
-    "danish",
-    "da",
-    "dutch",
-    "nl",
-    "estonian",
-    "et",
-    "finnish",
-    "fi",
-    "french",
-    "fr",
-    "german",
-    "de",
-    "greek",
-    "el",
-    "hindi",
-    "hi",
-    "hungarian",
-    "hu",
-    "indonesian",
-    "id",
-    "irish",
-    "ga",
-    "italian",
-    "it",
-    "japanese",
-    "cjk",
-    "korean",
-    "cjk",
-    "lithuanian",
-    "lt",
-    "norwegian",
-    "no",
-    "persian",
-    "fa",
-    "portuguese",
-    "pt",
-    "romanian",
-    "ro",
-    "russian",
-    "ru",
-    "serbian",
-    "sr",
-    "spanish",
-    "es",
-    "swedish",
-    "sv",
-    "thai",
-    "th",
-    "turkish",
-    "tr",
-]
+# Lucene's packages of analyzers by Snowball's names of languages; `none`: lower-cased words as they are
+LANGUAGES = """
+arabic ar, armenian hy, bengali bn, basque eu, catalan ca, chinese cjk, danish da, dutch nl, estonian et, finnish fi,
+french fr, german de, greek el, hindi hi, hungarian hu, indonesian id, irish ga, italian it, japanese cjk, korean cjk,
+lithuanian lt, norwegian no, persian fa, portuguese pt, romanian ro, russian ru, serbian sr, spanish es, swedish sv,
+thai th, turkish tr
+"""
 ANALYZERS = {
     language: f"{code}.{'CJK' if code == 'cjk' else language.title()}Analyzer"
-    for language, code in zip(CODES[::2], CODES[1::2], strict=True)
+    for language, code in (pair.split() for pair in LANGUAGES.split(","))
 }
 
 

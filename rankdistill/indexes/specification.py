@@ -16,7 +16,6 @@ from rankdistill.plain import Name, Section, read_yaml, shown
 from rankdistill.recipe import (
     Loss,
     Method,
-    check_method,
     check_values,
     find_declaration,
     method_class,
@@ -118,14 +117,7 @@ def any_specification(
             what, fix = f"there is no index of type {shown(values['type'])!r}", nearest(kind, known)
             raise UsageError(what, where=f"{where}: type", fix=fix)
         known[kind] = method_class("index", kind, f"{where}: type")
-    specification: AnySpecification = check_values(known[kind], values, where)
-    if not isinstance(specification, QuantizerSpecification):
-        return specification
-    losses = [
-        Method.model_validate(check_method("loss", loss.settings(), f"{where}: losses.{number}"))
-        for number, loss in enumerate(specification.losses)
-    ]
-    return specification.model_copy(update={"losses": losses})
+    return check_values(known[kind], values, where)
 
 
 def vectors_needed(factory: str) -> int:
@@ -228,7 +220,7 @@ class QuantizerSpecification(Section):
     )
     queries: SampledQueries = SampledQueries()
     documents: SampledDocuments = SampledDocuments()
-    losses: list[Loss] = Field(default_factory=lambda: [Method.model_validate({"type": "kl"})])
+    losses: list[Loss] = Field(default_factory=lambda: [Method.model_validate({"type": "kl"})], validate_default=True)
     reconstruction: float = Field(default=0.0, ge=0, description="weight of ||u - v^||^2 in units of its start")
     temperature: float | Literal["auto"] = Field(
         default="auto", description="scores are divided by it before the losses; auto: from the teacher's own spread"
