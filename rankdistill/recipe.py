@@ -258,6 +258,11 @@ class Evaluate(Section):
     suite: str = Field("collection", description="a file, or the name of a shipped suite")
     depth: int | None = Field(None, ge=1, description="documents retrieved a query; the suite's unless given")
     teacher_depth: int | None = Field(None, ge=2, description="how deep the teacher re-ranks; the suite's unless given")
+    first_stage_weight: float | None = Field(
+        None,
+        ge=0,
+        description="times this, the first source's score is added to the teacher's or a re-ranker's; or the suite's",
+    )
     latency_queries: int | None = Field(
         None, ge=0, description="queries whose latency is measured; the suite's unless given, 0 measures none"
     )

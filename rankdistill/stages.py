@@ -53,6 +53,7 @@ class Workspace(RunFolder):
         chosen = {
             "depth": settings.depth,
             "rerank_depth": settings.teacher_depth,
+            "first_stage_weight": settings.first_stage_weight,
             "latency_queries": settings.latency_queries,
         }
         declared = load_suite(suite or settings.suite)

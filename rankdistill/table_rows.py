@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str
     if "teacher" in suite.systems and run.recipe.teacher is not None:
         for table, source, suffix in stages:
             row, system = _teacher_row(run, collection, split, source, suite.rerank_depth, suffix)
-            table |= {row: system} if system is not None else {}
+            table |= {row: system if suffix else _with_first_stage(system, suite)} if system is not None else {}
     encoder = str(run.recipe.student.settings().get("model"))
     whole = any(f"{row}, ".startswith(f"first stage: {encoder}, ") for row in rows)
     if "encoder" in suite.systems and not whole and _is_cut(run):
@@ -78,7 +79,8 @@ def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str
         student, note = run.student(name), "" if name == UNTRAINED else _best_step(run, name)
         if student.reads_pairs:
             for table, source, suffix in stages:
-                table[row] = _rerank_row(run, collection, split, source, suite.rerank_depth, suffix, student, note)
+                system = _rerank_row(run, collection, split, source, suite.rerank_depth, suffix, student, note)
+                table[row] = system if suffix else _with_first_stage(system, suite)
             continue
         engine = exhaustive_engine(student, run.vectors(name, student, collection))
         rows[row] = _engine_system(engine, note)
@@ -209,7 +211,7 @@ def _best_step(run: RunFolder, name: str) -> str:
 
 def _teacher_row(
     run: RunFolder, collection: Collection, split: str, source: Source, depth: int, suffix: str
-) -> tuple[str, System | None]:
+) -> tuple[str, RerankSystem | None]:
     """(the row's name, the teacher re-ranking the top of a source of candidates); its scores go to the store.
 
     A recorded teacher may lack scores: where it has none there is no row (it would be the first stage's, under the
@@ -251,7 +253,7 @@ def _rerank_row(
     suffix: str,
     student: Any,
     note: str,
-) -> System:
+) -> RerankSystem:
     """A student that reads pairs, re-ranking the top of a source of candidates, as its teacher's row does."""
     candidates = run.first_stage(collection, source, file_name(f"{collection.name}-{split}{suffix}"), depth, split)
     student.scorer.freeze()
@@ -268,6 +270,13 @@ def _rerank_row(
     said = f"the student re-ranks the first {depth} of {source.engine.name}"
     note = f"{said}; {note}" if note else said
     return RerankSystem(live, candidates.path / FILE, depth, note=note, timed=False, served=served)
+
+
+def _with_first_stage(system: RerankSystem, suite: Suite) -> RerankSystem:
+    """With the first source's own scores added, where the suite says so; BM25's have another scale."""
+    weight = suite.first_stage_weight
+    said = f"{system.note}; {weight:g} × the first stage's score is added" if weight else system.note
+    return replace(system, first_stage_weight=weight, note=said)
 
 
 def _served_teacher(run: RunFolder, collection: Collection, engine: Any, depth: int) -> Reranking | None:

@@ -103,6 +103,7 @@ class RerankSystem:
         lists_at_once: queries handed to the teacher together.
         timed, served: whether speed is measured while ranking; else how it is measured live, see `measure_costs`.
         part: the queries that there are scores for, where they are not all.
+        first_stage_weight: the first stage's own score, times this, is added to each score.
     """
 
     scores: Callable[[Sequence[Any]], Iterable[tuple[str, Sequence[str], Any]]]
@@ -114,6 +115,7 @@ class RerankSystem:
     timed: bool = True
     served: Any = None
     part: set[str] | None = None
+    first_stage_weight: float = 0.0
     lowest: dict[str, float] = field(default_factory=dict)  # of each query run so far: the teacher's least score
 
     def __post_init__(self) -> None:
@@ -129,12 +131,16 @@ class RerankSystem:
                 yield self._merge(item.query_id, *scored.get(item.query_id, ([], [])), depth)
 
     def _first(self, query_id: str, depth: int) -> list[str]:
+        return list(self._first_scores(query_id, depth))
+
+    def _first_scores(self, query_id: str, depth: int) -> dict[str, float]:
+        """Document id → score of the first stage, best first."""
         row = self._row_of.get(query_id)
         if row is None:
-            return []
+            return {}
         start, end = self._base.offsets[row], self._base.offsets[row + 1]
-        ids: list[str] = self._base.doc_ids[start : min(end, start + depth)].to_pylist()
-        return ids
+        top = slice(start, min(end, start + depth))
+        return dict(zip(self._base.doc_ids[top].to_pylist(), self._base.scores[top].tolist(), strict=True))
 
     def _list(self, collection: Any, query_id: str, query: str) -> RerankList:
         doc_ids = self._first(query_id, self.depth)
@@ -143,8 +149,12 @@ class RerankSystem:
         return RerankList(query_id, query, known, collection.document_texts(rows[rows >= 0]))
 
     def _merge(self, query_id: str, doc_ids: Sequence[str], scores: Any, depth: int) -> Ranking:
-        finite = np.isfinite(np.asarray(scores, np.float32))
-        ids, scores = list(itertools.compress(doc_ids, finite)), np.asarray(scores, np.float32)[finite]
+        scores = np.asarray(scores, np.float32)
+        if self.first_stage_weight:
+            first = self._first_scores(query_id, self.depth)
+            scores = scores + np.float32(self.first_stage_weight) * np.array([first[x] for x in doc_ids], np.float32)
+        finite = np.isfinite(scores)
+        ids, scores = list(itertools.compress(doc_ids, finite)), scores[finite]
         if len(scores):
             self.lowest[query_id] = float(scores.min())
         order, scored = trec_order(scores, ids), set(ids)

@@ -71,6 +71,9 @@ class Suite(Section):
         description="Rows of the table, those of them that the run has.",
     )
     rerank_depth: int = Field(100, ge=1, description="First-stage documents that are re-ranked.")
+    first_stage_weight: float = Field(
+        0.0, ge=0, description="Times this, the first source's score is added to the teacher's or a re-ranker's."
+    )
     rerank: bool = Field(
         False, description="Students and the teacher also re-rank BM25's first documents, in rows of their own."
     )

@@ -144,6 +144,21 @@ def test_the_rest_of_the_first_stage_follows_the_re_ranked(collection: Facts) ->
     assert (np.diff(scores) < 0).all() and (other, none) == ("q-bat", [])
 
 
+@pytest.mark.parametrize(
+    ("weight", "first", "scores"),
+    [(0.0, "d-iron-3", [3, 1]), (0.5, "d-iron-3", [6.5, 5.5]), (2.5, "d-iron-1", [23.5, 20.5])],
+)
+def test_the_first_stages_score_is_added_to_the_re_rankers(
+    collection: Facts, weight: float, first: str, scores: list[float]
+) -> None:
+    base = Run.from_dict({"q-iron": {"d-iron-1": 9.0, "d-iron-2": 8.0, "d-iron-3": 7.0, "d-gold-0": 6.0}})
+    system = RerankSystem(perfect_teacher, base, depth=3, first_stage_weight=weight)
+    ((_, doc_ids, found),) = system.run(collection, ["q-iron"], ["iron"], 4)
+    second = ({"d-iron-1", "d-iron-3"} - {first}).pop()
+    assert doc_ids == [first, second, "d-iron-2", "d-gold-0"] and (np.diff(found) < 0).all()
+    np.testing.assert_allclose(found[:2], scores)
+
+
 def test_self_hits_are_dropped_and_the_depth_kept(tmp_path: Path) -> None:
     collection = Facts()
     collection.ids[0] = "q-iron"

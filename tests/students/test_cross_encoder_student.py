@@ -113,7 +113,7 @@ def values(tiny_beir: Path, encoder: Path) -> dict[str, Any]:
             "precision": "fp32",
             "device": "cpu",
         },
-        "evaluation": {"extrapolation": None, "teacher_depth": 6},
+        "evaluation": {"extrapolation": None, "teacher_depth": 6, "first_stage_weight": 0.5},
     }
 
 
@@ -134,6 +134,7 @@ def test_its_row_stands_beside_its_teachers_with_pairs_a_second(done: Workspace)
     for name in ("teacher", "student, untrained", "student, distilled"):
         assert rows[name]["pairs_per_second"] > 0 and rows[name]["queries_per_second"] > 0
         assert "re-ranks the first 6 of bm25" in rows[name]["note"]
+        assert "0.5 × the first stage's score is added" in rows[name]["note"]
     assert "pairs/s" in (results.parent / "results.md").read_text()
     student, collection = done.student(), done.collection
     from rankdistill.runs import read_run
@@ -143,7 +144,9 @@ def test_its_row_stands_beside_its_teachers_with_pairs_a_second(done: Workspace)
     scores = student.rerank(
         *collection.query_texts([query_id]), collection.document_texts(collection.doc_rows(list(ranked)))
     )
-    np.testing.assert_allclose(list(ranked.values()), scores, atol=1e-3)
+    bm25 = read_run(results.parent / rows["BM25"]["run"]).to_dict()[query_id]
+    expected = scores + 0.5 * np.array([bm25[doc_id] for doc_id in ranked])
+    np.testing.assert_allclose(list(ranked.values()), expected, atol=1e-3)
     assert not (done.path / "vectors" / f"student-{collection.name}").exists() and not (done.path / "indexes").exists()
     assert Path(report(done.path)).is_file()
 
