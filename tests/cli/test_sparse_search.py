@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +55,26 @@ def recipe(kind: str, tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def run_of(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+    @functools.cache
+    def made(kind: str) -> Workspace:
+        folder = tmp_path_factory.mktemp(kind)
+        workspace = Workspace(folder / "run", load_recipe(recipe(kind, tiny_beir, tiny_encoder)), folder / "store")
+        workspace.run()
+        return workspace
+
+    return made
+
+
 @pytest.fixture(scope="module", params=["splade", "inference_free"])
-def sparse_run(
-    request: pytest.FixtureRequest, tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Workspace:
-    folder = tmp_path_factory.mktemp(request.param)
-    workspace = Workspace(folder / "run", load_recipe(recipe(request.param, tiny_beir, tiny_encoder)), folder / "store")
-    workspace.run()
-    return workspace
+def sparse_run(request: pytest.FixtureRequest, run_of: Callable[[str], Workspace]) -> Workspace:
+    return run_of(request.param)
 
 
 @pytest.fixture(scope="module")
-def inference_free(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    folder = tmp_path_factory.mktemp("free")
-    values = {**recipe("inference_free", tiny_beir, tiny_encoder), "indexes": ["seismic"]}
-    workspace = Workspace(folder / "run", load_recipe(values), folder / "store")
-    workspace.run("index")
-    return workspace
+def inference_free(run_of: Callable[[str], Workspace]) -> Workspace:
+    return run_of("inference_free")
 
 
 def plain(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""A search page over real engines: BM25, a tiny encoder exactly and in an 8-bit index, and its like as teacher."""
+"""A finished run, and a search page over real engines: BM25, an encoder exactly and in 8 bits, its like as teacher."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from rankdistill.evaluation.page_server import PageServer
-    from rankdistill.evaluation.search_page import SearchPage
+from rankdistill.collections import open_collection
+from rankdistill.evaluation.page_server import PageServer
+from rankdistill.evaluation.search_page import Column, Reranker, SearchPage
+from rankdistill.indexes.bm25 import BM25
+from rankdistill.indexes.dense import DenseEngine, export_index
+from rankdistill.indexes.specification import load_specification
+from rankdistill.indexes.vectors import encode_documents
+from rankdistill.recipe import load_recipe
+from rankdistill.stages import Workspace
+from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+from rankdistill.teachers.scoring import score_list
 
 # What a page must show as text: markup in a title and in a text, other scripts, an empty document.
 HOSTILE = {
@@ -27,17 +35,59 @@ FURTHER = [
 ]
 
 
+SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
+ZINC = f"Zinc {SCRIPT} keeps iron from rusting. </script> & <b>bold</b> zinc"
+METALS = [
+    ("zinc", ZINC, f"zinc keeps iron from rust {SCRIPT}"),
+    ("tin", "Tin is a soft metal; old cans are made of it.", "soft metal of cans"),
+    ("lead", "Lead is a heavy metal that keeps out rays.", "heavy metal against rays"),
+    ("neon", "Neon is a gas that glows red in tubes.", "gas that glows red"),
+]
+
+
+def add_metals(folder: Path) -> None:
+    with open(folder / "corpus.jsonl", "a") as corpus, open(folder / "queries.jsonl", "a") as queries:
+        for name, text, question in METALS:
+            corpus.write(json.dumps({"_id": f"d-{name}", "title": f"<i>{name}</i>", "text": text}) + "\n")
+            corpus.write(json.dumps({"_id": f"x-{name}", "title": "", "text": f"A note about {name}."}) + "\n")
+            queries.write(json.dumps({"_id": f"q-{name}", "text": question}) + "\n")
+    with open(folder / "qrels" / "test.tsv", "a") as stream:
+        stream.write("q-zinc\td-zinc\t1\nq-zinc\tx-zinc\t0\nq-lead\td-lead\t2\nq-tin\td-tin\t1\nq-neon\td-neon\t1\n")
+
+
+@pytest.fixture(scope="session")
+def run(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run over facts of which some hold markup; the hostile one is a test query."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(tiny_beir, folder / "facts")
+    add_metals(folder / "facts")
+    recipe = load_recipe(
+        {
+            "name": "tiny",
+            "description": f"A run {SCRIPT}",
+            "collection": f"beir:{folder / 'facts'}",
+            "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
+            "teacher": {"type": "bi_encoder", "model": str(tiny_encoder)},
+            "student": {"type": "static", "model": str(tiny_encoder)},
+            "training": {
+                "steps": 6,
+                "checkpoints": 2,
+                "log_every": 2,
+                "lists": {"type": "random_documents", "size": 4},
+                "device": "cpu",
+            },
+            "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
+            "indexes": ["flat", "sq8"],
+        }
+    )
+    Workspace(folder / "run", recipe, folder / "store").run()
+    return folder / "run"
+
+
 @pytest.fixture(scope="session")
 def page_parts(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The collection, the engines by name and the teacher's scores."""
-    from rankdistill.collections import open_collection
-    from rankdistill.indexes.bm25 import BM25
-    from rankdistill.indexes.dense import DenseEngine, export_index
-    from rankdistill.indexes.specification import load_specification
-    from rankdistill.indexes.vectors import encode_documents
     from rankdistill.students.dense import DenseStudent
-    from rankdistill.teachers.bi_encoder import BiEncoderTeacher
-    from rankdistill.teachers.scoring import score_list
 
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(tiny_beir, folder / "facts")
@@ -64,7 +114,6 @@ def page_parts(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="session")
 def make_page(page_parts: dict[str, Any]) -> Callable[..., SearchPage]:
     """A page of these columns, or of the usual three and the teacher."""
-    from rankdistill.evaluation.search_page import Column, Reranker, SearchPage
 
     def make(*columns: Column, teacher: bool = True, depth: int = 5) -> SearchPage:
         usual = [
@@ -86,8 +135,6 @@ def search_page(make_page: Callable[..., SearchPage]) -> SearchPage:
 @pytest.fixture(scope="session")
 def served(search_page: SearchPage) -> Iterator[PageServer]:
     """The page on a free port."""
-    from rankdistill.evaluation.page_server import PageServer
-
     server = PageServer(port=0)
     server.start(search_page)
     yield server

@@ -185,31 +185,8 @@ def test_shared_weights_are_counted_once_and_formats_told_apart() -> None:
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def evaluated(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The evaluation of a tiny run with a live teacher."""
-    from rankdistill.recipe import load_recipe
-
-    model = str(tiny_encoder)
-    recipe = load_recipe(
-        {
-            "name": "cost",
-            "collection": f"beir:{tiny_beir}",
-            "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
-            "teacher": {"type": "bi_encoder", "model": model},
-            "student": {"type": "static", "model": model},
-            "training": {"steps": 2, "checkpoints": 1, "lists": {"type": "random_documents", "size": 4}},
-            "indexes": ["flat", "sq8"],
-            "evaluation": {"latency_queries": 5},
-        }
-    )
-    folder = tmp_path_factory.mktemp("cost")
-    Workspace(folder / "run", recipe, folder / "store").run()
-    return folder / "run"
-
-
-def test_a_run_writes_the_cost_of_every_system(evaluated: Path) -> None:
-    (path,) = evaluated.glob("evaluation/collection/*/cost.json")
+def test_a_run_writes_the_cost_of_every_system(run: Path) -> None:
+    (path,) = run.glob("evaluation/collection/*/cost.json")
     cost = json.loads(path.read_text())
     results = json.loads((path.parent / "results.json").read_text())
     rows = {one["system"]: one for one in results["rows"]}
@@ -221,7 +198,7 @@ def test_a_run_writes_the_cost_of_every_system(evaluated: Path) -> None:
         assert one["quality"] == rows[name]["means"][cost["metric"]]
         assert ("rerank_ms" in one) == (name == "teacher")
     flat, sq8 = cost["systems"]["student, flat"], cost["systems"]["student, sq8"]
-    assert flat["bytes"] > sq8["bytes"] == (evaluated / "indexes/sq8.faiss").stat().st_size
+    assert flat["bytes"] > sq8["bytes"] == (run / "indexes/sq8.faiss").stat().st_size
     assert flat["parameters"] == sq8["parameters"] > 0 and cost["systems"]["BM25"]["parameters"] is None
     assert flat["memory_bytes"] - flat["bytes"] == sq8["memory_bytes"] - sq8["bytes"] >= 4 * flat["parameters"]
     for axis, name in product(("latency", "bytes"), rows):
@@ -237,14 +214,14 @@ def test_a_run_writes_the_cost_of_every_system(evaluated: Path) -> None:
     assert cost["same_queries"][0]["teacher"] == "teacher"
 
 
-def test_the_table_shows_it_and_says_how_it_was_measured(evaluated: Path) -> None:
-    text = next(evaluated.glob("evaluation/collection/results.md")).read_text()
+def test_the_table_shows_it_and_says_how_it_was_measured(run: Path) -> None:
+    text = next(run.glob("evaluation/collection/results.md")).read_text()
     assert "what serving costs" in text and "| encode ms | search ms | rerank ms |" in text
     assert "one query at a time, warmed up" in text and "threads" in text and "teacher: " in text
 
 
-def test_latency_can_be_switched_off(evaluated: Path, tmp_path: Path) -> None:
-    workspace = Workspace(evaluated, store=evaluated.parent / "store")
+def test_latency_can_be_switched_off(run: Path, tmp_path: Path) -> None:
+    workspace = Workspace(run, store=run.parent / "store")
     workspace.recipe = workspace.recipe.model_copy(
         update={"evaluation": workspace.recipe.evaluation.model_copy(update={"latency_queries": 0})}
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
-from forked import run
 
 from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
@@ -305,37 +306,26 @@ def test_queries_come_from_dev_then_train_then_documents(tiny_beir: Path, tmp_pa
     assert set(own_words.texts) <= {document.title or " ".join(document.text.split()[:16]) for document in documents}
 
 
-def test_the_command_sweeps_and_keeps_what_reaches_the_target(recipe: Path, tmp_path: Path) -> None:
-    made = run("run", recipe, "--out", tmp_path / "run", "--store", tmp_path / "store", "--until", "train",
-               folder=tmp_path / "a")  # fmt: skip
-    assert made.code == 0, made.err
+def test_the_command_sweeps_and_keeps_what_reaches_the_target(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
     specification = tmp_path / "lists.yaml"
     specification.write_text("factory: IVF4,Flat\nsearch: {nprobe: 1}\n")
-    swept = run("index", tmp_path / "run", "--spec", specification, "--spec", "flat", "--sweep", "--json",
-                folder=tmp_path / "b")  # fmt: skip
+
+    def index(*options: object) -> forked.Ending:
+        return forked.run("index", copy, *options, folder=tmp_path / "output")
+
+    swept = index("--spec", specification, "--spec", "flat", "--sweep", "--json")
     assert swept.code == 0, swept.err
     found = json.loads(swept.out)
     assert {point["index"] for point in found["points"]} == {"lists", "flat"} and found["origin"] == "dev"
     assert found["without_settings"] == ["flat"] and not found["chosen"]
-    index = FaissIndex.open(tmp_path / "run/indexes/lists.faiss")
-    assert index.specification.search.nprobe == 1  # a sweep alone changes nothing
-    tuned = run("index", tmp_path / "run", "--spec", specification, "--target-recall", "1", "--recall-at", "5",
-                folder=tmp_path / "c")  # fmt: skip
+    made = FaissIndex.open(copy / "indexes/lists.faiss")
+    assert made.specification.search.nprobe == 1  # a sweep alone changes nothing
+    tuned = index("--spec", specification, "--target-recall", "1", "--recall-at", "5")
     assert tuned.code == 0 and "reaches recall@5 1.0000; written into the file" in tuned.out, tuned.err
-    index = FaissIndex.open(tmp_path / "run/indexes/lists.faiss")
-    nprobe = index.specification.search.nprobe
-    assert nprobe and nprobe > 1 and index.manifest["tuned"]["k"] == 5 and f"nprobe {nprobe} " in tuned.out
+    made = FaissIndex.open(copy / "indexes/lists.faiss")
+    nprobe = made.specification.search.nprobe
+    assert nprobe and nprobe > 1 and made.manifest["tuned"]["k"] == 5 and f"nprobe {nprobe} " in tuned.out
     for recall in ("2", "nan", "inf", "0"):
-        wrong = run("index", tmp_path / "run", "--spec", "flat", "--target-recall", recall, folder=tmp_path / "d")
+        wrong = index("--spec", "flat", "--target-recall", recall)
         assert wrong.code == 2 and "is not above 0 and at most 1" in wrong.err
-
-
-@pytest.fixture
-def recipe(tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "points.yaml"
-    path.write_text(
-        f"name: points\ncollection: beir:{tiny_beir}\ncandidates: {{depth: 4, sources: [{{type: bm25}}]}}\n"
-        f"student: {{type: static, model: {tiny_encoder}}}\n"
-        "training: {steps: 2, checkpoints: 1, losses: [{type: infonce}], lists: {type: random_documents, size: 3}}\n"
-    )
-    return path

@@ -18,59 +18,11 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.report import report
 from rankdistill.evaluation.report.data import read_run_data
 from rankdistill.evaluation.report.findings import ratio_interval
-from rankdistill.recipe import load_recipe
-from rankdistill.stages import Workspace
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
-ZINC = f"Zinc {SCRIPT} keeps iron from rusting. </script> & <b>bold</b> zinc"
-HOSTILE = [
-    ("zinc", ZINC, f"zinc keeps iron from rust {SCRIPT}"),
-    ("tin", "Tin is a soft metal; old cans are made of it.", "soft metal of cans"),
-    ("lead", "Lead is a heavy metal that keeps out rays.", "heavy metal against rays"),
-    ("neon", "Neon is a gas that glows red in tubes.", "gas that glows red"),
-]
-
-
-def add_facts(folder: Path) -> None:
-    with open(folder / "corpus.jsonl", "a") as corpus, open(folder / "queries.jsonl", "a") as queries:
-        for name, text, question in HOSTILE:
-            corpus.write(json.dumps({"_id": f"d-{name}", "title": f"<i>{name}</i>", "text": text}) + "\n")
-            corpus.write(json.dumps({"_id": f"x-{name}", "title": "", "text": f"A note about {name}."}) + "\n")
-            queries.write(json.dumps({"_id": f"q-{name}", "text": question}) + "\n")
-    with open(folder / "qrels" / "test.tsv", "a") as stream:
-        stream.write("q-zinc\td-zinc\t1\nq-zinc\tx-zinc\t0\nq-lead\td-lead\t2\nq-tin\td-tin\t1\nq-neon\td-neon\t1\n")
-
-
-@pytest.fixture(scope="module")
-def run(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run over facts of which some hold markup; the hostile one is a test query."""
-    folder = tmp_path_factory.mktemp("report")
-    shutil.copytree(tiny_beir, folder / "facts")
-    add_facts(folder / "facts")
-    recipe = load_recipe(
-        {
-            "name": "tiny",
-            "description": f"A run {SCRIPT}",
-            "collection": f"beir:{folder / 'facts'}",
-            "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
-            "teacher": {"type": "bi_encoder", "model": str(tiny_encoder)},
-            "student": {"type": "static", "model": str(tiny_encoder)},
-            "training": {
-                "steps": 6,
-                "checkpoints": 2,
-                "log_every": 2,
-                "lists": {"type": "random_documents", "size": 4},
-                "device": "cpu",
-            },
-            "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
-            "indexes": ["sq8"],
-        }
-    )
-    Workspace(folder / "run", recipe, folder / "store").run()
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
