@@ -134,7 +134,6 @@ def _python() -> Check:
 def _torch() -> Check:
     try:
         import torch
-
     except ImportError:
         return Check("torch", False, "missing", "pip install torch", needed=True)
     precision = resolve_precision(torch.device("cpu"), "auto")

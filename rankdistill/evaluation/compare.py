@@ -120,13 +120,8 @@ def compare(
             evaluation.rows.append(Row(name, measured.means, measured.notes, file))
             evaluation.per_query[name] = measured.per_query
             bar.advance()
-    evaluation.compare_rows(
-        baseline=baseline,
-        family="all" if baseline is None else "baseline",
-        correction=correction,
-        alpha=alpha,
-        seed=seed,
-    )
+    family = "all" if baseline is None else "baseline"
+    evaluation.compare_rows(baseline=baseline, family=family, correction=correction, alpha=alpha, seed=seed)
     return evaluation
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -127,26 +127,11 @@ class Evaluation:
         values = {name: value for name, value in vars(self).items() if name not in apart}
         return values | {"rows": [asdict(row) for row in self.rows]}
 
-    def compare_rows(
-        self,
-        *,
-        baseline: str | None = None,
-        family: Literal["all", "baseline"] = "all",
-        correction: str = "holm",
-        alpha: float = 0.05,
-        seed: int = 0,
-    ) -> None:
-        """Fill in the rows' intervals and `significance` from `per_query`."""
+    def compare_rows(self, **options: Any) -> None:
+        """Fill in the rows' intervals and `significance` from `per_query`; options of `compare_values`."""
         missing = {row.system: row.notes["missing_queries"] for row in self.rows if row.notes["missing_queries"]}
-        self.significance = compare_values(
-            self.per_query,
-            baseline=baseline,
-            family=family,
-            correction=correction,
-            alpha=alpha,
-            seed=seed,
-            notes={"missing_queries": missing} if missing else None,
-        )
+        notes = {"missing_queries": missing} if missing else None
+        self.significance = compare_values(self.per_query, notes=notes, **options)
         for row in self.rows:
             row.intervals = self.significance.intervals.get(row.system, {})
 
@@ -343,9 +328,10 @@ def agreement_table(evaluation: Evaluation, page: bool = False) -> Table | None:
         f"p = {counts['rbo_persistence']:g}, Pearson's r of the margins between scores within a query",
         f"{unscored}: share of the first {cutoff} that the teacher never scored; win/tie/loss against it: "
         f"queries, by {fidelity.metric}; won/lost: relevant documents that only one has among its first {cutoff}",
-        f"the teacher scored {counts['documents_a_list']:.3g} documents a query; of "
-        f"{counts['queries_without_teacher_list']:,} queries it scored none",
+        f"the teacher scored {counts['documents_a_list']:.3g} documents a query",
     ]
+    if unlisted := counts["queries_without_teacher_list"]:
+        notes.append(f"{unlisted:,} more queries are left out: the teacher scored none of their documents")
     return make_table(title, list(fidelity.systems), columns, notes)
 
 
