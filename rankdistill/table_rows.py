@@ -256,7 +256,7 @@ def _rerank_row(
 ) -> RerankSystem:
     """A student that reads pairs, re-ranking the top of a source of candidates, as its teacher's row does."""
     candidates = run.first_stage(collection, source, file_name(f"{collection.name}-{split}{suffix}"), depth, split)
-    student.scorer.freeze()
+    student.freeze()
 
     def live(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
         for item in lists:

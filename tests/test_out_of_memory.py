@@ -99,7 +99,7 @@ def test_pairs_are_scored_in_smaller_parts(
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert (
         max(tried) > 100
-        and teacher.scorer.budget.tokens < 960
+        and teacher.load().budget.tokens < 960
         and capsys.readouterr().err.count("warning: the memory") == 1
     )
 

@@ -147,6 +147,12 @@ class StudentModel(nn.Module, ABC):
         overflow; features made otherwise do not tell."""
         return sum(bool(encoding.overflowing) for encoding in getattr(features, "encodings", None) or [])
 
+    def take_cut(self) -> dict[str, int]:
+        """`cut_` and a side → texts of it that were cut since this was last called, for a teacher's report."""
+        cut = {f"cut_{side}": count for side, count in self.cut.items() if count}
+        self.cut = dict.fromkeys(self.cut, 0)
+        return cut
+
     def embed_parts(self, parts: Iterable[Part], side: Side) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Places and embeddings of parts of texts; one that the memory does not hold comes in smaller ones."""
         device = self.device

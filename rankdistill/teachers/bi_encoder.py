@@ -59,11 +59,7 @@ class EncoderTeacher(PairTeacher):
 
     def take_report(self) -> dict[str, Any]:
         """How many texts were cut to the model's or the recipe's length."""
-        if self._model is None:
-            return {}
-        cut = {f"cut_{side}": count for side, count in self._model.cut.items() if count}
-        self._model.cut = dict.fromkeys(self._model.cut, 0)
-        return cut
+        return self._model.take_cut() if self._model is not None else {}
 
     def describe(self) -> dict[str, Any]:
         settings = {**super().describe(), "precision": resolve_precision(self.place, self.precision)}

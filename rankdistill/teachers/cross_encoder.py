@@ -1,6 +1,6 @@
 """Cross-encoder teachers: any sequence-classification ranker, or one fine-tuned from an encoder within the run.
 
-How they score: `students/pair_scoring.py`.
+How they score: `students/cross_encoder.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ import numpy as np
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.students.cross_encoder import PairModel, open_cross_encoder
 from rankdistill.students.loading import is_cross_encoder
 from rankdistill.students.models import resolve_model
-from rankdistill.students.pair_scoring import PairScorer, open_cross_encoder
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.base import Dev, PairTeacher
 from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
 
 if TYPE_CHECKING:
-    import torch
-    from sentence_transformers import CrossEncoder
-
     from rankdistill.collections import Collection
 
 
@@ -60,13 +57,12 @@ class CrossEncoderTeacher(PairTeacher):
         device: str | None = None,
         train: CrossEncoderTraining | None = None,
     ) -> None:
-        self.model_name, self.max_length, self.query_length = model, max_length, query_length
+        self.model, self.max_length, self.query_length = model, max_length, query_length
         self.precision: Precision = precision
-        self.token_budget, self._device_name = token_budget, device
+        self.token_budget, self.device = token_budget, device
         self.training = CrossEncoderTraining.model_validate(train) if train is not None else None
-        self._reported = 0  # queries that were cut
         self._folder: Path | None = None
-        self._scorer: PairScorer | None = None
+        self._model: PairModel | None = None
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -79,15 +75,15 @@ class CrossEncoderTeacher(PairTeacher):
         return self.training.dev_depth if self.training is not None and self.training.dev_queries else 0
 
     def training_inputs(self) -> dict[str, Any]:
-        return {"model": resolve_model(self.model_name).revision}
+        return {"model": resolve_model(self.model).revision}
 
     def use_trained(self, folder: Path) -> None:
-        self._folder, self._scorer, self._reported = Path(folder), None, 0
+        self._folder, self._model = Path(folder), None
 
     def _source(self) -> tuple[Path, str]:
         if self.needs_training:
             raise RankdistillError("this cross-encoder must be trained before it teaches", fix="call train() first")
-        source = resolve_model(str(self._folder) if self._folder else self.model_name)
+        source = resolve_model(str(self._folder) if self._folder else self.model)
         return source.path, source.revision
 
     def fingerprint(self) -> str:
@@ -95,19 +91,15 @@ class CrossEncoderTeacher(PairTeacher):
 
     def describe(self) -> dict[str, Any]:
         training = self.training.model_dump() if self.training else None
-        return {**self._settings(), "model": self.model_name, "train": training}
+        return {**self._settings(), "model": self.model, "train": training}
 
     def _settings(self) -> dict[str, Any]:
         names = {name: getattr(self, name) for name in ("type", "max_length", "query_length")}
-        return {**names, "precision": resolve_precision(self.device, self.precision)}
+        return {**names, "precision": resolve_precision(resolve_device(self.device), self.precision)}
 
-    @property
-    def device(self) -> torch.device:
-        return resolve_device(self._device_name)
-
-    def load(self) -> CrossEncoder:
+    def load(self) -> PairModel:
         """The model, loaded once."""
-        if self._scorer is None:
+        if self._model is None:
             folder, _ = self._source()
             if not is_cross_encoder(folder):
                 raise RankdistillError(
@@ -115,31 +107,21 @@ class CrossEncoderTeacher(PairTeacher):
                     where=str(folder),
                     fix="give `train` settings to fine-tune a cross-encoder from it, or use type: bi_encoder",
                 )
-            model = open_cross_encoder(folder, self.max_length, self.device)
-            if model.num_labels != 1:
-                raise RankdistillError(
-                    f"this model gives {model.num_labels} numbers a pair, a teacher gives one", where=str(folder)
-                )
-            self._scorer = PairScorer(model, self.precision, self.token_budget, self.query_length).freeze()
-        return self._scorer.model
-
-    @property
-    def scorer(self) -> PairScorer:
-        self.load()
-        assert self._scorer is not None
-        return self._scorer
+            model = open_cross_encoder(folder, self.max_length, resolve_device(self.device))
+            self._model = PairModel(
+                model, self.precision, token_budget=self.token_budget, query_length=self.query_length
+            ).freeze()
+        return self._model
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
         """float32 [N] logits of pairs [N, 2]; see PairTeacher."""
-        return self.scorer.score_pairs(queries, documents, pairs)
+        return self.load().score_pairs(queries, documents, pairs)
 
     def take_report(self) -> dict[str, Any]:
         """How many queries were cut."""
-        counted = self._scorer.cut_queries if self._scorer is not None else 0
-        cut, self._reported = counted - self._reported, counted
-        return {"cut_query": cut} if cut else {}
+        return self._model.take_cut() if self._model is not None else {}
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +149,7 @@ class CrossEncoderTeacher(PairTeacher):
         out = Path(out)
         work = out.with_name(f".{out.name}.training")
         report = fine_tune(
-            resolve_model(self.model_name).path,
+            resolve_model(self.model).path,
             self.training,
             collection,
             candidates,
@@ -176,7 +158,7 @@ class CrossEncoderTeacher(PairTeacher):
             dev,
             seed=seed,
             max_length=self.max_length,
-            device=self.device,
+            device=resolve_device(self.device),
         )
         out.mkdir(parents=True, exist_ok=True)
         for item in sorted((work / "model").iterdir()):

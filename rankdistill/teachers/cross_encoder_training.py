@@ -6,8 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,9 @@ from rankdistill.losses.divergence import ListNet
 from rankdistill.losses.lambda_loss import LambdaLoss
 from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator
+from rankdistill.students.cross_encoder import PairModel, starting_cross_encoder
 from rankdistill.students.encoders import set_dropout
 from rankdistill.students.less_memory import GradientCache
-from rankdistill.students.pair_scoring import PairScorer, new_parts, save_cross_encoder, starting_cross_encoder
 from rankdistill.students.token_batches import resolve_precision, training_attention
 from rankdistill.teachers.base import Dev
 from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
@@ -230,7 +229,9 @@ class PairTrainer(TrainingLoop):
         refresh_at: int | None,
     ) -> None:
         super().__init__(learner, args, examples, learner.collate, "training the cross-encoder")
-        self.scorer, self.dev, self.settings = PairScorer(learner.model), dev, learner.settings
+        self.dev, self.settings = dev, learner.settings
+        rate = self.settings.head_learning_rate or 10 * self.settings.learning_rate
+        self.ranker = PairModel(learner.model, rates=(self.settings.gate_learning_rate, rate))
         self.metric = DEV if dev is not None else ""
         self.scoring_length, self.examples = scoring_length, examples
         self.negatives, self.refresh_at = negatives, refresh_at
@@ -239,25 +240,21 @@ class PairTrainer(TrainingLoop):
 
     def rates(self) -> dict[nn.Parameter, float]:
         """What is new has further to go than an encoder that is nearly right."""
-        gates, heads = new_parts(self.scorer.model)
-        rate = self.settings.head_learning_rate or 10 * self.settings.learning_rate
-        return dict.fromkeys(heads, rate) | dict.fromkeys(gates, self.settings.gate_learning_rate)
+        return self.ranker.learning_rates()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         return model(**inputs)
 
     def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
         fix = "a smaller teacher.train.max_length, or teacher.train.precision: bf16"
-        self.learner.cache.shrink(error, [inputs["features"]], self.scorer.model.device, fix)
+        self.learner.cache.shrink(error, [inputs["features"]], self.ranker.model.device, fix)
 
     def judge(self) -> dict[str, float]:
         assert self.dev is not None
-        with _at_rest(self.scorer.model):
-            scores = self._pairs(self.dev.queries, self.dev.documents, self.dev.pairs)
-        return {DEV: self.dev.measure(scores)}
+        return {DEV: self.dev.measure(self._pairs(self.dev.queries, self.dev.documents, self.dev.pairs))}
 
     def save_best(self, folder: Path) -> None:
-        save_cross_encoder(self.scorer.model, folder, self.scoring_length)
+        self.ranker.save(folder, self.scoring_length)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = super().evaluate()
@@ -282,7 +279,7 @@ class PairTrainer(TrainingLoop):
         Raises:
             RankdistillError: a score is no number: the training has diverged.
         """
-        scores = self.scorer.score_pairs(queries, documents, pairs)
+        scores = self.ranker.score_pairs(queries, documents, pairs)
         if not np.isfinite(scores).all():
             raise diverged()
         return scores
@@ -291,7 +288,7 @@ class PairTrainer(TrainingLoop):
         """query id → document id → score, of each query's documents."""
         scored: dict[str, dict[str, float]] = {}
         ids, title = list(documents), "scoring candidates for new negatives"
-        with _at_rest(self.scorer.model), progress(title, len(ids), "queries") as bar:
+        with progress(title, len(ids), "queries") as bar:
             for start in range(0, len(ids), 64):
                 block = ids[start : start + 64]
                 pairs = [
@@ -404,12 +401,3 @@ def diverged() -> RankdistillError:
         "training the cross-encoder diverged (its loss or its weights are no numbers)",
         fix="lower teacher.train.learning_rate, or train with precision: fp32",
     )
-
-
-@contextmanager
-def _at_rest(model: CrossEncoder) -> Iterator[None]:
-    """Without dropout."""
-    training = model.training
-    model.eval()
-    yield
-    model.train(training)

@@ -66,7 +66,7 @@ def test_scores_equal_those_of_predict(
     )
     found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
     expected = predicted(cross_encoder, lists, max_length)
-    assert teacher.scorer.joiner is not None and found.dtype == np.float32
+    assert teacher.load().joiner is not None and found.dtype == np.float32
     assert expected.std() > 0.3
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_pairs_are_cut_to_what_the_model_has_positions_for(
     folder = make_model(tmp_path / "model", kind, "ForSequenceClassification")
     teacher = CrossEncoderTeacher(str(folder), max_length=max_length, precision="fp32", device="cpu")
     found = teacher.score_pairs(*TEXTS, PAIRS)
-    assert teacher.scorer.limit == limit
+    assert teacher.load().limit == limit
     assert ("1,024, but model has 64 positions" in capsys.readouterr().err) == (max_length == 1024)
     peer = CrossEncoder(str(folder), device="cpu", max_length=min(limit, 1000))
     peer.tokenizer.pad_token = peer.tokenizer.pad_token or "</s>"  # asked for, though a pair alone is not padded
@@ -118,7 +118,7 @@ def test_a_model_that_pads_with_nothing_and_ends_pairs_in_its_end_token(tmp_path
     together = teacher.score_pairs(*TEXTS, PAIRS)
     alone = [teacher.score_pairs(*TEXTS, PAIRS[at : at + 1])[0] for at in range(len(PAIRS))]
     np.testing.assert_allclose(together, alone, atol=1e-4)
-    assert teacher.load().tokenizer.pad_token == "<unk>"
+    assert teacher.load().model.tokenizer.pad_token == "<unk>"
     tokenizer.unk_token = None
     tokenizer.save_pretrained(folder)
     with pytest.raises(RankdistillError, match="has no padding token"):
@@ -230,17 +230,17 @@ def test_long_queries_are_cut_counted_and_said_once(
     long = TextList("q", "iron gold oak " * 20, ["a"], document)
     short = TextList("q", "iron gold oak " * 2, ["a"], document)
     (_, _, first), (_, _, second) = (next(iter(teacher.score([item]))) for item in (long, short))
-    length = len(token_ids(teacher.scorer.tokenizer, [short.query])[0])
+    length = len(token_ids(teacher.load().tokenizer, [short.query])[0])
     assert length >= 6 and first == second  # the same first tokens remain
     assert list(teacher.score([long, short]))
-    assert teacher.scorer.cut_queries == (2 if length == 6 else 4)
+    assert teacher.load().cut["query"] == (2 if length == 6 else 4)
     assert capsys.readouterr().err.count("are cut") == 1
 
 
 def test_broken_weights_are_refused(cross_encoder: Path, tiny_collection: Collection) -> None:
     teacher = CrossEncoderTeacher(str(cross_encoder), device="cpu")
     with torch.no_grad():
-        teacher.load().model.classifier.bias.fill_(float("nan"))
+        teacher.load().model.model.classifier.bias.fill_(float("nan"))
     with pytest.raises(RankdistillError, match="nan"):
         list(teacher.score(lists_of(tiny_collection, 1)))
 

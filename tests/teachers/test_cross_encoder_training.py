@@ -154,7 +154,7 @@ def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
         found = small.train(tiny_collection, candidates, tmp_path / "small", seed=3)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert max(tried) > 200 > 100 >= max(tried[-3:]) and capsys.readouterr().err.count("does not hold a batch") == 1
-    learner = Listwise(plain.load(), CrossEncoderTraining(**settings))
+    learner = Listwise(plain.load().model, CrossEncoderTraining(**settings))
     batch = learner.collate([("iron", ["gold", "oak and bee", "sun"], [1, 0, 0]), ("bat", ["mars"], [1])])
     gradients = []
     for learner.cache.on in (False, True):
@@ -221,14 +221,14 @@ def test_an_encoder_that_cannot_be_had_starts_from_a_head(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from rankdistill.errors import UsageError
-    from rankdistill.students import pair_encoder
+    from rankdistill.students import cross_encoder
 
     def refused(*_: Any) -> Any:
         raise UsageError("this encoder's attention is not open to change")
 
-    monkeypatch.setattr(pair_encoder, "pair_encoder", refused)
+    monkeypatch.setattr(cross_encoder, "pair_encoder", refused)
     teacher = teacher_of(tiny_encoder, steps=1)
     teacher.train(tiny_collection, candidates_of(tiny_collection), tmp_path / "ce", seed=3)
     assert "starts from a random head" in capsys.readouterr().err
-    body: Any = teacher.load().model
+    body: Any = teacher.load().model.model
     assert body.config.architectures == ["BertForSequenceClassification"]
