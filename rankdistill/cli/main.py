@@ -475,6 +475,7 @@ def search(
 ) -> None:
     """Search a run's collection with its student."""
     _begin(quiet or as_json, device)
+    from rankdistill.collections.passages import best_passages
     from rankdistill.plain import escaped, shown
 
     workspace = _searching_workspace(folder)
@@ -487,16 +488,19 @@ def search(
         from rankdistill.table_rows import fused_engine
 
         engine = fused_engine(workspace, engine, fuse, count)
-    hits = engine.search([query], count)[0]
-    documents = workspace.collection.documents(hits.rows)
+    over = workspace.collection
+    hits = engine.search([query], over.reach(count))[0]
+    best = (best_passages(over.doc_ids(hits.rows)) if over.passages else list(range(len(hits.rows))))[:count]
+    rows = [int(hits.rows[at]) for at in best]
     results = [
         {
             "rank": rank,
-            "score": round(float(score), 4),
-            "doc_id": document.doc_id,
+            "score": round(float(hits.scores[at]), 4),
+            "doc_id": found,
+            **({"passage": document.doc_id} if over.passages else {}),
             "text": f"{document.title} {document.text}".strip(),
         }
-        for rank, (document, score) in enumerate(zip(documents, hits.scores, strict=True), 1)
+        for rank, (at, found, document) in enumerate(zip(best, over.found_ids(rows), over.documents(rows)), 1)
     ]
     if as_json:
         print("\n".join(map(escaped, json.dumps(results, indent=2, ensure_ascii=False).split("\n"))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rankdistill.artifacts import Artifact, fingerprint
+from rankdistill.collections.passages import document_of, judged_documents, passage_id
 from rankdistill.collections.storage import IdIndex, Rows, Table, id_hash, readable
 from rankdistill.errors import RankdistillError
 
+UNJUDGED = (
+    "it has no judgments: `rankdistill generate` makes queries for its documents, and candidates.unlabelled: titles "
+    "(recipe documents_only) learns without any"
+)
 # Names under which collections publish what is one thing here: what one tunes on.
 DEV_NAMES = ("dev", "validation", "valid", "val", "dev.small")
 # The splits of queries that were made from the documents themselves (see `with_queries`).
@@ -106,8 +112,24 @@ class Collection:
         return self._documents.take("doc_id", rows)
 
     def doc_rows(self, ids: Sequence[str]) -> Rows:
-        """int64 [len(ids)], -1 where an id is unknown."""
-        return self._document_index.lookup(ids)
+        """int64 [len(ids)], -1 where an id is unknown; of a document that is here in passages, the first one's."""
+        rows = self._document_index.lookup(ids)
+        if self.passages and len(rows) and rows.min() < 0:
+            first = self._document_index.lookup([passage_id(identifier, 1) for identifier in ids])
+            return np.where(rows < 0, first, rows)
+        return rows
+
+    def found_ids(self, rows: Sequence[int] | Rows) -> list[str]:
+        """What is found at these rows: ids of documents, where rows are passages too."""
+        ids = self.doc_ids(rows)
+        return list(map(document_of, ids)) if self.passages else ids
+
+    def reach(self, count: int) -> int:
+        """How many rows to search for, to find so many documents: twice what they have on average, and 100 more."""
+        if not self.passages:
+            return count
+        each = math.ceil(self.document_count / self.passages["documents"])
+        return min(self.document_count, 2 * each * count + 100)
 
     def documents(self, rows: Sequence[int] | Rows) -> list[Document]:
         columns = (self._documents.take(name, rows) for name in Document._fields)
@@ -138,7 +160,7 @@ class Collection:
         raise RankdistillError(
             f"collection {self.name} has no split {split!r}",
             where=self.spec,
-            fix=f"its judged splits are: {', '.join(self.splits) or 'none'}",
+            fix=f"its judged splits are: {', '.join(self.splits)}" if self.splits else UNJUDGED,
         )
 
     @property
@@ -283,6 +305,11 @@ class Collection:
         """
         return dict(self._iter_judged(split, missing))
 
+    def found_qrels(self, split: str) -> dict[str, dict[str, int]]:
+        """What a search is measured with: all judgments, of documents where rows are passages."""
+        qrels = self.qrels(split, missing=True)
+        return {query_id: judged_documents(judged) for query_id, judged in qrels.items()} if self.passages else qrels
+
     def training_splits(self, dev_fraction: float = 0.1, seed: int = 42) -> tuple[list[str], list[str]]:
         """(train query ids, dev query ids).
 
@@ -325,7 +352,7 @@ class Collection:
             "fingerprint": self.fingerprint,
             "path": str(self.path),
             "documents": self.document_count,
-            **({"passages": self.passages, "skipped": self.artifact.manifest["skipped"]} if self.passages else {}),
+            **{key: noted for key in ("passages", "skipped") if (noted := self.artifact.manifest.get(key)) is not None},
             "queries": self.query_count,
             "words": self.artifact.manifest["words"],
             "splits": splits,

@@ -6,9 +6,11 @@ symbolic links are passed over. What cannot be read, has no text, or has the tex
 counted and named in `skipped.jsonl` beside the collection.
 
 A document becomes passages of at most 120 words, its title with each (`split_passages`); `documents:PATH?words=200` and
-`...?words=200&overlap=40` say otherwise. Queries and judgments are optional, in the form of BEIR: `queries.jsonl` and
-`qrels/SPLIT.tsv`. A judgment of a document is one of each of its passages, and a ranking of passages is measured as one
-of documents (`best_passages`).
+`...?words=200&overlap=40` say otherwise. Searches find documents, each where its best passage is (`best_passages`), and
+are measured so; with `...?by=passage` each passage counts for itself.
+
+Queries and judgments are optional, in the form of BEIR: `queries.jsonl` and `qrels/SPLIT.tsv`. A judgment of a document
+is one of each of its passages.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Place(NamedTuple):
     path: Path
     words: int = WORDS
     overlap: int = OVERLAP
+    by: str = "document"
 
 
 def place_of(argument: str) -> Place:
@@ -57,8 +60,11 @@ def place_of(argument: str) -> Place:
         return Place(Path(argument).expanduser())
     place = Place(Path(path).expanduser())
     for name, value in parse_qsl(settings, keep_blank_values=True):
+        if name == "by" and value in ("document", "passage"):
+            place = place._replace(by=value)
+            continue
         if name not in ("words", "overlap") or not (value.isascii() and value.isdigit() and len(value) < 9):
-            fix = "?words=200&overlap=40: whole numbers, words of a passage and of what it shares with the next"
+            fix = "?words=200&overlap=40 (words of a passage, and those it shares with the next), ?by=passage"
             raise UsageError(f"{shown(name)}={shown(value)} is no setting of documents", where=argument, fix=fix)
         place = place._replace(words=int(value)) if name == "words" else place._replace(overlap=int(value))
     if place.words < 10 or place.overlap > place.words // 2:
@@ -85,6 +91,7 @@ def open_source(argument: str, spec: str) -> Collection:
         "schema": SCHEMA,
         "words": place.words,
         "overlap": place.overlap,
+        "by": place.by,
         "files": digests,
         "queries": [file_digest(path) for path in queries],
         "qrels": {stem(path): file_digest(path) for path in qrels},
@@ -192,7 +199,8 @@ class _Import:
         if kinds:
             self.writer.problems.append(f"passed over, being no documents: {_counted(kinds)}")
         cut = {"words": self.place.words, "overlap": self.place.overlap}
-        self.writer.notes |= {"passages": {"documents": self.documents, **cut}, "skipped": self.left}
+        passages = {"documents": self.documents, **cut} if self.place.by == "document" else {}
+        self.writer.notes |= {"passages": passages, "skipped": self.left}
         self._judge()
 
     def _add(self, text: Text, name: str) -> str:
@@ -207,7 +215,7 @@ class _Import:
             return "the same text as a document before it"
         self.seen |= {id_hash(f"id {doc_id}"), id_hash(f"text {whole}")}
         number = 0
-        for number, passage in enumerate(split_passages(text.paragraphs, *self.place[1:]), 1):
+        for number, passage in enumerate(split_passages(text.paragraphs, self.place.words, self.place.overlap), 1):
             self.writer.document(passage_id(doc_id, number), text.title, passage, text.line)
         self.documents += 1
         if doc_id in self.passages:

@@ -6,7 +6,7 @@ Passage 3 of document `guide.md` has the id `guide.md#3`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 # A word: two characters of a script that writes no spaces, or what stands between spaces, 40 characters at most.
@@ -64,3 +64,12 @@ def best_passages(ranked: Sequence[str]) -> list[int]:
     for at, identifier in enumerate(ranked):
         first.setdefault(document_of(identifier), at)
     return list(first.values())
+
+
+def judged_documents(judged: Mapping[str, int]) -> dict[str, int]:
+    """Judgments of passages as judgments of documents: the greatest of each."""
+    found: dict[str, int] = {}
+    for identifier, relevance in judged.items():
+        document = document_of(identifier)
+        found[document] = max(relevance, found.get(document, relevance))
+    return found

@@ -28,6 +28,7 @@ from rankdistill.evaluation.evaluate import environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
 from rankdistill.evaluation.results import Evaluation, Row, comparisons_table
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
+from rankdistill.evaluation.suites import set_title
 from rankdistill.evaluation.tables import SIGNED, latex, markdown, plain_table, print_tables
 from rankdistill.plain import shown_lines
 from rankdistill.progress import progress, say, warn
@@ -283,8 +284,8 @@ def _judgments(
             where=collection.spec,
             fix=f"splits: {', '.join(collection.splits) or 'none'}",
         )
-    judged = collection.qrels(split, missing=True)
-    return _Judgments(judged, collection.name, collection.spec, collection.fingerprint, split)
+    judged = collection.found_qrels(split)
+    return _Judgments(judged, set_title(collection.name, split), collection.spec, collection.fingerprint, split)
 
 
 def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:

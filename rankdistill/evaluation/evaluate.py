@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from rankdistill.artifacts import disk_errors, write_atomically, write_json, write_table
 from rankdistill.collections import Collection, open_collection
+from rankdistill.collections.passages import best_passages, document_of
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps, measuring_environment
 from rankdistill.evaluation.extrapolation import QuerySplit, measure_splits
@@ -30,7 +31,16 @@ from rankdistill.evaluation.fidelity import measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, evaluate_run, parse_metric
 from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
 from rankdistill.evaluation.significance import parse_correction, pick_baseline
-from rankdistill.evaluation.suites import EvaluationSet, Found, Missing, Suite, load_references, locate
+from rankdistill.evaluation.suites import (
+    SYNTHETIC,
+    EvaluationSet,
+    Found,
+    Missing,
+    Suite,
+    load_references,
+    locate,
+    set_title,
+)
 from rankdistill.evaluation.tables import markdown
 from rankdistill.indexes.mining import same_text
 from rankdistill.progress import progress, warn
@@ -215,7 +225,7 @@ def evaluate_systems(
         parse_metric(metric)
     pick_baseline(list(systems), baseline)  # before hours of searching
     parse_correction(correction)
-    qrels = collection.qrels(split, missing=True)  # as trec_eval: what the collection lacks was not found
+    qrels = collection.found_qrels(split)  # as trec_eval: what the collection lacks was not found
     query_ids = collection.query_ids(split)
     if not query_ids:
         raise RankdistillError(f"the split {split!r} has no judged queries", where=collection.spec)
@@ -315,8 +325,10 @@ def _run(
     What searches is written to `file` first. Its own work is timed in batches, after one query that warms it up. A
     ready run keeps its queries without judgments, so that they are counted.
     """
+    passages = bool(getattr(collection, "passages", None))
     if isinstance(system, Run | str | Path):
         run = copy(system) if isinstance(system, Run) else read_run(system)
+        run = by_best_passages(run, file) if passages else run
         run = run.first(depth + drop_self_hits)
         itself = run.self_hits if drop_self_hits else np.zeros(len(run.scores), bool)
         run = run.keep(~itself).first(depth)
@@ -331,10 +343,11 @@ def _run(
             ids = query_ids[start : start + batch]
             texts = collection.query_texts(ids)
             started = time.perf_counter()
-            rankings = system.run(collection, ids, texts, depth + drop_self_hits)
+            asked = depth + drop_self_hits
+            rankings = system.run(collection, ids, texts, collection.reach(asked) if passages else asked)
             rankings = list(rankings) if timed else rankings
             seconds += time.perf_counter() - started
-            for query_id, doc_ids, scores in rankings:
+            for query_id, doc_ids, scores in map(_of_documents, rankings) if passages else rankings:
                 if drop_self_hits and query_id in doc_ids:
                     dropped += 1
                     at = doc_ids.index(query_id)
@@ -342,6 +355,21 @@ def _run(
                 writer.add(query_id, doc_ids[:depth], scores[:depth])
                 bar.advance()
     return read_run(file, name), dropped, len(query_ids) / seconds if timed and seconds else None
+
+
+def _of_documents(ranking: Ranking) -> Ranking:
+    """A ranking of passages, best first, as one of documents by their best passage."""
+    query_id, ids, scores = ranking
+    best = best_passages(ids)
+    return query_id, [document_of(ids[at]) for at in best], np.asarray(scores)[best]
+
+
+def by_best_passages(run: Run, file: Path) -> Run:
+    """The same of a run, written to `file`."""
+    with RunWriter(file) as writer:
+        for ranking in run:
+            writer.add(*_of_documents(ranking))
+    return read_run(file, run.name)
 
 
 def _as_trec(run: Run, file: Path) -> Path:
@@ -412,6 +440,8 @@ def evaluate_suite(
 ) -> SuiteEvaluation:
     """Evaluate every set of a suite that can be found; the others are listed as missing with the reason.
 
+    That the run's own collection has no judgments is no failure: nothing is measured then, and the result says so.
+
     Args:
         systems_for: (collection, set, split) → the systems to run on it; called once for each set found.
         splits_for: (collection, split) → how its queries are parted into interpolation and extrapolation.
@@ -426,15 +456,18 @@ def evaluate_suite(
     evaluations: list[Evaluation] = []
     missing: list[dict[str, str]] = []
     groups: dict[str, str] = {}
+    unjudged = False
     for entry in suite.sets:
         located = locate(entry, own=own, local=Path(local) if local else None, fetch=fetch, opener=opener)
         if isinstance(located, Missing):
             warn(f"{entry.name} is not evaluated: {located.reason}")
             missing.append({"set": entry.name, "reason": located.reason})
+            unjudged = unjudged or located.unjudged
             continue
         evaluations.append(_evaluate_set(suite, entry, located, systems_for, splits_for, out))
-        groups[evaluations[-1].name] = entry.group or entry.name
-    if not evaluations:
+        if located.split not in SYNTHETIC:  # never averaged with judged sets
+            groups[evaluations[-1].name] = entry.group or entry.name
+    if not evaluations and not unjudged:
         reasons = "; ".join(f"{absent['set']}: {absent['reason']}" for absent in missing)
         raise RankdistillError(
             f"no set of the suite {suite.name} could be found: {reasons}",
@@ -442,7 +475,7 @@ def evaluate_suite(
         )
     result = SuiteEvaluation(suite.name, list(suite.metrics), evaluations, missing, path=out)
     result.students = dict(students or {})
-    result.macro = macro_average(evaluations, groups)
+    result.macro = macro_average([each for each in evaluations if each.name in groups], groups)
     result.macro_sets = len(set(groups.values()))
     if not missing:
         result.published = [figure.model_dump() for figure in load_references(f"macro:{suite.name}")]
@@ -459,7 +492,7 @@ def _evaluate_set(
     splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None,
     out: Path,
 ) -> Evaluation:
-    name = located.collection.name if entry.collection == "own" else entry.name
+    name = set_title(located.collection.name if entry.collection == "own" else entry.name, located.split)
     folder = out / re.sub(r"[^\w.+-]+", "-", name)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -484,7 +517,7 @@ def _evaluate_set(
 def macro_average(evaluations: Sequence[Evaluation], groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """system → metric → mean over groups of the mean within a group; systems measured on every set only."""
     macro: dict[str, dict[str, float]] = {}
-    for system in (row.system for row in evaluations[0].rows):
+    for system in (row.system for row in evaluations[0].rows) if evaluations else ():
         if any(system not in {row.system for row in measured.rows} for measured in evaluations):
             continue
         macro[system] = {}

@@ -19,6 +19,7 @@ import numpy as np
 
 from rankdistill.collections import Collection
 from rankdistill.collections.collection import GENERATED, GENERATED_TEST
+from rankdistill.collections.passages import best_passages, document_of
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.cost import encoder_and_index
 from rankdistill.evaluation.evaluate import RerankList, Searches
@@ -141,7 +142,7 @@ class SearchPage:
             name for name in collection.splits if name not in ("train", GENERATED)
         ]  # training queries may be half a million
         self.split = next((name for name in ("test", "dev", GENERATED_TEST, *splits) if name in splits), "")
-        self.qrels = collection.qrels(self.split, missing=True) if self.split else {}
+        self.qrels = collection.found_qrels(self.split) if self.split else {}
         ids = list(self.qrels)
         texts = collection.query_texts(ids) if ids else []
         self._query_ids: dict[str, str] = {}
@@ -153,7 +154,7 @@ class SearchPage:
         """The first calls of every engine load and compile (encoders for each length): not what a query costs."""
         for query in [*list(self._query_ids)[:WARM_UP], "warm up"]:
             encoded: Encoded = {}
-            rankings = [self._rank(column, query[:LONGEST_QUERY], encoded) for column in self.columns]
+            rankings = [self._rank(column, query[:LONGEST_QUERY], encoded, {}) for column in self.columns]
         if self.teacher is not None:
             self._rerank(query, None, rankings)  # what fails is shown with the first query
 
@@ -203,12 +204,13 @@ class SearchPage:
             )
         query_id = self._query_ids.get(query)
         encoded: Encoded = {}
-        rankings = {column.key: self._rank(column, query, encoded) for column in self.columns}
+        shown_at: dict[str, int] = {}
+        rankings = {column.key: self._rank(column, query, encoded, shown_at) for column in self.columns}
         if teacher is not None:
             base = rankings.values() if teacher == ALL_COLUMNS else [rankings[teacher]]
             rankings[TEACHER] = self._rerank(query, query_id, list(base))
         shown = list(dict.fromkeys(row for one in rankings.values() for row in one.rows[:k]))
-        ids = dict(zip(shown, self.collection.doc_ids(shown), strict=True)) if shown else {}
+        ids = dict(zip(shown, self.collection.found_ids(shown), strict=True)) if shown else {}
         return {
             "query": query,
             "k": k,
@@ -217,12 +219,19 @@ class SearchPage:
             "documents": self._documents(ids, rankings, query_id),
         }
 
-    def _rank(self, column: Column, query: str, encoded: Encoded) -> _Ranking:
+    def _rank(self, column: Column, query: str, encoded: Encoded, shown_at: dict[str, int]) -> _Ranking:
+        """`shown_at`: document → the row that all columns show of it, the best passage of the first that finds it."""
         try:
-            hits, times = column.search(query, FOLLOWED, encoded)
+            hits, times = column.search(query, self.collection.reach(FOLLOWED), encoded)
         except RankdistillError as error:  # one column that fails leaves the others
             return _Ranking(error=error.what)
-        return _Ranking([int(row) for row in hits.rows], [float(score) for score in hits.scores], times)
+        rows, scores = [int(row) for row in hits.rows], [float(score) for score in hits.scores]
+        if self.collection.passages:
+            ids = self.collection.doc_ids(rows)
+            best = best_passages(ids)[:FOLLOWED]
+            rows = [shown_at.setdefault(document_of(ids[at]), rows[at]) for at in best]
+            scores = [scores[at] for at in best]
+        return _Ranking(rows, scores, times)
 
     def _rerank(self, query: str, query_id: str | None, base: list[_Ranking]) -> _Ranking:
         assert self.teacher is not None
@@ -269,7 +278,7 @@ class SearchPage:
             return None
         if not ranking.rows:
             return 0.0
-        ids = self.collection.doc_ids(ranking.rows[:10])
+        ids = self.collection.found_ids(ranking.rows[:10])
         run = Run.from_dict({query_id: {doc_id: -float(rank) for rank, doc_id in enumerate(ids)}})
         return round(evaluate_run(run, {query_id: self.qrels[query_id]}, [METRIC]).means[METRIC], 4)
 
@@ -292,14 +301,16 @@ class SearchPage:
     ) -> dict[str, dict[str, Any]]:
         labels = self.qrels.get(query_id, {}) if query_id is not None else {}
         return {
-            document.doc_id: {
+            doc_id: {
                 "title": document.title[:LONGEST_TEXT],
                 "text": document.text[:LONGEST_TEXT],
                 "characters": len(document.text),
-                "relevance": labels.get(document.doc_id),
+                "relevance": labels.get(doc_id),
                 "ranks": {key: one.rank_of.get(row) for key, one in rankings.items()},
             }
-            for row, document in zip(ids, self.collection.documents(list(ids)) if ids else [], strict=True)
+            for (row, doc_id), document in zip(
+                ids.items(), self.collection.documents(list(ids)) if ids else [], strict=True
+            )
         }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from rankdistill.collections import Collection, open_collection
+from rankdistill.collections.collection import GENERATED, GENERATED_DEV, GENERATED_TEST
 from rankdistill.collections.text_files import plain_or_gzip
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.fusion import Fusion
@@ -20,6 +21,7 @@ from rankdistill.recipe import check_values, declarations, find_declaration
 FOLDER = "eval/suites"
 REFERENCE_FOLDER = "eval/reference"
 OWN = "own"
+SYNTHETIC = (GENERATED_TEST, GENERATED_DEV, GENERATED)
 
 M = TypeVar("M", bound=Section)
 SystemKind = Literal[
@@ -157,10 +159,16 @@ def _validated(model: type[M], values: Any, path: Path) -> M:
 
 
 class Missing(NamedTuple):
-    """A set that could not be evaluated, and why."""
+    """A set that could not be evaluated, and why; `unjudged`: it is the run's own, and lacks the judgments."""
 
     name: str
     reason: str
+    unjudged: bool = False
+
+
+def set_title(name: str, split: str) -> str:
+    """What a set is called wherever figures of it stand."""
+    return f"{name}: synthetic queries, one document each counts as relevant" if split in SYNTHETIC else name
 
 
 class Found(NamedTuple):
@@ -207,7 +215,13 @@ def locate(
     except (RankdistillError, OSError) as error:
         return Missing(entry.name, error.what if isinstance(error, RankdistillError) else str(error))
     split = entry.split or ("test" if "test" in candidate.splits or len(candidate.splits) != 1 else candidate.splits[0])
+    is_own = own is not None and candidate is own
+    if is_own and split not in candidate.splits and GENERATED_TEST in candidate.splits:
+        split = GENERATED_TEST
+    if not candidate.splits:
+        reason = "has no judgments to measure with: write some, or let `rankdistill generate` make queries"
+        return Missing(entry.name, f"{candidate.spec} {reason}", is_own)
     if split not in candidate.splits:
-        has = ", ".join(candidate.splits) or "none"
-        return Missing(entry.name, f"{candidate.spec} has no judgments for the split {split!r} (it has {has})")
+        has = ", ".join(candidate.splits)
+        return Missing(entry.name, f"{candidate.spec} has no judgments for the split {split!r} (it has {has})", is_own)
     return Found(candidate, split)

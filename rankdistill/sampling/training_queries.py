@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rankdistill.collections.collection import DEV_NAMES, GENERATED, GENERATED_DEV, held_out
+from rankdistill.collections.passages import document_of, passage_id
 from rankdistill.collections.text_files import read_lines
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import warn
@@ -63,10 +64,12 @@ def _without_judged(collection: Collection, texts: list[str], source: str) -> li
 
 
 def pseudo_queries(collection: Collection, rows: np.ndarray) -> list[str]:
-    """A query made of each document (see `pseudo_query`), "" where it has no text."""
+    """A query made of each document (see `pseudo_query`), "" where it has no text; a title is its first passage's."""
     texts: list[str] = []
     for start in range(0, len(rows), 4096):
-        texts += [pseudo_query(item.title, item.text) for item in collection.documents(rows[start : start + 4096])]
+        for item in collection.documents(rows[start : start + 4096]):
+            later = collection.passages and item.doc_id != passage_id(document_of(item.doc_id), 1)
+            texts.append(pseudo_query("" if later else item.title, item.text))
     return texts
 
 
@@ -94,7 +97,8 @@ def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[
             raise UsageError(
                 f"collection {collection.name} has no train split",
                 where=collection.spec,
-                fix=f"to learn from queries without labels, {WHERE}: queries (or titles, or a text file)",
+                fix=f"to learn from queries without labels, {WHERE}: queries (or titles, or a text file); "
+                "`rankdistill generate` makes queries with labels for documents",
             )
         if split == GENERATED:
             train, dev_split = collection.query_ids(split), "dev" if own_dev else GENERATED_DEV

@@ -196,7 +196,7 @@ class OneQuery:
     def query_texts(self, ids: Any) -> list[str]:
         return list(ids)
 
-    def qrels(self, split: str, *, missing: bool = False) -> dict[str, dict[str, int]]:
+    def found_qrels(self, split: str) -> dict[str, dict[str, int]]:
         return QRELS
 
 

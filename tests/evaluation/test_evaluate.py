@@ -47,7 +47,7 @@ class Facts:
     def query_texts(self, ids: Sequence[str]) -> list[str]:
         return [query_id.removeprefix("q-") for query_id in ids]
 
-    def qrels(self, split: str, *, missing: bool = False) -> dict[str, dict[str, int]]:
+    def found_qrels(self, split: str) -> dict[str, dict[str, int]]:
         return {query: {self.ids[4 * n]: 1, self.ids[4 * n + 3]: 2} for n, query in enumerate(self.query_ids())}
 
     def doc_ids(self, rows: Any) -> list[str]:

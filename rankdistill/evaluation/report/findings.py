@@ -100,6 +100,8 @@ def headline(run: RunData) -> tuple[str, str]:
     made = f"distilled from {describe_model(teacher)}" if teacher else "trained on labels alone"
     what = f"The student is {describe_model(run.recipe.get('student'))}{size}, {made}."
 
+    if not run.sets:
+        return what, "Nothing was measured: there are no judgments to measure with."
     where = f"on {run.sets[0].name}"
     if len(run.sets) > 1:
         where = f"on average over {run.suite.macro_sets} sets of {run.suite.suite}"

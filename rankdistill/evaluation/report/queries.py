@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rankdistill.collections import Collection, open_collection
+from rankdistill.collections.passages import document_of
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.report.data import TEACHER, RunData, SetData
 from rankdistill.runs import Run, iter_run, read_run
@@ -200,7 +201,7 @@ def _documents(
         top: line → system → numbers of documents; labels: line → how many are relevant, and the labels of those shown;
         docs: (id, title, beginning of the text) of each number.
     """
-    qrels = collection.qrels(test_set.evaluation.split, missing=True) if collection is not None else {}
+    qrels = collection.found_qrels(test_set.evaluation.split) if collection is not None else {}
     number_of: dict[str, int] = {}
     top: dict[int, dict[int, list[int]]] = {line: {} for line in lines}
     line_of = {query_id: line for line, query_id in lines.items()}
@@ -224,7 +225,8 @@ def _texts(doc_ids: list[str], collection: Collection | None) -> list[tuple[str,
     if collection is None or not doc_ids:
         return [(doc_id, "", "") for doc_id in doc_ids]
     rows = np.asarray(collection.doc_rows(doc_ids))
-    known = {document.doc_id: document for document in collection.documents(rows[rows >= 0])}
+    there = [doc_id for doc_id, row in zip(doc_ids, rows, strict=True) if row >= 0]
+    known = dict(zip(there, collection.documents(rows[rows >= 0]), strict=True))
     texts = []
     for doc_id in doc_ids:
         title, text = (known[doc_id].title, known[doc_id].text) if doc_id in known else ("", "")
@@ -269,6 +271,7 @@ def _asked(run: RunData, test_set: SetData) -> dict[str, set[str]]:
     of = test_set.evaluation
     path = run.folder / "candidates" / f"{of.collection.get('name')}-{of.split}" / "candidates.parquet"
     try:
-        return {query_id: set(doc_ids) for query_id, doc_ids, _ in iter_run(path)} if path.is_file() else {}
+        lists = iter_run(path) if path.is_file() else ()
+        return {query_id: {*doc_ids, *map(document_of, doc_ids)} for query_id, doc_ids, _ in lists}
     except RankdistillError:
         return {}
