@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FACTS
 from forked import run
 
 from rankdistill.collections import open_collection
@@ -25,11 +24,22 @@ SYNTHETIC = "synthetic queries, one document each counts as relevant"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def facts(tiny_beir: Path) -> list[tuple[str, str, str]]:
+    """(name, fact, a question about it)."""
+    corpus, queries = (
+        [json.loads(line) for line in (tiny_beir / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("corpus", "queries")
+    )
+    documents = [record for record in corpus if record["_id"].startswith("d-")]
+    return [(each["title"], each["text"], query["text"]) for each, query in zip(documents, queries, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(facts: list[tuple[str, str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Markdown file a fact, the first of two passages."""
     place = tmp_path_factory.mktemp("own") / "notes"
     place.mkdir()
-    for name, text, _ in FACTS:
+    for name, text, _ in facts:
         (place / f"{name}.md").write_text(
             f"# {name}\n\n{text}\n\nWhat {name} costs is another matter. It changes a lot."
         )
@@ -73,10 +83,10 @@ def test_a_run_says_that_nothing_was_measured(mine: Path) -> None:
     assert again.code == 0 and "no judgments" in again.out + again.err
 
 
-def test_titles_are_the_queries_of_first_passages_alone(mine: Path) -> None:
+def test_titles_are_the_queries_of_first_passages_alone(mine: Path, facts: list[tuple[str, str, str]]) -> None:
     collection = Workspace(mine / "run").collection
     texts = set(collection.further.values())
-    assert {name for name, _, _ in FACTS} <= texts and collection.document_count > len(FACTS)
+    assert {name for name, _, _ in facts} <= texts and collection.document_count > len(facts)
     assert "What iron costs is another matter." in texts  # a later passage's first sentence
 
 
@@ -167,14 +177,14 @@ def test_a_ranking_of_passages_is_measured_as_one_of_documents(tmp_path: Path) -
 
 @pytest.mark.parametrize("verb", ["evaluate", "compare"])
 def test_figures_of_synthetic_queries_are_marked(
-    verb: str, folder: Path, tiny_encoder: Path, tmp_path: Path, mine: Path
+    verb: str, facts: list[tuple[str, str, str]], folder: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     """A collection whose only judgments to test with were generated: everything that shows a number says so."""
     place = tmp_path / "notes"
     (place / "qrels").mkdir(parents=True)
     for path in folder.iterdir():
         (place / path.name).write_bytes(path.read_bytes())
-    asked = [(f"q-{name}", question, f"{name}.md") for name, _, question in FACTS]
+    asked = [(f"q-{name}", question, f"{name}.md") for name, _, question in facts]
     (place / "queries.jsonl").write_text("".join(json.dumps({"_id": q, "text": t}) + "\n" for q, t, _ in asked))
     (place / "qrels/generated-test.tsv").write_text("".join(f"{q}\t{doc_id}\t1\n" for q, _, doc_id in asked))
     workspace = Workspace(tmp_path / "run", load_recipe("documents_only", changes(place, tiny_encoder)), tmp_path / "s")
