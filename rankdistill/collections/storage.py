@@ -35,17 +35,17 @@ def id_hash(identifier: str) -> int:
 
 
 class Column:
-    """An .npy file of one dimension that grows: its header is written last, when the length is known."""
+    """An .npy file of numbers, or of rows of them, that grows: its header is written last, when the length is known."""
 
-    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
-        self.dtype, self.length = np.dtype(dtype), 0
+    def __init__(self, path: Path, dtype: type[np.generic], *row: int) -> None:
+        self.dtype, self.row, self.length = np.dtype(dtype), row, 0
         self._stream = open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._header()
 
     def _header(self) -> None:
         # numpy pads the header so that the first dimension may grow in place.
         self._stream.seek(0)
-        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length, *self.row)}
         np.lib.format.write_array_header_1_0(self._stream, description)
 
     def append(self, values: npt.NDArray[Any]) -> None:

@@ -12,8 +12,10 @@ from pydantic import Field
 
 from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
 from rankdistill.errors import RankdistillError
+from rankdistill.indexes.vectors import encode_queries, open_vectors
 from rankdistill.progress import say, warn
 from rankdistill.sampling.base import BatchSampler, generator
+from rankdistill.students.models import resolve_model
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -61,8 +63,6 @@ class TopicBatches(BatchSampler):
         Memory: twice 4·d bytes a query (1.2 GB for 400,000 at 384 dimensions). Processes that come at once wait for the
         first.
         """
-        from rankdistill.students.models import resolve_model
-
         query_ids = lists.query_ids
         clusters = self._count(len(query_ids))
         settings = {"clusters": clusters, "iterations": ITERATIONS, "restarts": RESTARTS, "seed": SEED}
@@ -73,7 +73,6 @@ class TopicBatches(BatchSampler):
         }
 
         def make(writer: ArtifactWriter) -> None:
-            from rankdistill.indexes.vectors import encode_queries, open_vectors
             from rankdistill.students.dense import DenseStudent
 
             # In float32: batches must not depend on whether the device has bf16.

@@ -12,6 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
@@ -178,8 +179,6 @@ class StaticStudent(_SentenceStudent):
     warm_up: Alignment | None = None
 
     def create(self, device: Device = None) -> DenseModel:
-        from tokenizers import Tokenizer
-
         source = resolve_model(self.model)
         encoder = load_model(SentenceTransformer, source.path, device)
         tokenizer = Tokenizer.from_str(encoder.tokenizer.backend_tokenizer.to_str())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
+from tokenizers import Tokenizer
 
 PAD_MULTIPLE = 8  # rows are padded to multiples of this many tokens: full tiles for AMX and tensor cores
 
@@ -47,8 +46,6 @@ class PairJoiner(NamedTuple):
             padding: token id and token type of places after the end.
             limit: tokens a pair; the width is a multiple of 8 at most this, unless a pair is longer.
         """
-        import torch
-
         lengths = np.array([len(query) + len(document) + self.special for query, document in sides])
         longest = int(lengths.max())
         width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(limit, longest))
@@ -94,8 +91,6 @@ def padding_of(tokenizer: Any) -> tuple[int, int]:
 
 def bare_tokenizer(tokenizer: Any, limit: int) -> Any:
     """The fast tokenizer underneath, cutting single texts at the pair limit (no more can ever be used)."""
-    from tokenizers import Tokenizer
-
     bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bare.no_padding()
     bare.enable_truncation(limit)

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer
 
-from rankdistill.artifacts import find_artifact, fingerprint, locked, write_artifact
+from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.students.loading import UNBOUNDED, say_cut
@@ -178,17 +180,18 @@ def collection_idf(collection: Collection, tokenizer: Tokenizer, size: int, fold
     inputs = {"collection": collection.fingerprint}
     print_ = fingerprint([settings, inputs])
     path = folder / f"idf-{print_}"
-    with locked(path):
-        if find_artifact(path, "idf", print_) is None:
-            with write_artifact(path, kind="idf", fingerprint=print_, settings=settings, inputs=inputs) as artifact:
-                counts = np.zeros(size, dtype=np.int64)
-                for _, texts in collection.iter_documents():
-                    for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                        counts[np.unique(np.array(encoded.ids, dtype=np.int64))] += 1
-                held = np.maximum(counts, 1)
-                weights = np.log1p((collection.document_count - held + 0.5) / (held + 0.5)).astype(np.float32)
-                np.save(artifact.path / "idf.npy", weights)
-                artifact.counts |= {"documents": collection.document_count, "tokens": int((counts > 0).sum())}
+
+    def make(writer: ArtifactWriter) -> None:
+        counts = np.zeros(size, dtype=np.int64)
+        for _, texts in collection.iter_documents():
+            for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                counts[np.unique(np.array(encoded.ids, dtype=np.int64))] += 1
+        held = np.maximum(counts, 1)
+        weights = np.log1p((collection.document_count - held + 0.5) / (held + 0.5)).astype(np.float32)
+        np.save(writer.path / "idf.npy", weights)
+        writer.counts |= {"documents": collection.document_count, "tokens": int((counts > 0).sum())}
+
+    obtain(path, kind="idf", fingerprint=print_, settings=settings, inputs=inputs, make=make)
     return np.load(path / "idf.npy"), print_
 
 
@@ -240,9 +243,6 @@ def _is_weight(value: Any) -> bool:
 
 
 def _saved_weights(side: Path, tokenizer: Tokenizer) -> NDArray[np.float32]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     tensors = side / "model.safetensors"
     if tensors.is_file():
         try:

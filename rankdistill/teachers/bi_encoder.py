@@ -12,6 +12,7 @@ import numpy as np
 from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import UsageError
+from rankdistill.indexes.vectors import VectorFolders, open_vectors
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.base import PairTeacher, TextList, check_finite
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from rankdistill.collections import Collection
-    from rankdistill.indexes.vectors import VectorFolders
     from rankdistill.students.dense import DenseModel
 
 KEPT_VECTORS = 200_000  # document vectors held in memory at most
@@ -99,8 +99,6 @@ class BiEncoderTeacher(EncoderTeacher):
 
     def _vectors(self, collection: Collection) -> np.ndarray | None:
         """What mining, for one, has encoded."""
-        from rankdistill.indexes.vectors import open_vectors
-
         if self.encoded is not None and collection.fingerprint not in self._made:
             folder = self.encoded.find(self.load(), collection)
             self._made[collection.fingerprint] = open_vectors(folder) if folder else None

@@ -21,7 +21,7 @@ from rankdistill.students.loading import is_cross_encoder
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
 from rankdistill.teachers.base import Dev, PairTeacher
-from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
+from rankdistill.teachers.cross_encoder_training import CrossEncoderTraining, fine_tune
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -142,8 +142,6 @@ class CrossEncoderTeacher(PairTeacher):
         is installed. Either has the identity as its activation, so that `predict` gives the raw logit. A killed
         training goes on from its last checkpoint, beside `out`.
         """
-        from rankdistill.teachers.cross_encoder_training import fine_tune
-
         if self.training is None:
             raise UsageError("this cross-encoder has no `train` settings", where="teacher.train")
         out = Path(out)

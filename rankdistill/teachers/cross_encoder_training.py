@@ -8,10 +8,11 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -23,14 +24,14 @@ from rankdistill.losses.base import ListLoss
 from rankdistill.losses.contrastive import LCE
 from rankdistill.losses.divergence import ListNet
 from rankdistill.losses.lambda_loss import LambdaLoss
+from rankdistill.plain import Section
 from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator
 from rankdistill.students.cross_encoder import PairModel, starting_cross_encoder
 from rankdistill.students.encoders import set_dropout
 from rankdistill.students.less_memory import GradientCache
-from rankdistill.students.token_batches import resolve_precision, training_attention
+from rankdistill.students.token_batches import Precision, resolve_precision, training_attention
 from rankdistill.teachers.base import Dev
-from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
 from rankdistill.training.dev import RerankPool
 from rankdistill.training.loop import BEST, TrainingLoop, curve, loop_arguments
 
@@ -40,6 +41,53 @@ if TYPE_CHECKING:
 METRIC = "ndcg@10"
 DEV = f"dev_{METRIC}"
 AHEAD = 2  # batches that a loader may have read before a step begins
+
+
+class CrossEncoderTraining(Section):
+    """The keys of `teacher.train`."""
+
+    start: Literal["encoder", "head"] = Field(
+        "encoder",
+        description="rank as the encoder does before the first step (see students/pair_encoder.py; an encoder that "
+        "cannot be had that way falls back), or a new head on the first token, which starts at random",
+    )
+    loss: Literal["lce", "bce", "listnet", "lambda"] = Field(
+        "lce",
+        description="over a positive and its negatives: softmax cross-entropy to the labels' gains, binary "
+        "cross-entropy (positives weighted by the number of negatives), ListNet, or LambdaLoss",
+    )
+    target_temperature: float = Field(
+        0.2, gt=0, description="of listnet: the target is softmax(grade / this); at 1 a positive gets e times the rest"
+    )
+    epochs: float = Field(1.0, gt=0, description="passes over the training lists")
+    steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
+    learning_rate: float = Field(1e-4, gt=0)
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of what is new (head, pooler, classifier); 10 times the encoder's by default"
+    )
+    gate_learning_rate: float = Field(1e-2, gt=0, description="of the gates between the sides, with start: encoder")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    batch_size: int = Field(8, ge=1, description="lists a step: a positive and its negatives each")
+    negatives: int = Field(3, ge=1, description="negatives a positive, one from each depth of the candidates")
+    positives: int = Field(1, ge=1, description="labelled positives a query at most, each with its own negatives")
+    refresh: bool = Field(
+        False, description="halfway, score the candidates with the model as it is and draw negatives by its order"
+    )
+    negatives_below: float = Field(
+        0.95, gt=0, le=1, description="at the refresh, only documents below this share of the positive's score"
+    )
+    queries: int | None = Field(None, ge=1, description="training queries at most, drawn by the seed")
+    checkpoints: int = Field(
+        4, ge=1, description="looks at dev, beside the one before the first step; the best is kept"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after this many looks at dev without a better one")
+    dev_queries: int = Field(100, ge=0, description="dev queries that choose the checkpoint; 0 keeps the last one")
+    dev_depth: int = Field(20, ge=2, description="of what the first source finds for them, as many are re-ranked")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="the encoder's own by default; 0 spares a CPU a third of each step"
+    )
+    max_length: int | None = Field(None, ge=8, description="tokens a pair in training; the teacher's own by default")
+    precision: Precision = "auto"
 
 
 class TrainingLists:

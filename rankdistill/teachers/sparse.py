@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
@@ -57,8 +58,6 @@ class TermWeightTeacher(PairTeacher):
 
     def _documents(self, encoder: BM25 | SparseModel, texts: Sequence[str], terms: int) -> Any:
         """csr_matrix [texts, terms]: documents come again with other queries, so they are kept by their texts' hash."""
-        from scipy import sparse
-
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         new = [place for place, key in enumerate(keys) if key not in self._kept]
         encoded = encoder.encode_documents([texts[place] for place in new])

@@ -6,6 +6,7 @@ all texts of the training lists are made once and read from disk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rankdistill.artifacts import ArtifactWriter, fingerprint, obtain
+from rankdistill.collections.storage import Column
 from rankdistill.indexes.by_student import prepare_student
 from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import progress
@@ -152,27 +154,15 @@ class _Embeddings:
 
     @staticmethod
     def write(stem: Path, chunks: Iterator[list[NDArray[np.float32]]]) -> None:
-        lengths: list[int] = []
-        rows, dimension, ragged = 0, 0, False
-
-        def header() -> None:  # of constant size: numpy leaves room for the number of rows to grow
-            kind = np.dtype(np.float16 if ragged else np.float32)
-            stream.seek(0)
-            description = {"descr": kind.str, "fortran_order": False, "shape": (rows, dimension)}
-            np.lib.format.write_array_header_1_0(stream, description)
-
-        with open(f"{stem}.npy", "wb") as stream:
-            for chunk in chunks:
-                for array in chunk:
-                    if not lengths:
-                        ragged, dimension = array.ndim == 2, array.shape[-1]
-                        header()
-                    lengths.append(len(array) if ragged else 1)
-                    rows += lengths[-1]
-                    stream.write(array.astype(np.float16 if ragged else np.float32).tobytes())
-            header()
+        arrays = itertools.chain.from_iterable(chunks)
+        first = next(arrays)
+        ragged, offsets = first.ndim == 2, [0]
+        with Column(Path(f"{stem}.npy"), np.float16 if ragged else np.float32, first.shape[-1]) as column:
+            for array in itertools.chain([first], arrays):
+                column.append(np.atleast_2d(array))
+                offsets.append(column.length)
         if ragged:
-            np.save(f"{stem}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+            np.save(f"{stem}.offsets.npy", offsets)
 
     def read(self, rows: NDArray[np.int64]) -> Tensor:
         """[texts, dimension], or [texts, tokens, dimension] padded with zero rows."""

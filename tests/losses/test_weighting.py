@@ -11,10 +11,8 @@ from torch import Tensor
 from rankdistill.errors import RankdistillError
 from rankdistill.losses.divergence import KLDivergence
 from rankdistill.losses.schedules import Ramp
-from rankdistill.losses.weighting.agreement import Agreement
 from rankdistill.losses.weighting.base import Weighting
-from rankdistill.losses.weighting.confidence import Confidence
-from rankdistill.losses.weighting.difficulty import Difficulty
+from rankdistill.losses.weighting.of_lists import Agreement, Confidence, Difficulty
 from rankdistill.recipe import build, method_names
 
 WEIGHTINGS: dict[str, Weighting] = {

@@ -14,7 +14,7 @@ from rankdistill.students.pairs import longest_first, token_ids
 from rankdistill.students.token_batches import resolve_precision
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
-from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
+from rankdistill.teachers.cross_encoder_training import CrossEncoderTraining
 from rankdistill.teachers.scoring import score_candidates
 
 if TYPE_CHECKING:

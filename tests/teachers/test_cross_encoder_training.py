@@ -12,8 +12,13 @@ from test_out_of_memory import memory_of
 from rankdistill.errors import RankdistillError
 from rankdistill.teachers.base import Dev
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
-from rankdistill.teachers.cross_encoder_settings import CrossEncoderTraining
-from rankdistill.teachers.cross_encoder_training import Listwise, PairTrainer, TrainingLists, dev_pool
+from rankdistill.teachers.cross_encoder_training import (
+    CrossEncoderTraining,
+    Listwise,
+    PairTrainer,
+    TrainingLists,
+    dev_pool,
+)
 from rankdistill.training.dev import RerankPool
 
 if TYPE_CHECKING:

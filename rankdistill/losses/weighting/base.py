@@ -19,12 +19,7 @@ class Weighting(Scheduled, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        student_scores: Tensor,
-        teacher_scores: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        disagreement: Tensor | None,
+        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor, disagreement: Tensor | None
     ) -> Tensor:
         """Weights [lists], at least 0 and of mean 1, without a gradient.
 
