@@ -16,7 +16,7 @@ from rankdistill.artifacts import claim_folder, locked, write_atomically
 from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
 from rankdistill.evaluation.evaluate import System, evaluate_suite
-from rankdistill.evaluation.extrapolation import QuerySplit, run_splits
+from rankdistill.evaluation.extrapolation import QuerySplit, run_split
 from rankdistill.evaluation.results import SuiteEvaluation
 from rankdistill.evaluation.suites import EvaluationSet, Suite, load_suite
 from rankdistill.indexes.bm25 import BM25
@@ -65,18 +65,18 @@ class Workspace(RunFolder):
         def systems(collection: Collection, _: EvaluationSet, split: str) -> dict[str, System]:
             return self.systems(read, collection, split)
 
-        def splits(collection: Collection, split: str) -> list[QuerySplit]:
+        def parted(collection: Collection, split: str) -> QuerySplit | None:
             if collection.fingerprint != self.collection.fingerprint:
-                return []
+                return None
             pool, training, folder = self.query_pool[0], self.queries[0], self.path / "vectors"
-            return run_splits(collection, split, pool, training, self.recipe, folder)
+            return run_split(collection, split, pool, training, self.recipe, folder)
 
         trained = [name for name in (STUDENT, *self.recipe.baselines) if self.student_folder(name).is_dir()]
         students = {name: self.trained(name).fingerprint for name in trained}
         own = self.collection
         with locked(out), claim_folder(out):  # two processes would write one file of rankings
             return evaluate_suite(
-                read, systems, out, splits_for=splits, own=own, local=local, fetch=fetch, students=students
+                read, systems, out, split_for=parted, own=own, local=local, fetch=fetch, students=students
             )
 
     def systems(self, suite: Suite, collection: Collection, split: str) -> dict[str, System]:

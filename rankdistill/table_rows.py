@@ -222,8 +222,7 @@ def _teacher_row(
     scores = run.scores(collection, candidates)
 
     def recorded(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
-        for item in lists:
-            yield item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)
+        return ((item.query_id, item.doc_ids, scores.scores_of(item.query_id, item.doc_ids)) for item in lists)
 
     part, listed, scored, total = set[str](), 0, 0, 0
     for query_id, doc_ids, _ in iter_run(file):
@@ -259,14 +258,15 @@ def _rerank_row(
     student.freeze()
 
     def live(lists: Sequence[Any]) -> Iterable[tuple[str, Sequence[str], Any]]:
-        for item in lists:
-            (query,) = collection.query_texts([item.query_id])
-            yield item.query_id, item.doc_ids, student.rerank(query, item.documents)
+        return ((item.query_id, item.doc_ids, student.rerank(item.query, item.documents)) for item in lists)
 
-    def score(query: str, doc_ids: list[str], documents: list[str]) -> Any:
-        return student.rerank(query, documents)
-
-    served = Reranking(source.engine, collection, score, lambda: [student], depth)
+    served = Reranking(
+        source.engine,
+        collection,
+        lambda query, _, documents: student.rerank(query, documents),
+        lambda: [student],
+        depth,
+    )
     said = f"the student re-ranks the first {depth} of {source.engine.name}"
     note = f"{said}; {note}" if note else said
     return RerankSystem(live, candidates.path / FILE, depth, note=note, timed=False, served=served)

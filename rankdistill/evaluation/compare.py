@@ -48,14 +48,6 @@ class _Source(NamedTuple):
     results: dict[str, Any] | None = None
 
 
-class _Judgments(NamedTuple):
-    qrels: Qrels
-    name: str
-    spec: str = ""
-    fingerprint: str = ""
-    split: str = ""
-
-
 def compare(
     runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path],
     qrels: Qrels | str | Path | None = None,
@@ -100,11 +92,11 @@ def compare(
         parse_metric(metric)
     level = int(settings.get("relevance_level", 1)) if relevance_level is None else relevance_level
     drop = bool(settings.get("drop_self_hits", False)) if drop_self_hits is None else drop_self_hits
-    judgments = _judgments(qrels, collection, split, settings)
+    judged, split, of = _judgments(qrels, collection, split, settings)
     evaluation = Evaluation(
-        name=judgments.name,
-        split=judgments.split,
-        collection={key: getattr(judgments, key) for key in ("name", "spec", "fingerprint")},
+        name=of["name"],
+        split=split,
+        collection=of,
         metrics=metrics,
         depth=0,
         relevance_level=level,
@@ -115,7 +107,7 @@ def compare(
     with progress("compare", len(sources), "runs") as bar:
         for name, source in zip(names, sources, strict=True):
             run = source.run if isinstance(source.run, Run) else read_run(source.run)
-            measured = evaluate_run(run, judgments.qrels, metrics, relevance_level=level, drop_self_hits=drop)
+            measured = evaluate_run(run, judged, metrics, relevance_level=level, drop_self_hits=drop)
             evaluation.depth = max(evaluation.depth, int(np.diff(run.offsets).max(initial=0)))
             file = str(source.run) if isinstance(source.run, Path) else ""
             evaluation.rows.append(Row(name, measured.means, measured.notes, file))
@@ -254,14 +246,15 @@ def _settings(sources: Sequence[_Source]) -> dict[str, Any]:
 
 def _judgments(
     qrels: Qrels | str | Path | None, collection: Collection | str | None, split: str | None, settings: dict[str, Any]
-) -> _Judgments:
+) -> tuple[Qrels, str, dict[str, str]]:
+    """The judgments, their split, and whose they are: name, spec, fingerprint."""
     if qrels is not None and collection is not None:
         raise UsageError("both judgments and a collection are given", fix="give one of them")
     if isinstance(qrels, str | Path):
         path = Path(qrels)
-        return _Judgments(read_judgments(path), path.name, str(path), file_digest(path))
+        return read_judgments(path), "", {"name": path.name, "spec": str(path), "fingerprint": file_digest(path)}
     if qrels is not None:
-        return _Judgments(qrels, "judgments")
+        return qrels, "", {"name": "judgments", "spec": "", "fingerprint": ""}
     recorded = settings.get("collection", {}) if collection is None else {}
     collection = collection if collection is not None else recorded.get("spec")
     if not collection:
@@ -284,8 +277,8 @@ def _judgments(
             where=collection.spec,
             fix=f"splits: {', '.join(collection.splits) or 'none'}",
         )
-    judged = collection.found_qrels(split)
-    return _Judgments(judged, set_title(collection.name, split), collection.spec, collection.fingerprint, split)
+    of = {"name": set_title(collection.name, split), "spec": collection.spec, "fingerprint": collection.fingerprint}
+    return collection.found_qrels(split), split, of
 
 
 def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:

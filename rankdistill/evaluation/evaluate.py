@@ -26,7 +26,7 @@ from rankdistill.collections import Collection, open_collection
 from rankdistill.collections.passages import best_passages, document_of
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps, measuring_environment
-from rankdistill.evaluation.extrapolation import QuerySplit, measure_splits
+from rankdistill.evaluation.extrapolation import QuerySplit, measure_split
 from rankdistill.evaluation.fidelity import measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, evaluate_run, parse_metric
 from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
@@ -34,7 +34,6 @@ from rankdistill.evaluation.significance import parse_correction, pick_baseline
 from rankdistill.evaluation.suites import (
     SYNTHETIC,
     EvaluationSet,
-    Found,
     Missing,
     Suite,
     load_references,
@@ -47,6 +46,7 @@ from rankdistill.progress import progress, warn
 from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
 
 QUERY_BATCH = 256  # queries handed to a system at once
+LISTS_AT_ONCE = 32  # queries handed to a teacher together
 TEACHER = "teacher"  # the row that others' agreement is measured with
 
 
@@ -110,7 +110,6 @@ class RerankSystem:
         scores: a teacher's `score`: lists in, (query id, document ids, scores) out, in any order, of any subset.
         base: the first stage's ranking, a run or the path of one.
         depth: documents scored for each query.
-        lists_at_once: queries handed to the teacher together.
         timed, served: whether speed is measured while ranking; else how it is measured live, see `measure_costs`.
         part: the queries that there are scores for, where they are not all.
         first_stage_weight: the first stage's own score, times this, is added to each score.
@@ -121,7 +120,6 @@ class RerankSystem:
     depth: int = 100
     bytes: int | None = None
     note: str = ""
-    lists_at_once: int = 32
     timed: bool = True
     served: Any = None
     part: set[str] | None = None
@@ -133,8 +131,8 @@ class RerankSystem:
         self._row_of = {query_id: row for row, query_id in enumerate(self._base.query_ids)}
 
     def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
-        for start in range(0, len(query_ids), self.lists_at_once):
-            part = slice(start, start + self.lists_at_once)
+        for start in range(0, len(query_ids), LISTS_AT_ONCE):
+            part = slice(start, start + LISTS_AT_ONCE)
             lists = [self._list(collection, *query) for query in zip(query_ids[part], texts[part], strict=True)]
             scored = {query_id: (ids, scores) for query_id, ids, scores in self.scores([x for x in lists if x.doc_ids])}
             for item in lists:
@@ -194,13 +192,12 @@ def evaluate_systems(
     relevance_level: int = 1,
     drop_self_hits: bool = False,
     name: str | None = None,
-    references: bool = True,
     baseline: str | None = None,
     correction: str = "holm",
     alpha: float = 0.05,
     seed: int = 0,
     latency_queries: int = 0,
-    splits: Sequence[QuerySplit] = (),
+    split_by: QuerySplit | None = None,
 ) -> Evaluation:
     """Run every system on the split's queries and measure it.
 
@@ -214,7 +211,7 @@ def evaluate_systems(
         baseline: the row that marks of significance refer to; default BM25, else the first.
         correction, alpha, seed: of the tests, see `rankdistill.evaluation.significance`.
         latency_queries: queries whose latency is measured one by one, a few seconds a system; 0 measures none.
-        splits: how the queries are parted into interpolation and extrapolation.
+        split_by: how the queries are parted into interpolation and extrapolation.
 
     Raises:
         UsageError: an unknown metric, baseline or correction.
@@ -246,7 +243,7 @@ def evaluate_systems(
         drop_self_hits=drop_self_hits,
         rows=[],
         environment=environment(),
-        published=[figure.model_dump() for figure in load_references(set_name)] if references else [],
+        published=[figure.model_dump() for figure in load_references(set_name)],
         path=out,
     )
     for (system_name, system), file_name in zip(systems.items(), _file_names(systems), strict=True):
@@ -272,8 +269,8 @@ def evaluate_systems(
         if part is None:
             evaluation.per_query[system_name] = measured.per_query
     evaluation.compare_rows(baseline=baseline, correction=correction, alpha=alpha, seed=seed)
-    if splits:
-        evaluation.extrapolation = measure_splits(splits, evaluation.per_query, qrels, relevance_level)
+    if split_by is not None:
+        evaluation.extrapolation = measure_split(split_by, evaluation.per_query, qrels, relevance_level)
     if TEACHER in systems and len(evaluation.rows) > 1:
         _measure_fidelity(evaluation, out, getattr(systems[TEACHER], "lowest", None), qrels)
     if latency_queries:
@@ -431,7 +428,7 @@ def evaluate_suite(
     systems_for: Callable[[Any, EvaluationSet, str], Systems],
     out: str | Path,
     *,
-    splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None = None,
+    split_for: Callable[[Any, str], QuerySplit | None] = lambda collection, split: None,
     own: Collection | None = None,
     local: str | Path | None = None,
     fetch: bool = True,
@@ -444,7 +441,7 @@ def evaluate_suite(
 
     Args:
         systems_for: (collection, set, split) → the systems to run on it; called once for each set found.
-        splits_for: (collection, split) → how its queries are parted into interpolation and extrapolation.
+        split_for: (collection, split) → how its queries are parted into interpolation and extrapolation.
         out: each set is written to `out/SET`, the whole to `out/results.json` and `out/results.md`.
         own, local, fetch, opener: where sets are found, see `suites.locate`.
         students: name → fingerprint of the trained students that the systems are made of.
@@ -464,9 +461,31 @@ def evaluate_suite(
             missing.append({"set": entry.name, "reason": located.reason})
             unjudged = unjudged or located.unjudged
             continue
-        evaluations.append(_evaluate_set(suite, entry, located, systems_for, splits_for, out))
-        if located.split not in SYNTHETIC:  # never averaged with judged sets
-            groups[evaluations[-1].name] = entry.group or entry.name
+        collection, split = located
+        name = set_title(collection.name if entry.collection == "own" else entry.name, split)
+        folder = out / re.sub(r"[^\w.+-]+", "-", name)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        evaluations.append(
+            evaluate_systems(
+                systems_for(collection, entry, split),
+                collection,
+                split,
+                suite.metrics,
+                suite.depth,
+                folder,
+                relevance_level=entry.relevance_level,
+                drop_self_hits=entry.drop_self_hits,
+                name=name,
+                baseline=suite.baseline,
+                correction=suite.correction,
+                alpha=suite.alpha,
+                latency_queries=suite.latency_queries,
+                split_by=split_for(collection, split),
+            )
+        )
+        if split not in SYNTHETIC:  # never averaged with judged sets
+            groups[name] = entry.group or entry.name
     if not evaluations and not unjudged:
         reasons = "; ".join(f"{absent['set']}: {absent['reason']}" for absent in missing)
         raise RankdistillError(
@@ -482,36 +501,6 @@ def evaluate_suite(
     write_json(out / "results.json", result.to_json())
     write_atomically(out / "results.md", markdown(result))
     return result
-
-
-def _evaluate_set(
-    suite: Suite,
-    entry: EvaluationSet,
-    located: Found,
-    systems_for: Callable[[Any, EvaluationSet, str], Systems],
-    splits_for: Callable[[Any, str], Sequence[QuerySplit]] | None,
-    out: Path,
-) -> Evaluation:
-    name = set_title(located.collection.name if entry.collection == "own" else entry.name, located.split)
-    folder = out / re.sub(r"[^\w.+-]+", "-", name)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return evaluate_systems(
-        systems_for(located.collection, entry, located.split),
-        located.collection,
-        located.split,
-        suite.metrics,
-        suite.depth,
-        folder,
-        relevance_level=entry.relevance_level,
-        drop_self_hits=entry.drop_self_hits,
-        name=name,
-        baseline=suite.baseline,
-        correction=suite.correction,
-        alpha=suite.alpha,
-        latency_queries=suite.latency_queries,
-        splits=splits_for(located.collection, located.split) if splits_for is not None else (),
-    )
 
 
 def macro_average(evaluations: Sequence[Evaluation], groups: Mapping[str, str]) -> dict[str, dict[str, float]]:

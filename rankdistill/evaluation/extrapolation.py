@@ -264,17 +264,17 @@ def hold_out(
     return [training[row] for row in rows], [dev[row] for row in dev_rows]
 
 
-def run_splits(
+def run_split(
     collection: Collection, split: str, pool: list[str], training: list[str], recipe: Recipe, folder: Path
-) -> list[QuerySplit]:
+) -> QuerySplit | None:
     """How a run's test queries are parted: by what it held out, else by the similarity to what it was trained on.
 
-    Nothing where the recipe's `evaluation.extrapolation` is null. `pool` are the training queries before any was held
+    None where the recipe's `evaluation.extrapolation` is null. `pool` are the training queries before any was held
     out, `training` those it was trained on.
     """
     held_out, settings, seed = recipe.candidates.hold_out, recipe.evaluation.extrapolation, recipe.seed
     if settings is None:
-        return []
+        return None
     model = held_out.model if held_out is not None else settings.model
     query_ids = collection.query_ids(split)
     pool_vectors = embed_queries(collection, pool, model, folder)
@@ -301,7 +301,7 @@ def run_splits(
     labelled = collection.training_split
     judged = collection.qrels(labelled) if labelled else {}
     seen = {doc_id for query_id in training for doc_id, grade in judged.get(query_id, {}).items() if grade > 0}
-    return [replace(parted, seen=frozenset(seen), settings=record)]
+    return replace(parted, seen=frozenset(seen), settings=record)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def run_splits(
 
 @dataclass
 class Extrapolation:
-    """Figures of the parts: `protocols` as `extrapolation.json` has them, `table` one row a query."""
+    """Figures of the parts: `protocols`, one of them, as `extrapolation.json` has them, `table` one row a query."""
 
     protocols: list[dict[str, Any]]
     table: pa.Table
@@ -327,49 +327,40 @@ Floats = NDArray[np.float64]
 Values = Mapping[str, Mapping[str, Floats]]  # system → metric → value of each query
 
 
-def measure_splits(
-    splits: Sequence[QuerySplit], values: Values, qrels: Qrels, relevance_level: int = 1
-) -> Extrapolation:
+def measure_split(split: QuerySplit, values: Values, qrels: Qrels, relevance_level: int = 1) -> Extrapolation:
     """Means of each part with 95 % t-intervals, the gap between them (Welch), and the overlap of relevant passages.
 
     `values` are of the queries of the qrels, in their order.
     """
-    protocols, tables = [], []
     order = {query_id: row for row, query_id in enumerate(qrels)}
-    for split in splits:
-        judged: dict[str, list[str]] = {part: [] for part in PARTS}
-        for query_id, part in zip(split.query_ids, split.part, strict=True):
-            if query_id in order:
-                judged[part].append(query_id)
-        rows = {part: np.array([order[query_id] for query_id in judged[part]], np.int64) for part in MEASURED}
-        measured = {
-            part: {
-                system: {metric: by_query[rows[part]] for metric, by_query in by_metric.items()}
-                for system, by_metric in values.items()
-            }
-            for part in MEASURED
+    judged: dict[str, list[str]] = {part: [] for part in PARTS}
+    for query_id, part in zip(split.query_ids, split.part, strict=True):
+        if query_id in order:
+            judged[part].append(query_id)
+    rows = {part: np.array([order[query_id] for query_id in judged[part]], np.int64) for part in MEASURED}
+    measured = {
+        part: {
+            system: {metric: by_query[rows[part]] for metric, by_query in by_metric.items()}
+            for system, by_metric in values.items()
         }
-        protocols.append(
-            {
-                "protocol": split.protocol,
-                "bound": split.bound,
-                **split.settings,
-                "training_queries": split.training_queries,
-                **_figures(measured, {part: len(query_ids) for part, query_ids in judged.items()}),
-                "relevant_overlap": {
-                    part: _overlap(judged[part], qrels, split.seen, relevance_level) for part in MEASURED
-                },
-            }
-        )
-        columns = {
-            "protocol": [split.protocol] * len(split.query_ids),
-            "query_id": split.query_ids,
-            "part": split.part,
-            "nearest_cosine": split.nearest,
-            "nearest_query_id": split.nearest_ids,
-        }
-        tables.append(pa.table(columns))
-    return Extrapolation(protocols, pa.concat_tables(tables) if tables else pa.table({}))
+        for part in MEASURED
+    }
+    entry = {
+        "protocol": split.protocol,
+        "bound": split.bound,
+        **split.settings,
+        "training_queries": split.training_queries,
+        **_figures(measured, {part: len(query_ids) for part, query_ids in judged.items()}),
+        "relevant_overlap": {part: _overlap(judged[part], qrels, split.seen, relevance_level) for part in MEASURED},
+    }
+    table = {
+        "protocol": [split.protocol] * len(split.query_ids),
+        "query_id": split.query_ids,
+        "part": split.part,
+        "nearest_cosine": split.nearest,
+        "nearest_query_id": split.nearest_ids,
+    }
+    return Extrapolation([entry], pa.table(table))
 
 
 def _figures(measured: Mapping[str, Values], counts: Mapping[str, int], paired: bool = False) -> dict[str, Any]:

@@ -277,9 +277,7 @@ def rank_biased_overlap(
     return (1 - p) / p * (agreement + share * beyond) + (_divide(whole - until, longer) + share) * p**longer
 
 
-def margin_correlation(
-    student: Floats, teacher: Floats, query: NDArray[Any], queries: int, least: int = 3
-) -> tuple[Floats, float]:
+def margin_correlation(student: Floats, teacher: Floats, query: NDArray[Any], queries: int) -> tuple[Floats, float]:
     """Pearson correlation of pairwise margins: of each query (float64 [queries], NaN where undefined) and over all.
 
     The margins of all ordered pairs of a query have mean 0, and their products sum to 2n times those of the centred
@@ -295,7 +293,7 @@ def margin_correlation(
         return shifted - (np.bincount(query, shifted, queries) / np.maximum(counts, 1))[query]
 
     ours, theirs = centred(student), centred(teacher)
-    enough = counts >= least
+    enough = counts >= 3
     product, left, right = (
         np.where(enough, np.bincount(query, values, queries), 0) for values in (ours * theirs, ours**2, theirs**2)
     )

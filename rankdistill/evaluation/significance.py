@@ -443,7 +443,7 @@ def bootstrap_means(table: Floats, resamples: int, seed: int) -> Floats:
     return means.reshape(resamples, metrics, systems).transpose(1, 0, 2)
 
 
-def bca(resampled: Floats, values: Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+def bca(resampled: Floats, values: Floats) -> tuple[float, float] | None:
     """The BCa interval of the mean of values [queries], from means of bootstrap samples; None with fewer than two."""
     if len(values) < 2:
         return None
@@ -457,6 +457,6 @@ def bca(resampled: Floats, values: Floats, confidence: float = CONFIDENCE) -> tu
     near = SAME * max(abs(mean), float(np.abs(values).max()))
     below = ((resampled < mean - near).mean() + (resampled <= mean + near).mean()) / 2
     bias = ndtri(np.clip(below, 0.5 / len(resampled), 1 - 0.5 / len(resampled)))
-    tails = bias + ndtri([(1 - confidence) / 2, (1 + confidence) / 2])
+    tails = bias + ndtri([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     low, high = np.quantile(resampled, ndtr(bias + tails / (1 - acceleration * tails)))
     return float(low), float(high)

@@ -140,10 +140,10 @@ def load_suite(source: str | Path) -> Suite:
     return _validated(Suite, read_yaml(path), path)
 
 
-def load_references(set_name: str, folder: Path | None = None) -> list[ReferenceFigure]:
-    """Published figures for a set, of the shipped declarations or those in `folder`: [] when there are none."""
+def load_references(set_name: str) -> list[ReferenceFigure]:
+    """Published figures for a set: [] when there are none."""
     figures: list[ReferenceFigure] = []
-    for path in sorted((folder or declarations(REFERENCE_FOLDER)).glob("*.yaml")):
+    for path in sorted(declarations(REFERENCE_FOLDER).glob("*.yaml")):
         reference = _validated(Reference, read_yaml(path), path)
         if reference.set == set_name:
             figures += reference.figures

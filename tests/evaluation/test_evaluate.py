@@ -163,9 +163,7 @@ def test_self_hits_are_dropped_and_the_depth_kept(tmp_path: Path) -> None:
     collection = Facts()
     collection.ids[0] = "q-iron"
     systems = {"words": EngineSystem(CountWords(collection))}
-    found = evaluate_systems(
-        systems, collection, "test", ["recall@100"], 4, tmp_path, drop_self_hits=True, references=False
-    )
+    found = evaluate_systems(systems, collection, "test", ["recall@100"], 4, tmp_path, drop_self_hits=True)
     run = read_run(tmp_path / found["words"].run)
     assert found["words"].notes["self_hits_dropped"] == 1
     assert np.diff(run.offsets).tolist() == [4] * 10

@@ -26,7 +26,7 @@ from rankdistill.evaluation.extrapolation import (
     QuerySplit,
     assign,
     embed_queries,
-    measure_splits,
+    measure_split,
     near_or_far,
     nearest,
     pool_folds,
@@ -165,7 +165,7 @@ def a_split(seen: frozenset[str] = frozenset({"shared", "d1", "d9"})) -> QuerySp
 def test_figures_are_those_of_the_queries_of_a_part() -> None:
     random = np.random.default_rng(0)
     values = {name: {"map": random.random(10), "mrr": random.random(10)} for name in ("BM25", "student")}
-    (entry,) = measure_splits([a_split()], values, QRELS).protocols
+    (entry,) = measure_split(a_split(), values, QRELS).protocols
     inside, outside = entry["parts"][INTERPOLATION], entry["parts"][EXTRAPOLATION]
     assert (inside["queries"], outside["queries"], entry["neither"]) == (6, 3, 1)
     for name, own in values.items():
@@ -184,20 +184,20 @@ def test_figures_are_those_of_the_queries_of_a_part() -> None:
 
 def test_relevant_passages_seen_in_training_are_counted_from_one() -> None:
     values = {"student": {"map": np.zeros(10)}}
-    (entry,) = measure_splits([a_split()], values, QRELS).protocols
+    (entry,) = measure_split(a_split(), values, QRELS).protocols
     inside = entry["relevant_overlap"][INTERPOLATION]
     # 6 queries: 6 own passages (d1 seen) and the shared one, which 6 pairs name.
     assert (inside["passages"], inside["seen_passages"], inside["pairs"], inside["seen_pairs"]) == (7, 2, 12, 7)
     assert inside["queries_with_seen"] == 6 and inside["passage_share"] == pytest.approx(2 / 7)
     outside = entry["relevant_overlap"][EXTRAPOLATION]
     assert (outside["passages"], outside["seen_passages"], outside["pair_share"]) == (4, 1, 0.5)
-    (entry,) = measure_splits([a_split(frozenset())], values, QRELS).protocols
+    (entry,) = measure_split(a_split(frozenset()), values, QRELS).protocols
     assert entry["relevant_overlap"][EXTRAPOLATION]["pair_share"] == 0
 
 
 def test_an_empty_part_has_no_figures() -> None:
     split = QuerySplit("similarity", -1.0, ids("q", 10), [INTERPOLATION] * 10, np.ones(10, np.float32), ["t"] * 10, 7)
-    found = measure_splits([split], {"student": {"map": np.zeros(10)}}, QRELS)
+    found = measure_split(split, {"student": {"map": np.zeros(10)}}, QRELS)
     (entry,) = found.protocols
     assert entry["parts"][EXTRAPOLATION] == {
         "queries": 0, "systems": {"student": {}}, "intervals": {"student": {"map": None}}
@@ -216,7 +216,7 @@ def fold(folder: Path, part: list[str], value: float, held_out: bool = True, pro
         frozenset({"shared"}), {"encoder": "e", "held_out": held_out},
     )  # fmt: skip
     own = {"student": {"map": value + np.arange(10) / 100}, f"only {value}": {"map": np.zeros(10)}}
-    measure_splits([split], own, QRELS).write(folder)
+    measure_split(split, own, QRELS).write(folder)
     tables = [
         pa.table({"system": [name] * 10, "query_id": ids("q", 10), "map": one["map"]}) for name, one in own.items()
     ]

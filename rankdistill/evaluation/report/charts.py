@@ -223,8 +223,9 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, height: int = 260) -> Chart:
+def lines(series: Sequence[Series], title: str, x_label: str, y_label: str) -> Chart:
     """Lines over steps; the stressed point of a line has a ring and its name."""
+    height = 260
     steps = [step for each in series for step in each.xs]
     x = _axis(steps, LEFT, WIDTH - RIGHT, pad=0.0)
     x.low, x.high = min(steps), max(max(steps), min(steps) + 1)
