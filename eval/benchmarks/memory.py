@@ -164,7 +164,7 @@ def step_evaluate(collection: Collection, folder: Path) -> None:
 
     dense = DenseEngine(student(folder), FaissIndex.open(folder / "ivf_pq.faiss"))
     systems = {"bm25": EngineSystem(bm25(folder)), "ivf_pq": EngineSystem(dense)}
-    evaluate_systems(systems, collection, "test", depth=EVALUATION_DEPTH, out=folder / "evaluation", references=False)
+    evaluate_systems(systems, collection, "test", depth=EVALUATION_DEPTH, out=folder / "evaluation")
 
 
 class Step(NamedTuple):
