@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -131,6 +132,7 @@ def quickstart(
     yield {
         "run quickstart": "run tiny.yaml",
         "margin_mse": "tiny.yaml",
+        '"quickstart"': '"tiny.yaml"',
         "runs/nf": "runs/quickstart",
         "beir:PATH/nfcorpus": f"beir:{tiny_beir}",
         "ivf_pq": "sq8",  # which needs no 256 vectors to learn from
@@ -159,6 +161,16 @@ def test_python_blocks_run(page: str, quickstart: dict[str, str], capsys: pytest
     (block,) = blocks(PAGES[page], "python")
     exec(compile(here(block, quickstart), page, "exec"), {})
     assert "ndcg@10" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(path: Path, quickstart: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)  # committed without what they print
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        exec(compile(here("".join(cell["source"]), quickstart), f"{path.name}, cell {number}", "exec"), names)
+        assert capsys.readouterr().out.strip()
 
 
 def test_the_loss_of_the_page_on_own_methods_is_hubers() -> None:
