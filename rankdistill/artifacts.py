@@ -151,21 +151,37 @@ def make_folder(path: Path) -> None:
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part; durable when it returns."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A block that writes a file under another name; at its end, unless it fails, that takes its place, durable."""
     path = Path(path)
     with disk_errors(path):
         make_folder(path.parent)
         if path.exists() and not path.is_file():
             raise OSError(errno.EEXIST, "there is a folder or a device here", str(path))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_file(path)
         try:
-            with open(temporary, "wb") as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            yield temporary
+            sync_file(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_file(path: Path) -> Path:
+    """What this process calls a file while it writes it; see `remove_leftovers`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sync_file(path: Path) -> None:
+    """Have a file on the disk for good, or an error."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def write_json(path: str | Path, values: Any) -> None:

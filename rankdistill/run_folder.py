@@ -445,7 +445,8 @@ class RunFolder:
     def _vectors_folder(self, name: str, collection: Collection) -> Path:
         return self.path / "vectors" / f"{name}-{collection.name}"
 
-    def index_files(self) -> list[str]:
+    @cached_property
+    def indexes(self) -> list[AnySpecification]:
         """The recipe's indexes that are files: a multi-vector or sparse student's vectors are searched as they are.
 
         Raises:
@@ -470,17 +471,17 @@ class RunFolder:
         collection: Collection | None = None,
     ) -> FaissIndex | BuiltSparseIndex:
         """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
+        specification = any_specification(specification)
         check_index(self.recipe.student_kind, specification)
         collection = collection or self.collection
         student = student or self.student()
         out = Path(out) if out is not None else self.index_file(specification, collection)
         out.parent.mkdir(parents=True, exist_ok=True)
         vectors = self.vectors(STUDENT, student, collection)
-        read = any_specification(specification)
-        if isinstance(read, SparseSpecification):
-            return build_sparse_index(student, collection, vectors, read, out)
-        if not isinstance(read, QuantizerSpecification):
-            return export_index(student, collection, vectors, read, out)
+        if isinstance(specification, SparseSpecification):
+            return build_sparse_index(student, collection, vectors, specification, out)
+        if not isinstance(specification, QuantizerSpecification):
+            return export_index(student, collection, vectors, specification, out)
         from rankdistill.quantization.quantize import quantize_student
 
         own = collection.fingerprint == self.collection.fingerprint
@@ -488,10 +489,10 @@ class RunFolder:
             student,
             collection,
             vectors,
-            read,
+            specification,
             out,
             query_ids=self.queries[0] if own and self.collection.training_split else None,
-            lists=self.score() if own and read.relevance == "scores" else None,
+            lists=self.score() if own and specification.relevance == "scores" else None,
             open_student=self._open_student,
         )
 
@@ -510,9 +511,6 @@ class RunFolder:
         if own is not None:
             index.check_documents(student)
         return DenseEngine(self._open_student(own) if own else student, index, name=str(index.path))
-
-    def learned(self, specification: str) -> bool:
-        return isinstance(any_specification(specification), QuantizerSpecification)
 
     def engine(self, index: str | Path | None = None, *, memory_map: bool = False) -> Engine:
         """The student over an index of it, or over all its vectors, to search with text.

@@ -8,12 +8,11 @@ taken as their digits, and counted there too (`numeric_ids`).
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rankdistill.artifacts import disk_errors
+from rankdistill.artifacts import written_whole
 from rankdistill.collections.identifiers import text_ids, text_keys
 from rankdistill.collections.text_files import LONGEST_LINE, is_header, long_line, open_text
 from rankdistill.errors import RankdistillError
@@ -504,16 +503,17 @@ class RunWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.queries = self.rows = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._seen: set[str] = set()
         self._writer: pq.ParquetWriter | None = None
         self._buffer: list[Ranking] = []
         self._flushed = 0  # rows
 
     def __enter__(self) -> RunWriter:
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._temporary, SCHEMA, compression="zstd")
+        with ExitStack() as stack:
+            temporary = stack.enter_context(written_whole(self.path))
+            self._writer = stack.enter_context(pq.ParquetWriter(temporary, SCHEMA, compression="zstd"))
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
         return self
 
     def add(self, query_id: str, doc_ids: Sequence[str], scores: Any) -> None:
@@ -548,27 +548,20 @@ class RunWriter:
                 pa.array(ranks_within(counts), pa.int32()),
                 pa.array(np.concatenate(scores)),
             ]
-            with disk_errors(self.path):
-                self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=self.rows - self._flushed)
+            self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=self.rows - self._flushed)
         self._buffer, self._flushed = [], self.rows
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-            if self._writer is not None:
-                with disk_errors(self.path), contextlib.suppress(*(() if kind is None else (Exception,))):
-                    self._writer.close()
-            if kind is None:
-                with disk_errors(self.path):
-                    with open(self._temporary, "rb") as stream:
-                        os.fsync(stream.fileno())
-                    os.replace(self._temporary, self.path)
-        finally:
-            self._writer = None
-            self._temporary.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
+        self._writer = None
+
+    def _finish(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._flush()
 
 
 def write_trec(run: Run | Iterable[tuple[str, Sequence[str], Any]], path: str | Path, tag: str | None = None) -> None:
@@ -584,16 +577,12 @@ def write_trec(run: Run | Iterable[tuple[str, Sequence[str], Any]], path: str | 
     path = Path(path)
     tag = tag if tag is not None else run.name if isinstance(run, Run) else path.stem
     tag = "_".join(tag.split()) or "run"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with gzip.open(temporary, "wb") if path.suffix == ".gz" else open(temporary, "wb") as stream:
-                for block in _blocks(run, path):
-                    stream.write(_trec_lines(*block, tag, path))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with (
+        written_whole(path) as temporary,
+        gzip.open(temporary, "wb") if path.suffix == ".gz" else open(temporary, "wb") as stream,
+    ):
+        for block in _blocks(run, path):
+            stream.write(_trec_lines(*block, tag, path))
 
 
 def _blocks(

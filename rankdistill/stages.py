@@ -21,6 +21,7 @@ from rankdistill.evaluation.results import SuiteEvaluation
 from rankdistill.evaluation.suites import EvaluationSet, Suite, load_suite
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.lucene_bm25 import LuceneBM25
+from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import duration, say
 from rankdistill.run_folder import STUDENT, RunFolder
 from rankdistill.table_rows import open_bm25, run_systems
@@ -128,7 +129,10 @@ class Workspace(RunFolder):
                 self.train(trained)
             done = ", ".join(names)
         elif name in ("quantize", "index"):
-            specifications = [item for item in self.index_files() if self.learned(item) == (name == "quantize")]
+            learned = [isinstance(specification, QuantizerSpecification) for specification in self.indexes]
+            specifications = [
+                each for each, is_learned in zip(self.indexes, learned) if is_learned == (name == "quantize")
+            ]
             if not specifications and name == "quantize":
                 return None  # no learned index in this recipe: not a stage of it
             student = self.student()

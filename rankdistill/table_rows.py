@@ -25,7 +25,6 @@ from rankdistill.indexes.dense import DenseEngine
 from rankdistill.indexes.lucene_bm25 import LuceneBM25
 from rankdistill.indexes.mining import FILE, Source
 from rankdistill.indexes.sparse import searched_here
-from rankdistill.indexes.specification import any_specification
 from rankdistill.plain import file_name
 from rankdistill.progress import warn
 from rankdistill.recipe import build
@@ -88,8 +87,8 @@ def run_systems(run: RunFolder, suite: Suite, collection: Collection, split: str
             reranking[row] = StudentReranking(bm25, engine, suite.rerank_depth)
     if "indexes" in suite.systems and (run.student_folder(STUDENT) / MANIFEST).is_file():
         student = run.student()
-        for specification in run.index_files():
-            if not searched_here(any_specification(specification)):
+        for specification in run.indexes:
+            if not searched_here(specification):
                 continue  # files for other software
             index = run.index(specification, student=student, collection=collection)
             rows[f"student, {index.name}"] = _engine_system(run.searched(index, student))

@@ -12,6 +12,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.metrics import parse_metric
 from rankdistill.evaluation.suites import load_suite
 from rankdistill.indexes.faiss_index import check_out_file, ids_file, manifest_file
+from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.run_folder import RECIPE, STUDENT, WRITTEN, RunFolder
 from rankdistill.students.loading import check_causal_lm, check_model
 from rankdistill.students.models import layer_count, resolve_model
@@ -26,14 +27,14 @@ def check_run(run: RunFolder) -> None:
             taken.
         RankdistillError: a model is not there.
     """
-    indexes = run.index_files()
+    _ = run.indexes  # refused before hours of work
     load_suite(run.recipe.evaluation.suite)
     for name in (STUDENT, *run.recipe.baselines):
         recipe = run.recipe_of(name)
         parse_metric(recipe.training.metric)
         _check_parts(recipe.resolved())
         _check_layers(recipe.student.settings())
-    _check_places(run, indexes)
+    _check_places(run)
     remove_leftovers(run.path)
 
 
@@ -68,7 +69,7 @@ def _check_layers(student: Mapping[str, Any]) -> None:
         raise UsageError(f"layers are {known}, not {layers}", where="student.layers", fix="layers that the encoder has")
 
 
-def _check_places(run: RunFolder, indexes: list[str]) -> None:
+def _check_places(run: RunFolder) -> None:
     check_file(run.path / RECIPE, mark=WRITTEN)
     members = len(run.recipe.teacher.settings().get("members", ())) if run.recipe.teacher is not None else 0
     teachers = ["teacher", "teacher-calibration", *(f"teacher-{number}" for number in range(members))]
@@ -79,7 +80,7 @@ def _check_places(run: RunFolder, indexes: list[str]) -> None:
         for inner in folder.iterdir() if folder.is_dir() else [folder]:
             if not inner.is_file() and not inner.name.startswith("."):
                 check_place(inner)
-    for specification in indexes:
+    for specification in run.indexes:
         file = run.index_file(specification)
         if file.suffix == ".faiss":
             check_out_file(file)
@@ -100,7 +101,7 @@ def forget(run: RunFolder, stage: str) -> None:
     for folder in folders.get(stage, ()):
         remove_artifacts(run.path / folder)
     if stage in ("quantize", "index"):
-        learned = {run.index_file(name).name for name in filter(run.learned, run.recipe.indexes)}
+        learned = {run.index_file(each).name for each in run.indexes if isinstance(each, QuantizerSpecification)}
         for manifest in (run.path / "indexes").rglob("*.faiss.json"):
             index = manifest.with_suffix("")
             if stage == "index" or index.name in learned:

@@ -10,16 +10,14 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, overload
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32]

@@ -21,19 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, fingerprint, obtain, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits
 from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
 from rankdistill.progress import progress, warn
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 # bm25s's file names
 DATA, INDICES, INDPTR = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"

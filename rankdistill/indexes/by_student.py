@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankdistill.artifacts import Artifact, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.indexes import multi_vector, sparse, sparse_vectors
+from rankdistill.indexes.dense import DenseEngine
+from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.sparse_specification import SparseSpecification
-from rankdistill.indexes.specification import any_specification
+from rankdistill.indexes.specification import AnySpecification, any_specification
+from rankdistill.indexes.vectors import VectorFolders, encode_documents, open_vectors
 
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-    from rankdistill.indexes.dense import DenseEngine
-    from rankdistill.indexes.faiss_index import FaissIndex
-    from rankdistill.indexes.multi_vector import MultiVectorEngine
-    from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine
-    from rankdistill.indexes.vectors import VectorFolders
+if TYPE_CHECKING:  # these load torch
     from rankdistill.students.base import StudentModel
     from rankdistill.students.query_tower import QueryTowerModel
 
@@ -47,16 +46,12 @@ def encode_collection(
         folders: where vectors that a dense student's equal may lie already.
     """
     if hasattr(student, "terms"):
-        from rankdistill.indexes.sparse_vectors import encode_document_terms
-
-        return encode_document_terms(student, collection, path)
-    from rankdistill.indexes.multi_vector import encode_document_tokens
-    from rankdistill.indexes.vectors import encode_documents
+        return sparse_vectors.encode_document_terms(student, collection, path)
     from rankdistill.students.multi_vector import MultiVectorModel
     from rankdistill.students.query_tower import QueryTowerModel
 
     if isinstance(student, MultiVectorModel):
-        return encode_document_tokens(student, collection, path)
+        return multi_vector.encode_document_tokens(student, collection, path)
     if isinstance(student, QueryTowerModel):
         if student.made_vectors is not None and (vectors := _made(student, collection)) is not None:
             return vectors
@@ -85,7 +80,6 @@ def prepare_student(
 
     A query tower is given its documents' vectors, so that the document model does not run while it learns.
     """
-    from rankdistill.indexes.vectors import open_vectors
     from rankdistill.students.query_tower import QueryTowerModel
 
     if isinstance(student, QueryTowerModel):
@@ -95,11 +89,10 @@ def prepare_student(
     student.prepare(collection, folder)
 
 
-def exhaustive_engine(student: Any, vectors: Artifact) -> DenseEngine | MultiVectorEngine | SparseEngine:
+def exhaustive_engine(
+    student: Any, vectors: Artifact
+) -> DenseEngine | multi_vector.MultiVectorEngine | sparse.SparseEngine:
     """Exact search over a student's document vectors; an error where they are another student's."""
-    from rankdistill.indexes import multi_vector, sparse, sparse_vectors
-    from rankdistill.indexes.dense import DenseEngine
-
     if vectors.kind == sparse_vectors.KIND:
         return sparse.SparseEngine.over(query_encoder(student), vectors)
     return (multi_vector.MultiVectorEngine if vectors.kind == multi_vector.KIND else DenseEngine).over(student, vectors)
@@ -125,33 +118,28 @@ def query_side(
     """
     if student_type != INFERENCE_FREE:
         return None
-    from rankdistill.indexes.sparse_vectors import find_sparse_vectors
     from rankdistill.students.token_weights import TokenWeights
 
     weights = TokenWeights.open(model)
-    there = index is not None or find_sparse_vectors(weights, collection, vectors) is not None
+    there = index is not None or sparse_vectors.find_sparse_vectors(weights, collection, vectors) is not None
     return weights if there else None
 
 
-def open_index(path: str | Path, *, memory_map: bool = False) -> FaissIndex | BuiltSparseIndex:
+def open_index(path: str | Path, *, memory_map: bool = False) -> FaissIndex | sparse.BuiltSparseIndex:
     """A FAISS file, or the folder of a sparse student's index, which cannot be memory-mapped."""
     if Path(path).is_dir():
-        from rankdistill.indexes.sparse import open_sparse_index
-
         if memory_map:
             raise UsageError(
                 "only a FAISS file can be left on disk; a sparse student's index has its own way of being read",
                 where=str(path),
                 fix="leave out --memory-map",
             )
-        return open_sparse_index(path)
-    from rankdistill.indexes.faiss_index import FaissIndex
-
+        return sparse.open_sparse_index(path)
     return FaissIndex.open(path, memory_map=memory_map)
 
 
-def index_files(student_type: str, specifications: Sequence[Any], where: str = "indexes") -> list[Any]:
-    """The specifications that are built to a file, or folder, of their own.
+def index_files(student_type: str, declared: Sequence[Any], where: str = "indexes") -> list[AnySpecification]:
+    """The specifications, read, of the indexes that are built to a file, or folder, of their own.
 
     `flat` of a multi-vector or sparse student is none: its vectors are searched as they are. A cross-encoder has
     nothing to search.
@@ -161,8 +149,7 @@ def index_files(student_type: str, specifications: Sequence[Any], where: str = "
             student, or of term weights for another.
     """
     files = []
-    for declared in specifications:
-        specification = any_specification(declared)
+    for specification in map(any_specification, declared):
         flat, sparse = getattr(specification, "factory", "") == "Flat", isinstance(specification, SparseSpecification)
         what = fix = ""
         if student_type == CROSS_ENCODER and not flat:
@@ -180,11 +167,11 @@ def index_files(student_type: str, specifications: Sequence[Any], where: str = "
         if what:
             raise UsageError(f"{specification.name} {what}", where=where, fix=fix)
         if not flat or student_type not in (MULTI_VECTOR, CROSS_ENCODER, *SPARSE_STUDENTS):
-            files.append(declared)
+            files.append(specification)
     return files
 
 
-def check_index(student_type: str, specification: Any) -> None:
+def check_index(student_type: str, specification: AnySpecification) -> None:
     """Refuse an index file that a student cannot have, exact search of one without a file too."""
     if index_files(student_type, [specification]):
         return
@@ -195,4 +182,4 @@ def check_index(student_type: str, specification: Any) -> None:
     elif student_type == MULTI_VECTOR:
         what = "a multi_vector student has no index file: its token vectors are searched as they are"
         fix = "`rankdistill search` and `evaluate` do so without an index"
-    raise UsageError(what, where=str(specification), fix=fix)
+    raise UsageError(what, where=specification.name, fix=fix)

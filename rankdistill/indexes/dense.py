@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import (
     Best,
@@ -27,9 +28,6 @@ from rankdistill.indexes.building import build_index
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.specification import IndexSpecification
 from rankdistill.indexes.vectors import check_vectors, open_vectors
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 BLOCK = 65_536  # document vectors scored at a time
 

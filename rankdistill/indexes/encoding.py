@@ -11,18 +11,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, obtain, write_atomically
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import document_fingerprint, reserve
 from rankdistill.progress import progress
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 LENGTHS = "lengths.bin"  # entries of each document, int32; gone when all are written
 DONE = "shards.json"  # what is finished; written after its bytes are on disk

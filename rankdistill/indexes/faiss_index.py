@@ -27,6 +27,8 @@ from rankdistill.artifacts import (
     file_digest,
     fingerprint,
     library_versions,
+    sync_file,
+    temporary_file,
     write_atomically,
 )
 from rankdistill.errors import RankdistillError, UsageError
@@ -59,11 +61,6 @@ def check_out_file(path: str | Path) -> None:
         check_file(file, ours=manifest_file(path).is_file())
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def _write_ids(doc_ids: Iterable[str], path: Path) -> int:
     schema = pa.schema([("doc_id", pa.string())])
     remaining, written = iter(doc_ids), 0
@@ -71,7 +68,7 @@ def _write_ids(doc_ids: Iterable[str], path: Path) -> int:
         while batch := list(islice(remaining, IDS_AT_ONCE)):
             writer.write_table(pa.table({"doc_id": batch}, schema))
             written += len(batch)
-    _sync(path)
+    sync_file(path)
     return written
 
 
@@ -111,9 +108,7 @@ def publish_index(
 
     check_out_file(out_file)
     out_file.parent.mkdir(parents=True, exist_ok=True)
-    temporary, temporary_ids = (
-        path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (out_file, ids_file(out_file))
-    )
+    temporary, temporary_ids = temporary_file(out_file), temporary_file(ids_file(out_file))
     try:
         with disk_errors(out_file):
             written = _write_ids(doc_ids, temporary_ids)
@@ -132,7 +127,7 @@ def publish_index(
                 raise RankdistillError(
                     f"FAISS cannot write the index: {reason_of(error)}", where=str(out_file)
                 ) from None
-            _sync(temporary)
+            sync_file(temporary)
             sizes = {"bytes": temporary.stat().st_size, "ids_bytes": temporary_ids.stat().st_size}
             digests = _digests(temporary, temporary_ids)
             # Files without a manifest would be taken for a stranger's, by another process or after a kill.

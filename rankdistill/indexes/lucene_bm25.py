@@ -14,9 +14,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankdistill.artifacts import Artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
 from rankdistill.indexes import jvm
 from rankdistill.indexes.base import Hits, no_hits
@@ -24,9 +25,6 @@ from rankdistill.indexes.bm25 import LexicalEngine, no_words
 from rankdistill.indexes.lucene import CONTENTS, LuceneReader, LuceneWriter, java_text, search_all
 from rankdistill.indexes.sources import BM25Source
 from rankdistill.progress import progress
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 FILES = "index"  # Lucene's files, in a folder of their own
 

@@ -10,28 +10,23 @@ What grows: the ids of the queries (and, of a foreign run, their offsets); texts
 from __future__ import annotations
 
 import hashlib
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from rankdistill.artifacts import Artifact, ArtifactWriter, disk_errors, fingerprint, obtain
-from rankdistill.collections.collection import joined
+from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, obtain, written_whole
+from rankdistill.collections import Collection
+from rankdistill.collections.collection import Document, Query, joined
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Engine, Hits, Rows, Scores
 from rankdistill.indexes.sources import SHARE, CandidateSource, RecordedRun
 from rankdistill.progress import progress, say, warn
 from rankdistill.runs import SCHEMA, RunWriter, iter_run, write_trec
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-    from rankdistill.collections.collection import Document, Query
 
 FILE = "candidates.parquet"
 SPARE = 8  # documents searched for in place of those whose text is the query's or a positive's
@@ -177,8 +172,6 @@ def _batches(
     collection: Collection, split: str | None, query_ids: Sequence[str] | None, batch_size: int
 ) -> Iterator[list[Query]]:
     """The queries to mine, with their labels, in batches that are the same at each call."""
-    from rankdistill.collections.collection import Query
-
     if query_ids is None:
         yield from collection.iter_queries(split, batch_size)
         return
@@ -345,13 +338,8 @@ def _plain(text: str) -> str:
 
 def _join(parts: Sequence[Path], out: Path) -> None:
     """Copy the parts' row groups into one file, which appears when it is complete."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    with disk_errors(out):
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            for part in parts:
-                table = pq.read_table(part, schema=SCHEMA)
-                if len(table):
-                    writer.write_table(table)
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, out)
+    with written_whole(out) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        for part in parts:
+            table = pq.read_table(part, schema=SCHEMA)
+            if len(table):
+                writer.write_table(table)

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import Best, Hits, StudentEngine, check_inputs, no_hits
 from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.students.token_vectors import TokenVectors, maxsim_blocks
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 KIND = "token_vectors"
 TOKENS, OFFSETS = "tokens.npy", "offsets.npy"

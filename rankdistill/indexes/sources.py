@@ -10,11 +10,12 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from rankdistill.artifacts import disk_errors, file_digest, fingerprint
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Engine, Hits, document_fingerprint, no_hits, ranked
 from rankdistill.indexes.bm25 import BM25
@@ -22,10 +23,7 @@ from rankdistill.indexes.dense import DenseEngine, export_index
 from rankdistill.indexes.specification import load_specification
 from rankdistill.indexes.vectors import encode_documents
 from rankdistill.progress import warn
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-
+from rankdistill.runs import iter_run
 
 SHARE = ("quota", "rank_from", "rank_to", "margin", "relative_margin")
 
@@ -174,8 +172,6 @@ class RecordedRun:
 
         An error where it is malformed, or names no document of the collection.
         """
-        from rankdistill.runs import iter_run
-
         digest = fingerprint(["run", file_digest(file), collection.fingerprint])
         folder.mkdir(parents=True, exist_ok=True)
         offsets: dict[str, tuple[int, int]] = {}

@@ -10,11 +10,12 @@ import importlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from rankdistill.artifacts import MANIFEST, Artifact, ArtifactWriter, file_digest, fingerprint, obtain, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import DocumentIds, Hits, Rows, Scores, StudentEngine, check_inputs, no_hits
 from rankdistill.indexes.postings import Postings
@@ -24,9 +25,6 @@ from rankdistill.indexes.sparse_vectors import TermEncoder, open_postings, open_
 from rankdistill.indexes.specification import any_specification
 from rankdistill.progress import warn
 from rankdistill.recipe import code_of
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 KIND = "sparse_index"
 BUILD_AGAIN = "build the index again with this student"

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, find_artifact, fingerprint, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import document_fingerprint, vocabulary_fingerprint
 from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
 from rankdistill.progress import warn
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 KIND = "sparse_vectors"
 OFFSETS, TERMS, WEIGHTS = "indptr.npy", "terms.npy", "weights.npy"  # by document
@@ -43,14 +41,8 @@ class TermEncoder(Protocol):
     def encode_queries(self, texts: Sequence[str]) -> Any: ...
 
 
-class TermDocumentEncoder(TermEncoder, Protocol):
-    """... one that encodes documents too."""
-
-    def encode_documents(self, texts: Sequence[str]) -> Any: ...
-
-
 def encode_document_terms(
-    encoder: TermDocumentEncoder, collection: Collection, path: str | Path, *, shard_size: int = SHARD
+    encoder: Any, collection: Collection, path: str | Path, *, shard_size: int = SHARD
 ) -> Artifact:
     """Encode every document into `path`: indptr.npy int64, terms.npy int32, weights.npy float32, a csr_matrix.
 

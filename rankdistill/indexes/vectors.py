@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, disk_errors, find_artifact, fingerprint, open_artifact
+from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import Encoder, Vectors, document_fingerprint
 from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.progress import say
 from rankdistill.students.token_batches import resolve_precision
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 QUERY_IDS = "query_ids.parquet"
 SHARD = 4096

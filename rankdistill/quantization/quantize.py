@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, file_digest, fingerprint, locked, obtain
+from rankdistill.collections import Collection
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import DocumentIds, Vectors, allocate_array
@@ -39,17 +40,16 @@ from rankdistill.indexes.faiss_index import (
     manifest_if_whole,
     publish_index,
 )
-from rankdistill.indexes.foreign_vectors import Ids
+from rankdistill.indexes.foreign_vectors import Ids, open_foreign_vectors
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
 from rankdistill.quantization.quantizer import VectorQuantizer, query_transform
+from rankdistill.quantization.queries import collection_queries
 from rankdistill.quantization.training import CHECKPOINT, CODES, LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
-    from rankdistill.scores.lists import ScoredLists
-    from rankdistill.students.base import StudentModel
+from rankdistill.runs import iter_run
+from rankdistill.scores.lists import ScoredLists
+from rankdistill.students.base import StudentModel, to_device
 
 KIND = "quantizer"
 ENCODER = "query_encoder"
@@ -151,8 +151,6 @@ def quantize_student(
     Args:
         query_ids, lists: see `collection_queries`.
     """
-    from rankdistill.quantization.queries import collection_queries
-
     exact = ExactIndex.open(vectors)
     exact.check(student, collection)
     queries, made_from = collection_queries(student, collection, specification, query_ids=query_ids, lists=lists)
@@ -188,8 +186,6 @@ def quantize_files(
         ids: of a .npy's rows.
         scores: a teacher's scores as a run, for `relevance: scores`; documents and queries by the ids of the vectors.
     """
-    from rankdistill.indexes.foreign_vectors import open_foreign_vectors
-
     out_file = Path(out_file)
     folder = out_file.with_name(f"{out_file.name}.vectors")
     held = open_foreign_vectors(documents, folder, side="documents", ids=ids)
@@ -220,8 +216,6 @@ def quantize_files(
 
 def recorded_scores(file: str | Path, query_ids: Sequence[str], doc_ids: Sequence[str]) -> TeacherScores:
     """A run's scores by the rows of queries and documents; what neither knows is left out and counted."""
-    from rankdistill.runs import iter_run
-
     query_row = {query_id: row for row, query_id in enumerate(query_ids)}
     doc_row = {doc_id: row for row, doc_id in enumerate(doc_ids)}
     queries, rows, values, dropped, missing = [], [], [], 0, 0
@@ -466,7 +460,6 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
 
 def _query_encoding(student: StudentModel) -> Any:
     """Texts → query vectors [n, dimension], with gradients while the quantiser trains."""
-    from rankdistill.students.base import to_device
 
     def run(texts: list[str]) -> torch.Tensor:
         return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float()

@@ -5,22 +5,18 @@ Queries of dev and test are never used; judgments only where a specification ask
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
 from rankdistill.artifacts import fingerprint
+from rankdistill.collections import Collection
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.quantization.batches import Queries, TeacherScores
 from rankdistill.sampling.base import generator
 from rankdistill.sampling.training_queries import pseudo_queries
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rankdistill.collections import Collection
-    from rankdistill.scores.lists import ScoredLists
-    from rankdistill.students.base import StudentModel
+from rankdistill.scores.lists import ScoredLists
+from rankdistill.students.base import StudentModel
 
 
 def collection_queries(

@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from rankdistill.artifacts import Artifact, fingerprint, open_artifact, write_artifact
+from rankdistill.collections import Collection
 from rankdistill.collections.storage import Column, TableWriter
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.scores.ensemble import Ensemble, ScoreSource
-
-if TYPE_CHECKING:
-    from rankdistill.collections import Collection
 
 DISAGREEMENT = "disagreement.npy"
 COLUMNS: dict[str, type[np.generic]] = {"doc_rows": np.int32, "scores": np.float32, "relevance": np.int32}

@@ -31,10 +31,10 @@ from rankdistill.artifacts import (
     SCHEMA_VERSION,
     cache_dir,
     check_file,
-    disk_errors,
     fingerprint,
     locked,
     write_atomically,
+    written_whole,
 )
 from rankdistill.errors import RankdistillError, UsageError
 
@@ -304,20 +304,13 @@ class TeacherScores:
         if calibrator is not None:
             metadata |= {"score_kind": "probability", "teacher": fingerprint([self.teacher, str(calibrator)])}
         schema = SCHEMA.with_metadata(metadata)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            with disk_errors(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                    for table in self._distinct():
-                        if calibrator is not None:
-                            scores = calibrator(table["score"].to_numpy()).astype(np.float32)
-                            table = table.set_column(2, SCHEMA.field("score"), pa.array(scores))
-                        writer.write_table(table.replace_schema_metadata(schema.metadata))
-                        pairs += len(table)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(file) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for table in self._distinct():
+                if calibrator is not None:
+                    scores = calibrator(table["score"].to_numpy()).astype(np.float32)
+                    table = table.set_column(2, SCHEMA.field("score"), pa.array(scores))
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+                pairs += len(table)
         return pairs
 
 
