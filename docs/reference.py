@@ -39,6 +39,7 @@ PLURAL = {
     "teacher": "Teachers",
     "backend": "Backends of language models",
     "source": "Sources of candidates",
+    "generator": "Generators of queries",
 }
 assert PLURAL.keys() == KINDS.keys()
 

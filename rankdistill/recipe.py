@@ -54,6 +54,7 @@ KINDS = {
     "source": "rankdistill.indexes",
     "weighting": "rankdistill.losses.weighting",
     "backend": "rankdistill.teachers.llm",
+    "generator": "rankdistill.generation",
 }
 # ... → what a class of another package has to be a subclass of.
 BASES = {
@@ -64,6 +65,7 @@ BASES = {
     "source": "rankdistill.indexes.sources:CandidateSource",
     "weighting": "rankdistill.losses.weighting.base:Weighting",
     "backend": "rankdistill.teachers.llm.base:Backend",
+    "generator": "rankdistill.generation.base:Generator",
     "index": "rankdistill.indexes.sparse_specification:SparseSpecification",
 }
 
@@ -105,6 +107,7 @@ Student = Annotated[Method, Of("student")]
 Teacher = Annotated[Method, Of("teacher")]
 Source = Annotated[Method, Of("source")]
 Weighting = Annotated[Method, Of("weighting")]
+Generator = Annotated[Method, Of("generator")]
 
 
 class HoldOut(Section):
@@ -125,6 +128,22 @@ class HoldOut(Section):
         if self.bucket >= self.buckets:
             raise ValueError(f"bucket {self.bucket} is not one of 0 to {self.buckets - 1}")
         return self
+
+
+class Generate(Section):
+    """Queries and labels made from documents; see generation/generate.py. The student then learns from these alone."""
+
+    generator: Generator | None = Field(None, description="who writes queries; null: the collection's own are used")
+    documents: int | None = Field(2000, ge=1, description="documents that get queries, drawn by the seed; null: all")
+    least_words: int = Field(20, ge=1, description="... of those with so many words")
+    round_trip: int | None = Field(
+        None,
+        ge=1,
+        description="keep a query if one of the sources of candidates finds its document among so many results",
+    )
+    likeliest: float = Field(1.0, gt=0, le=1, description="keep this share, by the language model's log-probability")
+    judge: Teacher | None = Field(None, description="keep those that this teacher scores highest with their document")
+    judge_share: float = Field(0.8, gt=0, le=1, description="... this share")
 
 
 class Candidates(Section):
@@ -281,6 +300,7 @@ class Recipe(Section):
         None, description="cpu, cuda, cuda:1 ...: where all of it runs; a GPU if there is one unless given"
     )
     collection: str = Field(description="a folder, beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs")
+    generate: Generate = Field(default_factory=Generate)
     candidates: Candidates = Field(default_factory=Candidates)
     teacher: Teacher | None = Field(None, description="who scores the lists; null: the student learns from labels")
     student: Student = Field(description="who learns from them")
@@ -300,6 +320,12 @@ class Recipe(Section):
     @property
     def student_device(self) -> str | None:
         return self.training.device or self.device
+
+    @model_validator(mode="after")
+    def _one_kind_of_queries(self) -> Recipe:
+        if self.generate.generator is not None and self.candidates.unlabelled is not None:
+            raise ValueError("generate.generator and candidates.unlabelled both say what is learned from: keep one")
+        return self
 
     @field_validator("baselines")
     @classmethod
@@ -528,7 +554,7 @@ def check_method(kind: str, settings: Mapping[str, Any], where: str) -> dict[str
     cls = method_class(kind, settings["type"], f"{where}.type")
     values = {key: value for key, value in settings.items() if key != "type"}
     model = check_values(parameters_model(cls), values, where)
-    if kind == "teacher" and "backend" in values:
+    if kind in ("teacher", "generator") and "backend" in values:
         check_method("backend", values["backend"], f"{where}.backend")
     return {"type": settings["type"], **model.model_dump()}
 

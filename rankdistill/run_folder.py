@@ -1,6 +1,6 @@
 """A run's folder: the artifacts in it, each made from those before it when it is asked for.
 
-    mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
+    generate ─► mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
 
 An artifact whose fingerprint is on disk is not made again, so each can be asked for alone, and a killed run goes on
 where it stopped. The rows of a table (table_rows.py) and the walk through the stages (stages.py) are made of it.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rankdistill.artifacts import (
+    MANIFEST,
     Artifact,
     ArtifactWriter,
     check_file,
@@ -30,6 +31,7 @@ from rankdistill.collections import Collection, open_collection
 from rankdistill.devices import command_device, use_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.extrapolation import hold_out
+from rankdistill.generation.generate import generate, labelled
 from rankdistill.indexes.base import Engine
 from rankdistill.indexes.by_student import (
     CROSS_ENCODER,
@@ -45,6 +47,7 @@ from rankdistill.indexes.by_student import (
 from rankdistill.indexes.dense import DenseEngine, export_index
 from rankdistill.indexes.faiss_index import FaissIndex
 from rankdistill.indexes.mining import FILE, Source, mine
+from rankdistill.indexes.sources import RecordedRun
 from rankdistill.indexes.sparse import BuiltSparseIndex, SparseEngine, build_sparse_index
 from rankdistill.indexes.sparse_specification import SparseSpecification
 from rankdistill.indexes.specification import AnySpecification, QuantizerSpecification, any_specification
@@ -109,7 +112,37 @@ class RunFolder:
 
     @cached_property
     def collection(self) -> Collection:
-        return with_unlabelled(open_collection(self.recipe.collection), self.recipe)
+        if self.recipe.generate.generator is not None:
+            return labelled(self.documents, self.generate())
+        return with_unlabelled(self.documents, self.recipe)
+
+    # -- generate -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def documents(self) -> Collection:
+        """The collection as it was opened, without the queries that a recipe brings."""
+        return open_collection(self.recipe.collection)
+
+    def generate(self) -> Artifact:
+        """Queries made from the documents, with labels."""
+        settings, path = self.recipe.generate, self.path / "generated"
+        assert settings.generator is not None
+        if self.student_folder(STUDENT).is_dir() and (path / MANIFEST).is_file():
+            written = open_artifact(path, "generated")
+            asked = written.manifest["settings"].get("recipe"), written.manifest["inputs"]["collection"]
+            if asked == (self.recipe.resolved()["generate"], self.documents.fingerprint):
+                return written  # to search with what was trained, no language model need be there
+        generator = build("generator", settings.generator.settings(), "generate.generator")
+        judge = build("teacher", settings.judge.settings(), "generate.judge") if settings.judge else None
+        sources = [method.settings() for method in self.recipe.candidates.sources]
+
+        def engines() -> dict[str, Engine]:
+            opened = {each.engine.fingerprint: each.engine for each in self.sources(self.documents)}
+            found = [engine for engine in opened.values() if not isinstance(engine, RecordedRun)]
+            return {f"{engine.name}{place or ''}": engine for place, engine in enumerate(found)}
+
+        options: dict[str, Any] = {"seed": self.recipe.seed, "engines": engines, "sources": sources, "judge": judge}
+        return generate(self.documents, generator, settings, path, **options, store=self.store)
 
     # -- mine ---------------------------------------------------------------------------------------------------------
 

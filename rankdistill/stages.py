@@ -1,6 +1,6 @@
 """The order of the stages, and the evaluation that ends them.
 
-    mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
+    generate ─► mine ─► teach ─► score ─► train ─► quantize ─► index ─► evaluate
 
 A `Workspace` is a run's folder (run_folder.py) with the walk through its stages.
 """
@@ -27,7 +27,7 @@ from rankdistill.run_folder import STUDENT, RunFolder
 from rankdistill.table_rows import open_bm25, run_systems
 from rankdistill.upkeep import check_run, forget
 
-STAGES = ("mine", "teach", "score", "train", "quantize", "index", "evaluate")
+STAGES = ("generate", "mine", "teach", "score", "train", "quantize", "index", "evaluate")
 
 
 class Workspace(RunFolder):
@@ -115,7 +115,11 @@ class Workspace(RunFolder):
     def _stage(self, name: str) -> SuiteEvaluation | None:
         started = time.monotonic()
         result = None
-        if name == "mine":
+        if name == "generate":
+            if self.recipe.generate.generator is None:
+                return None  # the collection's own queries: not a stage of it
+            done = "{queries:,} queries of {kept:,} documents".format_map(self.generate().counts)
+        elif name == "mine":
             train, dev = self.mine()
             done = f"{train.counts.get('queries', 0):,} training and {dev.counts.get('queries', 0):,} dev queries"
         elif name == "teach":

@@ -73,7 +73,7 @@ def _check_places(run: RunFolder) -> None:
     check_file(run.path / RECIPE, mark=WRITTEN)
     members = len(run.recipe.teacher.settings().get("members", ())) if run.recipe.teacher is not None else 0
     teachers = ["teacher", "teacher-calibration", *(f"teacher-{number}" for number in range(members))]
-    for name in (STUDENT, "lists", "dev-lists", *teachers):
+    for name in (STUDENT, "generated", "lists", "dev-lists", *teachers):
         check_place(run.path / name)
     for name in ("candidates", "engines", "vectors", "baselines", "prepared"):
         folder = run.path / name
@@ -91,6 +91,7 @@ def _check_places(run: RunFolder) -> None:
 def forget(run: RunFolder, stage: str) -> None:
     """Delete what a stage made."""
     folders = {
+        "generate": ["generated"],
         "mine": ["candidates", "engines"],
         "teach": [path.name for path in run.path.glob("teacher*")],
         "score": ["lists", "dev-lists"],

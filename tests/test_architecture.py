@@ -19,7 +19,7 @@ MODULES = {
 ROWS = [
     {"cli"},
     {"stages", "table_rows", "upkeep", "run_folder"},
-    {"teachers", "training", "quantization", "evaluation"},
+    {"teachers", "generation", "training", "quantization", "evaluation"},
     {"students", "losses", "sampling", "indexes", "scores"},
     {"collections", "runs", "artifacts", "recipe"},
     {"errors", "plain", "progress", "devices"},

@@ -280,7 +280,7 @@ def part(text: str, heading: str) -> str:
 
 def test_the_reference_has_every_key_of_a_recipe(reference: dict[str, str]) -> None:
     schema = json_schema()
-    sections = ["Candidates", "HoldOut", "Training", "Evaluate", "Extrapolation"]
+    sections = ["Generate", "Candidates", "HoldOut", "Training", "Evaluate", "Extrapolation"]
     keys = {key for name in sections for key in schema["$defs"][name]["properties"]} | schema["properties"].keys()
     assert len(keys) > 60
     assert rows(reference["recipe"]) == keys

@@ -209,6 +209,40 @@ def collection(
 
 
 @app.command()
+def generate(
+    recipe: Recipe,
+    changes: Set = None,
+    out: Out = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Stop a language model at 500calls, 200000tokens or 3.50 (money, by its prices).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
+    store: Store = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make queries with labels from a collection's documents, as a recipe's `generate` says."""
+    _begin(quiet, device)
+    from rankdistill.generation.generate import estimate
+    from rankdistill.recipe import build, load_recipe
+    from rankdistill.stages import Workspace
+    from rankdistill.upkeep import check_run
+
+    checked = load_recipe(recipe, [*(changes or []), *([f"generate.generator.budget={budget}"] if budget else [])])
+    workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    method = checked.generate.generator
+    if method is None:
+        fix = "--set 'generate.generator={type: titles}', or the recipe gpl"
+        raise UsageError("the recipe generates no queries", where="generate.generator", fix=fix)
+    if dry_run:
+        generator = build("generator", method.settings(), "generate.generator")
+        print("\n".join(estimate(workspace.documents, generator, checked.generate, checked.seed, workspace.store)))
+        return
+    check_run(workspace)
+    _print(workspace.generate())
+
+
+@app.command()
 def mine(
     spec: Collection,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],

@@ -238,7 +238,7 @@ class Collection:
         Raises:
             RankdistillError: a positive is not in the collection.
         """
-        new = {text: f"text-{hashlib.sha256(text.encode()).hexdigest()[:20]}" for text in (*texts, *(relevant or ()))}
+        new = {text: query_id_of(text) for text in (*texts, *(relevant or ()))}
         labels: dict[str, dict[str, dict[str, int]]] = {}
         if relevant:
             parts = parts or parted(relevant.values(), seed)
@@ -365,6 +365,11 @@ def held_out(query_ids: Sequence[str], fraction: float = 0.1, seed: int = 42) ->
     count = min(len(query_ids) - 1, max(1, round(len(query_ids) * fraction)))
     chosen = set(sorted(query_ids, key=lambda query_id: id_hash(f"{seed}:{query_id}"))[:count])
     return [i for i in query_ids if i not in chosen], [i for i in query_ids if i in chosen]
+
+
+def query_id_of(text: str) -> str:
+    """The id of a further query."""
+    return f"text-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 def parted(groups: Iterable[Sequence[str]], seed: int = 42, fraction: float = 0.1) -> dict[str, str]:

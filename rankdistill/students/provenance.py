@@ -12,7 +12,7 @@ from rankdistill.recipe import Recipe, code_of
 from rankdistill.students.models import resolve_model
 
 MODELS = ("model", "document_model", "query_model")
-FILES = ("file", "idf", "orders", "unlabelled")
+FILES = ("file", "idf", "orders", "unlabelled", "examples")
 # Where and how fast something is computed, and how it is told; the student is the same.
 DECIDES_NOTHING = {"device", "log_every", "loader_processes", "agreement_queries"}
 ELSEWHERE = DECIDES_NOTHING | {
@@ -53,7 +53,7 @@ def _revision(key: str, value: Any, strict: bool) -> Any:
 def deciding(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides its student: no paths, but digests of what lies there (None where nothing does)."""
     values = recipe.resolved()
-    sections = {key: _kept(values[key]) for key in ("seed", "candidates", "teacher", "student", "training")}
+    sections = {key: _kept(values[key]) for key in ("seed", "generate", "candidates", "teacher", "student", "training")}
     return dict(with_revisions(sections, strict=False))
 
 

@@ -141,6 +141,7 @@ class Health:
     cut: int = 0  # of the unread answers, those that ended at their longest
     refused: int = 0
     fresh: int = 0  # refusals and unread answers that did not come from the cache
+    nothing: str = "name no passage"  # what such an answer does
     words: str = ""  # of the first refusal, or else of the first answer that was not read
 
     def see(self, answer: Answer, readable: bool) -> None:
@@ -184,7 +185,7 @@ class Health:
             )
         longest = f", {self.cut:,} were cut at max_tokens" if self.cut else ""
         return RankdistillError(
-            f"{self.unread:,} of {total:,} answers name no passage{longest} (the first: {self.words})",
+            f"{self.unread:,} of {total:,} answers {self.nothing}{longest} (the first: {self.words})",
             where="the language model's answers",
             fix="a larger max_tokens: a model that reasons spends them before it answers (or switch that off, backend: "
             "{extra: ...})"
@@ -201,11 +202,12 @@ class Asking:
         backend: Mapping[str, Any],
         budget: str | float | None = None,
         prices: Prices | Mapping[str, Any] | None = None,
+        nothing: str = Health.nothing,
     ) -> None:
         self.backend: Backend = build("backend", backend, "teacher.backend")
         self.budget = Budget(budget, prices)
         self.estimate: Estimate | None = None
-        self.health = Health()
+        self.health = Health(nothing=nothing)
         self.root = answers_root()
 
     def use_store(self, root: str | Path) -> None:

@@ -30,10 +30,15 @@ class Request:
     max_tokens: int = 256  # of the answer
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0  # of the sampling, where the temperature is above 0
+    stop: str = ""  # the answer ends before this text, where it has begun
+    log_probability: bool = False  # ask for it where telling costs the engine something
 
     def key(self, backend: str) -> str:
-        """Names the answer: a hash of everything above and of the engine's fingerprint."""
-        text = json.dumps([backend, asdict(self)], sort_keys=True, ensure_ascii=False)
+        """Names the answer: a hash of everything above and of the engine's fingerprint. What came later, and is not
+        used, does not count: answers that were kept before stay valid."""
+        values = asdict(self)
+        values = {name: value for name, value in values.items() if value or name not in ("stop", "log_probability")}
+        text = json.dumps([backend, values], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -60,6 +65,7 @@ class Answer:
     usage: Usage = field(default_factory=Usage)
     finished: bool = True  # False where the answer was cut at `max_tokens`
     refused: str = ""  # the engine's words where it refused this prompt (a content filter): none is kept
+    log_probability: float | None = None  # mean over the answer's tokens, of the model without temperature, if told
     kept: bool = field(default=False, compare=False)  # from the cache: it costs nothing now
 
 

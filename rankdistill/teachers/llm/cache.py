@@ -143,9 +143,12 @@ def _answer(record: Any) -> Answer:
     try:
         logits = record["logits"] and {name: float(value) for name, value in record["logits"].items()}
         usage = Usage(**record["usage"])
-        numbers = all(map(math.isfinite, (logits or {}).values())) and min(astuple(usage)) >= 0
+        likelihood = record.get("log_probability")
+        likelihood = None if likelihood is None else float(likelihood)
+        told = [*(logits or {}).values(), likelihood or 0.0]
+        numbers = all(map(math.isfinite, told)) and min(astuple(usage)) >= 0
         if not numbers or not isinstance(record["text"], str):
             raise ValueError("not an answer")
-        return Answer(record["text"], logits, usage, bool(record["finished"]), kept=True)
+        return Answer(record["text"], logits, usage, bool(record["finished"]), "", likelihood, kept=True)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"not an answer: {error}") from None

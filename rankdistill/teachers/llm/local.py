@@ -529,19 +529,27 @@ class _Text(_Row):
         super().__init__(chat, prompt, request, ends)
         self.longest = request.max_tokens
         self.tokens: list[int] = []
+        self.log_probability = 0.0  # of all of them
         self.finished = False
 
     def step(self, logits: Tensor) -> list[int]:
         token = self.chosen(logits)
-        self.finished = token in self.ends
+        self.finished = token in self.ends or self._stops(token)
         if not self.finished:
             self.tokens.append(token)
+            self.log_probability += float(logits[token] - logits.logsumexp(dim=0))
         self.done = self.finished or len(self.tokens) >= self.request.max_tokens
         return [] if self.done else [token]
 
+    def _stops(self, token: int) -> bool:
+        """Whether this token ends a line that says something."""
+        stop, tokenizer = self.request.stop, self.chat.tokenizer
+        return bool(stop) and stop in tokenizer.decode([token]) and bool(tokenizer.decode(self.tokens).strip())
+
     def answer(self) -> Answer:
         text = self.chat.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text, None, self.usage(len(self.tokens)), self.finished)
+        mean = self.log_probability / len(self.tokens) if self.tokens else None
+        return Answer(text, None, self.usage(len(self.tokens)), self.finished, log_probability=mean)
 
 
 ROWS: dict[str, type[_Row]] = {"first": _Scores, "constrained": _Permutation, "generate": _Text}

@@ -328,6 +328,10 @@ class OpenAIBackend(Backend):
         body[self.length_key] = self._step_tokens(request) if request.decoding == "first" else request.max_tokens
         if request.temperature > 0:
             body["seed"] = request.seed
+        if request.stop:
+            body["stop"] = [request.stop]
+        if request.log_probability:
+            body["logprobs"] = True
         if request.decoding == "first":
             body |= {"logprobs": True, "top_logprobs": self.logprobs}
         if more:
@@ -339,7 +343,9 @@ class OpenAIBackend(Backend):
         # The answer is what follows the given beginning, whether the server repeats it, was given it or neither.
         if request.before and text.lstrip().startswith(request.before.strip()):
             text = text.lstrip()[len(request.before.strip()) :]
-        return Answer(text, usage=self._usage(request, reply), finished=reply.finished)
+        told = [values[-1][1] for _, values in reply.steps if values]  # the last is that of the token itself
+        mean = max(sum(told) / len(told), -9999.0) if told else None
+        return Answer(text, usage=self._usage(request, reply), finished=reply.finished, log_probability=mean)
 
     def _first(self, request: Request, reply: Reply) -> Answer:
         """Log-probabilities of the identifiers at the step behind the given beginning."""

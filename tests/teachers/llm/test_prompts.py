@@ -31,7 +31,7 @@ def user(request: Request) -> str:
     return request.messages[-1]["content"]
 
 
-@pytest.mark.parametrize("name", sorted(shipped(FOLDER)))
+@pytest.mark.parametrize("name", sorted(shipped(FOLDER).keys() - {"generation", "rewriting"}))
 def test_shipped_prompts_render(name: str) -> None:
     prompt = load_prompt(name)
     count = {"listwise": 20, "pairwise": 2, "pointwise": 1}[prompt.kind]
