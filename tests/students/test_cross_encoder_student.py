@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder
 
 from rankdistill.errors import UsageError
 from rankdistill.recipe import load_recipe
 from rankdistill.stages import Workspace
 from rankdistill.students.cross_encoder import CrossEncoderStudent, PairModel
-from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -43,34 +41,6 @@ def test_it_starts_as_its_encoder_cut_to_layers(encoder: Path, tiny_collection: 
     gates, head = student.model[0].gates, student.model[0].head.weight
     rates: Any = student.learning_rates()
     assert gates.shape == (1, 2) and (rates[gates], rates[head]) == (1e-2, 1e-3)
-
-
-@pytest.mark.parametrize("layers", [None, [1]])
-@pytest.mark.parametrize("start", ["encoder", "head"])
-def test_what_is_saved_is_a_teacher_and_a_cross_encoder_of_the_library(
-    encoder: Path, tiny_collection: Collection, tmp_path: Path, start: Any, layers: list[int] | None
-) -> None:
-    texts = texts_of(tiny_collection)
-    torch.manual_seed(1)
-    student = made(encoder, layers=layers, start=start, max_length=33)
-    with torch.no_grad():
-        for name, weight in student.named_parameters():
-            if "gates" in name or "head" in name or "factor" in name:
-                weight.add_(torch.rand_like(weight))  # as after some training
-    scores = student.similarities(*texts)
-    student.save(tmp_path / "model")
-    np.testing.assert_allclose(
-        CrossEncoderStudent(precision="fp32").open(tmp_path / "model", "cpu").similarities(*texts), scores
-    )
-    again = made(tmp_path / "model", max_length=33)  # and a student goes on from it
-    np.testing.assert_allclose(again.similarities(*texts), scores, atol=1e-5)
-    teacher = CrossEncoderTeacher(str(tmp_path / "model"), precision="fp32", device="cpu")
-    pairs = np.indices(scores.shape).reshape(2, -1).T
-    np.testing.assert_allclose(teacher.score_pairs(*texts, pairs), scores.ravel(), atol=1e-5)
-    plain = CrossEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=start == "encoder")
-    assert plain.num_labels == 1 and plain.max_seq_length == 33 and not list((tmp_path / "model").rglob("*.py"))
-    asked = [(query, text) for query in texts[0] for text in texts[1]]
-    np.testing.assert_allclose(plain.predict(asked), scores.ravel(), atol=1e-5)
 
 
 def test_it_has_no_vectors(encoder: Path) -> None:

@@ -13,8 +13,7 @@ from sentence_transformers import SparseEncoder
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students.inference_free import InferenceFreeStudent
-from rankdistill.students.sparse import SparseModel, SpladeStudent
-from rankdistill.students.token_weights import TokenWeights
+from rankdistill.students.sparse import SparseModel
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -27,34 +26,6 @@ def student(encoder: Path, collection: Collection, folder: Path, **settings: Any
     model = InferenceFreeStudent(str(encoder), **{"precision": "fp32", **settings}).create("cpu")
     model.prepare(collection, folder)
     return model
-
-
-@pytest.mark.parametrize("settings", [{}, {"pooling": "sum", "activation": "log1p_relu", "query_length": 9}])
-def test_a_saved_student_encodes_the_same_everywhere(
-    tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    model = student(tiny_encoder, tiny_collection, tmp_path, **settings)
-    folder = tmp_path / "model"
-    model.save(folder)
-    plain = SparseEncoder(str(folder), device="cpu", local_files_only=True)
-    queries = plain.encode_query(QUERIES, convert_to_tensor=True).to_dense().numpy()
-    documents = plain.encode_document(TEXTS, convert_to_tensor=True).to_dense().numpy()
-    opened = InferenceFreeStudent(precision="fp32").open(folder, "cpu")
-    without_torch = TokenWeights.open(folder)
-    assert model.inference_free and opened.inference_free
-    for one in (model, opened, without_torch, SpladeStudent(precision="fp32").open(folder, "cpu")):
-        np.testing.assert_array_equal(one.encode_queries(QUERIES).toarray(), queries)
-    for one in (model, opened):
-        np.testing.assert_allclose(one.encode_documents(TEXTS).toarray(), documents, atol=1e-4)
-        with torch.inference_mode():
-            embedded = one.eval().embed(one.preprocess(QUERIES, "query"), "query")
-        np.testing.assert_array_equal(embedded.numpy(), queries)
-    assert without_torch.terms == opened.terms == model.terms
-    assert without_torch.fingerprint == opened.fingerprint
-    assert without_torch.document_fingerprint == opened.document_fingerprint
-    lengths = (queries > 0).sum(axis=1)
-    assert (lengths[2:4] == 0).all() and lengths[0] > 3
-    assert lengths[1] == 1  # a token that is there twice counts once
 
 
 def test_queries_weigh_rare_words_more(tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path) -> None:

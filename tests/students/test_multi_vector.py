@@ -43,37 +43,6 @@ def slow(query: np.ndarray, document: np.ndarray) -> float:
     return sum(max(float(np.dot(q, d)) for d in document.astype(np.float64)) for q in query.astype(np.float64))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"dimension": 8, "projection": "random"},
-        {"projection": "none", "similarity": "dot"},
-        {"layers": [1], "query_length": 5, "document_length": 11, "skip_punctuation": False},
-        {"query_expansion": True, "query_length": 12},
-        {"query_expansion": True, "query_length": 12, "attend_to_expansion": True},
-        {"query_prompt": "which ", "document_prompt": "a fact: "},
-    ],
-    ids=lambda settings: ",".join(settings) or "as it is",
-)
-def test_a_saved_student_scores_the_same_in_plain_sentence_transformers(
-    tiny_encoder: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    model = student(tiny_encoder, **settings)
-    ours = model.similarities(QUERIES, TEXTS)
-    model.save(tmp_path / "model")
-    np.testing.assert_allclose(ours, plain_scores(tmp_path / "model"), atol=1e-5)
-    plain = MultiVectorEncoder(str(tmp_path / "model"), device="cpu", local_files_only=True)
-    for own, theirs in zip(model.encode_queries(QUERIES), plain.encode_query(QUERIES), strict=True):
-        np.testing.assert_allclose(own, theirs, atol=1e-5)
-    reopened = MultiVectorStudent(precision="fp32").open(tmp_path / "model", "cpu")
-    np.testing.assert_allclose(reopened.similarities(QUERIES, TEXTS), ours, atol=1e-6)
-    assert (reopened.normalised, reopened.dimension) == (model.normalised, model.dimension)
-    # As the start of another training too: its projection and settings are kept.
-    again = student(tmp_path / "model")
-    np.testing.assert_allclose(again.similarities(QUERIES, TEXTS), ours, atol=1e-6)
-
-
 def test_scores_are_those_of_a_slow_loop(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = student(tiny_encoder, dimension=16, scale=3.0)
     queries, texts = model.encode_queries(QUERIES), model.encode_documents(TEXTS)

@@ -34,35 +34,6 @@ def dense(encoder: Path, **settings: Any) -> DenseModel:
     return DenseStudent(str(encoder), **{"precision": "fp32", **settings}).create("cpu")
 
 
-def saved(model: DenseModel, folder: Path) -> SentenceTransformer:
-    """The student as a user of plain sentence-transformers gets it."""
-    model.save(folder)
-    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"similarity": "cos"},
-        {"layers": [1], "pooling": "cls"},
-        {"query_length": 5, "document_length": 11},
-        {"query_prompt": "which ", "document_prompt": "a fact: ", "query_length": 9},
-    ],
-    ids=lambda settings: ",".join(settings) or "as it is",
-)
-def test_a_saved_student_encodes_the_same_in_plain_sentence_transformers(
-    tiny_encoder: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    student = dense(tiny_encoder, **settings)
-    plain = saved(student, tmp_path / "model")
-    np.testing.assert_allclose(plain.encode_query(TEXTS), student.encode_queries(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(plain.encode_document(TEXTS), student.encode_documents(TEXTS), atol=1e-5)
-    reopened = DenseStudent(precision="fp32").open(tmp_path / "model", "cpu")
-    np.testing.assert_allclose(reopened.encode_queries(TEXTS), student.encode_queries(TEXTS), atol=1e-6)
-    assert (reopened.similarity, reopened.dimension) == (student.similarity, 32)
-
-
 def test_lengths_cut_each_side_to_its_own(tiny_encoder: Path) -> None:
     student = dense(tiny_encoder, query_length=5, document_length=9)
     assert student.preprocess(TEXTS, "query")["input_ids"].shape == (5, 5)
@@ -134,20 +105,6 @@ def test_the_scale_multiplies_training_scores_only(tiny_encoder: Path) -> None:
     learning = dense(tiny_encoder, learn_scale=True)
     learning.score_lists(queries, documents, index).sum().backward()
     assert learning.scale.grad is not None and learning.scale.grad.item() == 2.0
-
-
-@pytest.mark.parametrize("settings", [{}, {"similarity": "dot"}, {"dimension": 6}, {"start": "words"}], ids=str)
-def test_a_static_student_is_a_plain_sentence_transformer(
-    tiny_encoder: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    student = StaticStudent(str(tiny_encoder), **settings).create("cpu")
-    plain = saved(student, tmp_path / "model")
-    vectors = student.encode_documents(TEXTS)
-    assert vectors.shape == (5, settings.get("dimension", 32)) and np.isfinite(vectors).all()
-    np.testing.assert_allclose(plain.encode_document(TEXTS), vectors, atol=1e-5)
-    np.testing.assert_allclose(plain.encode_query(TEXTS), student.encode_queries(TEXTS), atol=1e-5)
-    reopened = StaticStudent(precision="fp32").open(tmp_path / "model", "cpu")
-    np.testing.assert_allclose(reopened.encode_documents(TEXTS), vectors, atol=1e-5)
 
 
 def test_a_static_table_holds_each_token_through_the_encoder(tiny_encoder: Path) -> None:

@@ -14,8 +14,7 @@ from sentence_transformers import SparseEncoder
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students.base import to_device
-from rankdistill.students.sparse import SparseModel, SpladeStudent, active_terms, is_sparse
-from rankdistill.students.token_weights import SETTINGS_FILE
+from rankdistill.students.sparse import SparseModel, SpladeStudent, active_terms
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -53,37 +52,6 @@ def masked_model(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -
     AutoModelForMaskedLM.from_pretrained(tiny_encoder).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
     return folder
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"pooling": "sum"},
-        {"activation": "log1p_relu", "layers": [1], "query_length": 5, "document_length": 11},
-        {"query_encoder": "separate", "pooling": "sum", "activation": "log1p_relu"},
-        {"query_prompt": "which ", "document_prompt": "a fact: "},
-    ],
-    ids=lambda settings: ",".join(settings) or "as it is",
-)
-def test_a_saved_student_encodes_the_same_in_plain_sentence_transformers(
-    tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    model = student(tiny_encoder, **settings)
-    model.prepare(tiny_collection, tmp_path / "prepared")
-    folder = tmp_path / "model"
-    model.save(folder)
-    opened = SpladeStudent(precision="fp32").open(folder, "cpu")
-    for made, wanted in zip((QUERIES, TEXTS), plain_vectors(folder), strict=True):
-        side = "encode_queries" if made is QUERIES else "encode_documents"
-        assert wanted.any()
-        for one in (model, opened):
-            vectors = getattr(one, side)(made)
-            np.testing.assert_allclose(vectors.toarray(), wanted, atol=1e-4)
-    assert is_sparse(folder) and not is_sparse(tiny_encoder)
-    saved = json.loads((folder / SETTINGS_FILE).read_text())
-    assert (saved["type"], saved["fingerprint"]) == ("splade", opened.fingerprint)
-    assert saved["document_fingerprint"] == opened.document_fingerprint
 
 
 def test_vectors_are_sparse_matrices_in_good_order(tiny_encoder: Path) -> None:
