@@ -40,6 +40,7 @@ QUOTES = "\"'“”„«»`*"
 
 class Example(Section):
     passage: str = Field(min_length=1)
+    typed: str = Field("", description="of a rewriting: the query before it")
     query: str = Field(min_length=1)
 
 
@@ -92,7 +93,7 @@ class GenerationPrompt(Section):
 
         messages = [{"role": "system", "content": self.system.replace("{task}", chosen.task).strip()}]
         for example in examples:
-            messages += [turn(example.passage), {"role": "assistant", "content": example.query}]
+            messages += [turn(example.passage, example.typed), {"role": "assistant", "content": example.query}]
         return Request((*messages, turn(passage, query)), (), stop="\n", **decoding)
 
 
@@ -210,7 +211,7 @@ class AskingGenerator(Generator):
     def _fitted_examples(self, kind: str) -> list[Example]:
         examples = self.examples[kind]
         texts = self._fitted([each.passage for each in examples])
-        return [Example(passage=text, query=each.query) for text, each in zip(texts, examples, strict=True)]
+        return [each.model_copy(update={"passage": text}) for text, each in zip(texts, examples, strict=True)]
 
 
 class FewShotGenerator(AskingGenerator):

@@ -36,6 +36,7 @@ class Generator(ABC):
 
     type: ClassVar[str]
     copies: ClassVar[bool] = False  # its queries are the documents' own words: they are no fault
+    rewrites: ClassVar[bool] = False  # it is shown training queries, not documents without any
     asking: Asking | None = None  # the language model that it asks, if any
 
     @abstractmethod

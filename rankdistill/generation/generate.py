@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, obtain
-from rankdistill.collections.collection import parted, query_id_of
+from rankdistill.collections.collection import GENERATED, parted, query_id_of
 from rankdistill.errors import RankdistillError
 from rankdistill.generation.base import Draft, Generator
 from rankdistill.generation.filters import Best, Duplicates, Filter, Form, Overlap, RoundTrip, judged_texts, words
+from rankdistill.generation.rewriting import NoWorse, Rewritten, leak, relabelled
 from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator as random_generator
 from rankdistill.scores.store import ScoreStore
@@ -87,11 +88,11 @@ def generate(
     _prepare(generator, collection, store)
     values = settings.model_dump(mode="json", exclude={"generator", "judge"})
     decides = [values, generator.fingerprint(), collection.fingerprint, seed, judge.fingerprint() if judge else None]
-    decides += [list(map(str, sources))] if settings.round_trip else []
+    decides += [list(map(str, sources))] if settings.round_trip or generator.rewrites else []
 
     def make(writer: ArtifactWriter) -> None:
-        rows = chosen_documents(collection, settings.documents, settings.least_words, seed)
-        say(f"generate: {generator.type}, for {len(rows):,} documents")
+        rows = _shown(collection, generator, settings, seed)
+        say(f"generate: {generator.type}, for {f'{len(rows):,} documents' if rows else 'training queries'}")
         drafts = []
         with progress("generate", None, "queries") as bar:
             for draft in generator.drafts(collection, rows):
@@ -102,7 +103,10 @@ def generate(
                 warn(line)
             say(f"spent: {generator.asking.budget.line()}")
             generator.asking.health.finish()
-        texts = dict(zip(collection.doc_ids(rows), collection.document_texts(rows), strict=True))
+        if generator.rewrites:
+            _rewritten(writer, collection, drafts, engines())
+            return
+        texts = _texts(collection, drafts)
         first: list[Filter] = [Form(texts, generator.copies), Duplicates(), Overlap(judged_texts(collection).values())]
         for each in first:
             each(drafts)
@@ -146,6 +150,34 @@ def _prepare(generator: Generator, collection: Collection, store: ScoreStore) ->
     if generator.asking is not None:
         generator.asking.use_store(store.root)
     generator.prepare(collection, store.root)
+
+
+def _shown(collection: Collection, generator: Generator, settings: Generate, seed: int) -> list[int]:
+    if generator.rewrites:
+        return []
+    return chosen_documents(collection, settings.documents, settings.least_words, seed)
+
+
+def _texts(collection: Collection, drafts: Sequence[Draft]) -> dict[str, str]:
+    ids = list(dict.fromkeys(draft.doc_id for draft in drafts))
+    return dict(zip(ids, collection.document_texts(collection.doc_rows(ids)), strict=True))
+
+
+def _rewritten(
+    writer: ArtifactWriter, collection: Collection, drafts: list[Draft], engines: Mapping[str, Engine]
+) -> None:
+    """Filter rewrites of training queries, and count what they took from their documents."""
+    ids = [draft.original_id for draft in drafts]
+    originals = dict(zip(ids, collection.query_texts(ids), strict=True))
+    texts = _texts(collection, drafts)
+    filters: list[Filter] = [Rewritten(texts, originals), Overlap(judged_texts(collection).values())]
+    filters += [NoWorse(collection, engine, originals) for engine in list(engines.values())[:1]]
+    for each in filters:
+        each(drafts)
+    for draft in drafts:
+        draft.part = GENERATED
+    writer.notes["shared_words"] = leak([draft for draft in drafts if not draft.reason], texts, originals)
+    _write(writer, drafts)
 
 
 def _likelihood(draft: Draft) -> float:
@@ -199,9 +231,13 @@ def _write(writer: ArtifactWriter, drafts: Sequence[Draft]) -> None:
 
 def labelled(collection: Collection, artifact: Artifact) -> Collection:
     """The collection with the kept queries of a `generated` artifact, in the splits that it gave them."""
+    rows = pq.read_table(artifact.path / FILE).to_pylist()
+    settings = artifact.manifest["settings"]["generator"]
+    if "mix" in settings:
+        return relabelled(collection, rows, settings["mix"])
     relevant: dict[str, list[str]] = {}
     parts = {}
-    for row in pq.read_table(artifact.path / FILE, columns=["text", "doc_id", "split", "kept"]).to_pylist():
+    for row in rows:
         if row["kept"]:
             relevant.setdefault(row["text"], []).append(row["doc_id"])
             parts[row["doc_id"]] = row["split"]
@@ -213,7 +249,7 @@ def estimate(
 ) -> list[str]:
     """What generating would cost, for a person; nothing is asked and nothing is kept."""
     _prepare(generator, collection, store)
-    rows = chosen_documents(collection, settings.documents, settings.least_words, seed)
+    rows = _shown(collection, generator, settings, seed)
     if generator.asking is None:
         return [f"{len(rows):,} documents; a generator of type {generator.type!r} asks no language model"]
     counted: Estimate = generator.asking.dry_run()
