@@ -123,6 +123,13 @@ def run(*arguments: str | Path, folder: Path, environment: Mapping[str, str] | N
     return program(*arguments, folder=folder, environment=environment).wait()
 
 
+def ran(*arguments: str | Path, folder: Path, environment: Mapping[str, str] | None = None) -> Ending:
+    """The same of what must succeed."""
+    ending = run(*arguments, folder=folder, environment=environment)
+    assert ending.code == 0, ending.err
+    return ending
+
+
 def _start_server() -> None:
     before = dict(os.environ)
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [before.get("PYTHONPATH")])]

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from forked import run
+from forked import ran, run
 
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.runs import read_run
@@ -35,8 +35,7 @@ def test_a_search_is_fused_with_bm25_and_with_another_run(finished: Path, tmp_pa
         (["--fuse", "bm25"], [student, bm25]),
         (["--fuse", "bm25", "--fuse", other], [student, bm25, student]),
     ):
-        ending = run("search", finished, QUERY, "-k", "5", *options, "--json", folder=tmp_path)
-        assert ending.code == 0, ending.err
+        ending = ran("search", finished, QUERY, "-k", "5", *options, "--json", folder=tmp_path)
         expected = by_rank(*members)
         found = json.loads(ending.out)
         assert [hit["score"] for hit in found] == sorted((round(s, 4) for s in expected.values()), reverse=True)[:5]
@@ -50,8 +49,7 @@ def test_a_search_is_fused_with_bm25_and_with_another_run(finished: Path, tmp_pa
 
 
 def test_the_suite_hybrid_measures_every_fusion(finished: Path, tmp_path: Path) -> None:
-    ending = run("evaluate", finished, "--suite", "hybrid", "--out", tmp_path / "results", "--json", folder=tmp_path)
-    assert ending.code == 0, ending.err
+    ending = ran("evaluate", finished, "--suite", "hybrid", "--out", tmp_path / "results", "--json", folder=tmp_path)
     (found,) = json.loads(ending.out)["sets"]
     rows = {row["system"]: row for row in found["rows"]}
     fused = {"BM25 + student", "BM25 + student (scores)", "first stage + student", "BM25 + first stage"}
@@ -79,8 +77,7 @@ def test_a_suite_fuses_with_another_runs_student(finished: Path, tmp_path: Path)
         "name: mine\nsets: [{name: own, collection: own}]\nmetrics: [ndcg@10]\nsystems: [student]\nlatency_queries: 0\n"
         f"fusion:\n  - {{name: twice, members: [student, {other}]}}\n  - {{name: lexical, members: [bm25, student]}}\n"
     )
-    ending = run("evaluate", finished, "--suite", suite, "--out", tmp_path / "results", "--json", folder=tmp_path)
-    assert ending.code == 0, ending.err
+    ending = ran("evaluate", finished, "--suite", suite, "--out", tmp_path / "results", "--json", folder=tmp_path)
     assert "lexical is left out: this table has no row for bm25" in ending.err
     rows = {row["system"]: row for row in json.loads(ending.out)["sets"][0]["rows"]}
     assert rows.keys() == {"student, distilled", "twice"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from forked import Ending, Forked, program, run
+from forked import Ending, Forked, program, ran, run
 
 from rankdistill import __version__
 
@@ -139,8 +139,8 @@ def test_ctrl_c_before_anything_has_begun(recipe_file: Path, tmp_path: Path) -> 
 
 
 def test_recipes_are_listed_shown_copied_and_described(tmp_path: Path) -> None:
-    listed = run("recipes", folder=tmp_path)
-    assert listed.code == 0 and "margin_mse" in listed.out
+    listed = ran("recipes", folder=tmp_path)
+    assert "margin_mse" in listed.out
     assert "margin_mse" in json.loads(run("recipes", "list", "--json", folder=tmp_path).out)
     shown = run("recipes", "show", "margin_mse", "--set", "seed=5", folder=tmp_path)
     values = yaml.safe_load(shown.out)
@@ -154,8 +154,7 @@ def test_recipes_are_listed_shown_copied_and_described(tmp_path: Path) -> None:
 
 
 def test_doctor_finds_what_is_needed(tmp_path: Path) -> None:
-    ending = run("doctor", folder=tmp_path)
-    assert ending.code == 0, ending.out + ending.err
+    ending = ran("doctor", folder=tmp_path)
     assert "torch" in ending.out and "faiss" in ending.out and "MISSING" not in ending.out
     checks = {check["name"]: check for check in json.loads(run("doctor", "--json", folder=tmp_path).out)}
     assert checks["torch"]["ok"] and checks["cache"]["found"].startswith(os.environ["RANKDISTILL_CACHE"])
@@ -167,8 +166,8 @@ def test_doctor_finds_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_collection_is_described(tiny_beir: Path, tmp_path: Path) -> None:
-    plain = run("collection", f"beir:{tiny_beir}", folder=tmp_path)
-    assert plain.code == 0 and "32" in plain.out
+    plain = ran("collection", f"beir:{tiny_beir}", folder=tmp_path)
+    assert "32" in plain.out
     described = json.loads(run("collection", f"beir:{tiny_beir}", "--json", folder=tmp_path).out)
     assert json.dumps(described).count("32") >= 1 and "problems" in described
 
@@ -179,22 +178,20 @@ def test_mine_score_and_the_store(tiny_beir: Path, tiny_encoder: Path, tmp_path:
 
     spec = f"beir:{tiny_beir}"
     trec = tmp_path / "candidates.trec"
-    mined = run("mine", spec, "--out", tmp_path / "mined", "--depth", "5", "--trec", trec, folder=tmp_path)
-    assert mined.code == 0, mined.err
+    ran("mine", spec, "--out", tmp_path / "mined", "--depth", "5", "--trec", trec, folder=tmp_path)
     assert len(trec.read_text().splitlines()) > 20
     CrossEncoder(str(tiny_encoder), num_labels=1, device="cpu").save_pretrained(str(tmp_path / "teacher"))
     teacher = f"{{type: cross_encoder, model: {tmp_path / 'teacher'}, precision: fp32}}"
     arguments = ["score", spec, "--teacher", teacher, "--store", tmp_path / "store", "--candidates"]
-    scored = run(*arguments, tmp_path / "mined" / "candidates", "--out", tmp_path / "scores.parquet", folder=tmp_path)
-    assert scored.code == 0 and "logit" in scored.out, scored.err
+    scored = ran(*arguments, tmp_path / "mined" / "candidates", "--out", tmp_path / "scores.parquet", folder=tmp_path)
+    assert "logit" in scored.out
     parts = sorted((tmp_path / "store").rglob("part-*.parquet"))
     assert run(*arguments, trec, folder=tmp_path).code == 0
     assert sorted((tmp_path / "store").rglob("part-*.parquet")) == parts  # nothing was scored again
-    imported = run(
+    ran(
         "score", spec, "--import", tmp_path / "scores.parquet", "--format", "auto", "--store", tmp_path / "other",
         folder=tmp_path,
     )  # fmt: skip
-    assert imported.code == 0, imported.err
 
 
 def test_scores_of_another_collection_are_refused(finished: Path, tmp_path: Path, tiny_beir: Path) -> None:
@@ -215,11 +212,10 @@ def test_train_makes_a_student_that_sentence_transformers_loads(
     finished: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    ending = run(
+    ran(
         "train", recipe_file, "--out", out, "--store", finished.parent / "store", "--set", "training.steps=2",
         "--student", "labels", folder=tmp_path,
     )  # fmt: skip
-    assert ending.code == 0, ending.err
     assert (out / "baselines" / "labels" / "model" / "modules.json").is_file() and not (out / "student").exists()
     wrong = run("train", recipe_file, "--out", out, "--student", "label", folder=tmp_path)
     assert "no student 'label'" in error_of(wrong, 2)
@@ -229,8 +225,7 @@ def test_an_index_is_written_and_searched(finished: Path, tmp_path: Path) -> Non
     import faiss
 
     out = tmp_path / "my.faiss"
-    ending = run("index", finished, "--spec", "hnsw", "--out", out, folder=tmp_path)
-    assert ending.code == 0, ending.err
+    ran("index", finished, "--spec", "hnsw", "--out", out, folder=tmp_path)
     assert faiss.read_index(str(out)).ntotal == 32
     exact = json.loads(run("search", finished, "which metal rusts", "-k", "3", "--json", folder=tmp_path).out)
     assert [hit["rank"] for hit in exact] == [1, 2, 3]
@@ -247,8 +242,7 @@ def test_evaluate_finds_sets_in_a_local_folder(finished: Path, tiny_beir: Path, 
     local = tmp_path / "sets"
     shutil.copytree(tiny_beir, local / "nfcorpus")
     arguments = ["evaluate", finished, "--suite", "beir", "--local", local, "--no-fetch", "--out", tmp_path / "results"]
-    ending = run(*arguments, "--json", folder=tmp_path)
-    assert ending.code == 0, ending.err
+    ending = ran(*arguments, "--json", folder=tmp_path)
     results = json.loads(ending.out)
     assert [one["collection"] for one in results["sets"]] or results["sets"]
     assert len(results["missing"]) > 5 and "ndcg@10" in results["metrics"]
@@ -267,8 +261,8 @@ def test_run_prints_one_table_and_what_to_do_next_or_json(recipe_file: Path, fin
     assert ending.code == 0 and {"BM25", "teacher", "student, flat"} <= {
         row["system"] for row in results["sets"][0]["rows"]
     }
-    quiet = run(*arguments, "--quiet", folder=tmp_path)
-    assert quiet.code == 0 and quiet.err == "" and "student, distilled" in quiet.out
+    quiet = ran(*arguments, "--quiet", folder=tmp_path)
+    assert quiet.err == "" and "student, distilled" in quiet.out
     table, steps = quiet.out.strip().rsplit("\n\n", 1)
     assert len(table.split("\n\n")) == 1 and "BM25" in table and "what serving costs" not in table
     assert len(steps.splitlines()) == 5
@@ -322,8 +316,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(
     full = Forked(_run_with_small_files, arguments, limit, folder=tmp_path / "full").wait()
     error = error_of(full, 1)
     assert "the disk is full" in error and "where:" in error and "free some space and run the same command" in error
-    ending = run(*arguments, folder=tmp_path / "after")
-    assert ending.code == 0, ending.err
+    ran(*arguments, folder=tmp_path / "after")
     assert metrics_of(tmp_path / "run") == metrics_of(finished)
 
 
@@ -343,8 +336,7 @@ def test_a_disk_that_is_really_full(recipe_file: Path, finished: Path, small_dis
     error = error_of(run(*arguments, folder=tmp_path / "full"), 1)
     assert "the disk is full" in error and str(small_disk) in error
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    ending = run(*arguments, folder=tmp_path / "after")
-    assert ending.code == 0, ending.err
+    ran(*arguments, folder=tmp_path / "after")
     assert metrics_of(small_disk / "run") == metrics_of(finished)
 
 
@@ -354,8 +346,8 @@ def test_teachers_are_probed_before_they_are_paid_for(tiny_beir: Path, tiny_enco
     for flag in ("--no-positives", "--positives"):
         assert run("mine", collection, "--depth", "8", flag, "--out", str(out / flag), folder=tmp_path).code == 0
     probe = ["score", collection, *teacher, "--probe", "5", "--store", str(tmp_path / "store")]
-    found = run(*probe, "--candidates", str(out / "--no-positives" / "candidates"), folder=tmp_path)
-    assert found.code == 0 and "5 training queries" in found.out and "pairs/s" in found.out
+    found = ran(*probe, "--candidates", str(out / "--no-positives" / "candidates"), folder=tmp_path)
+    assert "5 training queries" in found.out and "pairs/s" in found.out
     assert "first stage" in found.err  # an untrained encoder: it is said to be no better
     refused = run(*probe, "--candidates", str(out / "--positives" / "candidates"), folder=tmp_path)
     assert refused.code == 2 and "positives first" in refused.err

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from forked import run
+from forked import ran, run
 from safetensors.torch import load_file, save_file
 
 from rankdistill.indexes.building import build_index
@@ -27,32 +27,28 @@ def own_run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_runs_student_becomes_an_index_that_search_reads(own_run: Path, tmp_path: Path) -> None:
-    done = run("quantize", own_run, "--spec", "distill_pq", *SMALL, "--json", folder=tmp_path)
-    assert done.code == 0, done.err
+    done = ran("quantize", own_run, "--spec", "distill_pq", *SMALL, "--json", folder=tmp_path)
     manifest = json.loads(done.out)
     assert manifest["quantizer"]["overlap"] == 4 and manifest["documents"] == 32
     file = own_run / "indexes" / "distill_pq.faiss"
     index = faiss.read_index(str(file))
     assert index.ntotal == 32
-    found = run("search", own_run, "metal that rusts", "--index", file, "--json", "-k", "3", folder=tmp_path)
-    assert found.code == 0, found.err
+    found = ran("search", own_run, "metal that rusts", "--index", file, "--json", "-k", "3", folder=tmp_path)
     assert len(json.loads(found.out)) == 3
-    again = run("quantize", own_run, "--spec", "distill_pq", *SMALL, folder=tmp_path)
-    assert again.code == 0 and "FAISS trains" not in again.err
+    again = ran("quantize", own_run, "--spec", "distill_pq", *SMALL, folder=tmp_path)
+    assert "FAISS trains" not in again.err
 
 
 def test_a_query_encoder_that_is_trained_along_is_used(own_run: Path, tmp_path: Path) -> None:
     options = ("--set", "query=encoder", "--set", "encoder_rate=1e-3")
-    done = run("quantize", own_run, "--spec", "distill_pq_lean", *SMALL, *options, "--json", folder=tmp_path)
-    assert done.code == 0, done.err
+    done = ran("quantize", own_run, "--spec", "distill_pq_lean", *SMALL, *options, "--json", folder=tmp_path)
     manifest = json.loads(done.out)
     file = own_run / "indexes" / "distill_pq_lean.faiss"
     encoder = file.parent / manifest["query_encoder"]
     assert (encoder / "model.safetensors").is_file() or list(encoder.rglob("*.safetensors"))
     student = json.loads((own_run / "vectors" / "student-facts" / "manifest.json").read_text())["inputs"]["encoder"]
     assert manifest["student_fingerprint"] not in ("", student)
-    found = run("search", own_run, "metal that rusts", "--index", file, "--json", folder=tmp_path)
-    assert found.code == 0, found.err
+    ran("search", own_run, "metal that rusts", "--index", file, "--json", folder=tmp_path)
 
 
 def test_indexes_of_a_student_that_was_trained_again_are_refused(own_run: Path, tmp_path: Path) -> None:
@@ -94,8 +90,7 @@ def test_foreign_vectors(tmp_path: Path) -> None:
     pq.write_table(queries, tmp_path / "queries.parquet")
     file = tmp_path / "x.faiss"
     arguments = ("--documents", tmp_path / "documents.npy", "--ids", tmp_path / "ids.txt", "--out", file)
-    done = run("quantize", *arguments, "--queries", tmp_path / "queries.parquet", *SMALL, folder=tmp_path)
-    assert done.code == 0, done.err
+    ran("quantize", *arguments, "--queries", tmp_path / "queries.parquet", *SMALL, folder=tmp_path)
     assert faiss.read_index(str(file)).ntotal == 300
     assert pq.read_table(f"{file}.ids.parquet")["doc_id"][7].as_py() == "d7"
 
@@ -120,17 +115,15 @@ def test_a_learned_index_is_a_stage_of_a_recipe(own_run: Path, recipe_file: Path
     specification.write_text("{type: distill_vq, subspaces: 4, bits: 4, steps: 5, batch: 8, overlap: 2}")
     options = ("--out", own_run, "--store", own_run.parent / "store", "--set", f"indexes=[flat, {specification}]")
     file = own_run / "indexes" / "tiny_pq.faiss"
-    done = run("run", recipe_file, *options, "--until", "quantize", folder=tmp_path)
-    assert done.code == 0, done.err
+    done = ran("run", recipe_file, *options, "--until", "quantize", folder=tmp_path)
     assert "quantize: tiny_pq" in done.err and file.is_file()
     written = file.stat().st_mtime_ns
-    done = run("run", recipe_file, *options, "--json", folder=tmp_path)
-    assert done.code == 0, done.err
+    done = ran("run", recipe_file, *options, "--json", folder=tmp_path)
     rows = [row["system"] for row in json.loads(done.out)["sets"][0]["rows"]]
     assert "student, tiny_pq" in rows and "student, flat" in rows
     assert file.stat().st_mtime_ns == written
-    done = run("run", recipe_file, *options, "--until", "quantize", "--force", "quantize", folder=tmp_path)
-    assert done.code == 0 and file.stat().st_mtime_ns != written, done.err
+    done = ran("run", recipe_file, *options, "--until", "quantize", "--force", "quantize", folder=tmp_path)
+    assert file.stat().st_mtime_ns != written
 
 
 def test_a_learned_query_map_cannot_train_a_shard(own_run: Path) -> None:
