@@ -256,13 +256,15 @@ class ArtifactWriter:
     device: str = "cpu"
 
 
-def open_artifact(path: str | Path, kind: str | None = None) -> Artifact:
-    """Open a finished artifact.
+def open_artifact(path: str | Path | Artifact, kind: str | None = None) -> Artifact:
+    """Open a finished artifact; one that is open already is looked at no further.
 
     Raises:
         RankdistillError: there is none, its manifest is unreadable, it is of another kind, or a file of it is not what
             was written.
     """
+    if isinstance(path, Artifact):
+        return path
     path = Path(path)
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():

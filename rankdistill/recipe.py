@@ -33,6 +33,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     create_model,
     field_validator,
@@ -89,7 +90,9 @@ class Of:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return handler(Annotated[source, AfterValidator(self._filled), WithJsonSchema({KIND: self.kind})])
 
-    def _filled(self, method: Method) -> Method:
+    def _filled(self, method: Method, info: ValidationInfo) -> Method:
+        if info.context == AS_WRITTEN:
+            return method
         try:
             return Method.model_validate(check_method(self.kind, method.settings(), ""))
         except UsageError as error:
@@ -100,6 +103,7 @@ class WrongMethod(ValueError):
     """What is wrong with a method, which `check_values` gives its place."""
 
 
+AS_WRITTEN = "as written"  # the context in which methods are not looked at
 KIND = "x-kind"  # stands in a JSON schema where the methods of a kind will be pointed to
 Loss = Annotated[Method, Of("loss")]
 Sampler = Annotated[Method, Of("sampler")]
@@ -596,13 +600,16 @@ def check_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
-def check_values(model: type[M], values: Any, where: str) -> M:
+def check_values(model: type[M], values: Any, where: str, context: str | None = None) -> M:
     """
+    Args:
+        context: AS_WRITTEN leaves methods as they stand, and imports none of them.
+
     Raises:
         UsageError: what the model refuses, or a number that is infinite or nothing in float32.
     """
     try:
-        made = model.model_validate(values)
+        made = model.model_validate(values, context=context)
         for keys, value in _numbers(made.model_dump(), ()):
             if not 1 / FLOAT32 < abs(value) < FLOAT32:
                 what = f"{'.'.join(keys)}: float32 cannot hold {value}"

@@ -769,7 +769,7 @@ def _searching_workspace(folder: Path) -> Workspace:
 
     saved = folder / RECIPE
     values = recipes.read_yaml(saved) if saved.is_file() else None
-    recipe = values and recipes.check_values(recipes.Recipe, values, str(saved))
+    recipe = values and recipes.check_values(recipes.Recipe, values, str(saved), recipes.AS_WRITTEN)
     return Workspace(folder, recipe if recipe and recipe.student_kind == INFERENCE_FREE else None)
 
 

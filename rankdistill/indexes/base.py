@@ -10,12 +10,12 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, overload
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import fingerprint
+from rankdistill.artifacts import Artifact, fingerprint
 from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 
@@ -70,11 +70,17 @@ class StudentEngine:
     """A student's query encoder over an index of its documents' vectors; one subclass for each kind of vectors."""
 
     kind: ClassVar[str]
+    exact: ClassVar[Any]  # what searches an artifact of vectors itself
 
     def __init__(self, encoder: Any, index: Any, *, collection: Any = None, name: str = "") -> None:
         """Raises RankdistillError when the index belongs to another student or collection."""
         index.check(encoder, collection)
         self.encoder, self.index, self.name = encoder, index, name or self.kind
+
+    @classmethod
+    def over(cls, encoder: Any, vectors: Artifact | str | Path, *, name: str = "") -> Self:
+        """Exact search over an artifact of a student's vectors, without an index file."""
+        return cls(encoder, cls.exact.open(vectors), name=name)
 
     @property
     def fingerprint(self) -> str:

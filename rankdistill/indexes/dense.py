@@ -52,7 +52,7 @@ class ExactIndex:
     @classmethod
     def open(cls, vectors: Artifact | str | Path) -> ExactIndex:
         """Over a vectors artifact."""
-        artifact = vectors if isinstance(vectors, Artifact) else open_artifact(vectors, "vectors")
+        artifact = open_artifact(vectors, "vectors")
         return cls(open_vectors(artifact), artifact.fingerprint, dict(artifact.manifest["inputs"]))
 
     @property
@@ -93,12 +93,7 @@ class ExactIndex:
 class DenseEngine(StudentEngine):
     """An encoder over its vectors or a FAISS index of them."""
 
-    kind = "dense"
-
-    @classmethod
-    def over(cls, encoder: Encoder, vectors: Artifact | str | Path, *, name: str = "") -> DenseEngine:
-        """Exact search over a vectors artifact, without an index file."""
-        return cls(encoder, ExactIndex.open(vectors), name=name)
+    kind, exact = "dense", ExactIndex
 
 
 def export_index(

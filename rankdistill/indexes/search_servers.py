@@ -227,11 +227,9 @@ def _write_example(
         asked *= min(1.0, HEAVIEST / max(query.values()))
     scores = np.zeros(vectors.shape[0])
     for first in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
-        indptr = np.asarray(vectors.indptr[first : first + DOCUMENTS_AT_ONCE + 1], np.int64)
-        part = slice(indptr[0], indptr[-1])
-        products = rounded_weights(vectors.data[part]) * asked[vectors.indices[part]]
-        rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        scores[first : first + len(indptr) - 1] = np.bincount(rows, products, len(indptr) - 1)
+        part = vectors[first : first + DOCUMENTS_AT_ONCE]
+        part.data = rounded_weights(part.data)
+        scores[first : first + part.shape[0]] = part @ asked
     filled = np.flatnonzero(scores > 0)
     hits = ranked(filled, scores[filled], 10)
     shown = [{"_id": doc_ids[int(row)], "_score": float(score)} for row, score in zip(*hits, strict=True)]

@@ -60,8 +60,7 @@ class SparseIndex:
     @classmethod
     def open(cls, artifact: Artifact | str | Path) -> SparseIndex:
         """Over the artifact of `encode_document_terms`."""
-        if not isinstance(artifact, Artifact):
-            artifact = open_artifact(artifact, VECTORS)
+        artifact = open_artifact(artifact, VECTORS)
         inputs = dict(artifact.manifest["inputs"])
         return cls(open_sparse_vectors(artifact), open_postings(artifact), artifact.fingerprint, inputs)
 
@@ -165,12 +164,7 @@ class BuiltSparseIndex:
 class SparseEngine(StudentEngine):
     """A sparse encoder of queries over an index of the document vectors that belong to it."""
 
-    kind = "sparse"
-
-    @classmethod
-    def over(cls, encoder: TermEncoder, vectors: Artifact | str | Path, *, name: str = "") -> SparseEngine:
-        """Exact search over an artifact of sparse vectors."""
-        return cls(encoder, SparseIndex.open(vectors), name=name)
+    kind, exact = "sparse", SparseIndex
 
     @cached_property
     def _shortcut(self) -> tuple[Any, Any] | None:

@@ -157,8 +157,7 @@ def open_postings(artifact: Artifact | str | Path, threads: int = 0) -> Postings
 
 
 def _open(artifact: Artifact | str | Path, names: tuple[str, str, str], rows: str, columns: str) -> Any:
-    if not isinstance(artifact, Artifact):
-        artifact = open_artifact(artifact, KIND)
+    artifact = open_artifact(artifact, KIND)
     try:
         matrix = open_csr(artifact.path, names, int(artifact.counts[columns]))
         if matrix.shape[0] != artifact.counts[rows]:

@@ -126,8 +126,7 @@ def vectors_fingerprint(encoder: Encoder, collection_fingerprint: str) -> str:
 
 def open_vectors(artifact: Artifact | str | Path) -> np.memmap[Any, np.dtype[np.float32]]:
     """The float32 [n, dimension] array of a vectors artifact, memory-mapped."""
-    if not isinstance(artifact, Artifact):
-        artifact = open_artifact(artifact, "vectors")
+    artifact = open_artifact(artifact, "vectors")
     path = artifact.path / str(artifact.manifest["file"])
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
