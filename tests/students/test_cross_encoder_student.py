@@ -245,3 +245,12 @@ def test_a_stopped_training_goes_on_exactly(
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             np.testing.assert_array_equal(value, theirs[key])
+
+
+def test_a_student_that_is_opened_stays_in_the_format_it_scores_in(tmp_path: Path, encoder: Path) -> None:
+    settings = CrossEncoderStudent(model=str(encoder), layers=[0], max_length=48, precision="bf16")
+    settings.create("cpu").save(tmp_path / "model")
+    model = settings.open(tmp_path / "model", "cpu")
+    formats = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert torch.bfloat16 in formats.values()
+    assert {name: weight.dtype for name, weight in model.freeze().named_parameters()} == formats
