@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import Tensor, nn
 
@@ -154,6 +155,17 @@ class QueryTowerModel(DenseModel):
     def settings(self, folder: Path) -> dict[str, Any]:
         """Whose documents it searches too; the large model itself is not saved."""
         return {**super().settings(folder), DOCUMENTS: {**self.documents.settings, **self.documents.known}}
+
+    def save_both(self, folder: str | Path) -> None:
+        """Write one SentenceTransformer that encodes queries with this model and documents with the large one."""
+        sides = {"query": self.model, "document": self.documents.load().model}
+        both = SentenceTransformer(
+            modules=[Router.for_query_document(*(list(model) for model in sides.values()))],
+            similarity_fn_name=self.model.similarity_fn_name,
+            prompts={side: (model.prompts or {}).get(side) or "" for side, model in sides.items()},
+            device="cpu",
+        )
+        both.save_pretrained(str(folder))
 
 
 @dataclass(eq=False)

@@ -125,6 +125,17 @@ def test_what_is_saved_is_a_plain_sentence_transformer_and_opens_without_the_lar
         build("student", settings).open(tiny_encoder, "cpu")
 
 
+@pytest.mark.parametrize("encoder", ["transformer", "static"])
+def test_both_models_are_one_sentence_transformer(tiny_encoder: Path, tmp_path: Path, encoder: str) -> None:
+    layers = {"layers": [0]} if encoder == "transformer" else {}
+    model = tower(tiny_encoder, tiny_encoder, encoder=encoder, query_prompt="query: ", **layers)
+    model.save_both(tmp_path / "both")
+    plain, texts = SentenceTransformer(str(tmp_path / "both"), device="cpu"), ["Iron is a metal. " * 20, "Bees."]
+    np.testing.assert_allclose(plain.encode_query(QUERIES), model.encode_queries(QUERIES), atol=1e-5)
+    np.testing.assert_allclose(plain.encode_document(texts), model.encode_documents(texts), atol=1e-5)
+    assert plain.similarity_fn_name == model.model.similarity_fn_name
+
+
 def test_widths_that_differ_need_the_projection(tiny_encoder: Path, narrow_encoder: Path) -> None:
     with pytest.raises(UsageError, match="20 dimensions, the document model 32"):
         tower(narrow_encoder, tiny_encoder, projection="none")
