@@ -160,7 +160,7 @@ class QueryTowerModel(DenseModel):
         """Write one SentenceTransformer that encodes queries with this model and documents with the large one."""
         sides = {"query": self.model, "document": self.documents.load().model}
         both = SentenceTransformer(
-            modules=[Router.for_query_document(*(list(model) for model in sides.values()))],
+            modules=[Router.for_query_document(list(sides["query"]), list(sides["document"]))],
             similarity_fn_name=self.model.similarity_fn_name,
             prompts={side: (model.prompts or {}).get(side) or "" for side, model in sides.items()},
             device="cpu",
