@@ -376,15 +376,16 @@ def parted(groups: Iterable[Sequence[str]], seed: int = 42, fraction: float = 0.
     """Document id → generated split: of the documents a tenth is held out for test and a tenth for dev (at least one
     query's of each, where there are three), by a hash of seed and id.
 
-    Documents that share a query are held out together or not at all, so that no document of a query that measures has a
-    training query. A set of many documents is the least likely to be held out.
+    Documents that share a query, and passages of one document, are held out together or not at all, so that no document
+    of a query that measures has a training query. A set of many documents is the least likely to be held out.
 
     Args:
         groups: the ids of the documents that each query was made from.
     """
     together: dict[str, set[str]] = {}
     for doc_ids in groups:
-        joint = set(doc_ids).union(*(together.get(doc_id, ()) for doc_id in doc_ids))
+        members = {*doc_ids, *map(document_of, doc_ids)}
+        joint = members.union(*(together.get(doc_id, ()) for doc_id in members))
         together.update(dict.fromkeys(joint, joint))
     sets = list({id(joint): joint for joint in together.values()}.values())
     sets.sort(key=lambda joint: max(id_hash(f"{seed}:{doc_id}") for doc_id in joint))

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankdistill.collections import Collection, open_collection, storage, writer
+from rankdistill.collections.collection import parted
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.lists import lists_fingerprint
 
@@ -291,3 +292,12 @@ def test_labels_laid_over_have_a_fingerprint_of_their_own(tiny_collection: Colle
     assert first.labels_fingerprint("train") == [] and lists_fingerprint(first, "train") == lists_fingerprint(
         tiny_collection, "train"
     )
+
+
+def test_passages_of_one_document_are_held_out_together() -> None:
+    parts = parted([[f"doc{number // 4}#{number % 4}"] for number in range(80)], seed=1)
+    of_document: dict[str, set[str]] = {}
+    for number in range(80):
+        of_document.setdefault(f"doc{number // 4}", set()).add(parts[f"doc{number // 4}#{number % 4}"])
+    assert all(len(names) == 1 for names in of_document.values())
+    assert sorted(name for names in of_document.values() for name in names)[-2:] == ["generated-test"] * 2
