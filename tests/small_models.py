@@ -7,6 +7,13 @@ from typing import Any, Literal
 
 WORDS = [f"w{number}" for number in range(30)]
 LONG = " ".join(WORDS * 20)
+TEXTS = [
+    "Iron is a metal that rusts when it meets water and oxygen.",
+    "gold",
+    "",
+    "Bats are mammals that fly at night and find insects by echo. " * 20,  # longer than the tiny encoder's 64 positions
+    "... !!! ,,,",
+]
 Kind = Literal["roberta", "t5", "gpt2"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -172,9 +173,9 @@ class AskingGenerator(Generator):
     def describe(self) -> dict[str, Any]:
         return {**self.settings(), "backend": self.asking.backend.describe()}
 
+    @abstractmethod
     def asked(self, collection: Collection, rows: Sequence[int]) -> Iterator[list[Asked]]:
         """What is asked, in chunks that are asked together."""
-        raise NotImplementedError
 
     def drafts(self, collection: Collection, rows: Sequence[int]) -> Iterator[Draft]:
         examples = {name: self._fitted_examples(name) for name in self.prompt.kinds}

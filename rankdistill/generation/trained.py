@@ -169,11 +169,10 @@ def fine_tune(
     known = abilities(model)
     model.config.use_cache = False
     steps = max(1, math.ceil(settings.epochs * len(tokens) / settings.pairs_a_step))
-    order = [random_generator(0, 18, lap).permutation(len(tokens)) for lap in range(math.ceil(settings.epochs) + 1)]
-    drawn = np.concatenate(order)
-    while len(drawn) < steps * settings.pairs_a_step:
-        drawn = np.concatenate([drawn, drawn])
-    data = [tokens[place] for place in drawn[: steps * settings.pairs_a_step]]
+    count = steps * settings.pairs_a_step
+    laps = range(math.ceil(count / len(tokens)))
+    drawn = np.concatenate([random_generator(0, 18, lap).permutation(len(tokens)) for lap in laps])[:count]
+    data = [tokens[place] for place in drawn]
     say(f"training a generator of queries: {len(tokens):,} pairs, {steps:,} steps")
     work = out.with_name(f".{out.name}.training")
     arguments = loop_arguments(

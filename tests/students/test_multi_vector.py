@@ -12,6 +12,7 @@ import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize
+from small_models import TEXTS
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students import multi_vector, token_vectors
@@ -20,13 +21,6 @@ from rankdistill.students.multi_vector import MultiVectorModel, MultiVectorStude
 from rankdistill.students.token_vectors import NO_TOKENS_SCORE, TokenVectors, maxsim
 
 QUERIES = ["which metal rusts, in water?", "gold", ""]
-TEXTS = [
-    "Iron is a metal that rusts when it meets water and oxygen.",
-    "gold",
-    "",
-    "Bats are mammals that fly at night and find insects by echo. " * 20,  # longer than the encoder's 64 positions
-    "... !!! ,,,",
-]
 
 
 def student(encoder: Path, **settings: Any) -> MultiVectorModel:

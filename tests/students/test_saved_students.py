@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from small_models import TEXTS as SHORT_AND_LONG
 
 from rankdistill.recipe import build
 from rankdistill.students.models import SETTINGS_FILE
@@ -23,14 +24,7 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 QUERIES = ["which metal rusts, in water?", "gold gold", "", "[SEP] Ω", "iron gold " * 60]
-TEXTS = [
-    "Iron is a metal that rusts when it meets water and oxygen.",
-    "gold",
-    "",
-    "Bats are mammals that fly at night and find insects by echo. " * 20,  # longer than the encoder's 64 positions
-    "... !!! ,,,",
-    "Honey bees gather nectar; ünïcödé 蜜蜂 \x00 too",
-]
+TEXTS = [*SHORT_AND_LONG, "Honey bees gather nectar; ünïcödé 蜜蜂 \x00 too"]
 LOADERS: dict[str, Any] = {
     "dense": SentenceTransformer,
     "static": SentenceTransformer,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 from sentence_transformers import SparseEncoder
+from small_models import TEXTS
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students.base import to_device
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 QUERIES = ["which metal rusts, in water?", "gold gold", ""]
-TEXTS = [
-    "Iron is a metal that rusts when it meets water and oxygen.",
-    "gold",
-    "",
-    "Bats are mammals that fly at night and find insects by echo. " * 20,  # longer than the encoder's 64 positions
-    "... !!! ,,,",
-]
 
 
 def student(encoder: Path, **settings: Any) -> SparseModel:
