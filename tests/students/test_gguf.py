@@ -92,7 +92,8 @@ def first_logits(folder: Path, text: str) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    # As the backend does: whether a tokenizer begins with <s> by itself differs between versions of transformers.
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits[0, -1].numpy()
 
