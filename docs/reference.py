@@ -48,7 +48,8 @@ RESULTS = sorted((SOURCE / "eval" / "results").glob("*.md"))
 
 
 def on_config(config: Any) -> Any:
-    """MkDocs' hook: lists the measured results, whichever there are."""
+    """MkDocs' hook: lists the pages of the reference and the measured results, whichever there are."""
+    config.nav.append({"Reference": list(pages())})
     config.nav.append({"Measured": [f"results/{path.name}" for path in RESULTS]})
     return config
 
@@ -66,17 +67,17 @@ def on_files(files: Any, config: Any) -> Any:
 
 def pages() -> dict[str, str]:
     """Path in the site → Markdown, of every page of the reference."""
-    made = {
+    texts = {
+        "commands": commands_page(),
         "recipe": recipe_page(),
         **{kind: methods_page(kind) for kind in KINDS},
         "specifications": specifications_page(),
         "suites": suites_page(),
         "metrics": metrics_page(),
-        "commands": commands_page(),
-        "python": python_page(),
         "shipped": shipped_page(),
+        "python": python_page(),
     }
-    return {f"reference/{name}.md": text for name, text in made.items()}
+    return {f"reference/{name}.md": text for name, text in texts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
