@@ -46,19 +46,8 @@ FINGERPRINTED = re.compile(r"[0-9a-f]{16}(-\d+)?")
 MARKED = 1 << 14  # bytes at either end of a file, among which is who wrote it
 SMALL = 1 << 20  # bytes of a file that is hashed faster than a remembered digest is found
 LOOKED_AT = 64 << 20  # ... of one whose content is compared with the manifest each time its artifact is used
-LIBRARIES = (
-    "rankdistill",
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    *FAISS_BUILDS,
-    "bm25s",
-    "pyserini",
-    "pyseismic-lsr",
-    "tokenizers",
-    "PyStemmer",
-)
 DECIDING = ("torch", "transformers", "sentence-transformers", "tokenizers", "bm25s", "PyStemmer", "pyserini")
+LIBRARIES = ("rankdistill", *DECIDING, *FAISS_BUILDS, "pyseismic-lsr")
 
 
 def cache_dir() -> Path:

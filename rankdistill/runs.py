@@ -26,8 +26,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import written_whole
-from rankdistill.collections.identifiers import text_ids, text_keys
-from rankdistill.collections.text_files import LONGEST_LINE, is_header, long_line, open_text
+from rankdistill.collections.text_files import LONGEST_LINE, is_header, long_line, open_text, text_ids, text_keys
 from rankdistill.errors import RankdistillError
 
 SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])

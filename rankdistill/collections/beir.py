@@ -7,6 +7,8 @@ qrels/SPLIT.tsv query-id, corpus-id, score with or without a header; four TREC c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rankdistill.artifacts import file_digest
@@ -40,18 +42,18 @@ def open_source(argument: str, spec: str) -> Collection:
 
     def load(writer: CollectionWriter) -> None:
         writer.root = str(folder)
-        writer.source = str(corpus)
-        for line, record in read_json_lines(corpus):
-            where = f"{corpus}:{line}"
-            title = text_of(record.get("title"), "title", where)
-            writer.document(_id(record, where), title, _text(record, where), line)
+        writer.take(writer.document, corpus, _documents(corpus))
         load_queries(writer, queries)
         for path in qrels:
-            writer.source = str(path)
-            for judgment in read_qrels(path):
-                writer.judgment(stem(path), *judgment)
+            writer.take(partial(writer.judgment, stem(path)), path, read_qrels(path))
 
     return imported(key, load, name=folder.resolve().name, spec=spec, files=files)
+
+
+def _documents(corpus: Path) -> Iterator[tuple[str, str, str, int]]:
+    for line, record in read_json_lines(corpus):
+        where = f"{corpus}:{line}"
+        yield _id(record, where), text_of(record.get("title"), "title", where), _text(record, where), line
 
 
 def judgment_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -67,22 +69,17 @@ def judgment_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def load_queries(writer: CollectionWriter, files: list[Path]) -> None:
-    for queries in files:
-        writer.source = str(queries)
-        for line, record in read_json_lines(queries):
-            where = f"{queries}:{line}"
-            writer.query(_id(record, where), _text(record, where), line)
+    for path in files:
+        places = ((line, record, f"{path}:{line}") for line, record in read_json_lines(path))
+        rows = ((_id(record, where), _text(record, where), line) for line, record, where in places)
+        writer.take(writer.query, path, rows)
 
 
 def _required(folder: Path, name: str) -> Path:
-    path = plain_or_gzip(folder, name)
-    if path is None:
-        raise RankdistillError(
-            f"a BEIR folder needs {name} (or {name}.gz)",
-            where=str(folder),
-            fix="give the folder that holds corpus.jsonl, queries.jsonl and qrels/",
-        )
-    return path
+    if path := plain_or_gzip(folder, name):
+        return path
+    fix = "give the folder that holds corpus.jsonl, queries.jsonl and qrels/"
+    raise RankdistillError(f"a BEIR folder needs {name} (or {name}.gz)", where=str(folder), fix=fix)
 
 
 def _id(record: dict[str, object], where: str) -> str:

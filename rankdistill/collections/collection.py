@@ -170,9 +170,7 @@ class Collection:
 
     def _qrels_table(self, split: str) -> Table:
         name = self.split_name(split)
-        if name not in self._tables:
-            self._tables[name] = Table(self.path / "qrels" / f"{name}.arrow")
-        return self._tables[name]
+        return self._tables.get(name) or self._tables.setdefault(name, Table(self.path / "qrels" / f"{name}.arrow"))
 
     def query_rows(self, split: str | None = None) -> Rows:
         """Rows of the queries on disk that have judgments in `split`, in file order; None: all of them."""
@@ -198,17 +196,9 @@ class Collection:
             RankdistillError: an id is unknown.
         """
         rows = self._query_index.lookup(ids)
-        if len(rows) and rows.min() < 0:
-            if self.further:
-                return self._mixed_texts(ids, rows)
-            unknown = ids[int(np.argmin(rows))]
-            raise RankdistillError(f"collection {self.name} has no query {unknown!r}", where=self.spec)
-        return self._queries.take("text", rows)
-
-    def _mixed_texts(self, ids: Sequence[str], rows: Rows) -> list[str]:
-        own = iter(self._queries.take("text", rows[rows >= 0]))
+        on_disk = iter(self._queries.take("text", rows[rows >= 0]))
         try:
-            return [next(own) if row >= 0 else self.further[query_id] for query_id, row in zip(ids, rows)]
+            return [next(on_disk) if row >= 0 else self.further[query_id] for query_id, row in zip(ids, rows)]
         except KeyError as error:
             raise RankdistillError(f"collection {self.name} has no query {error}", where=self.spec) from None
 

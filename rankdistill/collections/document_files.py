@@ -166,24 +166,17 @@ def _pdf(path: Path) -> Read:
     yield Text(title or _named(path), paragraphs)
 
 
-def _json_lines(path: Path) -> Read:
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        try:
-            yield _record(json_object(line, where), where, number)
-        except RankdistillError as error:
-            yield error
-
-
-def _parquet(path: Path) -> Read:
-    for number, row in enumerate(parquet_rows(path), 1):
+def _records(path: Path) -> Read:
+    rows = enumerate(parquet_rows(path), 1) if ending_of(path) == ".parquet" else read_lines(path)
+    for number, row in rows:
         try:
             yield _record(row, f"{path}:{number}", number)
         except RankdistillError as error:
             yield error
 
 
-def _record(record: dict[str, Any], where: str, line: int) -> Text:
+def _record(row: dict[str, Any] | str, where: str, line: int) -> Text:
+    record = json_object(row, where) if isinstance(row, str) else row
     text = next((record[name] for name in DOCUMENT_TEXT if name in record), None)
     if text is None:
         columns = json.dumps(list(record), ensure_ascii=False)
@@ -204,6 +197,5 @@ READERS: dict[str, Callable[[Path], Read]] = {
     **dict.fromkeys((".md", ".markdown"), _markdown),
     **dict.fromkeys((".html", ".htm", ".xhtml"), _html),
     ".pdf": _pdf,
-    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
-    ".parquet": _parquet,
+    **dict.fromkeys((".jsonl", ".ndjson", ".parquet"), _records),
 }

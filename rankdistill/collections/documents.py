@@ -19,9 +19,13 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 from urllib.parse import parse_qsl
+
+from pydantic import Field, model_validator
 
 from rankdistill.artifacts import file_digest, fingerprint
 from rankdistill.collections.beir import judgment_files, load_queries
@@ -29,27 +33,32 @@ from rankdistill.collections.collection import Collection
 from rankdistill.collections.document_files import READERS, Text, ending_of, read_documents
 from rankdistill.collections.passages import passage_id, split_passages
 from rankdistill.collections.storage import id_hash
-from rankdistill.collections.text_files import read_qrels, stem
+from rankdistill.collections.text_files import Judgment, read_qrels, stem
 from rankdistill.collections.writer import CollectionWriter, imported, stamps
-from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.plain import shown
+from rankdistill.errors import RankdistillError
+from rankdistill.plain import Section
+from rankdistill.recipe import check_values
 
 SCHEMA = 1  # of the way documents are read and cut
 SKIPPED = "skipped.jsonl"
-WORDS, OVERLAP = 120, 0
 NAMED = 3  # of the files that are left out, in a message
 
 
-class Place(NamedTuple):
-    """What stands behind `documents:`."""
+class Cut(Section):
+    """How documents are cut into passages: what stands behind the question mark."""
 
-    path: Path
-    words: int = WORDS
-    overlap: int = OVERLAP
-    by: str = "document"
+    words: int = Field(120, ge=10, lt=10**8)
+    overlap: int = Field(0, ge=0)
+    by: Literal["document", "passage"] = "document"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Cut:
+        if self.overlap > self.words // 2:
+            raise ValueError(f"passages of {self.words} words cannot share {self.overlap}: at most half of their words")
+        return self
 
 
-def place_of(argument: str) -> Place:
+def place_of(argument: str) -> tuple[Path, Cut]:
     """The file or folder, and how documents are cut: `PATH?words=200&overlap=40`.
 
     Raises:
@@ -57,41 +66,27 @@ def place_of(argument: str) -> Place:
     """
     path, _, settings = argument.rpartition("?")
     if not path or Path(argument).expanduser().exists():
-        return Place(Path(argument).expanduser())
-    place = Place(Path(path).expanduser())
-    for name, value in parse_qsl(settings, keep_blank_values=True):
-        if name == "by" and value in ("document", "passage"):
-            place = place._replace(by=value)
-            continue
-        if name not in ("words", "overlap") or not (value.isascii() and value.isdigit() and len(value) < 9):
-            fix = "?words=200&overlap=40 (words of a passage, and those it shares with the next), ?by=passage"
-            raise UsageError(f"{shown(name)}={shown(value)} is no setting of documents", where=argument, fix=fix)
-        place = place._replace(words=int(value)) if name == "words" else place._replace(overlap=int(value))
-    if place.words < 10 or place.overlap > place.words // 2:
-        fix = "words=10 or more, and overlap at most half of it"
-        raise UsageError(f"passages of {place.words} words cannot share {place.overlap}", where=argument, fix=fix)
-    return place
+        path, settings = argument, ""
+    return Path(path).expanduser(), check_values(Cut, dict(parse_qsl(settings, keep_blank_values=True)), argument)
 
 
 def open_source(argument: str, spec: str) -> Collection:
-    place = place_of(argument)
-    root = place.path if place.path.is_dir() else place.path.parent
-    if not place.path.exists():
-        raise RankdistillError("there is no such file or folder", where=str(place.path), fix="documents:PATH")
-    queries, qrels = judgment_files(root) if place.path.is_dir() else ([], [])
-    files, kinds = _files(place.path, {*queries, *qrels})
+    path, cut = place_of(argument)
+    root = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise RankdistillError("there is no such file or folder", where=str(path), fix="documents:PATH")
+    queries, qrels = judgment_files(root) if path.is_dir() else ([], [])
+    files, kinds = _files(path, {*queries, *qrels})
     if not files:
         other = f"; it holds {_counted(kinds)}" if kinds else ""
         fix = f"documents end in {', '.join(READERS)}"
-        raise RankdistillError(f"there are no documents here{other}", where=str(place.path), fix=fix)
+        raise RankdistillError(f"there are no documents here{other}", where=str(path), fix=fix)
     digests, unreadable = _digests(root, files)
     stamped = stamps(path for path in [*files, *queries, *qrels] if path not in unreadable)
     key = {
         "loader": "documents",
         "schema": SCHEMA,
-        "words": place.words,
-        "overlap": place.overlap,
-        "by": place.by,
+        **cut.model_dump(),
         "files": digests,
         "queries": [file_digest(path) for path in queries],
         "qrels": {stem(path): file_digest(path) for path in qrels},
@@ -100,10 +95,10 @@ def open_source(argument: str, spec: str) -> Collection:
 
     def load(writer: CollectionWriter) -> None:
         writer.root = str(root)
-        _Import(writer, root, place, qrels).run(files, kinds)
+        _Import(writer, root, cut, qrels).run(path, files, kinds)
         load_queries(writer, queries)
 
-    return imported(key, load, name=place.path.resolve().name, spec=spec, files=stamped)
+    return imported(key, load, name=path.resolve().name, spec=spec, files=stamped)
 
 
 def _files(path: Path, judged: set[Path]) -> tuple[list[Path], list[str]]:
@@ -165,8 +160,8 @@ class _Import:
     Memory: a document's text, two numbers of each document, and the judgments.
     """
 
-    def __init__(self, writer: CollectionWriter, root: Path, place: Place, qrels: list[Path]) -> None:
-        self.writer, self.root, self.place = writer, root, place
+    def __init__(self, writer: CollectionWriter, root: Path, cut: Cut, qrels: list[Path]) -> None:
+        self.writer, self.root, self.cut = writer, root, cut
         self.judgments = {stem(path): (path, list(read_qrels(path))) for path in qrels}
         # Passages of each judged document; one that is missing counts as one, which the collection does not hold.
         self.passages = {row.doc_id: 1 for _, rows in self.judgments.values() for row in rows}
@@ -175,7 +170,7 @@ class _Import:
         self.skipped: list[str] = []  # the first, as a message names them
         self.left = 0
 
-    def run(self, files: list[Path], kinds: list[str]) -> None:
+    def run(self, source: Path, files: list[Path], kinds: list[str]) -> None:
         with open(self.writer.folder / SKIPPED, "w", encoding="utf-8") as named:
             for path in files:
                 name = os.fsencode(path.relative_to(self.root)).decode(errors="backslashreplace")
@@ -192,16 +187,17 @@ class _Import:
         if not self.documents:
             fix = "text is UTF-8; a PDF holds text and has no password"
             what = f"of {self.left:,} documents none can be read: {'; '.join(self.skipped)}"
-            raise RankdistillError(what, where=str(self.place.path), fix=fix)
+            raise RankdistillError(what, where=str(source), fix=fix)
         if self.left:
             first = "; ".join([*self.skipped, *(["..."] if self.left > NAMED else [])])
             self.writer.problems.append(f"{self.left:,} documents are left out, all named in {SKIPPED}: {first}")
         if kinds:
             self.writer.problems.append(f"passed over, being no documents: {_counted(kinds)}")
-        cut = {"words": self.place.words, "overlap": self.place.overlap}
-        passages = {"documents": self.documents, **cut} if self.place.by == "document" else {}
+        cut = self.cut.model_dump(exclude={"by"})
+        passages = {"documents": self.documents, **cut} if self.cut.by == "document" else {}
         self.writer.notes |= {"passages": passages, "skipped": self.left}
-        self._judge()
+        for split, (path, rows) in self.judgments.items():
+            self.writer.take(partial(self.writer.judgment, split), path, self._of_passages(rows))
 
     def _add(self, text: Text, name: str) -> str:
         """Why a document is left out; "" where it is taken."""
@@ -215,16 +211,14 @@ class _Import:
             return "the same text as a document before it"
         self.seen |= {id_hash(f"id {doc_id}"), id_hash(f"text {whole}")}
         number = 0
-        for number, passage in enumerate(split_passages(text.paragraphs, self.place.words, self.place.overlap), 1):
+        for number, passage in enumerate(split_passages(text.paragraphs, self.cut.words, self.cut.overlap), 1):
             self.writer.document(passage_id(doc_id, number), text.title, passage, text.line)
         self.documents += 1
         if doc_id in self.passages:
             self.passages[doc_id] = number
         return ""
 
-    def _judge(self) -> None:
-        for split, (path, rows) in self.judgments.items():
-            self.writer.source = str(path)
-            for query_id, doc_id, relevance, line in rows:
-                for number in range(1, self.passages[doc_id] + 1):
-                    self.writer.judgment(split, query_id, passage_id(doc_id, number), relevance, line)
+    def _of_passages(self, judgments: list[Judgment]) -> Iterator[Judgment]:
+        for judgment in judgments:
+            for number in range(1, self.passages[judgment.doc_id] + 1):
+                yield judgment._replace(doc_id=passage_id(judgment.doc_id, number))

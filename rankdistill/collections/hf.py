@@ -16,6 +16,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,9 +70,8 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(ROWS, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise RankdistillError(
-            f"the Parquet file is damaged ({str(error).splitlines()[0]})", where=str(path), fix="fetch it again"
-        ) from None
+        what = f"the Parquet file is damaged ({str(error).splitlines()[0]})"
+        raise RankdistillError(what, where=str(path), fix="fetch it again") from None
 
 
 def _file(path: Path) -> _Part:
@@ -86,35 +86,37 @@ def open_source(argument: str, spec: str) -> Collection:
         return imported(key, lambda writer: _load(writer, layout), name=name, spec=spec, files=files)
     if argument.startswith(("/", ".", "~")):
         raise RankdistillError("there is no such folder", where=str(folder), fix="give hf:NAME or hf:FOLDER")
-    key = _hub_key(argument, spec)
-    return imported(
-        key, lambda writer: _load(writer, _hub_layout(key, spec)), name=argument.replace("/", "-"), spec=spec
-    )
+    key, name = _hub_key(argument, spec), argument.replace("/", "-")
+    return imported(key, lambda writer: _load(writer, _hub_layout(key, spec)), name=name, spec=spec)
 
 
 def _load(writer: CollectionWriter, layout: _Layout) -> None:
-    for number, where, row in _rows(writer, layout.corpus):
-        text = text_of(_field(row, DOCUMENT_TEXT, where), "text", where)
-        title = text_of(row.get("title"), "title", where)
-        writer.document(identifier(_field(row, DOCUMENT_ID, where), "_id", where), title, text, number)
-    for number, where, row in _rows(writer, layout.queries):
-        text = text_of(_field(row, QUERY_TEXT, where), "text", where)
-        writer.query(identifier(_field(row, QUERY_ID, where), "_id", where), text, number)
-    for split, part in layout.qrels:
-        for number, where, row in _rows(writer, [part]):
-            query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
-            # NanoBEIR has no such column: it lists relevant pairs alone.
-            named = (name for name in row if VALUE_NAME.fullmatch(name.lower()))
-            relevance = next((row[name] for name in (*RELEVANCE, *named) if name in row), 1)
-            writer.judgment(split, query_id, doc_id, grade(relevance, where), number)
+    parts = [
+        *((writer.document, _document, part) for part in layout.corpus),
+        *((writer.query, _query, part) for part in layout.queries),
+        *((partial(writer.judgment, split), _judgment, part) for split, part in layout.qrels),
+    ]
+    for add, read, part in parts:
+        places = ((number, f"{part.label}, row {number}", row) for number, row in enumerate(part.rows(), 1))
+        writer.take(add, part.label, ((*read(row, where), number) for number, where, row in places))
 
 
-def _rows(writer: CollectionWriter, parts: list[_Part]) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row from 1, where that is, record) of all parts."""
-    for part in parts:
-        writer.source = part.label
-        for number, row in enumerate(part.rows(), 1):
-            yield number, f"{part.label}, row {number}", row
+def _document(row: dict[str, Any], where: str) -> tuple[str, str, str]:
+    title, text = text_of(row.get("title"), "title", where), text_of(_field(row, DOCUMENT_TEXT, where), "text", where)
+    return identifier(_field(row, DOCUMENT_ID, where), "_id", where), title, text
+
+
+def _query(row: dict[str, Any], where: str) -> tuple[str, str]:
+    text = text_of(_field(row, QUERY_TEXT, where), "text", where)
+    return identifier(_field(row, QUERY_ID, where), "_id", where), text
+
+
+def _judgment(row: dict[str, Any], where: str) -> tuple[str, str, int]:
+    query_id, doc_id = (identifier(_field(row, names, where), names[0], where) for names in JUDGED)
+    # NanoBEIR has no such column: it lists relevant pairs alone.
+    named = (name for name in row if VALUE_NAME.fullmatch(name.lower()))
+    relevance = next((row[name] for name in (*RELEVANCE, *named) if name in row), 1)
+    return query_id, doc_id, grade(relevance, where)
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
@@ -134,19 +136,15 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
     corpus, queries = parts("corpus"), parts("queries")
     for name, paths in (("corpus", corpus), ("queries", queries)):
         if not paths and (name == "corpus" or (folder / "qrels").is_dir()):
-            raise RankdistillError(
-                f"a folder of parquet files needs {name}*.parquet or {name}/*.parquet",
-                where=str(folder),
-                fix="beside corpus and queries, judgments go to qrels/SPLIT.parquet",
-            )
+            what = f"a folder of parquet files needs {name}*.parquet or {name}/*.parquet"
+            fix = "beside corpus and queries, judgments go to qrels/SPLIT.parquet"
+            raise RankdistillError(what, where=str(folder), fix=fix)
     qrels: list[tuple[str, Path]] = []
     judged = [path for path in (folder / "qrels").glob("*") if path.is_dir() and path.name[0] != "."]
     for path in sorted(file for place in (folder / "qrels", *judged) for file in data_files(place, "*", PARQUET)):
         name = path.stem if path.parent.name == "qrels" else path.parent.name
         qrels.append((re.sub(r"-\d+-of-\d+$", "", name), path))
-    paths = [*corpus, *queries, *(path for _, path in qrels)]
-    _check_parquet(paths)
-    files = stamps(paths)
+    files = stamps([*corpus, *queries, *(path for _, path in qrels)])
     key = {
         "loader": "hf",
         "schema": SCHEMA,
@@ -154,25 +152,8 @@ def _local(folder: Path) -> tuple[dict[str, Any], _Layout, Stamps]:
         "queries": [file_digest(path) for path in queries],
         "qrels": [[split, file_digest(path)] for split, path in qrels],
     }
-    layout = _Layout(
-        list(map(_file, corpus)), list(map(_file, queries)), [(split, _file(path)) for split, path in qrels]
-    )
-    return key, layout, files
-
-
-def _check_parquet(paths: list[Path]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for path in paths:
-        try:
-            pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as error:
-            raise RankdistillError(
-                f"this is not a whole parquet file ({str(error).splitlines()[0]})",
-                where=str(path),
-                fix="fetch it again",
-            ) from None
+    judgments = [(split, _file(path)) for split, path in qrels]
+    return key, _Layout(list(map(_file, corpus)), list(map(_file, queries)), judgments), files
 
 
 # The hub
@@ -190,11 +171,8 @@ def _hub_key(name: str, spec: str) -> dict[str, Any]:
         with contextlib.suppress(RepositoryNotFoundError):
             revisions[f"{name}-qrels"] = api.dataset_info(f"{name}-qrels", timeout=SECONDS).sha
     except RepositoryNotFoundError:
-        raise UsageError(
-            f"the hub has no data set {name!r}, or it needs a token",
-            where=spec,
-            fix="check the name; for a gated data set set HF_TOKEN",
-        ) from None
+        fix = "check the name; for a gated data set set HF_TOKEN"
+        raise UsageError(f"the hub has no data set {name!r}, or it needs a token", where=spec, fix=fix) from None
     except ValueError as error:  # HFValidationError: not a possible name
         raise UsageError(f"{name!r} cannot be a data set of the hub: {error}", where=spec) from None
     except Exception as error:  # the client under huggingface_hub, and with it its errors, differ between versions

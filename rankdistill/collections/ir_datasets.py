@@ -36,13 +36,12 @@ def open_source(argument: str, spec: str) -> Collection:
 
     def load(writer: CollectionWriter) -> None:
         with _clear_errors(argument, spec):
-            writer.source = argument
-            for document in next(iter(parts.values())).docs_iter():
-                writer.document(document.doc_id.strip(), *title_and_text(document))
+            documents = next(iter(parts.values())).docs_iter()
+            writer.take(writer.document, argument, ((each.doc_id.strip(), *title_and_text(each)) for each in documents))
             for split, dataset in parts.items():
-                writer.source = _name_of(argument, split)
-                for query in dataset.queries_iter():
-                    writer.query(query.query_id.strip(), plain_text(query))
+                source = f"{argument}/{split}" if _load(f"{argument}/{split}") is not None else argument
+                queries = ((query.query_id.strip(), plain_text(query)) for query in dataset.queries_iter())
+                writer.take(writer.query, source, queries)
                 for qrel in dataset.qrels_iter():
                     writer.judgment(split, qrel.query_id.strip(), qrel.doc_id.strip(), int(qrel.relevance))
 
@@ -78,10 +77,6 @@ def split_datasets(name: str, spec: str) -> dict[str, Any]:
             fix=f"choose one of its parts: {', '.join(judged)}" if judged else "choose a data set with qrels",
         )
     return parts
-
-
-def _name_of(name: str, split: str) -> str:
-    return f"{name}/{split}" if _load(f"{name}/{split}") is not None else name
 
 
 def _load(name: str) -> Any:

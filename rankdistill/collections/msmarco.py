@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rankdistill.artifacts import file_digest
@@ -27,6 +28,7 @@ from rankdistill.collections.text_files import (
     read_pairs,
     read_qrels,
     refuse_one_split,
+    skip_header,
     stem,
 )
 from rankdistill.collections.writer import CollectionWriter, imported, stamps
@@ -57,17 +59,11 @@ def open_source(argument: str, spec: str) -> Collection:
 
     def load(writer: CollectionWriter) -> None:
         writer.root = str(folder)
-        writer.source = str(corpus)
-        for line, doc_id, text in read_pairs(corpus):
-            writer.document(doc_id, "", text, line)
+        writer.take(writer.document, corpus, ((doc_id, "", text, line) for doc_id, text, line in read_pairs(corpus)))
         for path in queries:
-            writer.source = str(path)
-            for line, query_id, text in read_pairs(path):
-                writer.query(query_id, text, line)
+            writer.take(writer.query, path, read_pairs(path))
         for path, split in splits.items():
-            writer.source = str(path)
-            for judgment in read_qrels(path):
-                writer.judgment(split, *judgment)
+            writer.take(partial(writer.judgment, split), path, read_qrels(path))
 
     return imported(key, load, name=name, spec=spec, files=stamped)
 
@@ -92,12 +88,10 @@ def _from_triples(folder: Path, name: str, spec: str) -> Collection:
             fix="an MS MARCO folder holds collection.tsv, queries*.tsv and qrels*",
         )
     for path in files:
-        for _, fields in _triple_lines(path):
-            if all(field.isdigit() for field in fields):
-                raise RankdistillError(
-                    "the triples name ids, so their texts are needed: collection.tsv is missing", where=str(path)
-                )
-            break
+        _, fields = next(_triple_lines(path), (0, [""]))
+        if all(field.isdigit() for field in fields):
+            what = "the triples name ids, so their texts are needed: collection.tsv is missing"
+            raise RankdistillError(what, where=str(path))
     stamped = stamps(files)
     key = {"loader": "msmarco-triples", "triples": [file_digest(path) for path in files]}
 
@@ -124,15 +118,9 @@ def _from_triples(folder: Path, name: str, spec: str) -> Collection:
 
 
 def _triple_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    first = True
-    for line, text in read_lines(path):
+    for line, text in skip_header(read_lines(path), lambda text: is_header(text.split("\t"))):
         fields = text.split("\t")
-        header, first = first and is_header(fields), False
-        if header:
-            continue
         if len(fields) != 3 or not all(field.strip() for field in fields):
-            raise RankdistillError(
-                f"expected three columns (query, positive, negative), found {len(fields)}: {text[:80]!r}",
-                where=f"{path}:{line}",
-            )
+            what = f"expected three columns (query, positive, negative), found {len(fields)}: {text[:80]!r}"
+            raise RankdistillError(what, where=f"{path}:{line}")
         yield line, fields

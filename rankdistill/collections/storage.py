@@ -10,11 +10,10 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tokenize import TokenError
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +33,7 @@ def id_hash(identifier: str) -> int:
     return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
 
 
-class Column:
+class Column(AbstractContextManager["Column"]):
     """An .npy file of numbers, or of rows of them, that grows: its header is written last, when the length is known."""
 
     def __init__(self, path: Path, dtype: type[np.generic], *row: int) -> None:
@@ -53,10 +52,7 @@ class Column:
         self._stream.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
         self.length += len(values)
 
-    def __enter__(self) -> Column:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._header()
         self._stream.close()
@@ -144,9 +140,7 @@ class Table:
             self.schema = reader.schema
             self._batches: list[pa.RecordBatch] = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._valid = np.zeros(len(self._batches), bool)
-        self.starts: Rows = np.concatenate(
-            [np.zeros(1, np.int64), np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)]
-        )
+        self.starts: Rows = np.cumsum([0, *(batch.num_rows for batch in self._batches)], dtype=np.int64)
 
     def batch(self, number: int) -> pa.RecordBatch:
         if not self._valid[number]:
@@ -187,15 +181,6 @@ class Table:
         return values
 
 
-class Repeat(NamedTuple):
-    """The same id twice."""
-
-    first_row: int
-    first_line: int
-    row: int
-    line: int
-
-
 class IdIndexWriter:
     """Collects the hashes of ids; `repeats` finds ids that come twice; `publish` writes the sorted index.
 
@@ -209,17 +194,16 @@ class IdIndexWriter:
         self._hashes.append(id_hash(identifier))
         self.lines.append(line)
 
-    def repeats(self, table: Table, column: str) -> list[Repeat]:
-        """The repeated ids of `table`'s `column`, each against its first occurrence, in order."""
+    def repeats(self, table: Table, column: str) -> Iterator[tuple[str, int, int]]:
+        """(id, its first row, another row of it) of the ids that come twice in `table`'s `column`, in order."""
         hashes = np.array(self._hashes, np.uint64)
         order = np.argsort(hashes, kind="stable")
         equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
         rows = np.sort(order[np.union1d(equal, equal + 1)])
         first: dict[str, int] = {}
-        pairs = [
-            (first.setdefault(i, row), row) for i, row in zip(table.take(column, rows), rows.tolist(), strict=True)
-        ]
-        return [Repeat(row, self.lines[row], again, self.lines[again]) for row, again in pairs if row != again]
+        for identifier, row in zip(table.take(column, rows), rows.tolist(), strict=True):
+            if first.setdefault(identifier, row) != row:
+                yield identifier, first[identifier], row
 
     def publish(self, folder: Path, name: str, dropped: Rows) -> None:
         """Write `<name>.hashes.npy` (sorted) and `<name>.rows.npy`; `dropped` rows are taken out."""

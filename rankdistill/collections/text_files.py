@@ -1,4 +1,4 @@
-"""Reading text files that others wrote: every mistake is named by file and line. All text comes in through here."""
+"""Reading what others wrote: every mistake is named by file and line. All text and all ids come in through here."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import say
 
 GZIP_MAGIC = b"\x1f\x8b"
 LONGEST_LINE = 64 << 20  # bytes; what is longer is no line but damage, and would fill the memory
+TO_UTF8 = "convert the file to UTF-8 (for example: iconv -f LATIN1 -t UTF-8)"
 FOREIGN = {  # first bytes → what such a file is, and what to do
     b"BZh": ("compressed with bzip2", "bunzip2 FILE; plain text and gzip are read"),
     b"\xfd7zXZ\x00": ("compressed with xz", "unxz FILE; plain text and gzip are read"),
@@ -63,11 +68,8 @@ def open_text(path: Path) -> IO[bytes]:
             raise RankdistillError(f"the file is {what}", where=str(path), fix=fix.replace("FILE", path.name))
     if head and head.count(0) * 4 >= len(head):
         stream.close()
-        raise RankdistillError(
-            "the file is full of NUL bytes: UTF-16 text, or damaged",
-            where=str(path),
-            fix=f"iconv -f UTF-16 -t UTF-8 {path.name}, or fetch it again",
-        )
+        fix = f"iconv -f UTF-16 -t UTF-8 {path.name}, or fetch it again"
+        raise RankdistillError("the file is full of NUL bytes: UTF-16 text, or damaged", where=str(path), fix=fix)
     return cast(IO[bytes], stream)
 
 
@@ -84,11 +86,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             try:
                 raw = stream.readline(LONGEST_LINE + 1)
             except (EOFError, OSError, zlib.error) as error:
-                raise RankdistillError(
-                    f"the gzip file is cut off or damaged ({error})",
-                    where=where,
-                    fix="fetch or compress the file again",
-                ) from None
+                what, fix = f"the gzip file is cut off or damaged ({error})", "fetch or compress the file again"
+                raise RankdistillError(what, where=where, fix=fix) from None
             if not raw:
                 return
             if len(raw) > LONGEST_LINE:
@@ -97,22 +96,24 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise RankdistillError(
-                    f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line is not UTF-8",
-                    where=where,
-                    fix="convert the file to UTF-8 (for example: iconv -f LATIN1 -t UTF-8)",
-                ) from None
+                what = f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line is not UTF-8"
+                raise RankdistillError(what, where=where, fix=TO_UTF8) from None
             line = line.rstrip("\r\n")
             if line and not line.isspace():
                 yield number, line
 
 
 def long_line(where: str) -> RankdistillError:
-    return RankdistillError(
-        f"the line is longer than {LONGEST_LINE >> 20} MB",
-        where=where,
-        fix="does the file lack line ends, or is it damaged? A text of that length must be split",
-    )
+    fix = "does the file lack line ends, or is it damaged? A text of that length must be split"
+    return RankdistillError(f"the line is longer than {LONGEST_LINE >> 20} MB", where=where, fix=fix)
+
+
+def skip_header(lines: Iterator[tuple[int, str]], is_header: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
+    """Lines without the first of them, where that names columns."""
+    first = next(lines, None)
+    if first is not None and not is_header(first[1]):
+        yield first
+    yield from lines
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -130,11 +131,8 @@ def json_object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise RankdistillError(
-            f"the line is not valid JSON ({reason}); is the file cut off here?",
-            where=where,
-            fix="each line must be one JSON object",
-        ) from None
+        what = f"the line is not valid JSON ({reason}); is the file cut off here?"
+        raise RankdistillError(what, where=where, fix="each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise RankdistillError(f"the line is a JSON {type(record).__name__}, not an object", where=where)
     return record
@@ -160,8 +158,7 @@ def read_text(path: Path, charset: re.Pattern[bytes] | None = None) -> str:
     try:
         text = content.decode(declared[1].decode() if declared else "utf-8-sig")
     except (UnicodeDecodeError, LookupError):
-        fix = "convert the file to UTF-8 (for example: iconv -f LATIN1 -t UTF-8)"
-        raise RankdistillError("the text is not UTF-8", where=str(path), fix=fix) from None
+        raise RankdistillError("the text is not UTF-8", where=str(path), fix=TO_UTF8) from None
     if "\0" in text:
         raise RankdistillError("the file is binary, not text", where=str(path))
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -176,6 +173,53 @@ def identifier(value: Any, key: str, where: str) -> str:
     empty = value is None or isinstance(value, str)
     problem = "is missing or empty" if empty else f"is a {type(value).__name__}, not a string"
     raise RankdistillError(f"the id {key!r} {problem}", where=where)
+
+
+def text_ids(ids: pa.Array, where: str) -> pa.Array:
+    """Ids as large_string: text without white space around it, as collections have it; whole numbers in digits.
+
+    Raises:
+        RankdistillError: they are of another type (numbers that are not whole, truth values).
+    """
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    if pa.types.is_floating(ids.type):
+        try:  # pandas makes floats of whole numbers where a cell was empty
+            ids = ids.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise RankdistillError(f"ids are numbers that are not whole: {error}", where=where) from None
+    kind = pa.types
+    if not any(check(ids.type) for check in (kind.is_integer, kind.is_string, kind.is_large_string, kind.is_binary)):
+        raise RankdistillError(f"ids are {ids.type}, not text", where=where, fix="write ids as text or whole numbers")
+    return pc.utf8_trim_whitespace(ids.cast(pa.large_string()))
+
+
+def text_keys(values: Mapping[Any, Mapping[Any, Any]], where: str) -> tuple[Mapping[str, Mapping[str, Any]], int]:
+    """A run or qrels whose ids are text, and how many ids were whole numbers and are taken as their digits.
+
+    Raises:
+        RankdistillError: an id is of another type, or two are the same as text.
+    """
+    if set(map(type, values)) <= {str} and all(set(map(type, documents)) <= {str} for documents in values.values()):
+        return values, 0
+    numeric, texts = 0, dict[str, dict[str, Any]]()
+    for query_id, documents in values.items():
+        inner, name = {_as_text(doc_id, where): value for doc_id, value in documents.items()}, _as_text(query_id, where)
+        if len(inner) < len(documents) or name in texts:
+            what = f"ids of query {query_id!r} are the same as text"
+            raise RankdistillError(what, where=where, fix="write every id as text")
+        texts[name] = inner
+        numeric += sum(not isinstance(identity, str) for identity in (query_id, *documents))
+    return texts, numeric
+
+
+def _as_text(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return str(int(value))
+    what = f"the id {value!r} is a {type(value).__name__}, not text"
+    raise RankdistillError(what, where=where, fix="write ids as text")
 
 
 def text_of(value: Any, key: str, where: str) -> str:
@@ -250,34 +294,33 @@ def grade(value: Any, where: str) -> int:
 def read_qrels(path: Path) -> Iterator[Judgment]:
     """Judgments in TREC form (`query 0 document relevance`, spaces or tabs) or three columns, header (see `is_header`)
     or none."""
-    first = True
-    for line_number, line in read_lines(path):
-        fields, where = split_columns(line), f"{path}:{line_number}"
+    for number, line in skip_header(read_lines(path), _names_judgments):
+        fields, where = split_columns(line), f"{path}:{number}"
         if len(fields) not in (3, 4) or not fields[0] or not fields[-2]:
-            raise RankdistillError(
-                f"expected 3 or 4 columns (query, [0,] document, relevance), found {len(fields)}: {line[:80]!r}"
-                if len(fields) not in (3, 4)
-                else f"a column is empty: {line[:80]!r}",
-                where=where,
-                fix=odd_columns(fields),
-            )
-        if not (first and is_header(fields)):
-            yield Judgment(fields[0], fields[-2], grade(fields[-1], where), line_number)
-        first = False
+            what = f"expected 3 or 4 columns (query, [0,] document, relevance), found {len(fields)}"
+            what = what if len(fields) not in (3, 4) else "a column is empty"
+            raise RankdistillError(f"{what}: {line[:80]!r}", where=where, fix=odd_columns(fields))
+        yield Judgment(fields[0], fields[-2], grade(fields[-1], where), number)
 
 
-def read_pairs(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, id, text) of a two-column TSV, header or none; further tabs belong to the text."""
-    first = True
-    for line_number, line in read_lines(path):
+def _names_judgments(line: str) -> bool:
+    fields = split_columns(line)
+    return len(fields) in (3, 4) and bool(fields[0] and fields[-2]) and is_header(fields)
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(id, text, line number) of a two-column TSV, header or none; further tabs belong to the text."""
+    for number, line in skip_header(read_lines(path), _names_text):
         identity, tab, text = line.partition("\t")
-        where = f"{path}:{line_number}"
+        where = f"{path}:{number}"
         if not tab:
             raise RankdistillError(f"expected `id<tab>text`, found no tab: {line[:80]!r}", where=where)
-        named = TEXT_NAME.fullmatch(text.strip().lower()) and _letters(identity) in QUERY_NAMES | DOCUMENT_NAMES
-        if not (first and named):
-            yield line_number, identifier(identity, "id", where), text
-        first = False
+        yield identifier(identity, "id", where), text, number
+
+
+def _names_text(line: str) -> bool:
+    identity, _, text = line.partition("\t")
+    return bool(TEXT_NAME.fullmatch(text.strip().lower())) and _letters(identity) in QUERY_NAMES | DOCUMENT_NAMES
 
 
 def plain_or_gzip(folder: Path, name: str) -> Path | None:
@@ -296,13 +339,13 @@ def data_files(folder: Path, pattern: str, endings: tuple[str, ...]) -> list[Pat
     Hidden files (macOS writes `._x`, editors `.x.swp`) and other endings (`x.bak`, `x~`, `x.bz2`) are no data; those
     that look alike are named to the user.
     """
-    alike = list(folder.iterdir()) if folder.is_dir() else []
-    alike = [path for path in alike if any(end in path.name.lower() for end in endings)]
-    alike = [path for path in alike if fnmatch(path.name.lower().lstrip("._"), pattern.lower()) and path.is_file()]
-    data = sorted(
-        path for path in alike if path.name[0] != "." and path.name.endswith(endings) and fnmatch(path.name, pattern)
-    )
-    ignored = sorted(path.name for path in set(alike) - set(data))
+    data, ignored = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.name
+        if name[0] != "." and name.endswith(endings) and fnmatch(name, pattern) and path.is_file():
+            data.append(path)
+        elif fnmatch(name.lower().lstrip("._"), pattern.lower()) and any(end in name.lower() for end in endings):
+            ignored += [name] if path.is_file() else []
     if ignored:
         names = ", ".join(ignored[:5]) + (" …" if len(ignored) > 5 else "")
         say(f"{folder}: ignored {names} (what is read ends in {' or '.join(endings)})")
@@ -313,11 +356,8 @@ def refuse_one_split(splits: Iterable[tuple[str, Path]]) -> None:
     seen: dict[str, Path] = {}
     for split, path in splits:
         if seen.setdefault(split, path) != path:
-            raise RankdistillError(
-                f"two qrels files define the split {split!r}",
-                where=f"{seen[split]}, {path}",
-                fix="rename or remove one",
-            )
+            what, where = f"two qrels files define the split {split!r}", f"{seen[split]}, {path}"
+            raise RankdistillError(what, where=where, fix="rename or remove one")
 
 
 def existing_folder(folder: str, loader: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rankdistill.artifacts import cache_dir, find_artifact, fingerprint, locked, open_artifact, write_artifact
+from rankdistill.artifacts import ArtifactWriter, cache_dir, find_artifact, fingerprint, obtain
 from rankdistill.collections.collection import Collection
 from rankdistill.collections.storage import IdIndex, IdIndexWriter, Table, TableWriter
 from rankdistill.errors import RankdistillError
@@ -79,24 +79,21 @@ class _Records:
         self.writer.close()
         table, schema = Table(self.writer.path), self.writer.schema
         keep = np.ones(len(table), bool)
-        for repeat in self.index.repeats(table, schema.names[0]):
-            first, second = (self.sources[row] for row in (repeat.first_row, repeat.row))
-            pair = [repeat.first_row, repeat.row]
+        for identifier, *pair in self.index.repeats(table, schema.names[0]):
+            first, second = (self.sources[row] for row in pair)
             equal = all(len(set(table.take(name, pair))) == 1 for name in schema.names)
-            if equal and (repeats == "same" or (repeats == "across files" and first != second)):
-                keep[repeat.row] = False
-                continue
-            identifier = table.take(schema.names[0], [repeat.row])[0]
-            raise RankdistillError(
-                f"the {self.what} id {identifier!r} occurs twice" + ("" if equal else " with different text"),
-                where=f"{_at(first, repeat.first_line)} and {_at(second, repeat.line)}",
-                fix="ids must be unique: remove or rename one of the two",
-            )
+            if not equal or repeats == "refuse" or (repeats == "across files" and first == second):
+                raise RankdistillError(
+                    f"the {self.what} id {identifier!r} occurs twice" + ("" if equal else " with different text"),
+                    where=" and ".join(_at(self.sources[row], self.index.lines[row]) for row in pair),
+                    fix="ids must be unique: remove or rename one of the two",
+                )
+            keep[pair[1]] = False
         words = np.array(self._words, np.int64)
         self.lengths, empty = words[keep], np.flatnonzero(keep & (words == 0)).tolist()
         if empty:
-            first = place(self.sources[empty[0]], self.index.lines[empty[0]])
-            identifier = table.take(schema.names[0], empty[:1])[0]
+            at, (identifier,) = empty[0], table.take(schema.names[0], empty[:1])
+            first = place(self.sources[at], self.index.lines[at])
             self.empty = f"{len(empty):,} {self.name} have no text (first: {identifier!r} at {first})"
         if not keep.all():
             self._rewrite(table, keep)
@@ -149,6 +146,12 @@ class CollectionWriter:
         self._progress = progress(f"import {label}", None, "records")
         self._bar = self._progress.__enter__()
 
+    def take(self, add: Callable[..., None], source: object, rows: Iterable[Iterable[Any]]) -> None:
+        """`add` (`document`, `query`, `judgment` of a split) each of the rows, which come from that source."""
+        self.source = str(source)
+        for row in rows:
+            add(*row)
+
     def document(self, doc_id: str, title: str, text: str, line: int = 0) -> None:
         self._documents.add(self.source, line, self._id(doc_id, line), self._clean(title), self._clean(text))
         self._bar.advance()
@@ -180,9 +183,8 @@ class CollectionWriter:
         try:
             identifier.encode()
         except UnicodeEncodeError:
-            raise RankdistillError(
-                f"the id {identifier!r} holds half a surrogate pair", where=_at(self.source, line)
-            ) from None
+            what = f"the id {identifier!r} holds half a surrogate pair"
+            raise RankdistillError(what, where=_at(self.source, line)) from None
         return identifier
 
     def finish(self) -> dict[str, int]:
@@ -223,19 +225,14 @@ class CollectionWriter:
         no_query, no_document = query_rows < 0, (query_rows >= 0) & (doc_rows < 0)
         self._report(split, raw, no_query, "query_id", "queries")
         self._report(split, raw, no_document, "doc_id", "documents")
-        known = (query_rows >= 0) & (doc_rows >= 0)
-        order = np.lexsort((doc_rows, query_rows))  # stable: of repeated judgments the last in the file comes last
-        again = (
-            known[order[1:]]
-            & (query_rows[order[1:]] == query_rows[order[:-1]])
-            & (doc_rows[order[1:]] == doc_rows[order[:-1]])
-        )
-        repeated = np.zeros(len(raw), bool)
-        repeated[order[:-1][again]] = True
+        known, place = (query_rows >= 0) & (doc_rows >= 0), np.arange(len(raw))
+        pairs = np.where(known, query_rows << 32 | doc_rows, -1 - place)  # unknown ones all differ
+        _, last, of = np.unique(pairs[::-1], return_index=True, return_inverse=True)
+        counting = len(raw) - 1 - last[of][::-1]  # where the last judgment of the same pair stands
         grades = np.concatenate([batch["relevance"].to_numpy() for batch in raw.batches])
-        other = np.zeros(len(raw), bool)
-        other[order[:-1][again & (grades[order[1:]] != grades[order[:-1]])]] = True
+        other = grades != grades[counting]
         self._report(split, raw, other, "doc_id", "", "are repeated with another relevance; the last one counts")
+        repeated = counting != place
         keep = np.flatnonzero((query_rows >= 0) & ~repeated)
         keep = keep[np.argsort(query_rows[keep], kind="stable")]  # by query; within a query as in the file
         writer = TableWriter(self.folder / "qrels" / f"{split}.arrow", QRELS)
@@ -305,28 +302,24 @@ def imported(
     """
     mark, name = fingerprint(["collection", SCHEMA, key]), file_name(name)
     folder = cache_dir() / "collections" / f"{mark}-{READING}"
-    if find_artifact(folder, "collection", mark) is None:
-        with locked(folder):
-            if find_artifact(folder, "collection", mark) is None:  # another process may have been faster
-                _import(folder, mark, key, load, name, files or {})
-    return Collection(open_artifact(folder, "collection"), name, spec)
+    problems: list[str] = []
 
-
-def _import(
-    folder: Path, mark: str, key: Mapping[str, Any], load: Callable[[CollectionWriter], None], name: str, files: Stamps
-) -> None:
-    with write_artifact(folder, kind="collection", fingerprint=mark, settings=dict(key)) as artifact:
+    def make(artifact: ArtifactWriter) -> None:
         writer = CollectionWriter(artifact.path, name)
         try:
             load(writer)
-            changed = [str(path) for path, stamp in files.items() if not path.exists() or stamps([path])[path] != stamp]
-            if changed:
-                raise RankdistillError(
-                    "the file changed while it was read", where=", ".join(changed), fix="run the same command again"
-                )
+            for path, stamp in (files or {}).items():
+                if not path.exists() or stamps([path])[path] != stamp:
+                    what = "the file changed while it was read"
+                    raise RankdistillError(what, where=str(path), fix="run the same command again")
             artifact.counts.update(writer.finish())
             artifact.notes.update(splits=writer.splits, problems=writer.problems, words=writer.words(), **writer.notes)
         finally:
             writer.close()
-    for problem in writer.problems:
+        problems.extend(writer.problems)
+
+    artifact = find_artifact(folder, "collection", mark)  # first without the lock: a cache may be read-only
+    artifact = artifact or obtain(folder, kind="collection", fingerprint=mark, settings=dict(key), make=make)
+    for problem in problems:
         warn(f"collection {name}: {problem}")
+    return Collection(artifact, name, spec)

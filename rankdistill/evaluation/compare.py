@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 
 from rankdistill.artifacts import check_file, file_digest, write_atomically
 from rankdistill.collections import Collection, open_collection
-from rankdistill.collections.identifiers import text_ids
-from rankdistill.collections.text_files import data_files, grade, read_qrels
+from rankdistill.collections.text_files import data_files, grade, read_qrels, text_ids
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from rankdistill.collections.identifiers import text_keys
+from rankdistill.collections.text_files import text_keys
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.runs import Run, positions, ranks_within, read_run
 

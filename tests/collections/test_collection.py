@@ -124,7 +124,7 @@ def test_own_dev_split_is_used_under_any_name(beir_folder: BeirFolder) -> None:
 def test_second_opening_imports_nothing(beir_folder: BeirFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = f"beir:{beir_folder()}"
     first = open_collection(spec)
-    monkeypatch.setattr(writer, "_import", lambda *_: pytest.fail("imported again"))
+    monkeypatch.setattr(writer, "obtain", lambda *_, **__: pytest.fail("imported again"))
     again = open_collection(spec)
     assert (again.fingerprint, again.qrels("test")) == (first.fingerprint, first.qrels("test"))
     assert open_collection(again) is again

@@ -76,7 +76,7 @@ def break_grade(folder: Path) -> str:
 def break_file(folder: Path) -> str:
     path = folder / "queries.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    return "not a whole parquet file"
+    return "the Parquet file is damaged"
 
 
 def break_layout(folder: Path) -> str:

@@ -16,7 +16,7 @@ import pytest
 
 from rankdistill.artifacts import open_artifact
 from rankdistill.collections import Collection, beir, open_collection, text_files
-from rankdistill.collections.text_files import is_header, read_lines, read_qrels
+from rankdistill.collections.text_files import is_header, read_lines, read_qrels, text_ids, text_keys
 from rankdistill.errors import RankdistillError
 from rankdistill.evaluation.compare import compare, read_judgments
 from rankdistill.runs import read_run
@@ -193,6 +193,13 @@ def test_ids_have_no_white_space_around_them_on_any_side(beir_folder: BeirFolder
         tmp_path / "run.parquet",
     )
     assert read_run(tmp_path / "run.parquet").to_dict() == {"q1": {"d0": 1.0}}
+
+
+def test_whole_numbers_become_their_digits_and_the_rest_is_refused() -> None:
+    assert text_ids(pa.array([1, 20]), "here").to_pylist() == ["1", "20"]
+    assert text_keys({1: {"a": 0.5}}, "here") == ({"1": {"a": 0.5}}, 1)
+    with pytest.raises(RankdistillError, match="is a bool, not text"):
+        text_keys({"q": {True: 1.0}}, "here")
 
 
 def test_whole_numbers_are_ids_in_json_lines_too(tmp_path: Path) -> None:
