@@ -76,9 +76,8 @@ def fit_platt(scores: NDArray[Any], labels: NDArray[Any]) -> Platt:
 
     start = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
     slope, intercept = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
-    if deviation == 0:
-        return Platt(0.0, float(intercept))
-    return Platt(float(slope / deviation), float(intercept - slope * mean / deviation))
+    slope = slope / deviation if deviation else 0.0
+    return Platt(float(slope), float(intercept - slope * mean))
 
 
 def fit_isotonic(scores: NDArray[Any], labels: NDArray[Any]) -> Isotonic:
@@ -145,9 +144,8 @@ def reliability(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = B
 
 def calibration_error(table: Iterable[Bin]) -> float:
     """Expected calibration error: mean |probability - share relevant| over pairs (Naeini et al. 2015)."""
-    table = list(table)
-    total = sum(row.pairs for row in table)
-    return sum(row.pairs * abs(row.probability - row.relevant) for row in table) / total if total else float("nan")
+    pairs, said, relevant = np.array(list(table)).reshape(-1, 3).T
+    return float(np.average(abs(said - relevant), weights=pairs)) if len(pairs) else float("nan")
 
 
 def raw_probabilities(scores: NDArray[Any], kind: ScoreKind) -> Floats:
@@ -170,13 +168,10 @@ def _sigmoid(z: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A fitted map and what was measured of it.
+    """A fitted map (scores → probabilities), what it was fitted on, and what was measured of it.
 
     Attributes:
-        calibrator: scores → probabilities.
-        method: platt or isotonic.
         negatives: whether documents judged not relevant were the negatives, or unjudged ones.
-        queries, pairs, relevant: what it was fitted on.
         error_before, error_after: expected calibration error of raw and of cross-fitted calibrated scores.
         before, after: their reliability tables.
     """
@@ -187,10 +182,14 @@ class Calibration:
     queries: int
     pairs: int
     relevant: int
-    error_before: float
-    error_after: float
+    error_before: float = field(init=False)
+    error_after: float = field(init=False)
     before: list[Bin] = field(repr=False)
     after: list[Bin] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            object.__setattr__(self, f"error_{name}", calibration_error(getattr(self, name)))
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -238,58 +237,40 @@ def calibrate(
     Raises:
         RankdistillError: no relevant or no other document is left; an infinite score.
     """
-    groups, values, labels = [], [], []
+    queries: dict[str, int] = {}
+    columns = [np.empty((3, 0))]  # of each list: scores, relevance (-1: unjudged), the query's number
     for query_id, doc_ids, scores in pairs:
-        judged = qrels.get(query_id)
-        if judged is None:
-            continue
-        relevance = np.array([judged.get(doc_id, -1) for doc_id in doc_ids], np.int64)
-        present = ~np.isnan(scores)
-        values.append(np.asarray(scores, np.float64)[present])
-        labels.append(relevance[present])
-        groups.append(np.full(int(present.sum()), id_hash(query_id), np.uint64))
-    relevance = np.concatenate([np.empty(0, np.int64), *labels])
+        if (judged := qrels.get(query_id)) is not None:
+            relevance = [judged.get(doc_id, -1) for doc_id in doc_ids]
+            columns.append(np.stack([scores, relevance, [queries.setdefault(query_id, len(queries))] * len(doc_ids)]))
+    x, relevance, query = np.concatenate(columns, axis=1)
+    keep = ~np.isnan(x)
     chosen = negatives
     if chosen == "auto":
-        chosen = "judged" if (relevance == 0).any() else "unjudged"
-    keep = (relevance != -1) if chosen == "judged" else np.ones(len(relevance), bool)
-    if not keep.any() or not (relevance > 0).any():
+        chosen = "judged" if (relevance[keep] == 0).any() else "unjudged"
+    if chosen == "judged":
+        keep &= relevance != -1
+    if not (relevance[keep] > 0).any():
         raise RankdistillError(
             "none of the scored pairs is labelled relevant",
             fix="score candidates of the training queries, with their labelled documents (mine --positives)",
         )
     if chosen == "unjudged" and negatives == "auto":
         warn("calibration: no scored document is judged not relevant; unjudged ones are taken as not relevant")
-    x = np.concatenate(values)[keep]
-    y = (relevance[keep] > 0).astype(np.float64)
-    group = np.concatenate(groups)[keep]
-    calibrator = fit(x, y, method)
+    x, y, query = x[keep], (relevance[keep] > 0).astype(np.float64), query[keep].astype(np.int64)
+    fold = np.array([id_hash(query_id) % FOLDS for query_id in queries])[query]
     before = reliability(raw_probabilities(x, kind), y)
-    after = reliability(_cross_fitted(x, y, group, method), y)
-    return Calibration(
-        calibrator,
-        method,
-        chosen,
-        len(np.unique(group)),
-        len(x),
-        int(y.sum()),
-        calibration_error(before),
-        calibration_error(after),
-        before,
-        after,
-    )
+    after = reliability(_cross_fitted(x, y, fold, method), y)
+    fitted = fit(x, y, method)
+    return Calibration(fitted, method, chosen, len(np.unique(query)), len(x), int(y.sum()), before, after)
 
 
-def _cross_fitted(scores: Floats, labels: Floats, group: NDArray[np.uint64], method: Method) -> Floats:
-    """Each query's probabilities by a fit to the other folds' queries; a fold is decided by the query's hash."""
-    fold = (group % np.uint64(FOLDS)).astype(np.int64)
+def _cross_fitted(scores: Floats, labels: Floats, fold: NDArray[Any], method: Method) -> Floats:
+    """Each query's probabilities by a fit to the other folds' queries."""
     result = np.empty_like(scores)
     for number in range(FOLDS):
         held = fold == number
-        rest = labels[~held]
-        if 0 < rest.sum() < len(rest):
-            calibrator = fit(scores[~held], rest, method)
-        else:  # too few queries to leave any out: the fit to all of them, which flatters
-            calibrator = fit(scores, labels, method)
-        result[held] = calibrator(scores[held])
+        rest = ~held if 0 < labels[~held].sum() < (~held).sum() else slice(None)
+        # All of them, which flatters, where there are too few queries to leave any out.
+        result[held] = fit(scores[rest], labels[rest], method)(scores[held])
     return result

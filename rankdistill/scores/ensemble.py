@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -43,15 +43,13 @@ def normalise(scores: np.ndarray, method: Normalisation = "min_max", temperature
     Returns:
         float64 [n], NaN where `scores` is NaN.
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    result = scores.copy()
-    present = ~np.isnan(scores)
-    t = scores[present]
-    if method not in ("min_max", "z_score", "rank", "softmax", "none"):
-        if method == "calibrated":
-            raise UsageError("calibrated scores need a calibration of each teacher", fix="fit one on the train split")
-        names = "min_max, z_score, rank, softmax, calibrated or none"
-        raise UsageError(f"unknown normalisation {method!r}", fix=names)
+    result = np.array(scores, dtype=np.float64)
+    present = ~np.isnan(result)
+    t = result[present]
+    if method == "calibrated":
+        raise UsageError("calibrated scores need a calibration of each teacher", fix="fit one on the train split")
+    if method not in get_args(Normalisation):
+        raise UsageError(f"unknown normalisation {method!r}", fix=", ".join(get_args(Normalisation)))
     if len(t) == 0 or method == "none":
         return result
     if method == "min_max":
@@ -87,20 +85,18 @@ def aggregate(scores: np.ndarray, method: Aggregation = "mean", weights: Sequenc
     any_teacher = present.any(axis=0)
     result = np.full(scores.shape[1], np.nan)
     if method in ("mean", "weighted"):
-        if method == "weighted" and (weights is None or len(weights) != len(scores) or min(weights) < 0):
-            raise UsageError(
-                f"weighted aggregation of {len(scores)} teachers needs {len(scores)} weights of at least 0"
-            )
-        each = np.asarray(weights if method == "weighted" else np.ones(len(scores)), dtype=np.float64)[:, None]
-        total = (each * present).sum(axis=0)
+        each = np.ones(len(scores)) if method == "mean" else np.asarray(weights, dtype=np.float64)
+        if each.shape != (len(scores),) or each.min() < 0:
+            what = f"weighted aggregation of {len(scores)} teachers needs {len(scores)} weights of at least 0"
+            raise UsageError(what)
+        total = each @ present
         known = total > 0
-        result[known] = (each * np.where(present, scores, 0)).sum(axis=0)[known] / total[known]
-    elif method == "median":
-        result[any_teacher] = np.nanmedian(scores[:, any_teacher], axis=0)
-    elif method == "max":
-        result[any_teacher] = np.nanmax(scores[:, any_teacher], axis=0)
+        result[known] = (each[:, None] * np.where(present, scores, 0)).sum(axis=0)[known] / total[known]
+    elif method in ("median", "max"):
+        combine = np.nanmedian if method == "median" else np.nanmax
+        result[any_teacher] = combine(scores[:, any_teacher], axis=0)
     else:
-        raise UsageError(f"unknown aggregation {method!r}", fix="mean, weighted, median or max")
+        raise UsageError(f"unknown aggregation {method!r}", fix=", ".join(get_args(Aggregation)))
     return result
 
 
@@ -127,8 +123,8 @@ def normalise_members(
     """
     scores = np.asarray(scores, dtype=np.float64)
     absent = np.isnan(scores)
-    if missing not in ("average", "drop", "error"):
-        raise UsageError(f"unknown rule for missing scores {missing!r}", fix="average, drop or error")
+    if missing not in get_args(Missing):
+        raise UsageError(f"unknown rule for missing scores {missing!r}", fix=", ".join(get_args(Missing)))
     if missing == "error" and absent.any():
         raise RankdistillError(
             f"{int(absent.any(axis=0).sum())} of {scores.shape[1]} documents lack a score of some teacher",
@@ -193,32 +189,25 @@ class Ensemble:
 
     def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
         """float32 [len(doc_ids)], NaN where there is no score."""
-        scores = np.stack([member.scores_of(query_id, doc_ids) for member in self.members])
-        self._count(scores)
+        known = _known(scores := self._members_scores(query_id, doc_ids))
+        scored = known.count(axis=1)
+        self._asked += len(doc_ids)
+        self._absent += len(doc_ids) - scored
+        self._squares += (known.var(axis=1) * scored).filled(0.0)
+        self._scored += scored
         combined = aggregate(self._normalised(scores), self.aggregation, self.weights)
         return (self.scale * combined).astype(np.float32)
 
     def disagreement_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
         """float32 [len(doc_ids)]: see `disagreement`; of the normalised scores, before `scale`."""
-        scores = np.stack([member.scores_of(query_id, doc_ids) for member in self.members])
-        return disagreement(self._normalised(scores)).astype(np.float32)
+        return disagreement(self._normalised(self._members_scores(query_id, doc_ids))).astype(np.float32)
+
+    def _members_scores(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
+        return np.stack([member.scores_of(query_id, doc_ids) for member in self.members])
 
     def _normalised(self, scores: np.ndarray) -> np.ndarray:
-        return normalise_members(
-            scores,
-            self.normalisation,
-            temperature=self.temperature,
-            missing=self.missing,
-            calibrators=self.calibrators,
-        )
-
-    def _count(self, scores: np.ndarray) -> None:
-        known = _known(scores)
-        scored = known.count(axis=1)
-        self._asked += scores.shape[1]
-        self._absent += scores.shape[1] - scored
-        self._squares += (known.var(axis=1) * scored).filled(0.0)
-        self._scored += scored
+        options: Any = {"missing": self.missing, "calibrators": self.calibrators}
+        return normalise_members(scores, self.normalisation, temperature=self.temperature, **options)
 
     def problems(self) -> list[str]:
         """What was wrong with the scores that were asked for so far, and what to do about it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -33,8 +33,8 @@ from rankdistill.runs import iter_run
 from rankdistill.scores.store import read_part
 
 Format = Literal["auto", "tsv", "triples", "trec", "jsonl", "parquet"]
+FORMATS = get_args(Format)[1:]  # without auto
 FLOAT32 = float(np.finfo(np.float32).max)
-FORMATS = ("tsv", "triples", "trec", "jsonl", "parquet")
 
 
 class ForeignScore(NamedTuple):
@@ -101,7 +101,7 @@ def detect_format(path: Path) -> Format:
     fields = split_columns(line)
     if len(fields) == 6:
         return "trec"
-    if len(fields) == 5 and (is_header(fields, 0) or all(_is_number(field) for field in fields[:2])):
+    if len(fields) == 5 and (is_header(fields, 0) or None not in map(_number, fields[:2])):
         return "triples"
     if len(fields) == 3:
         return "tsv"
@@ -112,12 +112,11 @@ def detect_format(path: Path) -> Format:
     )
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        to_number(text)
+        return to_number(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _bad(kind: str, what: str, where: str, fix: str | None = None) -> RankdistillError:
@@ -138,20 +137,19 @@ def _columns(path: Path, kind: str, count: int, value: int) -> Iterator[tuple[st
 
 def _tsv(path: Path) -> Scores:
     for where, (query_id, doc_id, score) in _columns(path, "tsv", 3, -1):
-        yield where, [ForeignScore(query_id, doc_id, _score(score, "tsv", where))]
+        yield where, [_scored("tsv", where, query_id, doc_id, score)]
 
 
 def _triples(path: Path) -> Scores:
     for where, (first, second, query_id, positive, negative) in _columns(path, "triples", 5, 0):
         pairs = ((positive, first), (negative, second))
-        yield where, [ForeignScore(query_id, doc_id, _score(score, "triples", where)) for doc_id, score in pairs]
+        yield where, [_scored("triples", where, query_id, *pair) for pair in pairs]
 
 
-def _score(text: str, kind: str, where: str) -> float:
-    try:
-        return to_number(text)
-    except ValueError:
-        raise _bad(kind, f"{text!r} is not a score", where) from None
+def _scored(kind: str, where: str, query_id: str, doc_id: str, score: str) -> ForeignScore:
+    if (number := _number(score)) is None:
+        raise _bad(kind, f"{score!r} is not a score", where)
+    return ForeignScore(query_id, doc_id, number)
 
 
 def _jsonl(path: Path) -> Scores:

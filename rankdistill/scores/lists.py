@@ -88,13 +88,12 @@ def build_lists(
         settings={"split": split, **(settings or {})},
         inputs={"collection": collection.fingerprint, **(inputs or {})},
     ) as writer:
-        names = [name for name in (*COLUMNS, "disagreement") if ensemble is not None or name in COLUMNS]
+        dtypes = COLUMNS if ensemble is None else {**COLUMNS, "disagreement": np.float32}
         queries = TableWriter(writer.path / "queries.arrow", pa.schema([("query_id", pa.string())]))
         with ExitStack() as stack:
             stack.callback(queries.abandon)
             columns = {
-                name: stack.enter_context(Column(writer.path / f"{name}.npy", COLUMNS.get(name, np.float32)))
-                for name in names
+                name: stack.enter_context(Column(writer.path / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
             }
             offsets = stack.enter_context(Column(writer.path / "offsets.npy", np.int64))
             offsets.append(np.zeros(1))
@@ -187,41 +186,31 @@ class ScoredLists:
         try:
             self._queries = pa.ipc.open_file(pa.memory_map(str(path / "queries.arrow"))).read_all()["query_id"]
             self.offsets: np.ndarray = np.load(path / "offsets.npy", allow_pickle=False)
-            self.doc_rows, self.scores, self.relevance = (
-                np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS
-            )
-            columns = [self.doc_rows, self.scores, self.relevance]
-            dtypes = [column.dtype for column in columns]
-            if dtypes != [np.dtype(dtype) for dtype in COLUMNS.values()]:
+            dtypes = {**COLUMNS, "disagreement": np.float32} if (path / DISAGREEMENT).is_file() else COLUMNS
+            columns = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in dtypes}
+            if any(column.dtype != dtypes[name] for name, column in columns.items()):
                 raise ValueError("a column has the wrong type")
-            self.disagreement: np.ndarray | None = None  # [documents] float32 between the teachers of an ensemble
-            if (path / DISAGREEMENT).is_file():
-                self.disagreement = np.load(path / DISAGREEMENT, mmap_mode="r", allow_pickle=False)
-                columns.append(self.disagreement)
-                if self.disagreement.dtype != np.float32:
-                    raise ValueError("a column has the wrong type")
-            length = int(self.offsets[-1])
             if len(self.offsets) != len(self._queries) + 1 or (np.diff(self.offsets) < 1).any():
                 raise ValueError("offsets do not match the queries")
-            if any(len(column) != length for column in columns):
+            if any(len(column) != self.offsets[-1] for column in columns.values()):
                 raise ValueError("the columns differ in length")
         except (OSError, ValueError, EOFError, IndexError, pa.ArrowException) as error:
             raise RankdistillError(
                 f"these scored lists are damaged: {error}", where=str(path), fix="delete the folder and run again"
             ) from None
+        self.doc_rows, self.scores, self.relevance = (columns[name] for name in COLUMNS)
+        # [documents] float32 between the teachers of an ensemble
+        self.disagreement: np.ndarray | None = columns.get("disagreement")
         for name, column in (("teacher score", self.scores), ("disagreement", self.disagreement)):
             if column is not None:
                 self._check_finite(name, column)
 
     def _check_finite(self, name: str, column: np.ndarray) -> None:
         for start in range(0, len(column), 1 << 22):
-            block = column[start : start + (1 << 22)]
-            if not np.isfinite(block).all():
-                at = start + int(np.flatnonzero(~np.isfinite(block))[0])
-                query = self._queries[int(np.searchsorted(self.offsets, at, "right")) - 1]
-                raise RankdistillError(
-                    f"a {name} is {column[at]}", where=f"{self.artifact.path}, query {query.as_py()!r}"
-                )
+            for place in np.flatnonzero(~np.isfinite(column[start : start + (1 << 22)])):
+                query = self._queries[int(np.searchsorted(self.offsets, start + place, "right")) - 1]
+                where = f"{self.artifact.path}, query {query.as_py()!r}"
+                raise RankdistillError(f"a {name} is {column[start + place]}", where=where)
 
     @classmethod
     def open(cls, path: str | Path, collection: Collection | None = None) -> ScoredLists:

@@ -11,16 +11,15 @@ probability 3·10⁻⁴.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +38,7 @@ from rankdistill.artifacts import (
 from rankdistill.errors import RankdistillError, UsageError
 
 ScoreKind = Literal["logit", "probability", "similarity", "rank"]
-SCORE_KINDS = ("logit", "probability", "similarity", "rank")
+
 SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("score", pa.float32())])
 PART_PAIRS = 65_536  # pairs kept in memory at most before a part is written …
 PART_SECONDS = 20.0  # … or this long after the last one
@@ -119,13 +118,10 @@ def read_part(path: Path, metadata: Mapping[str, str] | None = None, fix: str = 
     scores = table["score"].to_numpy()
     if table["query_id"].null_count or table["doc_id"].null_count:
         raise RankdistillError("the teacher scores have empty ids", where=str(path), fix=fix)
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise RankdistillError(
-            f"a teacher score is {scores[bad]} (query {table['query_id'][bad]}, document {table['doc_id'][bad]})",
-            where=f"{path}, row {bad + 1}",
-            fix="delete this file and score again, with precision: fp32 if it comes back",
-        )
+    for bad in np.flatnonzero(~np.isfinite(scores)).tolist():
+        what = f"a teacher score is {scores[bad]} (query {table['query_id'][bad]}, document {table['doc_id'][bad]})"
+        fix = "delete this file and score again, with precision: fp32 if it comes back"
+        raise RankdistillError(what, where=f"{path}, row {bad + 1}", fix=fix)
     return table
 
 
@@ -133,11 +129,9 @@ def _check_owner(own: Mapping[str, str], expected: Mapping[str, str], path: Path
     """Refuse scores of another teacher, collection or kind, where they say whose they are."""
     for name, value in expected.items():
         if own.get(name, value) != value:
-            raise RankdistillError(
-                f"these scores belong to another {name.replace('_', ' ')} ({own[name]}, not {value})",
-                where=str(path),
-                fix="score this collection with this teacher, or import scores made for it",
-            )
+            what = f"these scores belong to another {name.replace('_', ' ')} ({own[name]}, not {value})"
+            fix = "score this collection with this teacher, or import scores made for it"
+            raise RankdistillError(what, where=str(path), fix=fix)
 
 
 def _keys_of(table: pa.Table) -> np.ndarray:
@@ -147,7 +141,7 @@ def _keys_of(table: pa.Table) -> np.ndarray:
     return pair_keys(hashes, hash_ids(table["doc_id"].to_pylist()))
 
 
-class TeacherScores:
+class TeacherScores(AbstractContextManager["TeacherScores"]):
     """One teacher's scores on one collection: a folder of parts, and what is not yet written.
 
     Use as a context manager, or call `flush()` at the end. Opening reads every part (and refuses a damaged one).
@@ -171,8 +165,7 @@ class TeacherScores:
         self.unscored = 0  # pairs asked for that the teacher gave no score to
         self._table = PairTable()
         self._read: set[str] = set()
-        self._pending: dict[int, float] = {}
-        self._columns: tuple[list[str], list[str], list[np.ndarray]] = ([], [], [])
+        self._pending: dict[int, tuple[str, str, float]] = {}  # key of a pair → its row
         self._written = time.monotonic()
         self.refresh()
 
@@ -197,10 +190,7 @@ class TeacherScores:
     def __len__(self) -> int:
         return len(self._table) + len(self._pending)
 
-    def __enter__(self) -> TeacherScores:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.flush()  # also on Ctrl-C: what is paid for is kept
 
     def parts(self) -> list[Path]:
@@ -226,7 +216,7 @@ class TeacherScores:
         scores = self._table.find(keys)
         if self._pending:
             for at in np.flatnonzero(np.isnan(scores)):
-                scores[at] = self._pending.get(int(keys[at]), np.nan)
+                *_, scores[at] = self._pending.get(int(keys[at]), (np.nan,))
         return scores
 
     def add(self, query_id: str, doc_ids: Sequence[str], scores: np.ndarray | Sequence[float]) -> int:
@@ -238,42 +228,32 @@ class TeacherScores:
         values = np.asarray(scores, dtype=np.float32)
         if values.shape != (len(doc_ids),):
             raise UsageError(f"{len(doc_ids)} documents but scores of shape {values.shape} for query {query_id!r}")
-        if not np.isfinite(values).all():
-            bad = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise RankdistillError(
-                f"a teacher score is {values[bad]}", where=f"query {query_id!r}, document {doc_ids[bad]!r}"
-            )
-        keys = _keys(query_id, doc_ids)
-        known = ~np.isnan(self._table.find(keys))
-        queries, documents, parts = self._columns
-        taken = []
-        for at, (key, doc_id) in enumerate(zip(keys.tolist(), doc_ids, strict=True)):
-            if not known[at] and key not in self._pending:
-                self._pending[key] = float(values[at])
-                queries.append(query_id)
-                documents.append(doc_id)
-                taken.append(at)
-        if taken:
-            parts.append(values[taken])
-        self.scored += len(taken)
+        for bad in np.flatnonzero(~np.isfinite(values)):
+            where = f"query {query_id!r}, document {doc_ids[bad]!r}"
+            raise RankdistillError(f"a teacher score is {values[bad]}", where=where)
+        keys, before = _keys(query_id, doc_ids), len(self._pending)
+        for at in np.flatnonzero(np.isnan(self._table.find(keys))):
+            self._pending.setdefault(int(keys[at]), (query_id, doc_ids[at], float(values[at])))
+        new = len(self._pending) - before
+        self.scored += new
         if len(self._pending) >= self.part_pairs or time.monotonic() - self._written >= self.part_seconds:
             self.flush()
-        return len(taken)
+        return new
 
     def flush(self) -> None:
         """Write what is pending as one part; durable when it returns."""
         self._written = time.monotonic()
         if not self._pending:
             return
-        queries, documents, parts = self._columns
-        scores = np.concatenate(parts)
         name = f"part-{time.time_ns():020d}-{os.getpid()}-{threading.get_ident() & 0xFFFF:04x}.parquet"
-        table = pa.table([pa.array(queries), pa.array(documents), pa.array(scores)], schema=SCHEMA)
-        write_atomically(self.path / name, _parquet(table, self.metadata))
+        columns = zip(*self._pending.values(), strict=True)
+        schema = SCHEMA.with_metadata(self.metadata)
+        table = pa.table([pa.array(values, field.type) for values, field in zip(columns, SCHEMA)], schema=schema)
+        with written_whole(self.path / name) as temporary:
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         self._read.add(name)
-        self._table.add(np.fromiter(self._pending, np.uint64, len(self._pending)), scores)
+        self._table.add(np.fromiter(self._pending, np.uint64, len(self._pending)), table["score"].to_numpy())
         self._pending = {}
-        self._columns = ([], [], [])
 
     def _distinct(self) -> Iterator[pa.Table]:
         """The parts, without the pairs that an earlier one has."""
@@ -318,12 +298,6 @@ def _keys(query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
     return pair_keys(hash_ids([query_id]), hash_ids(doc_ids))
 
 
-def _parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(dict(metadata)), buffer, compression="zstd", write_page_checksum=True)
-    return buffer.getvalue()
-
-
 class ScoreStore:
     """All teachers' scores below one root folder (default: below the user's cache folder)."""
 
@@ -347,22 +321,21 @@ class ScoreStore:
             describe: anything a reader wants to know (teacher settings, collection name): kept in the manifest.
             options: of `TeacherScores`.
         """
-        if score_kind not in SCORE_KINDS:
-            raise UsageError(f"unknown score kind {score_kind!r}", fix=", ".join(SCORE_KINDS))
+        if score_kind not in get_args(ScoreKind):
+            raise UsageError(f"unknown score kind {score_kind!r}", fix=", ".join(get_args(ScoreKind)))
         path = self.root / teacher_fingerprint / collection_fingerprint
-        manifest = path / MANIFEST
-        if not manifest.exists():
+        content = {
+            "kind": "scores",
+            "schema": SCHEMA_VERSION,
+            "teacher": teacher_fingerprint,
+            "collection": collection_fingerprint,
+            "score_kind": score_kind,
+            "description": dict(describe or {}),
+        }
+        if not (path / MANIFEST).exists():
             with locked(path):
-                if not manifest.exists():
-                    content = {
-                        "kind": "scores",
-                        "schema": SCHEMA_VERSION,
-                        "teacher": teacher_fingerprint,
-                        "collection": collection_fingerprint,
-                        "score_kind": score_kind,
-                        "description": dict(describe or {}),
-                    }
-                    write_atomically(manifest, json.dumps(content, indent=2, default=str) + "\n")
+                if not (path / MANIFEST).exists():  # another process may have been faster
+                    write_atomically(path / MANIFEST, json.dumps(content, indent=2, default=str) + "\n")
         scores = TeacherScores(path, **options)
         if scores.teacher != teacher_fingerprint:
             raise RankdistillError("this folder holds another teacher's scores", where=str(path))
