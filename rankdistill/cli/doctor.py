@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rankdistill.artifacts import (
     CLAIM,
@@ -51,6 +51,11 @@ class Check(NamedTuple):
     found: str
     fix: str = ""
     needed: bool = False
+
+    def __str__(self) -> str:
+        mark = "ok" if self.ok else "MISSING" if self.needed else "absent"
+        get = f"\n{'':9}{'':22}    get it: {self.fix}" if self.fix and not self.ok else ""
+        return f"{mark:7}  {self.name:22}  {self.found}{get}"
 
 
 def damaged_artifacts(run: Path) -> list[str]:
@@ -112,17 +117,15 @@ def look_at_index(file: Path, vectors: Path | None, queries: Path | None, k: int
     if vectors is not None and (vectors.parent / MANIFEST).is_file():
         here = open_artifact(vectors.parent, "vectors").fingerprint
         if made and made != here:
-            raise RankdistillError(
-                f"the index was built from other vectors ({made}, not {here}): was the student trained again?",
-                where=f"{file}, {vectors}",
-                fix="build the index again with this student: rankdistill index",
-            )
+            what = f"the index was built from other vectors ({made}, not {here}): was the student trained again?"
+            fix = "build the index again with this student: rankdistill index"
+            raise RankdistillError(what, where=f"{file}, {vectors}", fix=fix)
     with tempfile.TemporaryDirectory() as folder:
-        sides: tuple[tuple[Side, Path | None], ...] = (("documents", vectors), ("queries", queries))
-        opened = [
-            open_foreign_vectors(path, folder, side=side).vectors if path is not None else None for side, path in sides
-        ]
-        return check_index(index, vectors=opened[0], queries=opened[1], k=k)
+
+        def opened(path: Path | None, side: Side) -> Any:
+            return open_foreign_vectors(path, folder, side=side).vectors if path is not None else None
+
+        return check_index(index, vectors=opened(vectors, "documents"), queries=opened(queries, "queries"), k=k)
 
 
 def _python() -> Check:
@@ -132,20 +135,20 @@ def _python() -> Check:
 
 
 def _torch() -> Check:
-    try:
-        import torch
-    except ImportError:
+    if _version("torch") is None:
         return Check("torch", False, "missing", "pip install torch", needed=True)
+    import torch
+
     precision = resolve_precision(torch.device("cpu"), "auto")
     bf16 = "bf16 pays on this CPU" if precision == "bf16" else "bf16 does not pay on this CPU: fp32 is used"
     return Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, {bf16}", needed=True)
 
 
 def _gpu() -> Check:
-    try:
-        import torch
-    except ImportError:
+    if _version("torch") is None:
         return Check("GPU", False, "torch is missing")
+    import torch
+
     if not torch.cuda.is_available():
         return Check("GPU", True, "none seen by torch: everything runs on the CPU")
     names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
@@ -206,11 +209,8 @@ def _extra(name: str, modules: tuple[str, ...]) -> Check:
 
 def _cache() -> Check:
     folder = cache_dir()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     found = f"{folder}: {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free"
     return Check("cache", free > 2**30, found, "free some disk space, or set RANKDISTILL_CACHE")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import json
@@ -46,6 +47,10 @@ app.add_typer(recipes_app, name="recipes", rich_help_panel=None)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Stop a language model at 500calls, 200000tokens or 3.50 (money, by its prices).")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder (or file) to write.")]
 Store = Annotated[Path | None, typer.Option("--store", help="Folder of the score store; default: the user's cache.")]
 Device = Annotated[
@@ -71,6 +76,33 @@ def _root(
     pass
 
 
+def verb(device: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that takes --device, where it computes, and --quiet beside its own options."""
+
+    def command_of(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        shared = {**({"device": (Device, None)} if device else {}), "quiet": (Quiet, False)}
+        parameters = [
+            *signature.parameters.values(),
+            *(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+                for name, (annotation, default) in shared.items()
+            ),
+        ]
+
+        @functools.wraps(function)
+        def command(**options: Any) -> None:
+            chosen = {name: options.pop(name) for name in shared}
+            _begin(chosen["quiet"] or options.get("as_json", False), chosen.get("device"))
+            function(**options)
+
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return app.command()(command)
+
+    return command_of
+
+
 def _between(least: float, most: float, *, open_end: bool = False) -> Callable[[float | None], float | None]:
     """A check of a number above `least` and at most (`open_end`: below) `most`, which NaN is not."""
 
@@ -85,7 +117,7 @@ def _between(least: float, most: float, *, open_end: bool = False) -> Callable[[
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@verb()
 def run(
     recipe: Recipe,
     changes: Set = None,
@@ -94,26 +126,17 @@ def run(
     force: Annotated[list[str] | None, typer.Option(help="Do this stage again.", metavar="STAGE")] = None,
     store: Store = None,
     as_json: Json = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Walk a recipe: mine, teach, score, train, index, evaluate. Finished stages are not run again."""
-    _begin(quiet or as_json, device)
-    from rankdistill.recipe import load_recipe
-    from rankdistill.stages import Workspace
-
-    checked = load_recipe(recipe, changes or [])
-    workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    workspace = _workspace_of(recipe, changes or [], out, store)
     result = workspace.run(until, force or [])
-    if result is not None and not as_json:
-        from rankdistill.evaluation.tables import print_tables
-
-        print_tables(result.tables(short=True))  # the rest is in the report
+    if result is None:
+        return
+    _show(result if as_json else result.tables(short=True), as_json)  # the rest is in the report
+    if not as_json:
         steps = [(command.format(run=workspace.path, recipe=recipe), purpose) for command, purpose in NEXT]
         width = max(len(command) for command, _ in steps)
         print("\n".join(["", *(f"{command:{width}}  {purpose}" for command, purpose in steps)]))
-    elif result is not None:
-        _show(result, as_json)
 
 
 @recipes_app.callback()
@@ -193,14 +216,12 @@ def recipes_methods(
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@verb(device=False)
 def collection(
     spec: Annotated[str, typer.Argument(help="DIR, beir:DIR, msmarco:DIR, ir_datasets:NAME, hf:NAME or python-docs.")],
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """What is in a collection: counts, lengths, judged share, problems."""
-    _begin(quiet)
     from rankdistill.collections import open_collection
 
     described = open_collection(spec).describe()
@@ -208,28 +229,23 @@ def collection(
     _print(json.dumps(described, indent=2) if as_json else outline.rstrip())
 
 
-@app.command()
+@verb()
 def generate(
     recipe: Recipe,
     changes: Set = None,
     out: Out = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Stop a language model at 500calls, 200000tokens or 3.50 (money, by its prices).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
+    budget: Budget = None,
+    dry_run: DryRun = False,
     store: Store = None,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Make queries with labels from a collection's documents, as a recipe's `generate` says."""
-    _begin(quiet, device)
     from rankdistill.generation.generate import estimate
-    from rankdistill.recipe import build, load_recipe
-    from rankdistill.stages import Workspace
+    from rankdistill.recipe import build
     from rankdistill.upkeep import check_run
 
-    checked = load_recipe(recipe, [*(changes or []), *([f"generate.generator.budget={budget}"] if budget else [])])
-    workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    limit = [f"generate.generator.budget={budget}"] if budget else []
+    workspace = _workspace_of(recipe, [*(changes or []), *limit], out, store)
+    checked = workspace.recipe
     method = checked.generate.generator
     if method is None:
         fix = "--set 'generate.generator={type: titles}', or the recipe gpl"
@@ -242,7 +258,7 @@ def generate(
     _print(workspace.generate())
 
 
-@app.command()
+@verb()
 def mine(
     spec: Collection,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
@@ -254,11 +270,8 @@ def mine(
     depth: Annotated[int, typer.Option(help="Documents a query.", min=1, max=MOST)] = 100,
     positives: Annotated[bool, typer.Option(help="Put the labelled positives first.")] = True,
     trec: Annotated[Path | None, typer.Option(help="Also write a TREC run file.")] = None,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Mine candidates for a collection's queries."""
-    _begin(quiet, device)
     from rankdistill.artifacts import check_file, check_place
     from rankdistill.collections import open_collection
     from rankdistill.indexes.mining import Source, export_trec
@@ -279,7 +292,7 @@ def mine(
     _print(artifact)
 
 
-@app.command()
+@verb()
 def score(
     spec: Collection,
     teacher: Annotated[
@@ -294,10 +307,8 @@ def score(
     ] = None,
     form: Annotated[str, typer.Option("--format", help="Of the file: tsv, triples, trec, jsonl or auto.")] = "auto",
     kind: Annotated[str, typer.Option(help="Of the file's scores: logit, probability, similarity, rank.")] = "logit",
-    budget: Annotated[
-        str | None, typer.Option(help="Stop a language model at 500calls, 200000tokens or 3.50 (money, by its prices).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
+    budget: Budget = None,
+    dry_run: DryRun = False,
     probe: Annotated[
         int | None,
         typer.Option(help="Only so many labelled training queries: is it better than its first stage?", min=2),
@@ -310,11 +321,8 @@ def score(
         ),
     ] = None,
     store: Store = None,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Score candidates with a teacher, or import scores; they go to the store, each pair once."""
-    _begin(quiet, device)
     from rankdistill.artifacts import check_file
     from rankdistill.cli import scoring
     from rankdistill.collections import open_collection
@@ -350,7 +358,7 @@ def score(
     _print(scores)
 
 
-@app.command()
+@verb()
 def train(
     recipe: Recipe,
     changes: Set = None,
@@ -360,27 +368,21 @@ def train(
         int | None, typer.Option("--nproc", help="Train in so many processes (training.processes).", min=1, max=1024)
     ] = None,
     store: Store = None,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Train a recipe's student, with the stages before it where they are missing."""
-    _begin(quiet, device)
     from rankdistill.progress import launched
-    from rankdistill.recipe import load_recipe
-    from rankdistill.stages import Workspace
     from rankdistill.upkeep import check_run
 
     processes = nproc or (launched()[1] if launched()[1] > 1 else None)  # `accelerate launch` says it in its own way
     together = [f"training.processes={processes}"] if processes else []
-    checked = load_recipe(recipe, [*(changes or []), *together])
-    workspace = Workspace(out or Path("runs") / checked.name, checked, store)
+    workspace = _workspace_of(recipe, [*(changes or []), *together], out, store)
     check_run(workspace)
     artifact = workspace.train(student)
     if launched()[0] == 0:
         _print(f"{artifact.path / 'model'}  (loads in sentence-transformers)")
 
 
-@app.command()
+@verb()
 def index(
     folder: Run,
     spec: Annotated[
@@ -399,11 +401,8 @@ def index(
     ] = None,
     recall_at: Annotated[int, typer.Option(help="Documents of which recall counts.", min=1, max=MOST)] = 10,
     as_json: Json = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Export a run's student to an index: a file that plain FAISS opens, or a sparse student's inverted index."""
-    _begin(quiet or as_json, device)
     from rankdistill.collections import open_collection
 
     names = spec or ["flat"]
@@ -419,7 +418,6 @@ def index(
         _print(json.dumps([one.manifest for one in indexes], indent=2) if as_json else "\n".join(map(repr, indexes)))
         return
     from rankdistill.evaluation.operating_points import sweep_student
-    from rankdistill.evaluation.tables import print_tables
     from rankdistill.indexes.faiss_index import FaissIndex
 
     swept = sweep_student(
@@ -431,17 +429,15 @@ def index(
         target_recall=target_recall,
         seed=workspace.recipe.seed,
     )
-    if as_json:
-        print(json.dumps(swept.to_json(), indent=2))
-    elif sweep:
-        print_tables(swept)
+    if as_json or sweep:
+        _show(swept, as_json)
     for name, point in swept.chosen.items():
         if not as_json:
             kept = "written into the file" if point.settings else "it has nothing to set"
             _print(f"{name}: {point} reaches recall@{recall_at} {point.recall:.4f}; {kept}")
 
 
-@app.command()
+@verb()
 def quantize(
     folder: Annotated[Path | None, typer.Argument(help="The folder of a run.", metavar="[RUN]")] = None,
     documents: Annotated[
@@ -460,11 +456,8 @@ def quantize(
     ] = None,
     out: Out = None,
     as_json: Json = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Learn codebooks that keep the ranking, and write an index that plain FAISS opens."""
-    _begin(quiet or as_json, device)
     from rankdistill.indexes.specification import QuantizerSpecification, any_specification
 
     specification = any_specification(spec, changes or [])
@@ -488,7 +481,7 @@ def quantize(
     _print(json.dumps(learned.manifest, indent=2) if as_json else learned)
 
 
-@app.command()
+@verb()
 def search(
     folder: Run,
     query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],
@@ -504,11 +497,8 @@ def search(
         typer.Option(help="Fuse with `bm25`, or the student of another run's folder; again for more.", metavar="WITH"),
     ] = None,
     as_json: Json = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Search a run's collection with its student."""
-    _begin(quiet or as_json, device)
     from rankdistill.collections.passages import best_passages
     from rankdistill.plain import escaped, shown
 
@@ -544,7 +534,7 @@ def search(
         print(f"{result['rank']:3}  {result['score']:8.4f}  {doc_id}  {text}")
 
 
-@app.command()
+@verb()
 def evaluate(
     folder: Run,
     suite: Annotated[str | None, typer.Option(help="A suite: file or shipped name; the recipe's by default.")] = None,
@@ -554,15 +544,12 @@ def evaluate(
     fetch: Annotated[bool, typer.Option(help="Look for sets that are not on this machine.")] = True,
     out: Out = None,
     as_json: Json = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Measure a run: BM25, the student before and after, baselines, the teacher, each index."""
-    _begin(quiet or as_json, device)
     _show(_workspace(folder).evaluate(suite, out, local=local, fetch=fetch), as_json)
 
 
-@app.command()
+@verb()
 def folds(
     recipe: Recipe,
     changes: Set = None,
@@ -573,14 +560,10 @@ def folds(
     buckets: Annotated[int, typer.Option(help="Clusters, and so runs.", min=2, max=MOST)] = 5,
     store: Store = None,
     as_json: Json = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Measure extrapolation: run a recipe once for each part of the queries held out, and pool per query."""
-    _begin(quiet or as_json, device)
     from rankdistill.cli.folds import run_folds
     from rankdistill.evaluation.results import extrapolation_table
-    from rankdistill.evaluation.tables import print_tables
     from rankdistill.recipe import load_recipe
 
     if protocol not in ("clusters", "similarity"):
@@ -588,15 +571,12 @@ def folds(
     checked = load_recipe(recipe, changes or [])
     out = out or Path("runs") / f"{checked.name}-folds"
     pooled, name = run_folds(checked, out, store, protocol=protocol, buckets=buckets)  # type: ignore[arg-type]
-    if as_json:
-        print(json.dumps(pooled.to_json(), indent=2))
-        return
     entry = pooled.protocols[0]
     metrics = next(iter(entry["gap"].values()))
-    print_tables([extrapolation_table(entry, metric, name) for metric in metrics])
+    _show(pooled if as_json else [extrapolation_table(entry, metric, name) for metric in metrics], as_json)
 
 
-@app.command()
+@verb()
 def serve(
     folder: Run,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback are open to others.")] = (
@@ -609,11 +589,8 @@ def serve(
     ] = None,
     depth: Annotated[int, typer.Option(help="Documents a column.", min=1, max=50)] = 10,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
-    device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """A local page that shows BM25, the student, its indexes and the teacher side by side for a query you type."""
-    _begin(quiet, device)
     from rankdistill.cli.serve import search_page
     from rankdistill.evaluation.page_server import PageServer
     from rankdistill.progress import say, warn
@@ -632,7 +609,7 @@ def serve(
     server.run(search_page(workspace, index, depth), ready)
 
 
-@app.command()
+@verb(device=False)
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run files, or folders of runs or evaluations.", metavar="RUN...")],
     on: Annotated[str | None, typer.Option("--collection", help="Whose judgments; default the evaluation's.")] = None,
@@ -651,10 +628,8 @@ def compare(
     form: Annotated[str, typer.Option("--format", help="text, markdown or latex.")] = "text",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file instead of printing.")] = None,
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Compare runs made anywhere: metrics, tests of significance, intervals."""
-    _begin(quiet or as_json)
     from rankdistill.evaluation.compare import compare as compare_runs
     from rankdistill.evaluation.compare import show
 
@@ -673,17 +648,15 @@ def compare(
     show(comparison, "json" if as_json else form, out)
 
 
-@app.command()
+@verb(device=False)
 def report(
     folder: Run,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; default: RUN/report.html.")] = None,
     suite: Annotated[str | None, typer.Option(help="Which evaluation; default: of the recipe's suite.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown to this file.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Also write the tables as LaTeX to this file.")] = None,
-    quiet: Quiet = False,
 ) -> None:
     """Write an evaluated run as one HTML page that opens from disk: tables, charts, queries and documents."""
-    _begin(quiet)
     from rankdistill.evaluation.report import report as write_report
 
     _print(write_report(folder, out, suite=suite, markdown=markdown, latex=latex))
@@ -717,14 +690,7 @@ def doctor(
     if vectors is not None or queries is not None:
         raise UsageError("--vectors and --queries go with --index", fix="rankdistill doctor --index FILE")
     results = checks()
-    if as_json:
-        print(json.dumps([check._asdict() for check in results], indent=2))
-    else:
-        for check in results:
-            mark = "ok     " if check.ok else "MISSING" if check.needed else "absent "
-            _print(f"{mark}  {check.name:22}  {check.found}")
-            if not check.ok and check.fix:
-                print(f"{'':9}{'':22}    get it: {check.fix}")
+    _print(json.dumps([check._asdict() for check in results], indent=2) if as_json else "\n".join(map(str, results)))
     if any(check.needed and not check.ok for check in results):
         raise typer.Exit(1)
 
@@ -757,6 +723,14 @@ def _workspace(folder: Path) -> Workspace:
     from rankdistill.stages import Workspace
 
     return Workspace(folder)
+
+
+def _workspace_of(recipe: str, changes: list[str], out: Path | None, store: Path | None) -> Workspace:
+    from rankdistill.recipe import load_recipe
+    from rankdistill.stages import Workspace
+
+    checked = load_recipe(recipe, changes)
+    return Workspace(out or Path("runs") / checked.name, checked, store)
 
 
 def _searching_workspace(folder: Path) -> Workspace:

@@ -91,7 +91,7 @@ def open_source(argument: str, spec: str) -> Collection:
 
 
 def _load(writer: CollectionWriter, layout: _Layout) -> None:
-    parts = [
+    parts: list[tuple[Callable[..., None], Callable[[dict[str, Any], str], tuple[Any, ...]], _Part]] = [
         *((writer.document, _document, part) for part in layout.corpus),
         *((writer.query, _query, part) for part in layout.queries),
         *((partial(writer.judgment, split), _judgment, part) for split, part in layout.qrels),

@@ -228,11 +228,11 @@ class TeacherScores(AbstractContextManager["TeacherScores"]):
         values = np.asarray(scores, dtype=np.float32)
         if values.shape != (len(doc_ids),):
             raise UsageError(f"{len(doc_ids)} documents but scores of shape {values.shape} for query {query_id!r}")
-        for bad in np.flatnonzero(~np.isfinite(values)):
+        for bad in np.flatnonzero(~np.isfinite(values)).tolist():
             where = f"query {query_id!r}, document {doc_ids[bad]!r}"
             raise RankdistillError(f"a teacher score is {values[bad]}", where=where)
         keys, before = _keys(query_id, doc_ids), len(self._pending)
-        for at in np.flatnonzero(np.isnan(self._table.find(keys))):
+        for at in np.flatnonzero(np.isnan(self._table.find(keys))).tolist():
             self._pending.setdefault(int(keys[at]), (query_id, doc_ids[at], float(values[at])))
         new = len(self._pending) - before
         self.scored += new
