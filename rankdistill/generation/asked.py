@@ -12,6 +12,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -121,6 +122,19 @@ def read_query(answer: Answer) -> str:
     return " ".join(line.split())
 
 
+def unrepeated(query: str) -> str:
+    """What an endless answer says before it loops: up to a word twice in a row, or to two that stood there before.
+
+    Small models loop, and what they say first is often good.
+    """
+    words, pairs = query.split(), set()
+    for at, (one, next_one) in enumerate(pairwise(word.lower().strip(".,;:") for word in words)):
+        if one == next_one or (one, next_one) in pairs:
+            return " ".join(words[: at + (one == next_one)])
+        pairs.add((one, next_one))
+    return query
+
+
 class Asked(NamedTuple):
     """A passage as text, what is asked about it, and where a draft of it begins."""
 
@@ -198,9 +212,12 @@ class AskingGenerator(Generator):
             order = sorted(range(len(chunk)), key=lambda at: (chunk[at].draft.prompt, len(texts[at]), at))
             for at, answer in self.asking.ask((at, requests[at]) for at in order):
                 draft = chunk[at].draft
-                draft.text = read_query(answer)
+                text = draft.text = read_query(answer)
                 draft.tokens, draft.log_probability = answer.usage.answer, answer.log_probability
                 cut = not answer.finished and "\n" not in answer.text.strip()
+                if cut:
+                    draft.text = unrepeated(text)
+                    cut = draft.text == text
                 draft.reason = "refused" if answer.refused else "cut" if cut else ""
                 if self.asking.estimate is None:
                     self.asking.health.see(answer, bool(draft.text))

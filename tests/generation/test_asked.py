@@ -17,7 +17,7 @@ from llm_server import Server, completion
 
 from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.generation.asked import FewShotGenerator, load_generation_prompt, read_query
+from rankdistill.generation.asked import FewShotGenerator, load_generation_prompt, read_query, unrepeated
 from rankdistill.recipe import build, load_recipe
 from rankdistill.stages import Workspace
 from rankdistill.teachers.llm.base import Answer, Request
@@ -132,6 +132,19 @@ def test_a_budget_and_a_dry_run(tiny_collection: Collection, server: Server, tmp
 )
 def test_the_query_in_an_answer(answer: str, query: str) -> None:
     assert read_query(Answer(answer)) == query
+
+
+@pytest.mark.parametrize(
+    ("answer", "query"),
+    [
+        ("bat sonar range range range range", "bat sonar range"),
+        ("sonar of bats in the dark of bats in the dark of", "sonar of bats in the dark"),
+        ("Bats, bats, bats", "Bats,"),
+        ("how far in the dark does the sonar of bats", "how far in the dark does the sonar of bats"),
+    ],
+)
+def test_an_answer_without_an_end_is_read_up_to_where_it_loops(answer: str, query: str) -> None:
+    assert unrepeated(answer) == query
 
 
 @pytest.mark.parametrize(

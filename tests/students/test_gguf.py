@@ -52,6 +52,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, kind: Any) -> Path:
     special = set(tokenizer.all_special_tokens)
     kinds = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]

@@ -384,7 +384,8 @@ class OpenAIBackend(Backend):
             if self.constraint == "vllm":
                 held: dict[str, Any] = {"structured_outputs": {"choice": left}}
             else:
-                held = {"grammar": "root ::= " + " | ".join(json.dumps(name) for name in left)}
+                # Its likeliest token may begin with a space, as in process.
+                held = {"grammar": f'root ::= " "? ({" | ".join(json.dumps(name) for name in left)})'}
             body["extra_body"] = {**body.get("extra_body", {}), **held}
             reply = self._call(client, body)
             name = self._text(step, reply).text.strip()
