@@ -62,8 +62,7 @@ from rankdistill.indexes.specification import (
 )
 from rankdistill.indexes.vectors import encode_documents, open_vectors
 from rankdistill.progress import set_quiet
-from rankdistill.quantization.quantize import quantize, quantizer_folder
-from rankdistill.quantization.queries import collection_queries
+from rankdistill.quantization.quantize import collection_queries, quantize, quantizer_folder
 from rankdistill.recipe import build
 from rankdistill.runs import Run
 

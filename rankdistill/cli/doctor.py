@@ -192,13 +192,13 @@ def _java() -> Check:
         needed = needed_java(jar())
     except RankdistillError:
         needed = LEAST_JAVA
-    choice = find_java(needed)
-    why = "".join(f"; passed over: {problem}" for problem in choice.passed_over)
-    if choice.java is None:
+    java, passed_over = find_java(needed)
+    why = "".join(f"; passed over: {problem}" for problem in passed_over)
+    if java is None:
         return Check("Java for Lucene", False, f"none that fits{why}", NO_JAVA)
-    has = "has" if VECTOR_MODULE in choice.java.modules else "lacks"
+    has = "has" if VECTOR_MODULE in java.modules else "lacks"
     note = f"{has} {VECTOR_MODULE}, which pyserini asks for and nothing here needs"
-    return Check("Java for Lucene", True, f"{choice.java}; {note}{why}")
+    return Check("Java for Lucene", True, f"{java}; {note}{why}")
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> Check:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Protocol, Self, overload
 
@@ -66,11 +67,55 @@ class Encoder(Protocol):
         """[len(texts), dimension]"""
 
 
+class ExhaustiveIndex(ABC):
+    """What a student made of each document, memory-mapped and searched whole: the reference, with no file of its own.
+
+    One subclass for each kind of vectors. Memory: one block of them, and `k` hits a query.
+
+    Args:
+        fingerprint: of the vectors.
+        inputs: what they were made from; see `check_inputs`.
+    """
+
+    name: str
+
+    def __init__(self, fingerprint: str, inputs: Mapping[str, str] | None = None) -> None:
+        self.fingerprint, self.inputs = fingerprint, dict(inputs or {})
+
+    @classmethod
+    @abstractmethod
+    def open(cls, artifact: Artifact | str | Path) -> Self:
+        """Over an artifact of vectors."""
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Of what is searched."""
+
+    @abstractmethod
+    def search(self, queries: Any, k: int) -> list[Hits]:
+        """At most `k` hits for each encoded query; it refuses queries of another dimension, NaN and infinity."""
+
+    @abstractmethod
+    def scores(self, query: Any, rows: Rows) -> Scores:
+        """[rows] scores of one encoded query with these documents: re-ranking."""
+
+    def check(self, encoder: Any = None, collection: Any = None) -> None:
+        """Refuse a student or a collection that these vectors were not made from."""
+        check_inputs(self.inputs, encoder, collection, self.name)
+        if (dimension := getattr(encoder, "dimension", self.dimension)) != self.dimension:
+            raise RankdistillError(f"vectors of {self.dimension} dimensions, a student of {dimension}", where=self.name)
+
+
 class StudentEngine:
     """A student's query encoder over an index of its documents' vectors; one subclass for each kind of vectors."""
 
     kind: ClassVar[str]
-    exact: ClassVar[Any]  # what searches an artifact of vectors itself
+    exact: ClassVar[type[ExhaustiveIndex]]
 
     def __init__(self, encoder: Any, index: Any, *, collection: Any = None, name: str = "") -> None:
         """Raises RankdistillError when the index belongs to another student or collection."""
@@ -129,10 +174,6 @@ def document_fingerprint(encoder: Any) -> str:
     return str(getattr(encoder, "document_fingerprint", encoder.fingerprint))
 
 
-def vocabulary_fingerprint(terms: Sequence[str]) -> str:
-    return fingerprint(list(terms))
-
-
 def check_inputs(
     inputs: Mapping[str, Any], encoder: Any, collection: Any, where: str | None, fix: str = ENCODE_AGAIN
 ) -> None:
@@ -149,16 +190,13 @@ def check_inputs(
         if made_by and made_by not in (encoder.fingerprint, document_fingerprint(encoder)):
             what = f"this index belongs to another student ({made_by}, not {encoder.fingerprint})"
             raise RankdistillError(what, where=where, fix=fix)
-        if vocabulary and vocabulary != vocabulary_fingerprint(encoder.terms):
+        if vocabulary and vocabulary != fingerprint(list(encoder.terms)):
             what = f"the index's terms are not those of this student's vocabulary of {len(encoder.terms):,}"
             raise RankdistillError(what, where=where, fix=fix)
     made_from = inputs.get("collection")
     if collection is not None and made_from and made_from != collection.fingerprint:
-        raise RankdistillError(
-            f"this index is over another collection ({made_from}, not {collection.fingerprint})",
-            where=where,
-            fix=f"build it again over {collection.name}",
-        )
+        what = f"this index is over another collection ({made_from}, not {collection.fingerprint})"
+        raise RankdistillError(what, where=where, fix=f"build it again over {collection.name}")
 
 
 def ranked(rows: NDArray[Any], scores: NDArray[Any], k: int) -> Hits:
@@ -174,24 +212,15 @@ def ranked(rows: NDArray[Any], scores: NDArray[Any], k: int) -> Hits:
     return Hits(rows[order].astype(np.int64), scores[order].astype(np.float32))
 
 
-class Best:
-    """The `k` best documents of each query, whose scores come in blocks of documents, in row order."""
-
-    def __init__(self, queries: int, k: int) -> None:
-        self.k, self.scores = k, np.empty((queries, 0), np.float32)
-        self.rows = np.empty((queries, 0), np.int64)
-
-    def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
-        """Scores and rows [queries, n] of a block, or of its best n."""
-        self.scores, self.rows = np.hstack([self.scores, scores]), np.hstack([self.rows, rows])
-        if self.scores.shape[1] > self.k:
-            # Blocks come in row order and the sort is stable, so ties keep the lower row.
-            order = np.argsort(-self.scores, axis=1, kind="stable")[:, : self.k]
-            self.scores = np.take_along_axis(self.scores, order, axis=1)
-            self.rows = np.take_along_axis(self.rows, order, axis=1)
-
-    def hits(self) -> list[Hits]:
-        return [ranked(rows, scores, self.k) for rows, scores in zip(self.rows, self.scores, strict=True)]
+def best_of_blocks(blocks: Iterable[tuple[NDArray[Any], NDArray[Any]]], queries: int, k: int) -> list[Hits]:
+    """The `k` best documents of each query, from scores and rows [queries, n] of blocks of documents in row order."""
+    scores, rows = np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64)
+    for block_scores, block_rows in blocks:
+        scores, rows = np.hstack([scores, block_scores]), np.hstack([rows, block_rows])
+        # Blocks come in row order and the sort is stable, so ties keep the lower row.
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    return [ranked(*best, k) for best in zip(rows, scores, strict=True)]
 
 
 def no_hits() -> Hits:

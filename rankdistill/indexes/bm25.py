@@ -146,9 +146,7 @@ class BM25(LexicalEngine):
     @property
     def bytes(self) -> int:
         """Postings, offsets and vocabulary."""
-        if self.artifact is None:
-            return 0
-        return sum(self.artifact.path.joinpath(file).stat().st_size for file in FILES)
+        return sum(self.artifact.path.joinpath(file).stat().st_size for file in FILES) if self.artifact else 0
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -162,13 +160,11 @@ class BM25(LexicalEngine):
                 tokens = [np.asarray(ids, np.int64) for ids in _tokens(tokenizer, texts, learn=True)]
                 lengths.append(np.fromiter((len(ids) for ids in tokens), np.int32, len(tokens)))
                 rows = np.repeat(np.arange(first_row, first_row + len(texts)), lengths[-1])
-                flat = np.concatenate(tokens) if tokens else np.empty(0, np.int64)
-                pairs, counts = np.unique(rows << 32 | flat, return_counts=True)
+                pairs, counts = np.unique(rows << 32 | np.concatenate(tokens), return_counts=True)
                 terms = pairs & 0xFFFFFFFF
-                if len(terms):
-                    while terms.max() >= len(frequencies):
-                        frequencies = np.concatenate([frequencies, np.zeros_like(frequencies)])
-                    np.add.at(frequencies, terms, 1)
+                while terms.max(initial=0) >= len(frequencies):
+                    frequencies = np.concatenate([frequencies, np.zeros_like(frequencies)])
+                np.add.at(frequencies, terms, 1)
                 np.stack([terms, pairs >> 32, counts], axis=1).astype(np.int32).tofile(stream)
                 bar.advance(len(texts))
         vocabulary = _vocabulary(tokenizer)
@@ -276,29 +272,22 @@ def _tokenizer(language: str, vocabulary: dict[str, int] | None = None) -> Any:
     """bm25s's tokenizer with the language's stop words and Snowball stemmer."""
     from bm25s.tokenization import Tokenizer
 
-    if language == "none":
-        tokenizer = Tokenizer(splitter=_splitter(), stopwords=None, stemmer=None)
-    else:
+    stemmer = None
+    if language != "none":
         try:
             import Stemmer
         except ModuleNotFoundError:
-            raise RankdistillError(
-                f"BM25 in {language} needs the stemmer PyStemmer, which is not installed",
-                fix="pip install PyStemmer, or language: none",
-            ) from None
-        if language not in Stemmer.algorithms():
-            raise UsageError(
-                f"there is no stemmer for the language {language!r}",
-                where="bm25.language",
-                fix=f"one of: none, {', '.join(sorted(Stemmer.algorithms()))}",
-            )
-        try:
-            tokenizer = Tokenizer(splitter=_splitter(), stopwords=language, stemmer=Stemmer.Stemmer(language))
-        except ValueError:  # a stemmer, but no list of stop words
-            tokenizer = Tokenizer(splitter=_splitter(), stopwords=None, stemmer=Stemmer.Stemmer(language))
-    if vocabulary is not None:
-        target = tokenizer.word_to_id if tokenizer.stemmer is None else tokenizer.stem_to_sid
-        target.update(vocabulary)
+            what = f"BM25 in {language} needs the stemmer PyStemmer, which is not installed"
+            raise RankdistillError(what, fix="pip install PyStemmer, or language: none") from None
+        if language not in (known := Stemmer.algorithms()):
+            fix = f"one of: none, {', '.join(sorted(known))}"
+            raise UsageError(f"there is no stemmer for the language {language!r}", where="bm25.language", fix=fix)
+        stemmer = Stemmer.Stemmer(language)
+    try:
+        tokenizer = Tokenizer(splitter=_splitter(), stopwords=language if stemmer else None, stemmer=stemmer)
+    except ValueError:  # a stemmer, but no list of stop words
+        tokenizer = Tokenizer(splitter=_splitter(), stopwords=None, stemmer=stemmer)
+    _vocabulary(tokenizer).update(vocabulary or {})
     return tokenizer
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,8 +74,7 @@ def build_index(
         RankdistillError: too few (different) vectors to train, a factory string FAISS cannot hold, NaN, too many zero
             vectors, another number of ids than vectors, no GPU, a full disk.
     """
-    out_file = Path(out_file)
-    started = time.time()
+    out_file, started = Path(out_file), time.time()
     if vectors.ndim != 2 or not len(vectors):
         raise RankdistillError(f"there is nothing to index: vectors of shape {list(vectors.shape)}")
     doc_ids = Ids.of(doc_ids)
@@ -88,8 +87,7 @@ def build_index(
             return FaissIndex.open(out_file)
         for leftover in out_file.parent.glob(f".{out_file.name}.*.tmp"):
             leftover.unlink()
-        if similarity == "cos":
-            check_unit_length(vectors)
+        zeros = look_through(vectors, specification.name, similarity)
         index, notes = _fill(vectors, specification, device, trained_by)
         return publish_index(
             index,
@@ -104,10 +102,38 @@ def build_index(
                 "similarity": similarity,
                 "trained_by": trained_by.fingerprint if trained_by is not None else None,
                 **notes,
+                "zero_vectors": zeros,
                 "device": device,
                 "seconds": round(time.time() - started, 3),
             },
         )
+
+
+def look_through(vectors: NDArray[np.float32], where: str, similarity: str | None) -> int:
+    """Look at all vectors before anything is made of them; how many are zero, which match nothing.
+
+    Raises:
+        RankdistillError: NaN or infinity; more than 1% zero (a few are empty texts, many a broken student); of `cos`,
+            another length than one.
+    """
+    zeros: list[int] = []
+    for start in range(0, len(vectors), SHARD):
+        shard = np.asarray(vectors[start : start + SHARD], np.float32)
+        check_vectors(shard, vectors.shape[1], lambda row: f"row {row}", start)
+        zeros += (start + np.flatnonzero(~shard.any(axis=1))).tolist()
+        lengths = np.linalg.norm(shard, axis=1)
+        bad = np.flatnonzero((np.abs(lengths - 1) > 1e-2) & (lengths > 0))
+        if similarity == "cos" and len(bad):
+            what = f"a vector of length {lengths[bad[0]]:.4g} from a student that scores by cosine"
+            fix = "normalise the vectors, or encode them with the student itself"
+            raise RankdistillError(what, where=f"{where}: row {start + bad[0]}", fix=fix)
+    if len(zeros) > ZERO_SHARE * len(vectors):
+        fix = "the student gives most texts no vector: look at its training log and at the collection's empty texts"
+        what = f"{len(zeros)} of {len(vectors)} vectors are zero"
+        raise RankdistillError(what, where=f"{where}, first: row {zeros[0]}", fix=fix)
+    if zeros:
+        warn(f"{len(zeros)} vectors are zero (first: row {zeros[0]}): empty texts? They are kept and match nothing.")
+    return len(zeros)
 
 
 def _fill(
@@ -116,25 +142,26 @@ def _fill(
     """A trained index that holds all vectors, and what to note in the manifest."""
     import faiss
 
-    count, dimension = vectors.shape
     if trained_by is None:
         index, notes = train_index(vectors, specification, device=device)
     else:
         notes = {"factory": str(trained_by.manifest["factory"]), "trained_on": 0}
-        index = _moved(_trained_like(trained_by, specification, dimension), device, specification.name)
-    zeros: list[int] = []
-    with progress(f"index {specification.name}", count, "vectors") as bar:
-        for start in range(0, count, SHARD):
-            shard, zero = checked_rows(vectors, np.arange(start, min(start + SHARD, count)), specification.binary)
-            zeros += zero
+        index = _moved(_trained_like(trained_by, specification, vectors.shape[1]), device, specification.name)
+    with progress(f"index {specification.name}", len(vectors), "vectors") as bar:
+        for start in range(0, len(vectors), SHARD):
+            shard = _rows(vectors, slice(start, start + SHARD), specification.binary)
             index.add(shard)
             bar.advance(len(shard))
     if device == "gpu":
         index = faiss.index_gpu_to_cpu(index)
-    where = f"{specification.name}: {notes['factory']}"
-    refuse_zeros(zeros, count, where)
-    apply_search(index, specification.search, where)
-    return index, {**notes, "zero_vectors": len(zeros)}
+    apply_search(index, specification.search, f"{specification.name}: {notes['factory']}")
+    return index, notes
+
+
+def _rows(vectors: NDArray[np.float32], rows: Any, binary: bool) -> NDArray[Any]:
+    """Vectors as FAISS takes them."""
+    part = np.ascontiguousarray(vectors[rows], dtype=np.float32)
+    return sign_bits(part) if binary else part
 
 
 def _moved(index: Any, device: str, where: str) -> Any:
@@ -144,28 +171,13 @@ def _moved(index: Any, device: str, where: str) -> Any:
     if device != "gpu":
         return index
     if not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()):
-        raise RankdistillError(
-            "a GPU was asked for, but this FAISS sees none",
-            where=where,
-            fix="device: cpu, or pip uninstall faiss-cpu && pip install 'rankdistill[gpu]'",
-        )
+        fix = "device: cpu, or pip uninstall faiss-cpu && pip install 'rankdistill[gpu]'"
+        raise RankdistillError("a GPU was asked for, but this FAISS sees none", where=where, fix=fix)
     try:
         return faiss.index_cpu_to_all_gpus(index)
     except RuntimeError as error:
         what = f"FAISS has no such index on a GPU: {reason_of(error)}"
         raise RankdistillError(what, where=where, fix="device: cpu") from None
-
-
-def refuse_zeros(zeros: list[int], count: int, where: str) -> None:
-    """Zero vectors match nothing: a few are empty texts, more than 1% of all a broken student."""
-    if len(zeros) > ZERO_SHARE * count:
-        raise RankdistillError(
-            f"{len(zeros)} of {count} vectors are zero",
-            where=f"{where}, first: row {zeros[0]}",
-            fix="the student gives most texts no vector: look at its training log and at the collection's empty texts",
-        )
-    if zeros:
-        warn(f"{len(zeros)} vectors are zero (first: row {zeros[0]}): empty texts? They are kept and match nothing.")
 
 
 def train_index(
@@ -183,11 +195,8 @@ def train_index(
     factory = specification.resolve(count, dimension)
     where, needed = f"{specification.name}: {factory}", vectors_needed(factory)
     if count < needed:
-        raise RankdistillError(
-            f"{count} vectors cannot train {needed} lists or codewords",
-            where=where,
-            fix="an index that needs no training (flat, hnsw), or fewer lists or bits",
-        )
+        fix = "an index that needs no training (flat, hnsw), or fewer lists or bits"
+        raise RankdistillError(f"{count} vectors cannot train {needed} lists or codewords", where=where, fix=fix)
     index = _untrained(specification, factory, dimension, where)
     for part in parts(index):
         if isinstance(part, faiss.IndexIVFPQ):
@@ -199,30 +208,29 @@ def train_index(
 
 def _train(index: Any, vectors: NDArray[np.float32], specification: IndexSpecification, needed: int, where: str) -> int:
     """Train on a sample; its size."""
-    rows = _sample_rows(len(vectors), needed, specification)
-    sample = len(rows)
-    shard, _ = checked_rows(vectors, rows, specification.binary)
-    distinct = len(np.unique(row_hashes(shard))) if needed > 1 else sample
-    if distinct < needed:
-        raise RankdistillError(
-            f"only {distinct} of {sample} vectors are different: they cannot train {needed} lists or codewords",
-            where=where,
-            fix="do most texts share one vector? look at the student; else fewer lists or bits",
-        )
-    if (held := _fit_rotations(index, specification.seed)) and sample < shard.shape[1]:
-        raise RankdistillError(
-            f"{sample} vectors cannot train a rotation of {shard.shape[1]} dimensions",  # FAISS writes past its memory
-            where=where,
-            fix="rotation: none, an index without OPQ, or more documents",
-        )
+    count, dimension = vectors.shape
+    size = min(count, specification.training_sample or max(MINIMUM_SAMPLE, 256 * needed))
+    if size < needed:
+        what = f"training_sample {size} is smaller than the {needed} lists or codewords"
+        raise UsageError(what, where=specification.name)
+    drawn = np.random.default_rng(specification.seed).choice(count, size, replace=False) if size < count else None
+    sample = _rows(vectors, slice(None) if drawn is None else np.sort(drawn), specification.binary)
+    if needed > 1 and (distinct := len(np.unique(row_hashes(sample)))) < needed:
+        what = f"only {distinct} of {size} vectors are different: they cannot train {needed} lists or codewords"
+        fix = "do most texts share one vector? look at the student; else fewer lists or bits"
+        raise RankdistillError(what, where=where, fix=fix)
+    if (held := _fit_rotations(index, specification.seed)) and size < dimension:  # FAISS writes past its memory
+        what = f"{size} vectors cannot train a rotation of {dimension} dimensions"
+        fix = "rotation: none, an index without OPQ, or more documents"
+        raise RankdistillError(what, where=where, fix=fix)
     try:
-        index.train(shard)
+        index.train(sample)
     except RuntimeError as error:
-        raise RankdistillError(f"FAISS cannot train on {sample} vectors: {reason_of(error)}", where=where) from None
+        raise RankdistillError(f"FAISS cannot train on {size} vectors: {reason_of(error)}", where=where) from None
     finally:
         for rotation, _ in held:
             rotation.pq = None  # FAISS only points to it
-    return sample
+    return size
 
 
 def _untrained(specification: IndexSpecification, factory: str, dimension: int, where: str) -> Any:
@@ -235,12 +243,16 @@ def _untrained(specification: IndexSpecification, factory: str, dimension: int, 
         else:
             index = faiss.index_factory(dimension, factory, faiss_metric(specification.metric))
     except RuntimeError as error:
-        raise UsageError(
-            f"FAISS does not know this index: {reason_of(error)}",
-            where=where,
-            fix="see FAISS's wiki, 'The index factory'",
-        ) from None
-    _prepare_training(index, specification.seed)
+        what, fix = f"FAISS does not know this index: {reason_of(error)}", "see FAISS's wiki, 'The index factory'"
+        raise UsageError(what, where=where, fix=fix) from None
+    for part in parts(index):
+        if hasattr(part, "do_polysemous_training"):
+            # 1.5 s a subspace for an order of codewords that only the polysemous filter uses, which ruins recall.
+            part.do_polysemous_training = False
+        for owner in (part, getattr(part, "pq", part)):
+            if hasattr(owner, "cp"):
+                owner.cp.seed = specification.seed
+                owner.cp.min_points_per_centroid = 1  # what is too few is our error, not one line a subspace
     for name, value in specification.build.items():
         set_parameter(index, name, value, where)
     return index
@@ -250,56 +262,21 @@ def _trained_like(trained_by: FaissIndex, specification: IndexSpecification, dim
     """Another index's training, empty."""
     learned = trained_by.manifest.get("quantizer") or {}
     if learned and (learned["query"] != "frozen" or learned["overlap"] > 1 or learned["codes"] != "nearest"):
-        raise RankdistillError(
-            f"FAISS cannot choose the codes of {trained_by.name}: they were learned together with a map of the queries",
-            where=str(trained_by.path),
-            fix="rankdistill quantize over all documents, or shards learned with query: frozen and overlap: 1",
+        what = (
+            f"FAISS cannot choose the codes of {trained_by.name}: they were learned together with a map of the queries"
         )
-    ours, theirs = (
-        each.model_dump(exclude={"name", "description", "search", "seed", "training_sample"})
-        for each in (specification, trained_by.specification)
-    )
+        fix = "rankdistill quantize over all documents, or shards learned with query: frozen and overlap: 1"
+        raise RankdistillError(what, where=str(trained_by.path), fix=fix)
+    apart = {"name", "description", "search", "seed", "training_sample"}
+    ours, theirs = (each.model_dump(exclude=apart) for each in (specification, trained_by.specification))
     if ours != theirs or trained_by.dimension != dimension:
-        raise RankdistillError(
-            f"an index of {trained_by.manifest.get('factory')} over {trained_by.dimension} dimensions cannot train"
-            f" {specification.factory} over {dimension}",
-            where=str(trained_by.path),
-            fix="the same specification and the same student for all shards",
-        )
+        made = f"{trained_by.manifest.get('factory')} over {trained_by.dimension} dimensions"
+        what = f"an index of {made} cannot train {specification.factory} over {dimension}"
+        fix = "the same specification and the same student for all shards"
+        raise RankdistillError(what, where=str(trained_by.path), fix=fix)
     index = read_faiss(trained_by.path, specification.binary)
     index.reset()
     return index
-
-
-def checked_rows(vectors: NDArray[np.float32], rows: NDArray[np.int64], binary: bool) -> tuple[NDArray[Any], list[int]]:
-    """Rows as FAISS takes them, NaN refused; and which of them are zero."""
-    contiguous = len(rows) == rows[-1] - rows[0] + 1
-    part = np.ascontiguousarray(vectors[rows[0] : rows[-1] + 1] if contiguous else vectors[rows], dtype=np.float32)
-    check_vectors(part, vectors.shape[1], lambda row: f"row {rows[row]}")
-    zero = rows[~part.any(axis=1)].tolist()
-    return (sign_bits(part) if binary else part), zero
-
-
-def check_unit_length(vectors: NDArray[np.float32]) -> None:
-    for start in range(0, len(vectors), SHARD):
-        lengths = np.linalg.norm(vectors[start : start + SHARD], axis=1)
-        bad = np.flatnonzero((np.abs(lengths - 1) > 1e-2) & (lengths > 0))
-        if len(bad):
-            raise RankdistillError(
-                f"a vector of length {lengths[bad[0]]:.4g} from a student that scores by cosine",
-                where=f"row {start + bad[0]}",
-                fix="normalise the vectors, or encode them with the student itself",
-            )
-
-
-def _sample_rows(count: int, needed: int, specification: IndexSpecification) -> NDArray[np.int64]:
-    size = min(count, specification.training_sample or max(MINIMUM_SAMPLE, 256 * needed))
-    if size < needed:
-        what = f"training_sample {size} is smaller than the {needed} lists or codewords"
-        raise UsageError(what, where=specification.name)
-    if size == count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(specification.seed).choice(count, size, replace=False))
 
 
 def _fit_rotations(index: Any, seed: int) -> list[tuple[Any, Any]]:
@@ -319,17 +296,6 @@ def _fit_rotations(index: Any, seed: int) -> list[tuple[Any, Any]]:
             rotation.pq = codebooks
             rotations.append((rotation, codebooks))
     return rotations
-
-
-def _prepare_training(index: Any, seed: int) -> None:
-    for part in parts(index):
-        if hasattr(part, "do_polysemous_training"):
-            # 1.5 s a subspace for an order of codewords that only the polysemous filter uses, which ruins recall.
-            part.do_polysemous_training = False
-        for owner in (part, getattr(part, "pq", part)):
-            if hasattr(owner, "cp"):
-                owner.cp.seed = seed
-                owner.cp.min_points_per_centroid = 1  # what is too few is our error, not one line a subspace
 
 
 # -- joining what was built apart -------------------------------------------------------------------------------------
@@ -352,53 +318,41 @@ def merge_indexes(files: Sequence[str | Path], out_file: str | Path, *, collecti
         raise UsageError("there are no indexes to merge")
     if out_file.resolve() in {Path(file).resolve() for file in files}:
         raise UsageError("the merged index would replace one of its shards", where=str(out_file), fix="another --out")
-    shards = [FaissIndex.open(file, memory_map=True) for file in files]
+    first, *others = shards = [FaissIndex.open(file, memory_map=True) for file in files]
     check_out_file(out_file)
-    first = shards[0]
-    for shard in shards[1:]:
+    for shard in others:
         _check_alike(first, shard)
-    check_distinct(
-        pq.read_table([ids_file(shard.path) for shard in shards])["doc_id"],
-        "document ids",
-        ", ".join(str(shard.path) for shard in shards),
-        "give each document to one shard",
-    )
-    binary = first.specification.binary
-    merged = _emptied(read_faiss(first.path, binary))
+    ids_files, where = [ids_file(shard.path) for shard in shards], ", ".join(str(shard.path) for shard in shards)
+    check_distinct(pq.read_table(ids_files)["doc_id"], "document ids", where, "give each document to one shard")
+    merged = _emptied(first)
     trained = _digest(merged, first)
-    with locked(out_file):
-        with progress("merge", sum(shard.document_count for shard in shards), "vectors") as bar:
-            for shard in shards:
-                if shard is not first and _digest(_emptied(read_faiss(shard.path, binary)), first) != trained:
-                    raise RankdistillError(
-                        f"this shard was trained apart from {first.path}: its codes mean something else",
-                        where=str(shard.path),
-                        fix="build it again with trained_by=the first shard",
-                    )
-                part = read_faiss(shard.path, binary)
-                count = part.ntotal
-                try:
-                    _move(merged, part)
-                except RuntimeError as error:
-                    raise RankdistillError(
-                        f"FAISS cannot join indexes of {shard.manifest.get('factory')}: {reason_of(error)}",
-                        where=str(shard.path),
-                        fix="build the index over all vectors at once",
-                    ) from None
-                bar.advance(count)
+    with locked(out_file), progress("merge", sum(shard.document_count for shard in shards), "vectors") as bar:
+        for shard in shards:
+            if shard is not first and _digest(_emptied(shard), first) != trained:
+                what = f"this shard was trained apart from {first.path}: its codes mean something else"
+                fix = "build it again with trained_by=the first shard"
+                raise RankdistillError(what, where=str(shard.path), fix=fix)
+            try:
+                _move(merged, read_faiss(shard.path, first.specification.binary))
+            except RuntimeError as error:
+                what = f"FAISS cannot join indexes of {shard.manifest.get('factory')}: {reason_of(error)}"
+                fix = "build the index over all vectors at once"
+                raise RankdistillError(what, where=str(shard.path), fix=fix) from None
+            bar.advance(shard.document_count)
+        kept = ("student_fingerprint", "similarity", "factory", "trained_on")
+        ids = (
+            name for file in ids_files for part in pq.ParquetFile(file).iter_batches() for name in part[0].to_pylist()
+        )
         return publish_index(
             merged,
-            _ids(shards),
+            ids,
             out_file,
             specification=first.specification,
             manifest={
                 "fingerprint": fingerprint(["merged", [shard.fingerprint for shard in shards]]),
-                "student_fingerprint": first.manifest.get("student_fingerprint", ""),
                 "collection_fingerprint": collection_fingerprint,
                 "vectors_fingerprint": fingerprint([shard.manifest.get("vectors_fingerprint") for shard in shards]),
-                "similarity": first.manifest.get("similarity"),
-                "factory": first.manifest.get("factory"),
-                "trained_on": first.manifest.get("trained_on"),
+                **{key: first.manifest.get(key) for key in kept},
                 "merged_from": [shard.fingerprint for shard in shards],
             },
         )
@@ -407,30 +361,21 @@ def merge_indexes(files: Sequence[str | Path], out_file: str | Path, *, collecti
 def _check_alike(first: FaissIndex, shard: FaissIndex) -> None:
     for name, value in _description(first).items():
         if (other := _description(shard)[name]) != value:
-            raise RankdistillError(
-                f"these shards do not belong together: {name} is {value!r} in the first, {other!r} here",
-                where=f"{first.path}, {shard.path}",
-                fix="build all shards with one specification and one student, the later ones trained_by the first",
-            )
+            what = f"these shards do not belong together: {name} is {value!r} in the first, {other!r} here"
+            fix = "build all shards with one specification and one student, the later ones trained_by the first"
+            raise RankdistillError(what, where=f"{first.path}, {shard.path}", fix=fix)
 
 
 def _description(shard: FaissIndex) -> dict[str, Any]:
     named = {"factory": "factory", "student": "student_fingerprint", "similarity": "similarity"}
     described = {name: shard.manifest.get(key) for name, key in named.items()}
-    return {
-        "dimension": shard.dimension,
-        **described,
-        **shard.specification.model_dump(include={"metric", "binary", "refine"}),
-    }
+    settings = shard.specification.model_dump(include={"metric", "binary", "refine"})
+    return {"dimension": shard.dimension, **described, **settings}
 
 
-def _ids(shards: Sequence[FaissIndex]) -> Iterator[str]:
-    for shard in shards:
-        for batch in pq.ParquetFile(ids_file(shard.path)).iter_batches(columns=["doc_id"]):
-            yield from batch["doc_id"].to_pylist()
-
-
-def _emptied(index: Any) -> Any:
+def _emptied(shard: FaissIndex) -> Any:
+    """The training of a shard, read from its file."""
+    index = read_faiss(shard.path, shard.specification.binary)
     index.reset()
     for part in parts(index):
         if hasattr(part, "ntotal2"):

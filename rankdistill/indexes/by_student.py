@@ -65,11 +65,10 @@ def _made(student: QueryTowerModel, collection: Collection) -> Artifact | None:
     artifact = open_artifact(student.made_vectors, "vectors")
     inputs = artifact.manifest["inputs"]
     if inputs.get("encoder") != student.document_fingerprint:
-        raise RankdistillError(
-            f"these vectors were made by another model ({inputs.get('encoder')}, not {student.document_fingerprint})",
-            where=str(student.made_vectors),
-            fix="name the model, lengths and precision that made them, or leave student.document_vectors out",
-        )
+        made_by = f"({inputs.get('encoder')}, not {student.document_fingerprint})"
+        fix = "name the model, lengths and precision that made them, or leave student.document_vectors out"
+        where = str(student.made_vectors)
+        raise RankdistillError(f"these vectors were made by another model {made_by}", where=where, fix=fix)
     return artifact if inputs.get("collection") == collection.fingerprint else None
 
 
@@ -148,27 +147,33 @@ def index_files(student_type: str, declared: Sequence[Any], where: str = "indexe
         UsageError: any other index of a multi-vector student or a cross-encoder, one of dense vectors for a sparse
             student, or of term weights for another.
     """
+    whole = student_type in (MULTI_VECTOR, CROSS_ENCODER, *SPARSE_STUDENTS)  # searched without a file, if at all
     files = []
     for specification in map(any_specification, declared):
-        flat, sparse = getattr(specification, "factory", "") == "Flat", isinstance(specification, SparseSpecification)
-        what = fix = ""
-        if student_type == CROSS_ENCODER and not flat:
-            what = "is an index, and a cross_encoder student re-ranks: it has no vectors"
-            fix = "indexes: [], or a student that searches, which this one can teach"
-        elif student_type == MULTI_VECTOR and not flat:
-            what = "holds one vector a document; a multi_vector student has one a token"
-            fix = "indexes: [flat], which searches all token vectors, or []; or a dense student"
-        elif student_type in SPARSE_STUDENTS and not sparse and not flat:
-            what = f"is an index of dense vectors; a {student_type} student has term weights"
-            fix = "flat (exact search), seismic, lucene_impact, or an export: opensearch, elasticsearch, ciff"
-        elif student_type not in SPARSE_STUDENTS and sparse:
-            what = f"is an index of term weights; a {student_type} student has none"
-            fix = f"an index of dense vectors, such as flat; or student.type: {' or '.join(SPARSE_STUDENTS)}"
-        if what:
+        if whole and getattr(specification, "factory", "") == "Flat":
+            continue
+        if refusal := _refusal(student_type, isinstance(specification, SparseSpecification)):
+            what, fix = refusal
             raise UsageError(f"{specification.name} {what}", where=where, fix=fix)
-        if not flat or student_type not in (MULTI_VECTOR, CROSS_ENCODER, *SPARSE_STUDENTS):
-            files.append(specification)
+        files.append(specification)
     return files
+
+
+def _refusal(student_type: str, sparse: bool) -> tuple[str, str] | None:
+    """Why a student cannot have an index of a kind, and what it can have; none where it can."""
+    if student_type == CROSS_ENCODER:
+        what = "is an index, and a cross_encoder student re-ranks: it has no vectors"
+        return what, "indexes: [], or a student that searches, which this one can teach"
+    if student_type == MULTI_VECTOR:
+        what = "holds one vector a document; a multi_vector student has one a token"
+        return what, "indexes: [flat], which searches all token vectors, or []; or a dense student"
+    if student_type in SPARSE_STUDENTS and not sparse:
+        what = f"is an index of dense vectors; a {student_type} student has term weights"
+        return what, "flat (exact search), seismic, lucene_impact, or an export: opensearch, elasticsearch, ciff"
+    if student_type not in SPARSE_STUDENTS and sparse:
+        what = f"is an index of term weights; a {student_type} student has none"
+        return what, f"an index of dense vectors, such as flat; or student.type: {' or '.join(SPARSE_STUDENTS)}"
+    return None
 
 
 def check_index(student_type: str, specification: AnySpecification) -> None:

@@ -25,7 +25,6 @@ FILE = "index.ciff"
 EXTRA = "ciff"
 VERSION = 1  # of the format
 LARGEST_SUM = 2**31 - 1  # of a document's impacts: the format's int32
-IDS_AT_ONCE = 65_536
 
 
 def build(
@@ -70,15 +69,13 @@ def build(
                 yield entry
                 bar.advance()
 
-    def documents() -> Iterator[Any]:
-        for first in range(0, len(doc_ids), IDS_AT_ONCE):
-            for row, doc_id in enumerate(doc_ids[first : first + IDS_AT_ONCE], first):
-                yield messages.DocRecord(docid=row, collection_docid=doc_id, doclength=int(lengths[row]))
-
     with writing.CiffWriter(folder / FILE) as writer:
         writer.write_header(header)
         writer.write_postings_lists(lists())
-        writer.write_documents(documents())
+        writer.write_documents(
+            messages.DocRecord(docid=row, collection_docid=doc_id, doclength=int(lengths[row]))
+            for row, doc_id in enumerate(doc_ids)
+        )
     return {**counts, "terms": len(ordered), "bytes": (folder / FILE).stat().st_size}
 
 
@@ -91,12 +88,9 @@ def _by_term(vectors: Any, quantiser: Quantiser, doc_ids: Sequence[str]) -> tupl
         impacts[start : start + WEIGHTS_AT_ONCE] = quantiser(vectors.data[start : start + WEIGHTS_AT_ONCE])
     by_document = sparse.csr_matrix((impacts, vectors.indices, vectors.indptr), vectors.shape, copy=False)
     lengths = np.asarray(by_document.sum(axis=1, dtype=np.int64)).ravel()
-    if len(lengths) and lengths.max() > LARGEST_SUM:
-        raise RankdistillError(
-            "the impacts of a document add up to more than CIFF's 2^31",
-            where=repr(doc_ids[int(lengths.argmax())]),
-            fix="fewer bits, or a sparser student",
-        )
+    if lengths.max(initial=0) > LARGEST_SUM:
+        what, where = "the impacts of a document add up to more than CIFF's 2^31", doc_ids[int(lengths.argmax())]
+        raise RankdistillError(what, where=repr(where), fix="fewer bits, or a sparser student")
     by_term = by_document.tocsc()
     by_term.sort_indices()
     return by_term, lengths

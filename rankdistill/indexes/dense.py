@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.artifacts import Artifact, open_artifact
 from rankdistill.collections import Collection
-from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import (
-    Best,
-    DocumentIds,
-    Encoder,
-    Hits,
-    Rows,
-    Scores,
-    StudentEngine,
-    Vectors,
-    check_inputs,
-    document_fingerprint,
-    no_hits,
-)
+from rankdistill.indexes import base
+from rankdistill.indexes.base import Encoder, ExhaustiveIndex, Hits, Rows, Scores, StudentEngine, Vectors
 from rankdistill.indexes.building import build_index
-from rankdistill.indexes.faiss_index import FaissIndex
+from rankdistill.indexes.faiss_index import FaissIndex, faiss_metric
 from rankdistill.indexes.specification import IndexSpecification
 from rankdistill.indexes.vectors import check_vectors, open_vectors
 
 BLOCK = 65_536  # document vectors scored at a time
 
 
-class ExactIndex:
-    """Brute force over memory-mapped vectors: the reference, with no file of its own. Scores as `FaissIndex` has.
-
-    Memory: one block of vectors and `k` hits a query.
-    """
+class ExactIndex(ExhaustiveIndex):
+    """Brute force over memory-mapped vectors [documents, dimension]. Scores as `FaissIndex` has."""
 
     name = "exact"
 
@@ -44,16 +30,16 @@ class ExactIndex:
         self,
         vectors: NDArray[np.float32],
         fingerprint: str,
-        inputs: dict[str, str] | None = None,
+        inputs: Mapping[str, str] | None = None,
         metric: Literal["inner_product", "l2"] = "inner_product",
     ) -> None:
-        self.vectors, self.fingerprint, self.inputs, self.metric = vectors, fingerprint, inputs or {}, metric
+        super().__init__(fingerprint, inputs)
+        self.vectors, self.metric = vectors, metric
 
     @classmethod
-    def open(cls, vectors: Artifact | str | Path) -> ExactIndex:
-        """Over a vectors artifact."""
-        artifact = open_artifact(vectors, "vectors")
-        return cls(open_vectors(artifact), artifact.fingerprint, dict(artifact.manifest["inputs"]))
+    def open(cls, artifact: Artifact | str | Path) -> ExactIndex:
+        artifact = open_artifact(artifact, "vectors")
+        return cls(open_vectors(artifact), artifact.fingerprint, artifact.manifest["inputs"])
 
     @property
     def dimension(self) -> int:
@@ -63,31 +49,24 @@ class ExactIndex:
     def bytes(self) -> int:
         return int(self.vectors.nbytes)
 
-    def check(self, encoder: Encoder | None = None, collection: Collection | None = None) -> None:
-        """Refuse a student or a collection these vectors were not made from."""
-        check_inputs(self.inputs, encoder, collection, None)
-        if encoder is not None and encoder.dimension != self.dimension:
-            raise RankdistillError(f"vectors of {self.dimension} dimensions, a student of {encoder.dimension}")
+    def search(self, queries: Vectors, k: int) -> list[Hits]:
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        check_vectors(queries, self.dimension, lambda row: f"query vector {row}")
+        if (k := min(k, len(self.vectors))) < 1 or not len(queries):
+            return [base.no_hits() for _ in queries]
+        return base.best_of_blocks(self._blocks(queries, k), len(queries), k)
 
-    def search(self, vectors: Vectors, k: int) -> list[Hits]:
+    def _blocks(self, queries: Vectors, k: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         import faiss
 
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        check_vectors(vectors, self.dimension, lambda row: f"query vector {row}")
-        k = min(k, len(self.vectors))
-        if k < 1 or not len(vectors):
-            return [no_hits() for _ in vectors]
-        best, l2 = Best(len(vectors), k), self.metric == "l2"
-        metric = faiss.METRIC_L2 if l2 else faiss.METRIC_INNER_PRODUCT
+        sign = -1 if self.metric == "l2" else 1
         for start in range(0, len(self.vectors), BLOCK):
             block = np.ascontiguousarray(self.vectors[start : start + BLOCK], dtype=np.float32)
-            scores, rows = faiss.knn(vectors, block, min(k, len(block)), metric=metric)
-            best.add(-scores if l2 else scores, rows + start)
-        return best.hits()
+            scores, rows = faiss.knn(queries, block, min(k, len(block)), metric=faiss_metric(self.metric))
+            yield sign * scores, rows + start
 
-    def scores(self, vector: Vectors, rows: Rows) -> Scores:
-        """[rows] inner products of one query's vector [dimension] with these documents: re-ranking."""
-        return np.asarray(self.vectors[rows] @ vector, np.float32)
+    def scores(self, query: Vectors, rows: Rows) -> Scores:
+        return np.asarray(self.vectors[rows] @ query, np.float32)
 
 
 class DenseEngine(StudentEngine):
@@ -111,10 +90,10 @@ def export_index(
     exact.check(encoder, collection)
     return build_index(
         exact.vectors,
-        DocumentIds(collection),
+        base.DocumentIds(collection),
         specification,
         out_file,
-        student_fingerprint=document_fingerprint(encoder),
+        student_fingerprint=base.document_fingerprint(encoder),
         collection_fingerprint=collection.fingerprint,
         vectors_fingerprint=exact.fingerprint,
         similarity=encoder.similarity,

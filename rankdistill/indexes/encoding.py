@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import Artifact, ArtifactWriter, obtain, write_atomically
+from rankdistill.artifacts import Artifact, ArtifactWriter, obtain, write_atomically, written_whole
 from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.base import document_fingerprint, reserve
@@ -93,10 +93,8 @@ def encode_texts(
         before = counted.get(side, 0)
         done = _write_shards(writer.path, texts, encode, layouts, offsets, lambda: counted.get(side, 0) - before)
         if done["rows"] != texts.total:
-            raise RankdistillError(
-                f"{done['rows']} of {texts.total} {texts.side} were encoded: the collection has changed on disk",
-                where=collection.name,
-            )
+            what = f"{done['rows']} of {texts.total} {texts.side} were encoded: the collection has changed on disk"
+            raise RankdistillError(what, where=collection.name)
         writer.counts[texts.side] = texts.total
         finish(writer, done["entries"])
         if counted:
@@ -122,10 +120,7 @@ def _write_shards(
     offsets: str | None,
     cut: Callable[[], int],
 ) -> dict[str, int]:
-    """Encode what is not finished; the rows and entries of all, and how many texts were cut.
-
-    Files of as many entries as it takes only grow: what a kill left beyond the last finished shard is cut off first.
-    """
+    """Encode what is not finished; the rows and entries of all, and how many texts were cut."""
     done_file = folder / DONE
     done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.is_file() else {}
     if done.keys() != {"rows", "entries", "cut"}:
@@ -133,51 +128,40 @@ def _write_shards(
     if offsets and (folder / offsets).is_file():  # a kill came after everything was written
         (folder / LENGTHS).unlink(missing_ok=True)
         return done
-    cut_before = done["cut"]
+    cut_before, streams = done["cut"], dict[str, BinaryIO]()
+    files = {**layouts, LENGTHS: Layout(np.dtype("<i4"))} if offsets else layouts
     with ExitStack() as stack:
-        streams: dict[str, BinaryIO] = {}
-        for name in (*layouts, *([LENGTHS] if offsets else [])):
+        for name, layout in files.items():
             (folder / name).touch()
-            streams[name] = stack.enter_context(open(folder / name, "r+b"))
-        for name, layout in layouts.items():
-            start = _header(streams[name], 0 if offsets else texts.total, layout)
+            stream: BinaryIO = stack.enter_context(open(folder / name, "r+b"))
+            streams[name] = stream
+            start = 0 if name == LENGTHS else _header(stream, texts.total, layout)
+            end = start + done["rows" if name == LENGTHS else "entries"] * layout.bytes
+            stream.truncate(end)  # what a kill left beyond the last finished shard
             if not offsets:
-                reserve(streams[name], start + texts.total * layout.bytes)
-            else:
-                streams[name].truncate(start + done["entries"] * layout.bytes)
-            streams[name].seek(start + done["entries"] * layout.bytes)
-        if offsets:
-            streams[LENGTHS].truncate(done["rows"] * 4)
-            streams[LENGTHS].seek(done["rows"] * 4)
+                reserve(stream, start + texts.total * layout.bytes)
+            stream.seek(end)
         with progress(f"encode {texts.side}", texts.total, "texts") as bar:
             bar.done = done["rows"]
             for first, shard in texts.shards(done["rows"]):
                 lengths, arrays = encode(first, shard)
                 if len(lengths) != len(shard):
                     raise RankdistillError(f"{len(lengths)} vectors came back for {len(shard)} texts")
-                for name, layout in layouts.items():
-                    streams[name].write(np.ascontiguousarray(arrays[name], dtype=layout.format).data)
-                if offsets:
-                    streams[LENGTHS].write(np.ascontiguousarray(lengths, dtype="<i4").data)
-                for stream in streams.values():
+                for name, stream in streams.items():
+                    array = lengths if name == LENGTHS else arrays[name]
+                    stream.write(np.ascontiguousarray(array, dtype=files[name].format).data)
                     stream.flush()
                     os.fsync(stream.fileno())
-                done = {
-                    "rows": first + len(shard),
-                    "entries": done["entries"] + int(lengths.sum()),
-                    "cut": cut_before + cut(),
-                }
+                entries = done["entries"] + int(lengths.sum())
+                done = {"rows": first + len(shard), "entries": entries, "cut": cut_before + cut()}
                 write_atomically(done_file, json.dumps(done))
                 bar.advance(len(shard))
-        if offsets:
-            for name, layout in layouts.items():
-                _header(streams[name], done["entries"], layout)
+        for name, layout in layouts.items():
+            _header(streams[name], done["entries"], layout)
     if offsets and done["rows"] == texts.total:
         ends = np.cumsum(np.fromfile(folder / LENGTHS, "<i4"), dtype=np.int64)
-        temporary = folder / f".{offsets}.tmp"
-        with open(temporary, "wb") as stream:
-            np.save(stream, np.concatenate([[0], ends]).astype(np.int64), allow_pickle=False)
-        os.replace(temporary, folder / offsets)
+        with written_whole(folder / offsets) as temporary, open(temporary, "wb") as written:
+            np.save(written, np.concatenate([[0], ends]).astype(np.int64), allow_pickle=False)
         (folder / LENGTHS).unlink()
     return done
 
@@ -185,10 +169,6 @@ def _write_shards(
 def _header(stream: BinaryIO, entries: int, layout: Layout) -> int:
     """Write the header of a .npy at the start of a file; its length, which is the same for any number of entries."""
     stream.seek(0)
-    values = {
-        "descr": np.lib.format.dtype_to_descr(layout.format),
-        "fortran_order": False,
-        "shape": (entries, *layout.shape),
-    }
-    np.lib.format.write_array_header_1_0(stream, values)
+    shape, descr = (entries, *layout.shape), np.lib.format.dtype_to_descr(layout.format)
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
     return stream.tell()

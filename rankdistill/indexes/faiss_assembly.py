@@ -30,12 +30,12 @@ Metric = Literal["inner_product", "l2"]
 class IndexParts:
     """What a product-quantised index is made of; d is the dimension inside, after the rotation."""
 
-    rotation: NDArray[np.float32] | None  # [d, dimension]
-    centroids: NDArray[np.float32] | None  # [lists, d]
-    codebooks: NDArray[np.float32]  # [subspaces, codewords, d/subspaces]
-    metric: Metric
-    by_residual: bool
-    fast_scan: bool = False
+    rotation: NDArray[np.float32] | None  # [d, dimension], applied to queries as R q; none keeps vectors as they are
+    centroids: NDArray[np.float32] | None  # [lists, d]; none without lists (and `by_residual` means nothing)
+    codebooks: NDArray[np.float32]  # [subspaces, codewords, d/subspaces], codewords a power of two, at most 256
+    metric: Metric = "inner_product"
+    by_residual: bool = True  # the codewords describe what is left of a vector after its centroid
+    fast_scan: bool = False  # the 4-bit layout that is searched in registers: 16 codewords
     assignments: NDArray[np.int64] | None = None  # [n], the list of each vector
     codes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), np.uint8))  # [n, subspaces], numbers
     ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # [n], rising
@@ -49,49 +49,33 @@ class IndexParts:
         return vectors + self.centroids[self.assignments[rows]]
 
 
-def assemble_index(
-    *,
-    rotation: NDArray[Any] | None,
-    centroids: NDArray[Any] | None,
-    codebooks: NDArray[Any],
-    metric: Metric = "inner_product",
-    by_residual: bool = True,
-    fast_scan: bool = False,
-) -> Any:
+def assemble_index(parts: IndexParts) -> Any:
     """A trained, empty FAISS index of exactly these parts; fill it with `add_codes`.
-
-    Args:
-        rotation: [d, dimension], applied to queries as R q; none keeps the vectors as they are.
-        centroids: [lists, d]; none makes an index without lists (and `by_residual` means nothing).
-        codebooks: [subspaces, codewords, d/subspaces], codewords a power of two, at most 256; 16 for fast-scan.
-        by_residual: the codewords describe what is left of a vector after its centroid.
-        fast_scan: the 4-bit layout that is searched in registers.
 
     Raises:
         RankdistillError: parts that do not fit together, or hold NaN.
     """
     import faiss
 
-    parts = {"codebooks": codebooks, "centroids": centroids, "rotation": rotation}
-    arrays = {name: np.ascontiguousarray(part, np.float32) for name, part in parts.items() if part is not None}
+    named = {name: getattr(parts, name) for name in ("codebooks", "centroids", "rotation")}
+    arrays = {name: np.ascontiguousarray(part, np.float32) for name, part in named.items() if part is not None}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            fix = "the training diverged: a lower learning rate"
-            raise RankdistillError(f"NaN or infinity in the {name}", fix=fix)
+            raise RankdistillError(f"NaN or infinity in the {name}", fix="the training diverged: a lower learning rate")
     codebooks, centroids, rotation = arrays["codebooks"], arrays.get("centroids"), arrays.get("rotation")
     subspaces, codewords, width = codebooks.shape
-    inside, bits = subspaces * width, int(codewords).bit_length() - 1
-    fits = (
-        codewords == 1 << bits and 1 <= bits <= 8,
-        not fast_scan or codewords == FAST_SCAN_CODEWORDS,
-        centroids is None or centroids.shape[1] == inside,
-        rotation is None or len(rotation) == inside,
-    )
-    if not all(fits):
+    inside, bits, fast_scan = subspaces * width, int(codewords).bit_length() - 1, parts.fast_scan
+    if not (
+        codewords == 1 << bits
+        and 1 <= bits <= 8
+        and (not fast_scan or codewords == FAST_SCAN_CODEWORDS)
+        and (centroids is None or centroids.shape[1] == inside)
+        and (rotation is None or len(rotation) == inside)
+    ):
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise RankdistillError(f"parts that no {'fast-scan ' if fast_scan else ''}index holds together: {shapes}")
     index: Any
-    kind = faiss_metric(metric)
+    kind = faiss_metric(parts.metric)
     if centroids is None:
         index = faiss.IndexPQ(inside, subspaces, bits, kind)
         index.do_polysemous_training = False
@@ -101,7 +85,7 @@ def assemble_index(
         index = faiss.IndexIVFPQ(quantizer, inside, len(centroids), subspaces, bits, kind)
         _give(quantizer, index)
         index.do_polysemous_training = False
-        index.by_residual = by_residual
+        index.by_residual = parts.by_residual
     faiss.copy_array_to_vector(codebooks.ravel(), index.pq.centroids)
     index.is_trained = True
     if centroids is not None:
@@ -139,8 +123,9 @@ def add_codes(index: Any, assignments: NDArray[Any] | None, codes: NDArray[Any])
         for start in range(0, len(codes), BLOCK):
             block = slice(start, start + BLOCK)
             packed = pack_codes(np.asarray(codes[block]), inner.pq.nbits)
-            if assignments is not None:
-                packed = np.hstack([_list_numbers(np.asarray(assignments[block]), inner.coarse_code_size()), packed])
+            if assignments is not None:  # FAISS reads the list's number before each code, lowest byte first
+                lists = np.ascontiguousarray(assignments[block], dtype="<i8").view(np.uint8).reshape(-1, 8)
+                packed = np.hstack([lists[:, : inner.coarse_code_size()], packed])
             inner.add_sa_codes(packed)
     if inner is not index:
         index.ntotal = inner.ntotal
@@ -154,20 +139,22 @@ def parts_of(index: Any) -> IndexParts:
     import faiss
 
     inner = _quantised(index)
-    rotation = _rotation(index)
     pq = inner.pq
     if pq.nbits > 8:
         raise RankdistillError(f"{pq.nbits} bits a codeword: at most 8 are read")
-    codebooks = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub).copy()
-    metric: Metric = "l2" if inner.metric_type == faiss.METRIC_L2 else "inner_product"
-    fast = isinstance(inner, faiss.IndexPQFastScan | faiss.IndexIVFPQFastScan)
-    centroids: NDArray[np.float32] | None = None
-    by_residual = False
-    if isinstance(inner, faiss.IndexIVF):
-        centroids = inner.quantizer.reconstruct_n(0, inner.nlist)
-        by_residual = bool(inner.by_residual)
+    lists = isinstance(inner, faiss.IndexIVF)
     assignments, codes, ids = _held(inner)
-    return IndexParts(rotation, centroids, codebooks, metric, by_residual, fast, assignments, codes, ids)
+    return IndexParts(
+        _rotation(index),
+        inner.quantizer.reconstruct_n(0, inner.nlist) if lists else None,
+        faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub).copy(),
+        "l2" if inner.metric_type == faiss.METRIC_L2 else "inner_product",
+        lists and bool(inner.by_residual),
+        isinstance(inner, faiss.IndexPQFastScan | faiss.IndexIVFPQFastScan),
+        assignments,
+        codes,
+        ids,
+    )
 
 
 def pack_codes(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
@@ -239,28 +226,18 @@ def _rotation(index: Any) -> NDArray[np.float32] | None:
     return matrix.reshape(chain[0].d_out, chain[0].d_in).copy()
 
 
-def _list_numbers(assignments: NDArray[Any], size: int) -> NDArray[np.uint8]:
-    """List numbers in `size` bytes each, lowest first: what FAISS reads before a stand-alone code."""
-    return np.ascontiguousarray(assignments, dtype="<i8").view(np.uint8).reshape(-1, 8)[:, :size]
-
-
 def _check_codes(inner: Any, assignments: Any, codes: Any) -> None:
     """FAISS would read and write where nothing is."""
-    import faiss
-
-    fits = (
-        codes.ndim == 2 and codes.shape[1] == inner.pq.M and isinstance(inner, faiss.IndexIVF) != (assignments is None)
-    )
-    fits = fits and (assignments is None or assignments.shape == codes.shape[:1])
-    if fits and len(codes):
-        fits = codes.min() >= 0 and codes.max() < inner.pq.ksub
-        fits = fits and (assignments is None or (assignments.min() >= 0 and assignments.max() < inner.nlist))
+    lists = getattr(inner, "nlist", None)
+    given = None if assignments is None else assignments.shape
+    fits = codes.ndim == 2 and codes.shape[1] == inner.pq.M and given == (None if lists is None else codes.shape[:1])
+    for numbers, most in ((codes, inner.pq.ksub), (assignments, lists)):
+        if fits and numbers is not None and len(numbers):
+            fits = numbers.min() >= 0 and numbers.max() < most
     if not fits:
-        lists = "" if assignments is None else f" and assignments {list(assignments.shape)}"
-        raise RankdistillError(
-            f"codes {list(codes.shape)}{lists}, or numbers in them, that this index has no place for",
-            where=f"{inner.pq.M} subspaces of {inner.pq.ksub} codewords, {getattr(inner, 'nlist', 'no')} lists",
-        )
+        shapes = f"codes {list(codes.shape)}" + ("" if given is None else f" and assignments {list(given)}")
+        where = f"{inner.pq.M} subspaces of {inner.pq.ksub} codewords, {lists or 'no'} lists"
+        raise RankdistillError(f"{shapes}, or numbers in them, that this index has no place for", where=where)
 
 
 def _add_to_fast_scan(inner: Any, assignments: Any, codes: Any) -> None:
@@ -297,13 +274,19 @@ def _held(inner: Any) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8], NDAr
     """(assignments, codes, ids) of an index, by rising id."""
     import faiss
 
-    lists_held = isinstance(inner, faiss.IndexIVF)
-    if not lists_held:
-        codes = _codes_without_lists(inner)
-        return None, codes, np.arange(len(codes))
-    fast, count, start = isinstance(inner, faiss.IndexIVFPQFastScan), int(inner.ntotal), 0
-    lists, ids = np.empty(count, np.int64), np.empty(count, np.int64)
-    codes = np.empty((count, inner.pq.M), np.uint8)
+    count, pq = int(inner.ntotal), inner.pq
+    if not hasattr(inner, "nlist"):
+        if isinstance(inner, faiss.IndexPQFastScan):
+            codes = _unpack_blocks(inner, faiss.vector_to_array(inner.codes), count)
+        elif count:
+            # A view into FAISS's memory, or into the file where the index is memory-mapped; a copy leaves here.
+            packed = faiss.rev_swig_ptr(inner.codes.data(), count * inner.code_size).reshape(count, -1)
+            codes = unpack_codes(packed, pq.M, pq.nbits).copy()
+        else:
+            codes = np.empty((0, pq.M), np.uint8)
+        return None, codes, np.arange(count)
+    fast, start = isinstance(inner, faiss.IndexIVFPQFastScan), 0
+    lists, ids, codes = np.empty(count, np.int64), np.empty(count, np.int64), np.empty((count, pq.M), np.uint8)
     for number, list_ids, pointer in each_list(inner):
         size = len(list_ids)
         here = slice(start, start + size)
@@ -314,22 +297,10 @@ def _held(inner: Any) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8], NDAr
             codes[here] = _unpack_blocks(inner, faiss.rev_swig_ptr(pointer, stored), size)
         else:
             packed = faiss.rev_swig_ptr(pointer, size * inner.code_size).reshape(size, -1)
-            codes[here] = unpack_codes(packed, inner.pq.M, inner.pq.nbits)
+            codes[here] = unpack_codes(packed, pq.M, pq.nbits)
         start += size
     order = np.argsort(ids, kind="stable")
     return lists[order], codes[order], ids[order]
-
-
-def _codes_without_lists(inner: Any) -> NDArray[np.uint8]:
-    import faiss
-
-    if isinstance(inner, faiss.IndexPQFastScan):
-        return _unpack_blocks(inner, faiss.vector_to_array(inner.codes), inner.ntotal)
-    if not inner.ntotal:
-        return np.empty((0, inner.pq.M), np.uint8)
-    # A view into FAISS's memory, or into the file where the index is memory-mapped; a copy leaves here.
-    packed = faiss.rev_swig_ptr(inner.codes.data(), inner.ntotal * inner.code_size).reshape(inner.ntotal, -1)
-    return unpack_codes(packed, inner.pq.M, inner.pq.nbits).copy()
 
 
 def _unpack_blocks(inner: Any, blocks: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

@@ -8,7 +8,6 @@ which a kill left only some are never taken for a whole index.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,13 +22,12 @@ from numpy.typing import NDArray
 from rankdistill.artifacts import (
     LOOKED_AT,
     check_file,
-    disk_errors,
     file_digest,
     fingerprint,
     library_versions,
-    sync_file,
-    temporary_file,
     write_atomically,
+    write_json,
+    written_whole,
 )
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Encoder, Hits, Vectors, check_inputs, no_hits, ranked
@@ -68,17 +66,20 @@ def _write_ids(doc_ids: Iterable[str], path: Path) -> int:
         while batch := list(islice(remaining, IDS_AT_ONCE)):
             writer.write_table(pa.table({"doc_id": batch}, schema))
             written += len(batch)
-    sync_file(path)
     return written
 
 
-def manifest_if_whole(path: Path) -> dict[str, Any]:
-    """The manifest, or nothing when the files are not all there and, by size and digest, what was written."""
+def manifest_if_whole(path: Path, *, thorough: bool = False) -> dict[str, Any]:
+    """The manifest, or nothing when the files are not all there and, by size and digest, what was written.
+
+    Args:
+        thorough: read large files too.
+    """
     try:
-        manifest = json.loads(manifest_file(path).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(manifest_file(path).read_text(encoding="utf-8"))
         sizes = path.stat().st_size, ids_file(path).stat().st_size
         whole = sizes == (manifest["bytes"], manifest["ids_bytes"])
-        if whole and sum(sizes) <= LOOKED_AT and "sha256" in manifest:
+        if whole and (thorough or sum(sizes) <= LOOKED_AT) and "sha256" in manifest:
             whole = manifest["sha256"] == _digests(path, ids_file(path))
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -88,12 +89,7 @@ def manifest_if_whole(path: Path) -> dict[str, Any]:
 def damaged_index(manifest: Path) -> Path | None:
     """The index that a manifest `NAME.faiss.json` describes, every byte read, where it is not what was written."""
     path = manifest.with_suffix("")
-    try:
-        values = json.loads(manifest.read_text(encoding="utf-8"))
-        whole = "bytes" in values and ("sha256" not in values or values["sha256"] == _digests(path, ids_file(path)))
-    except (OSError, ValueError, TypeError):
-        whole = False
-    return None if whole else path
+    return None if manifest_if_whole(path, thorough=True) else path
 
 
 def _digests(index: Path, ids: Path) -> list[str]:
@@ -107,50 +103,31 @@ def publish_index(
     import faiss
 
     check_out_file(out_file)
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    temporary, temporary_ids = temporary_file(out_file), temporary_file(ids_file(out_file))
-    try:
-        with disk_errors(out_file):
-            written = _write_ids(doc_ids, temporary_ids)
-            if written != index.ntotal:
-                raise RankdistillError(
-                    f"{index.ntotal} vectors but {written} document ids",
-                    where=str(out_file),
-                    fix="give the ids of the very collection the vectors were encoded from, in its order",
-                )
-            write = faiss.write_index_binary if specification.binary else faiss.write_index
-            try:
-                write(index, str(temporary))
-            except RuntimeError as error:
-                if "No space left" in str(error) or "write error" in str(error):
-                    raise OSError(28, str(error)) from error
-                raise RankdistillError(
-                    f"FAISS cannot write the index: {reason_of(error)}", where=str(out_file)
-                ) from None
-            sync_file(temporary)
-            sizes = {"bytes": temporary.stat().st_size, "ids_bytes": temporary_ids.stat().st_size}
-            digests = _digests(temporary, temporary_ids)
-            # Files without a manifest would be taken for a stranger's, by another process or after a kill.
-            write_atomically(
-                manifest_file(out_file), json.dumps({"kind": "faiss_index", "libraries": library_versions()})
-            )
-            os.replace(temporary, out_file)
-            os.replace(temporary_ids, ids_file(out_file))
-            whole = {
-                "kind": "faiss_index",
-                "specification": specification.model_dump(mode="json"),
-                **manifest,
-                "dimension": index.d,
-                "documents": index.ntotal,
-                **sizes,
-                "sha256": digests,
-                "threads": faiss.omp_get_max_threads(),
-                "libraries": library_versions(),
-            }
-            write_atomically(manifest_file(out_file), json.dumps(whole, indent=2) + "\n")
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporary_ids.unlink(missing_ok=True)
+    write = faiss.write_index_binary if specification.binary else faiss.write_index
+    whole: dict[str, Any] = {"kind": "faiss_index", "libraries": library_versions()}
+    with written_whole(ids_file(out_file)) as ids, written_whole(out_file) as file:
+        if (written := _write_ids(doc_ids, ids)) != index.ntotal:
+            fix = "give the ids of the very collection the vectors were encoded from, in its order"
+            what = f"{index.ntotal} vectors but {written} document ids"
+            raise RankdistillError(what, where=str(out_file), fix=fix)
+        try:
+            write(index, str(file))
+        except RuntimeError as error:
+            if "No space left" in str(error) or "write error" in str(error):
+                raise OSError(28, str(error)) from error
+            what = f"FAISS cannot write the index: {reason_of(error)}"
+            raise RankdistillError(what, where=str(out_file)) from None
+        held = {
+            "bytes": file.stat().st_size,
+            "ids_bytes": ids.stat().st_size,
+            "sha256": _digests(file, ids),
+            "threads": faiss.omp_get_max_threads(),
+        }
+        # Files without a manifest would be taken for a stranger's, by another process or after a kill.
+        write_atomically(manifest_file(out_file), json.dumps(whole))
+    described = {"dimension": index.d, "documents": index.ntotal}
+    whole = {**whole, "specification": specification.model_dump(mode="json"), **manifest, **described, **held, **whole}
+    write_json(manifest_file(out_file), whole)
     return FaissIndex(out_file, index, whole)
 
 
@@ -162,9 +139,8 @@ def read_faiss(path: Path, binary: bool, memory_map: bool = False) -> Any:
     try:
         return faiss.read_index_binary(str(path), flags) if binary else faiss.read_index(str(path), flags)
     except (RuntimeError, MemoryError) as error:
-        raise RankdistillError(
-            f"FAISS cannot read this index: {reason_of(error)}", where=str(path), fix="build it again"
-        ) from None
+        what = f"FAISS cannot read this index: {reason_of(error)}"
+        raise RankdistillError(what, where=str(path), fix="build it again") from None
 
 
 # -- searching --------------------------------------------------------------------------------------------------------
@@ -195,26 +171,20 @@ class FaissIndex:
             fix = "rankdistill index STUDENT --out FILE"
             raise RankdistillError("there is no index here", where=str(path), fix=fix)
         if not manifest_file(path).is_file():
-            raise RankdistillError(
-                "this index has no manifest: it was not finished, or was not written by rankdistill",
-                where=str(manifest_file(path)),
-                fix="build it again, or open a foreign file with FaissIndex.foreign(path)",
-            )
+            what = "this index has no manifest: it was not finished, or was not written by rankdistill"
+            fix = "build it again, or open a foreign file with FaissIndex.foreign(path)"
+            raise RankdistillError(what, where=str(manifest_file(path)), fix=fix)
         manifest = manifest_if_whole(path)
         if not manifest:
-            raise RankdistillError(
-                "the index was not finished, or it or its ids are damaged", where=str(path), fix="build it again"
-            )
+            what = "the index was not finished, or it or its ids are damaged"
+            raise RankdistillError(what, where=str(path), fix="build it again")
         try:
-            binary, described = manifest["specification"]["binary"], (manifest["documents"], manifest["dimension"])
-            IndexSpecification.model_validate(manifest["specification"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise RankdistillError(
-                f"the index's manifest is damaged: {error!r:.200}",
-                where=str(manifest_file(path)),
-                fix="build the index again",
-            ) from None
-        index = cls(path, read_faiss(path, bool(binary), memory_map), manifest)
+            binary = IndexSpecification.model_validate(manifest["specification"]).binary
+            described = manifest["documents"], manifest["dimension"]
+        except (KeyError, ValueError) as error:
+            what = f"the index's manifest is damaged: {error!r:.200}"
+            raise RankdistillError(what, where=str(manifest_file(path)), fix="build the index again") from None
+        index = cls(path, read_faiss(path, binary, memory_map), manifest)
         if (index.document_count, index.dimension) != described:
             raise RankdistillError("the index is not the one its manifest describes", where=str(path))
         if index.specification.search.max_codes is not None:  # the only setting that FAISS's file does not hold
@@ -264,40 +234,31 @@ class FaissIndex:
         return not any("FastScan" in type(part).__name__ for part in parts(self.index))
 
     def __repr__(self) -> str:
-        return (
-            f"FaissIndex({self.name}: {self.manifest.get('factory', '')}, {self.document_count} × {self.dimension}, "
-            f"{self.bytes_per_document:.1f} bytes a document)"
-        )
+        held = f"{self.manifest.get('factory', '')}, {self.document_count} × {self.dimension}"
+        return f"FaissIndex({self.name}: {held}, {self.bytes_per_document:.1f} bytes a document)"
 
     def check(self, encoder: Encoder | None = None, collection: Any = None) -> None:
         """Refuse a student or a collection this index was not made from."""
-        manifest, rebuild = self.manifest, "build the index again with this student: rankdistill index"
-        inputs = {"encoder": manifest.get("student_fingerprint"), "collection": manifest.get("collection_fingerprint")}
+        where, fix = str(self.path), "build the index again with this student: rankdistill index"
+        names = {"encoder": "student_fingerprint", "collection": "collection_fingerprint"}
+        inputs = {name: self.manifest.get(key) for name, key in names.items()}
         if encoder is not None and encoder.dimension != self.dimension:
-            raise RankdistillError(
-                f"the index holds vectors of {self.dimension} dimensions, the student makes {encoder.dimension}",
-                where=str(self.path),
-                fix=rebuild,
-            )
-        check_inputs(inputs, encoder, collection, str(self.path), rebuild)
+            what = f"the index holds vectors of {self.dimension} dimensions, the student makes {encoder.dimension}"
+            raise RankdistillError(what, where=where, fix=fix)
+        check_inputs(inputs, encoder, collection, where, fix)
         if encoder is not None and not inputs["encoder"]:
             warn(f"{self.path} does not say which student made its vectors: its hits are right only if this one did")
         if collection is not None and not inputs["collection"] and self.document_count != collection.document_count:
-            raise RankdistillError(
-                f"this index is over another collection ({self.document_count:,} documents)",
-                where=str(self.path),
-                fix=f"build it again over {collection.name}",
-            )
+            what = f"this index is over another collection ({self.document_count:,} documents)"
+            raise RankdistillError(what, where=where, fix=f"build it again over {collection.name}")
 
     def check_documents(self, student: Encoder) -> None:
         """Refuse an index whose document vectors another student made; its own query encoder's would pass `check`."""
         vectors, collection = self.manifest.get("vectors_fingerprint"), self.manifest.get("collection_fingerprint")
         if vectors and collection and vectors != (expected := vectors_fingerprint(student, str(collection))):
-            raise RankdistillError(
-                f"this index belongs to another student (its document vectors are {vectors}, not {expected})",
-                where=str(self.path),
-                fix="build the index again with this student: rankdistill quantize",
-            )
+            what = f"this index belongs to another student (its document vectors are {vectors}, not {expected})"
+            fix = "build the index again with this student: rankdistill quantize"
+            raise RankdistillError(what, where=str(self.path), fix=fix)
 
     def doc_ids(self, rows: Iterable[int]) -> list[str]:
         """Ids of rows; those of a foreign index are not known."""
@@ -338,30 +299,25 @@ class FaissIndex:
         k = min(k, self.document_count)
         if k < 1:
             return [no_hits() for _ in vectors]
-        hits: list[Hits] = []
-        for start in range(0, len(vectors), QUERIES_AT_ONCE):
-            block = vectors[start : start + QUERIES_AT_ONCE]
-            if self.specification.binary:
-                hits += self._search_binary(block, k)
-                continue
-            scores, rows = self.index.search(block, k)
-            if self.specification.metric == "l2":
-                scores = -scores
-            hits += [ranked(rows[i], scores[i], k) for i in range(len(block))]
-        return hits
+        find = self._find_binary if self.specification.binary else self._find
+        return [
+            ranked(rows, scores, k)
+            for start in range(0, len(vectors), QUERIES_AT_ONCE)
+            for rows, scores in find(vectors[start : start + QUERIES_AT_ONCE], k)
+        ]
 
-    def _search_binary(self, vectors: Vectors, k: int) -> list[Hits]:
+    def _find(self, vectors: Vectors, k: int) -> Iterable[tuple[NDArray[Any], NDArray[Any]]]:
+        scores, rows = self.index.search(vectors, k)
+        return zip(rows, -scores if self.specification.metric == "l2" else scores, strict=True)
+
+    def _find_binary(self, vectors: Vectors, k: int) -> Iterable[tuple[NDArray[Any], NDArray[Any]]]:
         depth = min(self.document_count, k * (self._search.rescore or 1))
         distances, rows = self.index.search(sign_bits(vectors), depth)
         if not self._search.rescore:
-            scores = (self.dimension - 2 * distances).astype(np.float32)
-            return [ranked(rows[i], scores[i], k) for i in range(len(vectors))]
-        hits = []
-        for query, near in zip(vectors, rows, strict=True):
-            near = near[near >= 0]
-            signs = np.unpackbits(self._codes(near), axis=1).astype(np.float32) * 2 - 1
-            hits.append(ranked(near, signs @ query, k))
-        return hits
+            return zip(rows, (self.dimension - 2 * distances).astype(np.float32), strict=True)
+        real = [near[near >= 0] for near in rows]
+        signs = (np.unpackbits(self._codes(near), axis=1).astype(np.float32) * 2 - 1 for near in real)
+        return zip(real, (sign @ query for sign, query in zip(signs, vectors, strict=True)), strict=True)
 
     def _codes(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Sign bits of rows, [n, dimension/8]."""
@@ -369,10 +325,9 @@ class FaissIndex:
 
         if self._bits is None:
             inner = list(parts(self.index))[-1]
-            storage = faiss.downcast_IndexBinary(inner.storage) if hasattr(inner, "storage") else inner
+            storage: Any = faiss.downcast_IndexBinary(inner.storage) if hasattr(inner, "storage") else inner
             if not hasattr(storage, "xb"):
-                if hasattr(storage, "make_direct_map"):
-                    storage.make_direct_map()
+                storage.make_direct_map()
                 return np.stack([storage.reconstruct(int(row)) for row in rows])
             # A view into FAISS's own memory: alive as long as self.index.
             flat = faiss.rev_swig_ptr(storage.xb.data(), self.document_count * self.dimension // 8)

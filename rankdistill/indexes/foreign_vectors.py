@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -154,29 +153,25 @@ def open_foreign_vectors(
 
 
 def _open_npy(path: Path) -> NDArray[Any]:
+    where = str(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except DAMAGE as error:
-        raise RankdistillError(f"this is no array of numbers: {error}", where=str(path)) from None
+        raise RankdistillError(f"this is no array of numbers: {error}", where=where) from None
     if array.ndim != 2 or 0 in array.shape:
-        raise RankdistillError(
-            f"an array of shape {list(array.shape)} where [vectors, dimension] was expected", where=str(path)
-        )
+        what = f"an array of shape {list(array.shape)} where [vectors, dimension] was expected"
+        raise RankdistillError(what, where=where)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise RankdistillError(
-            f"vectors of type {array.dtype} where float16, float32 or float64 was expected",
-            where=str(path),
-            fix="quantised vectors must be turned back to floats first",
-        )
+        what = f"vectors of type {array.dtype} where float16, float32 or float64 was expected"
+        raise RankdistillError(what, where=where, fix="quantised vectors must be turned back to floats first")
     return array
 
 
 def _ids_beside(path: Path, ids: str | Path | None, column: str, count: int) -> Ids:
-    beside = Path(f"{path}.ids.parquet")
-    file = Path(ids) if ids is not None else beside if beside.is_file() else None
-    if file is None:
-        return Ids(None, count)
+    file = Path(f"{path}.ids.parquet") if ids is None else Path(ids)
     if not file.is_file():
+        if ids is None:
+            return Ids(None, count)
         raise RankdistillError("there are no ids here", where=str(file))
     if file.suffix in PARQUET:
         known = _ids_of_parquet([file], column)
@@ -186,56 +181,37 @@ def _ids_beside(path: Path, ids: str | Path | None, column: str, count: int) -> 
             del lines[0]  # a header
         known = _checked_ids(pa.chunked_array([pa.array(lines, pa.string())]), [file])
     if len(known) != count:
-        raise RankdistillError(
-            f"{count} vectors but {len(known)} ids",
-            where=f"{path}, {file}",
-            fix="one id for each row of the vectors, in their order",
-        )
+        what, fix = f"{count} vectors but {len(known)} ids", "one id for each row of the vectors, in their order"
+        raise RankdistillError(what, where=f"{path}, {file}", fix=fix)
     return known
 
 
-@contextmanager
-def _whole(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise RankdistillError(f"the Parquet file is damaged: {error}", where=str(file), fix="fetch it again") from None
-
-
-def _vector_batches(file: Path, size: int) -> Iterator[pa.Array]:
-    with _whole(file):
-        for batch in _open_parquet(file, [VECTOR_COLUMN]).iter_batches(batch_size=size, columns=[VECTOR_COLUMN]):
-            batch.validate(full=True)  # offsets that lead elsewhere would be followed
-            yield batch[VECTOR_COLUMN]
-
-
-def _open_parquet(file: Path, columns: Sequence[str]) -> pq.ParquetFile:
+def _batches(file: Path, column: str, size: int = BLOCK) -> Iterator[pa.Array]:
+    """A column of a Parquet file; an error where there is none, or the file is damaged."""
     try:
         opened = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
         raise RankdistillError(f"this is no Parquet file: {error}", where=str(file)) from None
-    missing = [name for name in columns if name not in opened.schema_arrow.names]
-    if missing:
-        raise RankdistillError(
-            f"there is no column {missing[0]!r}, only {', '.join(opened.schema_arrow.names)}",
-            where=str(file),
-            fix="name the columns " + " and ".join(columns),
-        )
-    return opened
+    if column not in (names := opened.schema_arrow.names):
+        what, fix = f"there is no column {column!r}, only {', '.join(names)}", f"name the column {column}"
+        raise RankdistillError(what, where=str(file), fix=fix)
+    try:
+        for batch in opened.iter_batches(batch_size=size, columns=[column]):
+            batch.validate(full=True)  # offsets that lead elsewhere would be followed, and ids may not be UTF-8
+            yield batch[column]
+    except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise RankdistillError(f"the Parquet file is damaged: {error}", where=str(file), fix="fetch it again") from None
 
 
 def _ids_of_parquet(files: Sequence[Path], column: str) -> Ids:
     chunks: list[pa.Array] = []
     for file in files:
-        with _whole(file):
-            ids = _open_parquet(file, [column]).read(columns=[column])[column]
-            ids.validate(full=True)  # ids that are not UTF-8
-        kinds = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string
-        if len(ids) and not any(of_kind(ids.type) for of_kind in kinds):
-            raise RankdistillError(
-                f"ids of type {ids.type} where text or whole numbers were expected", where=f"{file}: {column}"
-            )
-        chunks += ids.cast(pa.string()).chunks
+        for ids in _batches(file, column):
+            kinds = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string
+            if not any(of_kind(ids.type) for of_kind in kinds):
+                what = f"ids of type {ids.type} where text or whole numbers were expected"
+                raise RankdistillError(what, where=f"{file}: {column}")
+            chunks.append(ids.cast(pa.string()))
     return _checked_ids(pa.chunked_array(chunks, pa.string()), files)
 
 
@@ -284,7 +260,7 @@ def _look_through(source: NDArray[Any] | list[Path], copy: Path | None, ids: Ids
 
 def _dimension(files: Sequence[Path]) -> int:
     for file in files:
-        for column in _vector_batches(file, 1):
+        for column in _batches(file, VECTOR_COLUMN, 1):
             first = column[0].as_py()
             if isinstance(first, list) and first:
                 return len(first)
@@ -299,7 +275,7 @@ def _blocks(source: NDArray[Any] | list[Path], dimension: int) -> Iterator[NDArr
         return
     for file in source:
         row = 0
-        for column in _vector_batches(file, BLOCK):
+        for column in _batches(file, VECTOR_COLUMN):
             yield _rows_of(column, dimension, file, row)
             row += len(column)
 
@@ -312,10 +288,8 @@ def _rows_of(column: pa.Array, dimension: int, file: Path, first_row: int) -> ND
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != dimension)
     if len(wrong):
-        raise RankdistillError(
-            f"a vector of {lengths[wrong[0]]} dimensions among others of {dimension}",
-            where=f"{file}: row {first_row + wrong[0]}",
-        )
+        what = f"a vector of {lengths[wrong[0]]} dimensions among others of {dimension}"
+        raise RankdistillError(what, where=f"{file}: row {first_row + wrong[0]}")
     # A missing number inside a vector becomes NaN, which is refused where the row has a name.
     values: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(column), dimension)

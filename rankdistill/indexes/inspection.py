@@ -33,49 +33,34 @@ SHARED = 0.05
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line: what was measured, and what to do where it is bad."""
-
-    name: str
-    value: float | int | str
-    warning: str = ""
-
-    @classmethod
-    def of(cls, name: str, value: float, bad: bool = False, warning: str = "") -> Finding:
-        return cls(name, round(value, 4), warning if bad else "")
-
-
-@dataclass(frozen=True)
 class IndexCheck:
-    """All findings about an index."""
+    """All findings about an index: name → what was measured, and what to do where it is bad."""
 
     path: str
     description: str
-    findings: list[Finding] = field(default_factory=list)
+    findings: dict[str, tuple[float | int | str, str]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float | int | str, bad: bool = False, warning: str = "") -> None:
+        self.findings[name] = round(value, 4) if isinstance(value, float) else value, warning if bad else ""
 
     @property
     def warnings(self) -> list[str]:
-        return [f"{finding.name}: {finding.warning}" for finding in self.findings if finding.warning]
+        return [f"{name}: {warning}" for name, (_, warning) in self.findings.items() if warning]
 
     def __getitem__(self, name: str) -> float | int | str:
-        return next(finding.value for finding in self.findings if finding.name == name)
+        return self.findings[name][0]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "description": self.description,
-            "findings": {finding.name: finding.value for finding in self.findings},
-            "warnings": self.warnings,
-        }
+        values = {name: value for name, (value, _) in self.findings.items()}
+        return {"path": self.path, "description": self.description, "findings": values, "warnings": self.warnings}
 
     def __str__(self) -> str:
         lines = [self.description]
-        for finding in self.findings:
-            value = finding.value
+        for name, (value, warning) in self.findings.items():
             shown = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-            lines.append(f"{'WARNING' if finding.warning else 'ok':9}{finding.name:34}{shown}")
-            if finding.warning:
-                lines.append(f"{'':9}{'':4}{finding.warning}")
+            lines.append(f"{'WARNING' if warning else 'ok':9}{name:34}{shown}")
+            if warning:
+                lines.append(f"{'':9}{'':4}{warning}")
         return "\n".join(lines)
 
 
@@ -100,46 +85,49 @@ def check_index(
     Raises:
         RankdistillError: vectors of another number or dimension than the index's.
     """
-    import faiss
 
-    if vectors is not None and vectors.shape != (index.document_count, index.dimension):
-        raise RankdistillError(
-            f"vectors of shape {list(vectors.shape)}, an index of {index.document_count} × {index.dimension}",
-            where=str(index.path),
-            fix="give the vectors that the index was built from, in its order",
-        )
-    count = index.document_count
-    findings = [Finding("documents", count), Finding("bytes a document", round(index.bytes_per_document, 2))]
+    count, binary = index.document_count, index.specification.binary
+    if vectors is not None and vectors.shape != (count, index.dimension):
+        what = f"vectors of shape {list(vectors.shape)}, an index of {count} × {index.dimension}"
+        fix = "give the vectors that the index was built from, in its order"
+        raise RankdistillError(what, where=str(index.path), fix=fix)
+    check = IndexCheck(str(index.path), repr(index))
+    check.add("documents", count)
+    check.add("bytes a document", round(index.bytes_per_document, 2))
     if not count:
-        return IndexCheck(str(index.path), repr(index), findings)
+        return check
     rows = np.sort(np.random.default_rng(seed).permutation(count)[:sample])
-    inner = coded(index.index)
-    originals = None if vectors is None else np.ascontiguousarray(vectors[rows], np.float32)
-    if originals is not None:
+    inner, originals, turned = coded(index.index), None, None
+    if vectors is not None:
+        originals = np.ascontiguousarray(vectors[rows], np.float32)
         check_vectors(originals, index.dimension, lambda row: f"row {rows[row]}")
-    binary = isinstance(inner, faiss.IndexBinary)
-    turned = None if originals is None or binary else _transformed(index.index, originals)
+        turned = originals
+        for transform in transforms(index.index):  # as the coded index sees them
+            turned = transform.apply(turned)
     decoded = None if binary else _decoded(inner, rows)
     if decoded is not None and not np.isfinite(decoded).all():
-        findings.append(Finding("documents decoded", "NaN", "the codebooks are broken: train again"))
+        check.add("documents decoded", "NaN", True, "the codebooks are broken: train again")
         decoded = None
     has_lists = hasattr(inner, "invlists")
     if has_lists:
-        findings += _about_lists(inner)
-        inside = decoded if turned is None else turned
+        _add_lists(check, inner)
+        inside = decoded if turned is None or binary else turned
         if inside is not None:
-            findings += _about_probing(inner, _lists_of_rows(inner)[rows], inside, exact=turned is not None)
+            _add_probing(check, inner, _lists_of_rows(inner)[rows], inside, exact=turned is not None)
     if decoded is not None:
-        findings += _about_lengths(decoded, turned, index.manifest.get("similarity") == "cos")
-    hashes = _code_hashes(inner)
-    if hashes is not None:
-        findings.append(_about_shared_codes(hashes, vectors))
+        _add_lengths(check, decoded, turned, index.manifest.get("similarity") == "cos")
+    if (hashes := _code_hashes(inner)) is not None:
+        shared, same = _share_of_shared(hashes), 0.0 if vectors is None else _share_of_shared(row_hashes(vectors))
+        advice = "more subspaces or bits: these documents cannot be told apart"
+        if same:
+            advice += f" ({same:.1%} have the very vector of another: those never can)"
+        check.add("codes shared", shared, shared - same > SHARED, advice)
     asked = queries if queries is not None else originals
     asked = _outside(index.index, decoded) if asked is None else asked[:sample]
     if asked is not None:
-        findings.append(_about_missing(index, asked, min(k, count), has_lists))
-    findings += _about_polysemous(index.index)
-    return IndexCheck(str(index.path), repr(index), findings)
+        _add_missing(check, index, asked, min(k, count), "raise nprobe" if has_lists else "raise efSearch")
+    _add_polysemous(check, index.index)
+    return check
 
 
 def _lists_of_rows(ivf: Any) -> NDArray[np.int64]:
@@ -173,13 +161,6 @@ def _decoded(inner: Any, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
     return decoded
 
 
-def _transformed(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors as the coded index sees them, after any rotation."""
-    for transform in transforms(index):
-        vectors = transform.apply(vectors)
-    return vectors
-
-
 def _outside(index: Any, decoded: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
     """Decoded vectors turned back into the student's space, to search with."""
     if decoded is None:
@@ -192,64 +173,56 @@ def _outside(index: Any, decoded: NDArray[np.float32] | None) -> NDArray[np.floa
     return decoded
 
 
-def _about_lists(ivf: Any) -> list[Finding]:
+def _add_lists(check: IndexCheck, ivf: Any) -> None:
     sizes = np.array([ivf.invlists.list_size(number) for number in range(ivf.nlist)], np.float64)
-    imbalance = float(len(sizes) * (sizes**2).sum() / max(1.0, sizes.sum()) ** 2)
-    empty = int((sizes == 0).sum())
-    visited = min(1.0, int(ivf.nprobe) / len(sizes) * imbalance)
-    uneven = (
-        f"a search visits {imbalance:.1f} times as many vectors as with even lists: train on more vectors, or with"
-        " normalised centroids"
-    )
-    too_many = f"nprobe {ivf.nprobe} of {len(sizes)} lists: set nprobe to {len(sizes)}; fast-scan breaks beyond it"
-    return [
-        Finding("lists", len(sizes)),
-        Finding.of("lists, empty", empty, empty > EMPTY * len(sizes), "use fewer lists"),
-        Finding("lists, largest", int(sizes.max())),
-        Finding.of("lists, imbalance", imbalance, imbalance > UNEVEN, uneven),
-        Finding.of("nprobe", int(ivf.nprobe), ivf.nprobe > len(sizes), too_many),
-        Finding.of("vectors visited, about", visited),
-    ]
+    count, nprobe, empty = len(sizes), int(ivf.nprobe), int((sizes == 0).sum())
+    imbalance = float(count * (sizes**2).sum() / max(1.0, sizes.sum()) ** 2)
+    uneven = f"a search visits {imbalance:.1f} times as many vectors as with even lists"
+    uneven += ": train on more vectors, or with normalised centroids"
+    too_many = f"nprobe {nprobe} of {count} lists: set nprobe to {count}; fast-scan breaks beyond it"
+    check.add("lists", count)
+    check.add("lists, empty", empty, empty > EMPTY * count, "use fewer lists")
+    check.add("lists, largest", int(sizes.max()))
+    check.add("lists, imbalance", imbalance, imbalance > UNEVEN, uneven)
+    check.add("nprobe", nprobe, nprobe > count, too_many)
+    check.add("vectors visited, about", min(1.0, nprobe / count * imbalance))
 
 
-def _about_probing(ivf: Any, lists: NDArray[np.int64], inside: NDArray[np.float32], exact: bool) -> list[Finding]:
+def _add_probing(
+    check: IndexCheck, ivf: Any, lists: NDArray[np.int64], inside: NDArray[np.float32], exact: bool
+) -> None:
     _, probed = ivf.quantizer.search(np.ascontiguousarray(inside), min(int(ivf.nprobe), int(ivf.nlist)))
     known = lists >= 0
     first = float((probed[known, 0] == lists[known]).mean())
     among = float((probed[known] == lists[known, None]).any(axis=1).mean())
-    assign = (
-        "documents stand in other lists than those a search for them visits: assign them again by the rule the index"
-        " probes by (its metric), with the final centroids"
-    )
+    assign = "documents stand in other lists than those a search for them visits: assign them again by the rule the"
+    assign += " index probes by (its metric), with the final centroids"
     # A code says only about where its document is, so that its own list may be the second nearest.
-    bad = first < (AGREEMENT if exact else 0.8)
+    check.add("own list probed first", first, first < (AGREEMENT if exact else 0.8), assign)
     missed = f"a search for a document misses it with nprobe {ivf.nprobe}"
-    return [
-        Finding.of("own list probed first", first, bad, assign),
-        Finding.of("own list among the probed", among, among < AGREEMENT, missed),
-    ]
+    check.add("own list among the probed", among, among < AGREEMENT, missed)
 
 
-def _about_lengths(decoded: NDArray[np.float32], originals: NDArray[np.float32] | None, unit: bool) -> list[Finding]:
+def _add_lengths(
+    check: IndexCheck, decoded: NDArray[np.float32], originals: NDArray[np.float32] | None, unit: bool
+) -> None:
     lengths = np.linalg.norm(decoded, axis=1)
     if originals is None and not unit:
-        return [Finding.of("length of decoded, mean", float(lengths.mean()))]
+        check.add("length of decoded, mean", float(lengths.mean()))
+        return
     before = np.ones(len(lengths)) if originals is None else np.linalg.norm(originals, axis=1)
     real = before > 0
     if not real.any():
-        return []
+        return
     kept = lengths[real] / before[real]
     mean, spread = float(kept.mean()), float(kept.std() / max(kept.mean(), 1e-12))
     advice = "inner products rank by it: more bytes, or train the codebooks for ranking (rankdistill quantize)"
-    findings = [
-        Finding.of("length kept, mean", mean, mean < 0.5, advice),
-        Finding.of("length kept, spread", spread, spread > SPREAD, advice),
-    ]
+    check.add("length kept, mean", mean, mean < 0.5, advice)
+    check.add("length kept, spread", spread, spread > SPREAD, advice)
     if originals is not None:
         products = (decoded[real] * originals[real]).sum(axis=1)
         cosines = products / np.maximum(lengths[real] * before[real], 1e-12)
-        findings.append(Finding.of("direction kept, mean", float(cosines.mean())))
-    return findings
+        check.add("direction kept, mean", float(cosines.mean()))
 
 
 def _code_hashes(inner: Any) -> NDArray[np.int64] | None:
@@ -272,44 +245,33 @@ def _code_hashes(inner: Any) -> NDArray[np.int64] | None:
     return None
 
 
-def _about_shared_codes(hashes: NDArray[np.int64], vectors: NDArray[np.float32] | None) -> Finding:
-    shared = _share_of_shared(hashes)
-    same = 0.0 if vectors is None else _share_of_shared(row_hashes(vectors))
-    advice = "more subspaces or bits: these documents cannot be told apart"
-    if same:
-        advice += f" ({same:.1%} have the very vector of another: those never can)"
-    return Finding.of("codes shared", shared, shared - same > SHARED, advice)
-
-
 def _share_of_shared(hashes: NDArray[np.int64]) -> float:
     _, counts = np.unique(hashes, return_counts=True)
     return float(counts[counts > 1].sum() / len(hashes))
 
 
-def _about_missing(index: FaissIndex, queries: NDArray[np.float32], k: int, lists: bool) -> Finding:
-    queries = np.ascontiguousarray(queries, np.float32)
-    name = f"hits missing (-1) of {k}"
+def _add_missing(check: IndexCheck, index: FaissIndex, queries: NDArray[np.float32], k: int, fix: str) -> None:
+    queries, name = np.ascontiguousarray(queries, np.float32), f"hits missing (-1) of {k}"
     try:
         _, rows = index.index.search(sign_bits(queries) if index.specification.binary else queries, k)
     except RuntimeError as error:
-        return Finding(name, "all", f"FAISS cannot search this index: {reason_of(error)}")
+        check.add(name, "all", True, f"FAISS cannot search this index: {reason_of(error)}")
+        return
     missing = float((rows < 0).mean())
-    fix = "raise nprobe" if lists else "raise efSearch"
     warning = f"{missing:.1%} of {k} hits are -1, which is no document: {fix}, or ask for fewer"
-    return Finding.of(name, missing, missing > 0, warning)
+    check.add(name, missing, missing > 0, warning)
 
 
-def _about_polysemous(index: Any) -> list[Finding]:
+def _add_polysemous(check: IndexCheck, index: Any) -> None:
     import faiss
 
     kind: Any = faiss.IndexPQ
     filtering = (kind.ST_polysemous, kind.ST_polysemous_generalize)
     quantised: list[Any] = [part for part in parts(index) if isinstance(part, faiss.IndexIVFPQ | faiss.IndexPQ)]
-    on = [
+    on = any(
         part.polysemous_ht != 0 if isinstance(part, faiss.IndexIVFPQ) else part.search_type in filtering
         for part in quantised
-    ]
-    if not on:
-        return []
+    )
     fix = "it drops documents unseen: set polysemous_ht = 0 (IVFPQ) or search_type = ST_PQ (PQ)"
-    return [Finding("polysemous filter", "on" if any(on) else "off", fix if any(on) else "")]
+    if quantised:
+        check.add("polysemous filter", "on" if on else "off", on, fix)

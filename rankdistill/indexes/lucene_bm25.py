@@ -49,11 +49,9 @@ class LuceneBM25(LexicalEngine):
     def __init__(self, k1: float = 0.9, b: float = 0.4, language: str = "english", threads: int = 0) -> None:
         super().__init__(k1, b, language, threads)
         if language not in ("english", "none", *ANALYZERS):
-            raise UsageError(
-                f"Lucene has no analyzer for the language {language!r}",
-                where=f"{self.kind}.language",
-                fix=f"one of: none, english, {', '.join(ANALYZERS)}",
-            )
+            fix = f"one of: none, english, {', '.join(ANALYZERS)}"
+            what = f"Lucene has no analyzer for the language {language!r}"
+            raise UsageError(what, where=f"{self.kind}.language", fix=fix)
 
     @property
     def bytes(self) -> int:

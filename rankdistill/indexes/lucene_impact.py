@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from rankdistill.errors import RankdistillError
 from rankdistill.indexes import jvm
 from rankdistill.indexes.base import Hits, no_hits
 from rankdistill.indexes.impacts import fit_quantiser, term_names
-from rankdistill.indexes.lucene import CONTENTS, LuceneReader, LuceneWriter, PerThread, java_text, search_all
+from rankdistill.indexes.lucene import CONTENTS, LuceneReader, LuceneWriter, java_text, search_all
 from rankdistill.indexes.sparse_specification import LuceneImpactSpecification
 from rankdistill.progress import progress
 
@@ -47,12 +48,11 @@ def build(
             refuses; two terms of one name, or one that Lucene cannot hold; a document whose impacts exceed 2^31.
     """
     names = _lucene_names(terms, specification.name)
-    if len(names) < vectors.shape[1] or len(doc_ids) != vectors.shape[0]:
-        raise RankdistillError(
-            f"{len(doc_ids):,} document ids and {len(names):,} terms for vectors of {vectors.shape[0]:,} documents and "
-            f"{vectors.shape[1]:,} terms",
-            where=specification.name,
-        )
+    if (len(doc_ids), len(names)) != vectors.shape:
+        rows, columns = vectors.shape
+        here = f"{len(doc_ids):,} document ids and {len(names):,} terms"
+        what = f"{here} for vectors of {rows:,} documents and {columns:,} terms"
+        raise RankdistillError(what, where=specification.name)
     quantiser, counts = fit_quantiser(specification, vectors)
     jvm.start()
     similarity = jvm.load("io.anserini.search.similarity.ImpactSimilarity")()
@@ -103,7 +103,7 @@ class LuceneImpactIndex:
         self.bytes = reader.bytes
         self._reader = reader
         self._terms = [_escaped(term) for term in terms]
-        self._parser = PerThread(_parser)
+        self._parsers = threading.local()  # one a thread: two must not share one
 
     def search(self, queries: Any, k: int) -> list[Hits]:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary], best first, ties by row."""
@@ -132,7 +132,10 @@ class LuceneImpactIndex:
             for column, weight in zip(columns, weights, strict=True)
             if (whole := round(weight * unit)) > 0
         ]
-        hits = self._reader.hits(self._parser.value.parse(java_text(" ".join(clauses))), k)
+        if not hasattr(self._parsers, "parser"):
+            keyword = jvm.load("org.apache.lucene.analysis.core.KeywordAnalyzer")()
+            self._parsers.parser = jvm.load("org.apache.lucene.queryparser.classic.QueryParser")(CONTENTS, keyword)
+        hits = self._reader.hits(self._parsers.parser.parse(java_text(" ".join(clauses))), k)
         return Hits(hits.rows, hits.scores * np.float32(self.step / unit))
 
 
@@ -140,24 +143,14 @@ def _lucene_names(terms: Sequence[str], where: str) -> list[str]:
     names = term_names(terms, where)
     for name in names:
         if IMPACT in name or NEXT in name or len(name.encode("utf-8", "surrogatepass")) > LONGEST_TERM:
-            raise RankdistillError(
-                f"Lucene cannot hold the term {name[:50]!r}",
-                where=where,
-                fix=f"terms of at most {LONGEST_TERM:,} bytes without the control characters 1 and 2",
-            )
+            fix = f"terms of at most {LONGEST_TERM:,} bytes without the control characters 1 and 2"
+            raise RankdistillError(f"Lucene cannot hold the term {name[:50]!r}", where=where, fix=fix)
     return names
 
 
 def _escaped(term: str) -> str:
     """A term as Lucene's query parser takes it for nothing else: no character of it is an operator."""
-    if term in OPERATORS:
-        return f"\\{term}"
-    return re.sub(r"(\W)", r"\\\1", term)
-
-
-def _parser() -> Any:
-    keyword = jvm.load("org.apache.lucene.analysis.core.KeywordAnalyzer")()
-    return jvm.load("org.apache.lucene.queryparser.classic.QueryParser")(CONTENTS, keyword)
+    return f"\\{term}" if term in OPERATORS else re.sub(r"(\W)", r"\\\1", term)
 
 
 def _analyzer() -> Any:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -99,13 +100,10 @@ def mine(
             they would teach the opposite.
         batch_size: queries at a time.
     """
+    alone = depth if len(sources) == 1 else None
+    defaults: dict[str, Any] = {"quota": alone, "margin": margin, "relative_margin": relative_margin}
     sources = [
-        replace(
-            source,
-            quota=source.quota if source.quota is not None or len(sources) > 1 else depth,
-            margin=source.margin if source.margin is not None else margin,
-            relative_margin=source.relative_margin if source.relative_margin is not None else relative_margin,
-        )
+        replace(source, **{name: value for name, value in defaults.items() if getattr(source, name) is None})
         for source in sources
     ]
     if not sources:
@@ -169,28 +167,26 @@ def export_trec(candidates: Artifact, path: str | Path, tag: str = "rankdistill"
 
 
 def _batches(
-    collection: Collection, split: str | None, query_ids: Sequence[str] | None, batch_size: int
+    collection: Collection, split: str | None, query_ids: Sequence[str] | None, size: int
 ) -> Iterator[list[Query]]:
     """The queries to mine, with their labels, in batches that are the same at each call."""
     if query_ids is None:
-        yield from collection.iter_queries(split, batch_size)
+        yield from collection.iter_queries(split, size)
         return
     missing = dict.fromkeys(query_ids)
     batch: list[Query] = []
-    if split is not None:
-        for queries in collection.iter_queries(split, batch_size):
-            for query in queries:
-                if query.query_id in missing:
-                    del missing[query.query_id]
-                    batch.append(query)
-            while len(batch) >= batch_size:
-                yield batch[:batch_size]
-                batch = batch[batch_size:]
+    for queries in collection.iter_queries(split, size) if split is not None else ():
+        batch += [query for query in queries if query.query_id in missing]
+        for query in queries:
+            missing.pop(query.query_id, None)
+        while len(batch) >= size:
+            yield batch[:size]
+            batch = batch[size:]
     if batch:
         yield batch
     unlabelled = list(missing)
-    for start in range(0, len(unlabelled), batch_size):
-        ids = unlabelled[start : start + batch_size]
+    for start in range(0, len(unlabelled), size):
+        ids = unlabelled[start : start + size]
         yield [Query(query_id, text, {}) for query_id, text in zip(ids, collection.query_texts(ids), strict=True)]
 
 
@@ -213,20 +209,16 @@ class _Miner:
                 hint = ": is its language right? lucene_bm25 parts words of more scripts" if engine == "bm25" else ""
                 warn(f"mine: {engine} finds nothing for {count:,} of {queries:,} queries{hint}")
         if self.dropped["documents"]:
-            say(
-                f"mine: {self.dropped['documents']:,} documents with the text of their query or of a relevant "
-                f"document were left out, of {self.dropped['queries']:,} queries"
-            )
+            same = f"{self.dropped['documents']:,} documents with the text of their query or of a relevant document"
+            say(f"mine: {same} were left out, of {self.dropped['queries']:,} queries")
 
     def lists(self, queries: Sequence[Query]) -> Iterator[tuple[str, list[str], Scores]]:
         """(query id, document ids, scores) of each query that has any candidate."""
         labels = [self._labels(query.relevant) for query in queries]
-        most = max(len(label) for label in labels)
-        hits = self._search(queries, most)
-        for place, query in enumerate(queries):
-            ranking = [of_source[place] for of_source in hits]
-            same = self._same_texts(query, ranking, labels[place]) if self.drop_same_texts else set()
-            rows, scores = self._mix(ranking, labels[place], same)
+        of_sources = self._search(queries, max(map(len, labels)))
+        for query, labelled, *hits in zip(queries, labels, *of_sources, strict=True):
+            same = self._same_texts(query, hits, labelled) if self.drop_same_texts else set()
+            rows, scores = self._mix(hits, labelled, same)
             if len(rows):
                 yield query.query_id, self.collection.doc_ids(rows), scores
 
@@ -234,15 +226,9 @@ class _Miner:
         """Rows of unlabelled documents whose text is the query's or a relevant document's, but for case and spaces."""
         rows = {row for source, its in zip(self.sources, hits) for row in its.rows[source.rank_from - 1 :].tolist()}
         unlabelled = sorted(rows - labels.keys())
-        taken = {_plain(query.text)}
-        for document in self.collection.documents(list(labels)):
-            taken.update((_plain(document.text), _plain(joined(document.title, document.text))))
-        taken.discard("")
-        same = {
-            row
-            for row, document in zip(unlabelled, self.collection.documents(unlabelled), strict=True)
-            if _plain(document.text) in taken or _plain(joined(document.title, document.text)) in taken
-        }
+        taken = {_plain(query.text)}.union(*map(_plain_forms, self.collection.documents(list(labels)))) - {""}
+        documents = zip(unlabelled, self.collection.documents(unlabelled), strict=True)
+        same = {row for row, document in documents if taken & _plain_forms(document)}
         self.dropped.update(documents=len(same), queries=bool(same))
         return same
 
@@ -262,17 +248,16 @@ class _Miner:
             filtered = source.margin is not None or source.relative_margin is not None
             least = source.rank_from - 1 + taken * (2 if filtered else 1) + positives
             needed.append(source.rank_to or least + SPARE * self.drop_same_texts)
-            mark = source.engine.fingerprint
-            depths[mark] = max(needed[-1], depths.get(mark, 0))
+            key = source.engine.fingerprint
+            depths[key] = max(needed[-1], depths.get(key, 0))
         searched: dict[str, list[Hits]] = {}
         for engine in (source.engine for source in self.sources):
-            mark = engine.fingerprint
-            if mark not in searched:
+            if (key := engine.fingerprint) not in searched:
                 if isinstance(engine, RecordedRun):
-                    searched[mark] = engine.recorded([query.query_id for query in queries], depths[mark])
+                    searched[key] = engine.recorded([query.query_id for query in queries], depths[key])
                 else:
-                    searched[mark] = engine.search([query.text for query in queries], depths[mark])
-                self.empty[engine.name] += sum(not len(hits.rows) for hits in searched[mark])
+                    searched[key] = engine.search([query.text for query in queries], depths[key])
+                self.empty[engine.name] += sum(not len(hits.rows) for hits in searched[key])
         return [
             [Hits(hits.rows[:depth], hits.scores[:depth]) for hits in searched[source.engine.fingerprint]]
             for source, depth in zip(self.sources, needed, strict=True)
@@ -285,15 +270,15 @@ class _Miner:
         offers = [self._offer(source, its, labels, passed_over) for source, its in zip(self.sources, hits, strict=True)]
         mined: dict[int, float] = {}
         left = [source.quota or 0 for source in self.sources]
-        open_sources = list(range(len(self.sources)))
-        while open_sources and len(mined) < self.depth:
-            for place in list(open_sources):
-                offer = next(((row, score) for row, score in offers[place] if row not in mined), None)
-                if offer is not None and len(mined) < self.depth:
-                    mined[offer[0]] = offer[1]
-                    left[place] -= 1
-                if offer is None or not left[place]:
-                    open_sources.remove(place)
+        turns = deque(range(len(self.sources)))
+        while turns and len(mined) < self.depth:
+            place = turns.popleft()
+            offer = next(((row, score) for row, score in offers[place] if row not in mined), None)
+            if offer is not None:
+                mined[offer[0]] = offer[1]
+                left[place] -= 1
+                if left[place]:
+                    turns.append(place)
         rows = np.array([*first, *mined], np.int64)
         if first or len(self.sources) > 1:
             return rows, (1 / np.arange(1, len(rows) + 1)).astype(np.float32)
@@ -313,22 +298,25 @@ class _Miner:
         self, source: Source, hits: Hits, labels: dict[int, int], passed_over: Set[int]
     ) -> Iterator[tuple[int, float]]:
         """A source's documents that may be taken, best first."""
-        rows, scores = hits.rows.tolist(), hits.scores.tolist()
-        known = [score for row, score in zip(rows, scores, strict=True) if row in labels]
-        limit = np.inf
-        if known and source.margin is not None:
-            limit = max(known) - source.margin
-        if known and source.relative_margin is not None:
+        pairs = list(zip(hits.rows.tolist(), hits.scores.tolist(), strict=True))
+        best, limit = max((score for row, score in pairs if row in labels), default=None), np.inf
+        if best is not None and source.margin is not None:
+            limit = best - source.margin
+        if best is not None and source.relative_margin is not None:
             # Of |score|, so that a negative score is lowered by a margin too.
-            limit = min(limit, max(known) - source.relative_margin * abs(max(known)))
-        end = source.rank_to or len(rows)
-        for row, score in zip(rows[source.rank_from - 1 : end], scores[source.rank_from - 1 : end], strict=True):
+            limit = min(limit, best - source.relative_margin * abs(best))
+        for row, score in pairs[source.rank_from - 1 : source.rank_to or len(pairs)]:
             if row not in passed_over and (score <= limit or row in labels):
                 yield row, score
 
 
 def same_text(text: str, document: Document) -> bool:
-    return _plain(text) in (_plain(document.text), _plain(joined(document.title, document.text))) and bool(text.strip())
+    return bool(text.strip()) and _plain(text) in _plain_forms(document)
+
+
+def _plain_forms(document: Document) -> set[str]:
+    """A document's text without and with its title, as they are compared."""
+    return {_plain(document.text), _plain(joined(document.title, document.text))}
 
 
 def _plain(text: str) -> str:

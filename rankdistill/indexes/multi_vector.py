@@ -5,9 +5,9 @@ What grows: on disk 2 (fp16) or 4 bytes · dimension for each token of each docu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rankdistill.artifacts import Artifact, ArtifactWriter, fingerprint, open_artifact
 from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import Best, Hits, StudentEngine, check_inputs, no_hits
+from rankdistill.indexes.base import ExhaustiveIndex, Hits, Rows, Scores, StudentEngine, best_of_blocks, no_hits
 from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.indexes.vectors import check_vectors
 from rankdistill.students.token_vectors import TokenVectors, maxsim_blocks
@@ -26,30 +26,15 @@ SHARD = 1024  # documents encoded and written together
 FORMATS = {"fp16": np.float16, "fp32": np.float32}
 
 
-class TokenEncoder(Protocol):
-    """What a multi-vector student offers to the index."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def dimension(self) -> int: ...
-
-    @property
-    def storage(self) -> Literal["fp16", "fp32"]:
-        """Number format of the document vectors on disk."""
-
-    def encode_queries(self, texts: Sequence[str]) -> TokenVectors: ...
-
-    def encode_documents(self, texts: Sequence[str]) -> TokenVectors: ...
-
-
 def encode_document_tokens(
-    encoder: TokenEncoder, collection: Collection, path: str | Path, *, shard_size: int = SHARD
+    encoder: Any, collection: Collection, path: str | Path, *, shard_size: int = SHARD
 ) -> Artifact:
     """Encode every document into `path`: tokens.npy [tokens, dimension], offsets.npy int64 [documents + 1].
 
     Document i has the rows offsets[i] to offsets[i + 1] of tokens.npy.
+
+    Args:
+        encoder: a multi-vector student; its `storage` is the number format on disk.
 
     Raises:
         RankdistillError: there are no documents; the encoder returns NaN or infinite vectors, or such as the number
@@ -88,32 +73,31 @@ def encode_document_tokens(
 
 def open_token_vectors(artifact: Artifact | str | Path) -> TokenVectors:
     """The token vectors of an artifact, memory-mapped."""
-    artifact = open_artifact(artifact, KIND)
+    path = open_artifact(artifact, KIND).path
     try:
-        vectors = np.load(artifact.path / TOKENS, mmap_mode="r", allow_pickle=False)
-        offsets = np.load(artifact.path / OFFSETS, allow_pickle=False)
+        vectors = np.load(path / TOKENS, mmap_mode="r", allow_pickle=False)
+        offsets = np.load(path / OFFSETS, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise RankdistillError(f"the token vectors cannot be read: {error}", where=str(artifact.path)) from None
+        raise RankdistillError(f"the token vectors cannot be read: {error}", where=str(path)) from None
     if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(vectors) or (np.diff(offsets) < 0).any():
-        raise RankdistillError("tokens.npy and offsets.npy do not belong together", where=str(artifact.path))
+        raise RankdistillError("tokens.npy and offsets.npy do not belong together", where=str(path))
     return TokenVectors(vectors, offsets)
 
 
-class TokenIndex:
-    """Brute force over memory-mapped token vectors: every document is compared, a block at a time.
-
-    Memory: one block of vectors in float32, its similarities with some of the queries, and `k` hits a query.
-
-    Args:
-        device: where the products are computed.
-    """
+class TokenIndex(ExhaustiveIndex):
+    """Brute force over memory-mapped token vectors, a block at a time, with some of the queries at once."""
 
     name = "exact, token vectors"
+    device: Any = "cpu"  # where the products are computed
 
-    def __init__(
-        self, vectors: TokenVectors, fingerprint: str, inputs: dict[str, str] | None = None, device: Any = "cpu"
-    ) -> None:
-        self.vectors, self.fingerprint, self.inputs, self.device = vectors, fingerprint, inputs or {}, device
+    def __init__(self, vectors: TokenVectors, fingerprint: str, inputs: Mapping[str, str] | None = None) -> None:
+        super().__init__(fingerprint, inputs)
+        self.vectors = vectors
+
+    @classmethod
+    def open(cls, artifact: Artifact | str | Path) -> TokenIndex:
+        artifact = open_artifact(artifact, KIND)
+        return cls(open_token_vectors(artifact), artifact.fingerprint, artifact.manifest["inputs"])
 
     @property
     def dimension(self) -> int:
@@ -123,41 +107,28 @@ class TokenIndex:
     def bytes(self) -> int:
         return int(self.vectors.vectors.nbytes + self.vectors.offsets.nbytes)
 
-    def check(self, encoder: TokenEncoder | None = None, collection: Any = None) -> None:
-        """Refuse a student or a collection these vectors were not made from."""
-        check_inputs(self.inputs, encoder, collection, self.name)
-        if encoder is not None and encoder.dimension != self.dimension:
-            raise RankdistillError(f"token vectors of {self.dimension} dimensions, a student of {encoder.dimension}")
-
     def search(self, queries: TokenVectors, k: int) -> list[Hits]:
-        self._check_queries(queries)
-        k = min(k, len(self.vectors))
-        if k < 1 or not len(queries):
+        check_vectors(queries.vectors, self.dimension, lambda row: f"query token {row}")
+        if (k := min(k, len(self.vectors))) < 1 or not len(queries):
             return [no_hits() for _ in queries]
-        best = Best(len(queries), k)
-        for start, scores in maxsim_blocks(queries, self.vectors, self.device):
-            best.add(scores, np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape))
-        return best.hits()
+        blocks = (
+            (scores, np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape))
+            for start, scores in maxsim_blocks(queries, self.vectors, self.device)
+        )
+        return best_of_blocks(blocks, len(queries), k)
 
-    def scores(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[rows] scores of one query's token vectors with these documents: re-ranking."""
+    def scores(self, query: NDArray[np.float32], rows: Rows) -> Scores:
         queries = TokenVectors.of([query], self.dimension)
-        self._check_queries(queries)
+        check_vectors(queries.vectors, self.dimension, lambda row: f"query token {row}")
         blocks = [scores[0] for _, scores in maxsim_blocks(queries, self.vectors.take(rows), self.device)]
         return np.concatenate([np.empty(0, np.float32), *blocks])
 
-    def _check_queries(self, queries: TokenVectors) -> None:
-        check_vectors(queries.vectors, self.dimension, lambda row: f"query token {row}")
-
 
 class MultiVectorEngine(StudentEngine):
-    """A multi-vector student over the token vectors of a collection."""
+    """A multi-vector student over the token vectors of a collection, on the student's device."""
 
-    kind = "multi_vector"
+    kind, exact = "multi_vector", TokenIndex
 
-    @classmethod
-    def over(cls, encoder: TokenEncoder, vectors: Artifact | str | Path, *, name: str = "") -> MultiVectorEngine:
-        """Exact search over a token vectors artifact, on the encoder's device."""
-        artifact = open_artifact(vectors, KIND)
-        inputs, device = dict(artifact.manifest["inputs"]), getattr(encoder, "device", "cpu")
-        return cls(encoder, TokenIndex(open_token_vectors(artifact), artifact.fingerprint, inputs, device), name=name)
+    def __init__(self, encoder: Any, index: TokenIndex, *, collection: Any = None, name: str = "") -> None:
+        super().__init__(encoder, index, collection=collection, name=name)
+        index.device = getattr(encoder, "device", "cpu")

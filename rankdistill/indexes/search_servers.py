@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import ranked
+from rankdistill.indexes.base import DocumentIds, ranked
 from rankdistill.indexes.sparse_specification import ServerSpecification
 from rankdistill.progress import progress
 
@@ -55,45 +56,44 @@ def build(
         UsageError: texts are asked for and `doc_ids` has none.
     """
     names, renamed = feature_names(terms)
-    collection = getattr(doc_ids, "collection", None)
-    if specification.texts and collection is None:
+    if specification.texts and not isinstance(doc_ids, DocumentIds):
         raise UsageError("there are no texts to send along", where=f"{specification.name}: texts", fix="texts: false")
-    most = int(specification.file_megabytes * 1_000_000)
-    counts = {"renamed_terms": renamed, "vanishing_weights": 0}
-    files: list[Path] = []
-    waiting: list[bytes] = []
-    size = 0
-    for document in _documents(specification, vectors, doc_ids, collection, names, counts):
-        if waiting and size + len(document) > most:
-            files.append(_write_bulk(specification, folder, len(files) + 1, waiting))
-            waiting, size = [], 0
-        waiting.append(document)
-        size += len(document)
-    if waiting:
-        files.append(_write_bulk(specification, folder, len(files) + 1, waiting))
+    counts = {"renamed_terms": renamed, "vanishing_weights": 0, "files": 0, "bytes": 0}
+    for content in _bulks(_documents(specification, vectors, doc_ids, names, counts), specification.file_megabytes):
+        counts["files"] += 1
+        path = folder / f"bulk-{counts['files']:05}.ndjson"
+        if specification.gzip:
+            path, content = path.with_suffix(".ndjson.gz"), gzip.compress(content, mtime=0)
+        counts["bytes"] += path.write_bytes(content)
     _write_json(folder / INDEX, index_body(specification))
     _write_json(folder / TERMS, names, indent=None)
     _write_example(specification, vectors, doc_ids, names, folder)
     (folder / HOWTO).write_text(_howto(specification, vectors.shape[0]), encoding="utf-8")
-    return {**counts, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    return counts
+
+
+def _bulks(documents: Iterable[bytes], megabytes: float) -> Iterator[bytes]:
+    """As many documents as fit into one file, at least one."""
+    waiting = bytearray()
+    for document in documents:
+        if waiting and len(waiting) + len(document) > int(megabytes * 1_000_000):
+            yield bytes(waiting)
+            waiting.clear()
+        waiting += document
+    if waiting:
+        yield bytes(waiting)
 
 
 def feature_names(terms: Sequence[str]) -> tuple[list[str], int]:
     """The names of terms on a server, all different, and how many are not the term itself."""
-    taken = {term for term in terms if _fit(term)}
-    names: list[str] = []
-    seen: set[str] = set()
+    taken = {term for term in terms if term.strip() and "." not in term}
+    names: dict[str, None] = {}
     for term in terms:
-        name = term if _fit(term) else term.replace(".", "__") if term.strip() else "_"
-        while name in seen or (name != term and name in taken):
+        name = term if term in taken else term.replace(".", "__") if term.strip() else "_"
+        while name in names or (name != term and name in taken):
             name += "_"
-        seen.add(name)
-        names.append(name)
-    return names, sum(name != term for name, term in zip(names, terms, strict=True))
-
-
-def _fit(term: str) -> bool:
-    return bool(term.strip()) and "." not in term
+        names[name] = None
+    return list(names), sum(name != term for name, term in zip(names, terms, strict=True))
 
 
 def rounded_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -149,58 +149,45 @@ def _documents(
     specification: ServerSpecification,
     vectors: Any,
     doc_ids: Sequence[str],
-    collection: Any,
     names: Sequence[str],
     counts: dict[str, int],
 ) -> Iterator[bytes]:
     """The two lines of each document."""
-    quoted = [json.dumps(name, ensure_ascii=False) for name in names]
-    field = json.dumps(specification.field)
+    quoted, field = [_json(name) for name in names], _json(specification.field)
     with progress(f"write for {specification.name}", vectors.shape[0], "documents") as bar:
         for first in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
             ids = doc_ids[first : first + DOCUMENTS_AT_ONCE]
-            _check_ids(ids)
-            indptr = np.asarray(vectors.indptr[first : first + len(ids) + 1], np.int64)
-            columns = np.asarray(vectors.indices[indptr[0] : indptr[-1]])
-            weights = rounded_weights(np.asarray(vectors.data[indptr[0] : indptr[-1]], np.float32))
+            part = vectors[first : first + len(ids)]
+            weights = rounded_weights(part.data)
             counts["vanishing_weights"] += int((weights == 0).sum())
             # 9 bits leave few different numbers, each written once with the fewest digits that read back alike.
             values, places = np.unique(weights, return_inverse=True)
-            numbers = [str(value) for value in values]
-            texts = collection.documents(range(first, first + len(ids))) if specification.texts else [None] * len(ids)
-            for row, (doc_id, document) in enumerate(zip(ids, texts, strict=True)):
-                part = slice(indptr[row] - indptr[0], indptr[row + 1] - indptr[0])
-                features = ",".join(
-                    f"{quoted[column]}:{numbers[place]}"
-                    for column, place in zip(columns[part].tolist(), places[part].tolist(), strict=True)
-                    if values[place] > 0
-                )
-                shown = ""
-                if document is not None:
-                    title, text = (json.dumps(part, ensure_ascii=False) for part in (document.title, document.text))
-                    shown = f',"title":{title},"text":{text}'
-                action = json.dumps({"index": {"_id": doc_id}}, ensure_ascii=False, separators=(",", ":"))
-                yield f"{action}\n{{{field}:{{{features}}}{shown}}}\n".encode()
+            numbers = [f":{value}" if value > 0 else "" for value in values]
+            features = [
+                numbers[place] and quoted[column] + numbers[place]
+                for column, place in zip(part.indices.tolist(), places.tolist(), strict=True)
+            ]
+            texts = [""] * len(ids)
+            if specification.texts and isinstance(doc_ids, DocumentIds):
+                documents = doc_ids.collection.documents(range(first, first + len(ids)))
+                texts = [f',"title":{_json(found.title)},"text":{_json(found.text)}' for found in documents]
+            for doc_id, shown, (start, end) in zip(ids, texts, pairwise(part.indptr.tolist()), strict=True):
+                weighted = ",".join(filter(None, features[start:end]))
+                yield f'{{"index":{{"_id":{_json(_fit_id(doc_id))}}}}}\n{{{field}:{{{weighted}}}{shown}}}\n'.encode()
             bar.advance(len(ids))
 
 
-def _check_ids(ids: Sequence[str]) -> None:
-    for doc_id in ids:
-        if not doc_id or len(doc_id.encode()) > LONGEST_ID:
-            what = f"longer than {LONGEST_ID} bytes" if doc_id else "empty"
-            raise RankdistillError(
-                f"a document id is {what}, which OpenSearch and Elasticsearch refuse",
-                where=repr(doc_id[:80]),
-                fix="give the documents shorter ids",
-            )
+def _fit_id(doc_id: str) -> str:
+    """A document id that both servers take."""
+    if not doc_id or len(doc_id.encode()) > LONGEST_ID:
+        what = f"longer than {LONGEST_ID} bytes" if doc_id else "empty"
+        what = f"a document id is {what}, which OpenSearch and Elasticsearch refuse"
+        raise RankdistillError(what, where=repr(doc_id[:80]), fix="give the documents shorter ids")
+    return doc_id
 
 
-def _write_bulk(specification: ServerSpecification, folder: Path, number: int, documents: list[bytes]) -> Path:
-    path, content = folder / f"bulk-{number:05}.ndjson", b"".join(documents)
-    if specification.gzip:
-        path, content = path.with_suffix(".ndjson.gz"), gzip.compress(content, mtime=0)
-    path.write_bytes(content)
-    return path
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -217,12 +204,13 @@ def _write_example(
     filled = np.flatnonzero(np.diff(vectors.indptr) > 0)
     if not len(filled):
         return
-    start, end = vectors.indptr[filled[0]], vectors.indptr[filled[0] + 1]
-    weights = rounded_weights(np.asarray(vectors.data[start:end], np.float32))
+    document = vectors[filled[0]]
+    weights = rounded_weights(document.data)
     heaviest = np.argsort(-weights, kind="stable")[:QUERY_TERMS]
-    query = {names[vectors.indices[start + place]]: float(weights[place]) for place in heaviest if weights[place] > 0}
+    heaviest = heaviest[weights[heaviest] > 0]
+    query = {names[document.indices[place]]: float(weights[place]) for place in heaviest}
     asked = np.zeros(vectors.shape[1])
-    asked[vectors.indices[start:end][heaviest]] = weights[heaviest]
+    asked[document.indices[heaviest]] = weights[heaviest]
     if query and specification.type == "opensearch":
         asked *= min(1.0, HEAVIEST / max(query.values()))
     scores = np.zeros(vectors.shape[0])
@@ -244,11 +232,8 @@ def _howto(specification: ServerSpecification, documents: int) -> str:
     url = f"http://localhost:9200/{specification.index}"
     encoding = " -H 'Content-Encoding: gzip'" if specification.gzip else ""
     pattern = f"bulk-*.ndjson{'.gz' if specification.gzip else ''}"
-    plugin = (
-        f"\n{CLAUSES} asks the same without the plugin neural-search, which {QUERY} needs.\n"
-        if server == "OpenSearch"
-        else ""
-    )
+    plugin = f"\n{CLAUSES} asks the same without the plugin neural-search, which {QUERY} needs.\n"
+    plugin = plugin if server == "OpenSearch" else ""
     return f"""{documents:,} documents for {server}, field type {specification.field_type}.
 
 Create the index, load the documents, make them visible (add -u USER:PASSWORD and https:// where the server asks):

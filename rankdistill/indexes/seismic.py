@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -46,24 +46,18 @@ def build(
         RankdistillError: Seismic is not installed; a weight is above half precision's range (65,504); documents have
             fewer neighbours than asked for.
     """
-    seismic = require("seismic", extra="sparse", why="a Seismic index")
-    large = vectors.shape[1] > SHORT_TERMS
+    kinds = _kinds(vectors.shape[1])
     filled = np.flatnonzero(np.diff(vectors.indptr))
     with _silent():
-        dataset = (seismic.SeismicDatasetLV if large else seismic.SeismicDataset)(dim=vectors.shape[1])
+        dataset = kinds("SeismicDataset")(dim=vectors.shape[1])
         for start in range(0, vectors.shape[0], DOCUMENTS_AT_ONCE):
-            end = min(start + DOCUMENTS_AT_ONCE, vectors.shape[0])
-            first, last = vectors.indptr[start], vectors.indptr[end]
-            weights = np.ascontiguousarray(vectors.data[first:last])
-            if len(weights) and weights.max() > MOST:
-                raise RankdistillError(
-                    f"a weight of {weights.max():g} is above what Seismic stores (half precision, {MOST:,.0f})",
-                    fix="train with the model's own log(1 + relu), or scale the weights",
-                )
-            components = np.ascontiguousarray(vectors.indices[first:last], np.int64)
-            offsets = np.asarray(vectors.indptr[start : end + 1], np.int64) - int(first)
-            dataset.add_documents_by_id(list(doc_ids[start:end]), components, weights, offsets)
-        index = (seismic.SeismicIndexLV if large else seismic.SeismicIndex).build_from_dataset(
+            part = vectors[start : start + DOCUMENTS_AT_ONCE]
+            if (highest := part.data.max(initial=0)) > MOST:
+                what = f"a weight of {highest:g} is above what Seismic stores (half precision, {MOST:,.0f})"
+                raise RankdistillError(what, fix="train with the model's own log(1 + relu), or scale the weights")
+            ids = list(doc_ids[start : start + DOCUMENTS_AT_ONCE])
+            dataset.add_documents_by_id(ids, part.indices.astype(np.int64), part.data, part.indptr.astype(np.int64))
+        index = kinds("SeismicIndex").build_from_dataset(
             dataset,
             n_postings=specification.postings,
             centroid_fraction=specification.centroid_fraction,
@@ -74,8 +68,7 @@ def build(
         )
         index.save(str(folder / PREFIX))
         if specification.neighbours:
-            raw = (seismic.SeismicIndexRawLV if large else seismic.SeismicIndexRaw).load(str(folder / FILE))
-            _check_neighbours(raw, specification, vectors)
+            _check_neighbours(kinds("SeismicIndexRaw").load(str(folder / FILE)), specification, vectors)
     if len(filled) < vectors.shape[0]:
         np.save(folder / ROWS, filled.astype(np.int64), allow_pickle=False)
     (folder / TERMS).write_text(json.dumps(list(terms), ensure_ascii=False), encoding="utf-8")
@@ -88,24 +81,28 @@ def open_index(folder: Path) -> SeismicSearch:
     Raises:
         RankdistillError: Seismic is not installed; the file is missing, damaged or not the one its manifest describes.
     """
-    seismic = require("seismic", extra="sparse", why="a Seismic index")
+    require("seismic", extra="sparse", why="a Seismic index")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     counts, specification = manifest["counts"], SeismicSpecification.model_validate(manifest["settings"])
-    large = counts["dimension"] > SHORT_TERMS
     try:
         if (folder / FILE).stat().st_size != counts["bytes"]:
             raise ValueError("its size is not the one it was written with")
         # The same file without ids and strings: components and rows as numbers, a third faster a query.
-        index = (seismic.SeismicIndexRawLV if large else seismic.SeismicIndexRaw).load(str(folder / FILE))
+        index = _kinds(counts["dimension"])("SeismicIndexRaw").load(str(folder / FILE))
         rows = np.load(folder / ROWS, allow_pickle=False) if counts["indexed"] < counts["documents"] else None
         sizes = (index.len, index.dim, len(rows) if rows is not None else index.len)
         if sizes != (counts["indexed"], counts["dimension"], counts["indexed"]):
             raise ValueError("it is not the index that its manifest describes")
     except (OSError, ValueError) as error:
-        raise RankdistillError(
-            f"the Seismic index cannot be read: {error}", where=str(folder / FILE), fix="build it again"
-        ) from None
+        what = f"the Seismic index cannot be read: {error}"
+        raise RankdistillError(what, where=str(folder / FILE), fix="build it again") from None
     return SeismicSearch(index, specification, rows, int(counts["bytes"]))
+
+
+def _kinds(terms: int) -> Callable[[str], Any]:
+    """The library's classes by name, for a vocabulary of that size."""
+    library = require("seismic", extra="sparse", why="a Seismic index")
+    return lambda name: getattr(library, name if terms <= SHORT_TERMS else f"{name}LV")
 
 
 class SeismicSearch:
@@ -114,8 +111,7 @@ class SeismicSearch:
     def __init__(
         self, index: Any, specification: SeismicSpecification, rows: NDArray[np.int64] | None, size: int
     ) -> None:
-        self.index, self.specification, self.bytes = index, specification, size
-        self._rows = rows
+        self.index, self.specification, self.bytes, self._rows = index, specification, size, rows
         self._neighbours = min(specification.neighbours, int(index.knn_len))
 
     def search(self, queries: Any, k: int) -> list[Hits]:
@@ -154,11 +150,9 @@ def _check_neighbours(index: Any, specification: SeismicSpecification, vectors: 
         try:
             search.search(vectors[start : start + DOCUMENTS_AT_ONCE], 1)
         except RankdistillError:
-            raise RankdistillError(
-                f"some documents have fewer than {specification.neighbours} neighbours",
-                where=f"{specification.name}: neighbours",
-                fix="fewer, or 0; or more postings, so that more are found",
-            ) from None
+            what = f"some documents have fewer than {specification.neighbours} neighbours"
+            fix = "fewer, or 0; or more postings, so that more are found"
+            raise RankdistillError(what, where=f"{specification.name}: neighbours", fix=fix) from None
 
 
 @contextmanager
@@ -167,13 +161,12 @@ def _silent() -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = {stream: os.dup(stream) for stream in (1, 2)}
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        for stream in kept:
-            os.dup2(nowhere, stream)
+        with open(os.devnull, "wb") as nowhere:
+            for stream in kept:
+                os.dup2(nowhere.fileno(), stream)
         yield
     finally:
         for stream, copy in kept.items():
             os.dup2(copy, stream)
             os.close(copy)
-        os.close(nowhere)

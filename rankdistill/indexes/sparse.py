@@ -1,27 +1,37 @@
 """Sparse students' indexes: exact search over their vectors, and one way to build and open the inverted indexes.
 
-Each type of `sparse_specification.SPARSE` has a module of its own with `build(...)`, and `open_index(...)` unless its
-files are for a server; both are imported when they are asked for.
+Each type of `sparse_specification.SPARSE` has a module of its own with `build(...)`, and, unless its files are for a
+server, `open_index(folder)`. What that returns has `bytes` and `search(queries, k)`: at most `k` hits for each row of a
+csr_matrix [queries, vocabulary], best first, ties by row. Both are imported when they are asked for.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from rankdistill.artifacts import MANIFEST, Artifact, ArtifactWriter, file_digest, fingerprint, obtain, open_artifact
 from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import DocumentIds, Hits, Rows, Scores, StudentEngine, check_inputs, no_hits
+from rankdistill.indexes.base import (
+    DocumentIds,
+    ExhaustiveIndex,
+    Hits,
+    Rows,
+    Scores,
+    StudentEngine,
+    check_inputs,
+    no_hits,
+)
 from rankdistill.indexes.postings import Postings
 from rankdistill.indexes.sparse_specification import SparseSpecification
 from rankdistill.indexes.sparse_vectors import KIND as VECTORS
-from rankdistill.indexes.sparse_vectors import TermEncoder, open_postings, open_sparse_vectors
+from rankdistill.indexes.sparse_vectors import open_postings, open_sparse_vectors
 from rankdistill.indexes.specification import any_specification
 from rankdistill.progress import warn
 from rankdistill.recipe import code_of
@@ -30,18 +40,8 @@ KIND = "sparse_index"
 BUILD_AGAIN = "build the index again with this student"
 
 
-class SearchesTerms(Protocol):
-    """What a type's `open_index` returns."""
-
-    @property
-    def bytes(self) -> int: ...
-
-    def search(self, queries: Any, k: int) -> list[Hits]:
-        """At most `k` hits for each row of a csr_matrix [queries, vocabulary], best first, ties by row."""
-
-
-class SparseIndex:
-    """Exact search over memory-mapped sparse vectors: the reference, with no file of its own.
+class SparseIndex(ExhaustiveIndex):
+    """Exact search over memory-mapped sparse vectors.
 
     Memory: the postings that a block of queries touches, and `k` hits a query.
 
@@ -53,16 +53,16 @@ class SparseIndex:
     name = "exact, sparse vectors"
 
     def __init__(
-        self, vectors: Any, postings: Postings, fingerprint: str, inputs: dict[str, str] | None = None
+        self, vectors: Any, postings: Postings, fingerprint: str, inputs: Mapping[str, str] | None = None
     ) -> None:
-        self.vectors, self.postings, self.fingerprint, self.inputs = vectors, postings, fingerprint, inputs or {}
+        super().__init__(fingerprint, inputs)
+        self.vectors, self.postings = vectors, postings
 
     @classmethod
     def open(cls, artifact: Artifact | str | Path) -> SparseIndex:
-        """Over the artifact of `encode_document_terms`."""
         artifact = open_artifact(artifact, VECTORS)
-        inputs = dict(artifact.manifest["inputs"])
-        return cls(open_sparse_vectors(artifact), open_postings(artifact), artifact.fingerprint, inputs)
+        vectors, postings = open_sparse_vectors(artifact), open_postings(artifact)
+        return cls(vectors, postings, artifact.fingerprint, artifact.manifest["inputs"])
 
     def __repr__(self) -> str:
         return f"SparseIndex({self.postings.documents} documents, {self.vectors.nnz} postings)"
@@ -73,21 +73,14 @@ class SparseIndex:
 
     @property
     def bytes(self) -> int:
-        """What is searched: the postings by term."""
         matrix = self.postings.matrix
         return int(matrix.data.nbytes + matrix.indices.nbytes + 8 * (matrix.shape[0] + 1))
 
-    def check(self, encoder: TermEncoder | None = None, collection: Any = None) -> None:
-        """Refuse a student, vocabulary or collection these vectors were not made from."""
-        check_inputs(self.inputs, encoder, collection, self.name)
-
     def search(self, queries: Any, k: int) -> list[Hits]:
-        """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
         check_queries(queries, self.dimension)
         return self.postings.search(queries, k)
 
     def scores(self, query: Any, rows: Rows) -> Scores:
-        """[rows] inner products of one query, csr_matrix [1, vocabulary], with these documents: re-ranking."""
         check_queries(query, self.dimension)
         product = self.vectors[rows] @ query.T
         return np.asarray(product.toarray(), np.float32)[:, 0]
@@ -97,54 +90,30 @@ class BuiltSparseIndex:
     """An inverted index on disk: a folder with a manifest and the files of its type."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.path, self.manifest = artifact.path, artifact.manifest
+        self.path, self.manifest, self.fingerprint = artifact.path, artifact.manifest, artifact.fingerprint
         specification = any_specification(dict(artifact.manifest["settings"]))
         if not isinstance(specification, SparseSpecification):
             raise RankdistillError("this is no index of a sparse student", where=str(self.path))
-        self.specification, self.type = specification, specification.type
-        # Looked at by every search, so they are at hand.
+        self.specification, self.name, self.type = specification, specification.name, specification.type
+        self.counts = artifact.counts
         self.document_count, self.dimension = int(self.counts["documents"]), int(self.counts["dimension"])
+        self.bytes = int(self.counts["bytes"])  # without document ids and term lists that only others need
+        self.bytes_per_document = self.bytes / max(1, self.document_count)
 
     def __repr__(self) -> str:
-        return (
-            f"BuiltSparseIndex({self.name}: {self.document_count} documents, {self.counts.get('postings', '?')} "
-            f"postings, {self.bytes_per_document:.1f} bytes a document)"
-        )
-
-    @property
-    def name(self) -> str:
-        return self.specification.name
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        return dict(self.manifest["counts"])
-
-    @property
-    def bytes(self) -> int:
-        """Of the index's files (document ids and term lists that only others need apart)."""
-        return int(self.counts["bytes"])
-
-    @property
-    def bytes_per_document(self) -> float:
-        return self.bytes / max(1, self.document_count)
+        held = f"{self.document_count} documents, {self.counts.get('postings', '?')} postings"
+        return f"BuiltSparseIndex({self.name}: {held}, {self.bytes_per_document:.1f} bytes a document)"
 
     @cached_property
-    def opened(self) -> SearchesTerms:
+    def opened(self) -> Any:
         """The engine behind it; a UsageError where the files are for a server."""
         if not searched_here(self.specification):
-            raise UsageError(
-                f"{self.name} holds files for other software; they are not searched here",
-                where=str(self.path),
-                fix="load them there, or search without --index, or over: seismic, lucene_impact",
-            )
-        opened: SearchesTerms = _module(self.specification).open_index(self.path)
-        return opened
+            what = f"{self.name} holds files for other software; they are not searched here"
+            fix = "load them there, or search without --index, or over: seismic, lucene_impact"
+            raise UsageError(what, where=str(self.path), fix=fix)
+        return _module(self.specification).open_index(self.path)
 
-    def check(self, encoder: TermEncoder | None = None, collection: Any = None) -> None:
+    def check(self, encoder: Any = None, collection: Any = None) -> None:
         """Refuse a student, vocabulary or collection this index was not made from."""
         check_inputs(self.manifest["inputs"], encoder, collection, str(self.path), BUILD_AGAIN)
 
@@ -152,13 +121,13 @@ class BuiltSparseIndex:
         """At most `k` hits for each row of a csr_matrix [queries, vocabulary]; an empty row has none."""
         check_queries(queries, self.dimension)
         k = min(k, self.document_count)
-        filled = np.diff(queries.indptr) > 0
-        if k < 1 or not filled.any():
-            return [no_hits() for _ in range(queries.shape[0])]
-        if filled.all():
-            return self.opened.search(queries, k)
-        hits = iter(self.opened.search(queries[np.flatnonzero(filled)], k))
-        return [next(hits) if some else no_hits() for some in filled]
+        filled = np.flatnonzero(np.diff(queries.indptr) * (k > 0))
+        if 0 < len(filled) == queries.shape[0]:
+            return list(self.opened.search(queries, k))
+        hits = [no_hits() for _ in range(queries.shape[0])]
+        for row, found in zip(filled, self.opened.search(queries[filled], k) if len(filled) else (), strict=True):
+            hits[row] = found
+        return hits
 
 
 class SparseEngine(StudentEngine):
@@ -196,43 +165,38 @@ class SparseEngine(StudentEngine):
                 warn(f"the query has no term with a weight, so no hits: {queries[0]!r}")
             return [self._shortcut[1](terms, weights, k)]
         vectors = self.encoder.encode_queries(queries)
-        if not (filled := np.diff(vectors.indptr) > 0).all():
-            first = queries[int(np.flatnonzero(~filled)[0])]
-            warn(f"{int((~filled).sum())} of {len(queries)} queries have no term with a weight, so no hits: {first!r}")
+        empty = np.flatnonzero(np.diff(vectors.indptr) == 0)
+        if len(empty):
+            first = queries[int(empty[0])]
+            warn(f"{len(empty)} of {len(queries)} queries have no term with a weight, so no hits: {first!r}")
         hits: list[Hits] = self.index.search(vectors, k)
         return hits
 
 
 def build_sparse_index(
-    student: Any,
-    collection: Collection,
-    vectors: Artifact,
-    specification: SparseSpecification,
-    out: str | Path,
+    student: Any, collection: Collection, vectors: Artifact, specification: SparseSpecification, out: str | Path
 ) -> BuiltSparseIndex:
     """Build a sparse student's index in the folder `out` from its vectors; one that is there already is kept.
 
     Args:
         student: what encoded the vectors; its vocabulary names the terms.
     """
-    out = Path(out)
-    inputs = dict(vectors.manifest["inputs"])
+    out, inputs = Path(out), dict(vectors.manifest["inputs"])
     check_inputs(inputs, student, collection, str(vectors.path))
-    settings = specification.model_dump(mode="json")
-    code = code_of(specification.type)
+    settings, code = specification.model_dump(mode="json"), code_of(specification.type)
 
     def make(writer: ArtifactWriter) -> None:
-        writer.counts.update(
-            {name: vectors.counts[name] for name in ("documents", "dimension", "postings", "empty_documents")}
-        )
-        build = _module(specification).build
-        counts = build(specification, open_sparse_vectors(vectors), DocumentIds(collection), student.terms, writer.path)
-        writer.counts.update({"bytes": folder_bytes(writer.path), **counts})
+        kept = ("documents", "dimension", "postings", "empty_documents")
+        matrix, ids = open_sparse_vectors(vectors), DocumentIds(collection)
+        counts = _module(specification).build(specification, matrix, ids, student.terms, writer.path)
+        size = sum(path.stat().st_size for path in writer.path.rglob("*") if path.is_file())
+        writer.counts.update({**{name: vectors.counts[name] for name in kept}, "bytes": size, **counts})
 
     _check_place(out)
     key = [KIND, {**settings, "description": ""}, vectors.fingerprint, *([file_digest(code)] if code else [])]
-    obtain(out, kind=KIND, fingerprint=fingerprint(key), settings=settings, inputs=inputs, make=make)
-    return open_sparse_index(out)
+    return BuiltSparseIndex(
+        obtain(out, kind=KIND, fingerprint=fingerprint(key), settings=settings, inputs=inputs, make=make)
+    )
 
 
 def _check_place(out: Path) -> None:
@@ -257,16 +221,13 @@ def check_queries(queries: Any, dimension: int) -> None:
     """Refuse query vectors over another vocabulary, and weights that are no numbers."""
     if queries.shape[1] != dimension:
         raise RankdistillError(f"queries over {queries.shape[1]:,} terms, an index of {dimension:,}")
-    if not np.isfinite(queries.data).all():
-        row = int(np.searchsorted(queries.indptr, np.flatnonzero(~np.isfinite(queries.data))[0], side="right")) - 1
+    bad = np.flatnonzero(~np.isfinite(queries.data))
+    if len(bad):
+        row = int(np.searchsorted(queries.indptr, bad[0], side="right")) - 1
         raise RankdistillError("a query's weights hold NaN or infinity", where=f"query {row}")
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _module(specification: SparseSpecification) -> Any:
     """What builds a type, and opens it: a module here, or the one in which another package's specification stands."""
-    own = type(specification)
-    return importlib.import_module(f"rankdistill.indexes.{own.module}" if own.module else own.__module__)
+    kind = type(specification)
+    return importlib.import_module(f"rankdistill.indexes.{kind.module}" if kind.module else kind.__module__)

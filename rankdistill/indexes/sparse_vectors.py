@@ -6,9 +6,9 @@ document and a term; in memory one shard, and some POSTINGS_AT_ONCE postings whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rankdistill.artifacts import Artifact, ArtifactWriter, find_artifact, fingerprint, open_artifact
 from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError
-from rankdistill.indexes.base import document_fingerprint, vocabulary_fingerprint
+from rankdistill.indexes.base import document_fingerprint
 from rankdistill.indexes.encoding import Layout, Texts, encode_texts
 from rankdistill.indexes.postings import POSTINGS_AT_ONCE, Postings, Triples, open_csr, write_postings
 from rankdistill.progress import warn
@@ -28,19 +28,6 @@ LAYOUTS = {TERMS: Layout(np.dtype("<i4")), WEIGHTS: Layout(np.dtype("<f4"))}
 SHARD = 1024  # documents encoded and written together
 
 
-class TermEncoder(Protocol):
-    """What a sparse student offers to the indexes; vectors are csr_matrix float32 [texts, vocabulary], weights > 0."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def terms(self) -> Sequence[str]:
-        """The vocabulary, by column."""
-
-    def encode_queries(self, texts: Sequence[str]) -> Any: ...
-
-
 def encode_document_terms(
     encoder: Any, collection: Collection, path: str | Path, *, shard_size: int = SHARD
 ) -> Artifact:
@@ -48,6 +35,9 @@ def encode_document_terms(
 
     A copy by term lies beside it for exact search. Documents without a term are kept as empty rows, counted and warned
     about.
+
+    Args:
+        encoder: a sparse student; it gives csr_matrix [texts, vocabulary] of weights above 0, and `terms` by column.
 
     Raises:
         RankdistillError: there are no documents, or none has a term; a weight is NaN, infinite or below 0; the disk is
@@ -62,17 +52,14 @@ def encode_document_terms(
 
     def finish(writer: ArtifactWriter, postings: int) -> None:
         if not postings:
-            raise RankdistillError(
-                f"every document of {collection.name} came out empty: no term has a weight",
-                fix="the student has collapsed: less regularisation, or an earlier checkpoint",
-            )
+            what = f"every document of {collection.name} came out empty: no term has a weight"
+            raise RankdistillError(what, fix="the student has collapsed: less regularisation, or an earlier checkpoint")
         lengths = np.diff(np.load(writer.path / OFFSETS, allow_pickle=False))
         empty = np.flatnonzero(lengths == 0)
         if len(empty):
-            warn(
-                f"{len(empty):,} of {len(lengths):,} documents came out empty and will never be found: "
-                f"first {texts.name_of(int(empty[0]))}"
-            )
+            first = texts.name_of(int(empty[0]))
+            counted = f"{len(empty):,} of {len(lengths):,} documents came out empty"
+            warn(f"{counted} and will never be found: first {first}")
         _sort_by_term(writer.path, dimension)
         writer.counts.update({"dimension": dimension, "postings": postings, "empty_documents": len(empty)})
 
@@ -87,24 +74,23 @@ def encode_document_terms(
         offsets=OFFSETS,
         fingerprint=vectors_fingerprint(encoder, collection),
         settings={"side": "documents"},
-        inputs={"vocabulary": vocabulary_fingerprint(encoder.terms)},
+        inputs={"vocabulary": fingerprint(list(encoder.terms))},
         finish=finish,
     )
 
 
-def find_sparse_vectors(encoder: TermEncoder, collection: Collection, path: str | Path) -> Artifact | None:
+def find_sparse_vectors(encoder: Any, collection: Collection, path: str | Path) -> Artifact | None:
     """What `encode_document_terms` would return without encoding anything; None where it is not there yet."""
     return find_artifact(path, KIND, vectors_fingerprint(encoder, collection))
 
 
-def vectors_fingerprint(encoder: TermEncoder, collection: Collection) -> str:
+def vectors_fingerprint(encoder: Any, collection: Collection) -> str:
     return fingerprint([KIND, document_fingerprint(encoder), collection.fingerprint])
 
 
 def _sort_by_term(folder: Path, dimension: int) -> None:
     offsets = np.load(folder / OFFSETS, allow_pickle=False)
-    terms = np.load(folder / TERMS, mmap_mode="r", allow_pickle=False)
-    weights = np.load(folder / WEIGHTS, mmap_mode="r", allow_pickle=False)
+    terms, weights = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (TERMS, WEIGHTS))
     starts = range(0, len(terms), POSTINGS_AT_ONCE)
     frequencies = np.zeros(dimension, np.int64)
     for start in starts:
@@ -128,17 +114,15 @@ def checked_terms(vectors: Any, dimension: int, name_of: Callable[[int], str]) -
 
     vectors = sparse.csr_matrix(vectors, dtype=np.float32, copy=False)
     if vectors.shape[1] != dimension:
+        what = f"sparse vectors over {vectors.shape[1]:,} terms where the vocabulary has {dimension:,}"
+        raise RankdistillError(what, where=name_of(0))
+    bad = np.flatnonzero(~(np.isfinite(vectors.data) & (vectors.data >= 0)))
+    if len(bad):
+        place = bad[0]
+        first = f"first {vectors.data[place]} of term {vectors.indices[place]}"
         raise RankdistillError(
-            f"sparse vectors over {vectors.shape[1]:,} terms where the vocabulary has {dimension:,}", where=name_of(0)
-        )
-    bad = ~(np.isfinite(vectors.data) & (vectors.data >= 0))
-    if bad.any():
-        place = int(np.flatnonzero(bad)[0])
-        row = int(np.searchsorted(vectors.indptr, place, side="right")) - 1
-        raise RankdistillError(
-            f"{int(bad.sum())} weights are NaN, infinite or below 0: first {vectors.data[place]} of term"
-            f" {vectors.indices[place]}",
-            where=name_of(row),
+            f"{len(bad)} weights are NaN, infinite or below 0: {first}",
+            where=name_of(int(np.searchsorted(vectors.indptr, place, side="right")) - 1),
             fix="the model has diverged, or overflows in this precision: use an earlier checkpoint, or fp32",
         )
     vectors.sum_duplicates()
@@ -163,9 +147,7 @@ def _open(artifact: Artifact | str | Path, names: tuple[str, str, str], rows: st
         if matrix.shape[0] != artifact.counts[rows]:
             raise ValueError(f"{matrix.shape[0]} rows where there are {artifact.counts[rows]} {rows}")
     except (OSError, ValueError, KeyError) as error:
-        raise RankdistillError(
-            f"the sparse vectors cannot be read: {error}",
-            where=str(artifact.path),
-            fix="delete this folder: they are made again",
-        ) from None
+        what = f"the sparse vectors cannot be read: {error}"
+        fix = "delete this folder: they are made again"
+        raise RankdistillError(what, where=str(artifact.path), fix=fix) from None
     return matrix

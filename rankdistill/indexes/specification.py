@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.sparse_specification import SPARSE, SparseSpecification
@@ -69,9 +69,8 @@ class IndexSpecification(Section):
         try:
             text = self.factory.format(lists=lists, subspaces=subspaces, dimension=dimension)
         except (KeyError, IndexError, ValueError) as error:
-            raise UsageError(
-                f"{error} cannot be filled in", where=f"{self.name}: factory", fix="{lists}, {subspaces}, {dimension}"
-            ) from None
+            what, fix = f"{error} cannot be filled in", "{lists}, {subspaces}, {dimension}"
+            raise UsageError(what, where=f"{self.name}: factory", fix=fix) from None
         _check_subspaces(text, dimension, f"{self.name}: {text}")
         if self.refine:
             text += f",Refine({self.refine})"
@@ -143,17 +142,12 @@ def _check_subspaces(factory: str, dimension: int, where: str) -> None:
         rotates, subspaces, narrowed_to, bits, fast = quantiser.groups()
         dimension = int(narrowed_to) if rotates and narrowed_to else dimension
         if int(subspaces) < 1 or dimension % int(subspaces):
-            raise RankdistillError(
-                f"the dimension {dimension} is not divisible by the number of subspaces {subspaces}",
-                where=where,
-                fix="subspaces: auto, or a divisor of the dimension",
-            )
+            what = f"the dimension {dimension} is not divisible by the number of subspaces {subspaces}"
+            raise RankdistillError(what, where=where, fix="subspaces: auto, or a divisor of the dimension")
         if fast and bits != "4":
-            raise RankdistillError(
-                f"a fast-scan index holds 4 bits a codeword, not {bits or 8}",
-                where=where,
-                fix=f"PQ{subspaces}x4{fast} (twice the subspaces for the same bytes), or PQ{subspaces}x8 without fs",
-            )
+            fix = f"PQ{subspaces}x4{fast} (twice the subspaces for the same bytes), or PQ{subspaces}x8 without fs"
+            what = f"a fast-scan index holds 4 bits a codeword, not {bits or 8}"
+            raise RankdistillError(what, where=where, fix=fix)
 
 
 # -- learned quantisation ---------------------------------------------------------------------------------------------
@@ -240,6 +234,27 @@ class QuantizerSpecification(Section):
     refine: str | None = Field(default=None, description="second stage that re-scores: Flat, SQ8, SQfp16 …")
     seed: int = Field(default=42, ge=0, lt=1 << 31)
     search: SearchSettings = SearchSettings()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        l2, overlap = self.metric == "l2", self.overlap > 1
+        apart = self.lists or self.codes != "nearest" or self.rotation == "learned" or l2
+        if self.fast_scan and self.bits != 4:
+            raise ValueError(f"a fast-scan index holds 4-bit codes, not {self.bits}-bit ones (bits: 4)")
+        if l2 and self.query == "linear":
+            raise ValueError(
+                "a query map needs inner products: distances compare with the documents' own space (query: frozen)"
+            )
+        if l2 and self.query == "encoder":
+            raise ValueError("query: encoder needs inner products (metric: inner_product)")
+        if overlap and apart:
+            raise ValueError(
+                "overlapping subspaces go with inner products, without lists, codes other than the nearest, and a "
+                "learned rotation (overlap: 1; or lists: 0, codes: nearest, rotation: opq, metric: inner_product)"
+            )
+        if self.codes == "frozen" and self.rotation == "learned":
+            raise ValueError("frozen codes do not follow a learned rotation (rotation: opq)")
+        return self
 
     def started(self, dimension: int) -> IndexSpecification:
         """The FAISS index that training starts from, which is also how the result describes itself."""

@@ -139,9 +139,8 @@ def open_vectors(artifact: Artifact | str | Path) -> np.memmap[Any, np.dtype[np.
 def check_vectors(vectors: NDArray[Any], dimension: int, name_of: Callable[[int], str], first_row: int = 0) -> None:
     """Refuse vectors of another dimension, NaN and infinity, naming the first bad one."""
     if vectors.ndim != 2 or vectors.shape[1] != dimension:
-        raise RankdistillError(
-            f"vectors of shape {list(vectors.shape)} where [n, {dimension}] was expected", where=name_of(first_row)
-        )
+        what = f"vectors of shape {list(vectors.shape)} where [n, {dimension}] was expected"
+        raise RankdistillError(what, where=name_of(first_row))
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise RankdistillError(

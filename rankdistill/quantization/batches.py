@@ -6,9 +6,10 @@ A batch is a function of (seed, step) alone, so a resumed training sees what an 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,10 +87,8 @@ class Batch(NamedTuple):
     mask: Tensor  # [B, D or U]
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {
-            name: part.to(device) for name, part in self._asdict().items() if isinstance(part, Tensor)
-        }
-        return self._replace(**moved)
+        tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**{name: part.to(device) for name, part in tensors.items()})  # type: ignore[arg-type]
 
 
 class Sampler:
@@ -99,95 +98,86 @@ class Sampler:
     """
 
     def __init__(self, documents: Vectors, queries: Queries, specification: QuantizerSpecification, work: Path) -> None:
-        self.documents, self.specification, self.seed = documents, specification, specification.seed
-        self.metric: Metric = specification.metric
-        self.queries = queries
-        vectors, self.bounds = self._pool(queries)
-        random = generator(self.seed, 11)
+        self.documents, self.queries, self.specification = documents, queries, specification
+        self.seed, self.metric = specification.seed, specification.metric
+        vectors, kinds = self._pool()
         held = min(specification.held_out, len(vectors) // 5)
-        self.held_out = np.sort(random.choice(len(vectors), held, replace=False)).astype(np.int64)
+        self.held_out = np.sort(generator(self.seed, 11).choice(len(vectors), held, replace=False)).astype(np.int64)
         self.vectors = torch.from_numpy(vectors)
         trained = np.setdiff1d(np.arange(len(vectors)), self.held_out)
-        self.lists: dict[int, int] = {}
-        drawn, given = specification.documents, 0 if queries.given is None else len(queries.given)
-        learnable: set[int] | None = None  # of the pool; None: all
-        if specification.relevance == "scores":
-            if queries.teacher is None or not len(queries.teacher.queries):
-                raise UsageError("relevance: scores needs a teacher's scored lists", fix="relevance: vectors")
-            self.lists = {int(query): number for number, query in enumerate(queries.teacher.queries)}
-            learnable = set(self.lists)
-        if drawn.labelled:
-            if queries.positives is None:
-                raise UsageError("documents.labelled needs judgments, and there are none", fix="labelled: false")
-            if len(queries.positives) != given:
-                raise UsageError(
-                    f"labels of {len(queries.positives)} queries, vectors of {given}",
-                    where="queries",
-                    fix="one entry, maybe empty, for each given query",
-                )
-            # Rows of the given queries, which are the pool's first ones where they take part at all.
-            part = specification.queries.given > 0
-            labelled = {number for number, rows in enumerate(queries.positives) if len(rows) and part}
-            learnable = labelled if learnable is None else learnable & labelled
-        if learnable is not None:
-            trained = np.array([number for number in trained.tolist() if number in learnable], np.int64)
+        trained = trained[np.isin(trained, self._learnable(len(vectors)))]
         # Kinds of queries that are left after that, each with its share.
-        self.kinds = [
-            (trained[(trained >= start) & (trained < end)], share) for start, end, share in self.bounds if share
-        ]
+        self.kinds = [(trained[(trained >= start) & (trained < end)], share) for start, end, share in kinds]
         self.kinds = [(rows, share) for rows, share in self.kinds if len(rows)]
         if not self.kinds:
             raise _no_query()
         self.top: NDArray[np.int32] | None = None
-        if drawn.top and specification.relevance == "vectors":
-            self.top = best_documents(vectors, documents, min(drawn.top, len(documents)), self.metric, work / BEST)
+        if specification.documents.top and specification.relevance == "vectors":
+            count, read = len(documents), documents.__getitem__
+            top = min(specification.documents.top, count)
+            self.top = best_documents(vectors, count, read, top, self.metric, work / BEST)
 
-    def _pool(self, queries: Queries) -> tuple[Vectors, list[tuple[int, int, float]]]:
+    def _learnable(self, pool: int) -> Rows:
+        """Numbers of the queries of the pool that a teacher's list or a label is there for, where that is asked for."""
+        queries, learnable = self.queries, np.arange(pool)
+        self.lists: dict[int, int] = {}
+        if self.specification.relevance == "scores":
+            if queries.teacher is None or not len(queries.teacher.queries):
+                raise UsageError("relevance: scores needs a teacher's scored lists", fix="relevance: vectors")
+            self.lists = {int(query): number for number, query in enumerate(queries.teacher.queries)}
+            learnable = np.array(list(self.lists))
+        if self.specification.documents.labelled:
+            if queries.positives is None:
+                raise UsageError("documents.labelled needs judgments, and there are none", fix="labelled: false")
+            given = 0 if queries.given is None else len(queries.given)
+            if len(queries.positives) != given:
+                what = f"labels of {len(queries.positives)} queries, vectors of {given}"
+                raise UsageError(what, where="queries", fix="one entry, maybe empty, for each given query")
+            # Rows of the given queries, which are the pool's first ones where they take part at all.
+            labelled = [number for number, rows in enumerate(queries.positives) if len(rows)]
+            learnable = np.intersect1d(learnable, labelled if self.specification.queries.given > 0 else [])
+        return learnable
+
+    def _pool(self) -> tuple[Vectors, list[tuple[int, int, float]]]:
         """All queries in one array, given ones first; and (first, last + 1, share) of each kind."""
-        shares = self.specification.queries
-        parts: list[Vectors] = []
-        bounds: list[tuple[int, int, float]] = []
-        start = 0
+        queries, spec, shares = self.queries, self.specification, self.specification.queries
         # Only the given ones have a recorded teacher; a query encoder reads texts, which document vectors lack.
-        recorded = self.specification.relevance == "scores"
-        from_documents = not recorded and self.specification.query != "encoder"
-        kinds = (
-            (queries.given, shares.given, queries.given_texts),
-            (queries.pseudo, 0.0 if recorded else shares.pseudo, queries.pseudo_texts),
-            (self.documents, shares.documents if from_documents else 0.0, None),
+        recorded, reads = spec.relevance == "scores", spec.query == "encoder"
+        sources = (
+            ("given query", queries.given, shares.given, queries.given_texts),
+            ("pseudo-query", queries.pseudo, 0 if recorded else shares.pseudo, queries.pseudo_texts),
+            ("document", self.documents, 0 if recorded or reads else shares.documents, None),
         )
+        parts: list[Vectors] = []
+        kinds: list[tuple[int, int, float]] = []
         self.texts: list[str] = []
-        for number, (vectors, share, texts) in enumerate(kinds):
+        start = 0
+        for number, (name, vectors, share, texts) in enumerate(sources):
             if vectors is None or not share or not len(vectors):
                 continue
             # Given ones stay whole and in order: positives and scored lists name them by row.
             if number and len(vectors) > shares.most:
-                chosen = generator(self.seed, 12, number).choice(len(vectors), shares.most, replace=False)
-                vectors = vectors[np.sort(chosen)]
-                texts = [texts[row] for row in np.sort(chosen)] if texts is not None else None
+                rows = np.sort(generator(self.seed, 12, number).choice(len(vectors), shares.most, replace=False))
+                vectors, texts = vectors[rows], texts and [texts[row] for row in rows]
             part = np.array(vectors, np.float32)
-            name = ("given query", "pseudo-query", "document")[number]
             check_vectors(part, self.documents.shape[1], partial("{}: row {}".format, name))
-            if self.specification.query == "encoder" and (texts is None or len(texts) != len(part)):
-                raise UsageError(
-                    f"query: encoder reads texts, and a {name} has none", where="queries", fix="query: linear"
-                )
-            part = part[np.linalg.norm(part, axis=1) > 0] if number == 2 else part
-            parts.append(part)
+            if reads and (texts is None or len(texts) != len(part)):
+                what = f"query: encoder reads texts, and a {name} has none"
+                raise UsageError(what, where="queries", fix="query: linear")
+            parts.append(part[np.linalg.norm(part, axis=1) > 0] if name == "document" else part)
             self.texts += texts or []
-            bounds.append((start, start + len(part), share))
-            start += len(part)
+            kinds.append((start, start + len(parts[-1]), share))
+            start += len(parts[-1])
         if not start:
             raise _no_query()
-        return np.concatenate(parts), bounds
+        return np.concatenate(parts), kinds
 
     def spread(self) -> float:
         """Mean over queries of the standard deviation of the similarities of the documents that the teacher ranks."""
         numbers = generator(self.seed, 13).permutation(len(self.vectors))[:SPREAD_QUERIES]
         if self.specification.relevance == "scores":
-            teacher = self.queries.teacher
-            assert teacher is not None
-            lists = [(int(teacher.queries[i]), teacher.rows[part]) for i, part in self._spread_lists(teacher)]
+            teacher, slices = self._recorded_lists()
+            lists = [(int(query), teacher.rows[part]) for query, part in zip(teacher.queries, slices)]
         elif self.top is not None:
             lists = [(int(number), self.top[number]) for number in numbers]
         else:
@@ -201,15 +191,16 @@ class Sampler:
 
     def teacher_spread(self) -> float:
         """The same of the teacher's own scores: recorded ones have a scale of their own."""
-        teacher = self.queries.teacher
-        if self.specification.relevance == "vectors" or teacher is None:
+        if self.specification.relevance == "vectors":
             return self.spread()
-        return max(float(np.mean([teacher.scores[part].std() for _, part in self._spread_lists(teacher)])), LEAST)
+        teacher, slices = self._recorded_lists()
+        return max(float(np.mean([teacher.scores[part].std() for part in slices])), LEAST)
 
-    @staticmethod
-    def _spread_lists(teacher: TeacherScores) -> list[tuple[int, slice]]:
-        ends = teacher.offsets.tolist()
-        return [(i, slice(ends[i], ends[i + 1])) for i in range(min(len(teacher.queries), SPREAD_QUERIES))]
+    def _recorded_lists(self) -> tuple[TeacherScores, list[slice]]:
+        """The teacher's scores, and where its first lists lie."""
+        teacher = self.queries.teacher
+        assert teacher is not None
+        return teacher, [slice(*ends) for ends in pairwise(teacher.offsets[: SPREAD_QUERIES + 1].tolist())]
 
     def similarities(self, queries: Tensor, rows: Rows) -> Tensor:
         """[queries, rows] teacher's similarities, those of the vectors themselves."""
@@ -234,31 +225,28 @@ class Sampler:
         assert teacher is not None
         lists = [self.lists[int(number)] for number in numbers]
         slices = [slice(int(teacher.offsets[i]), int(teacher.offsets[i + 1])) for i in lists]
-        longest = max(part.stop - part.start for part in slices)
         rows, places = np.unique(np.concatenate([teacher.rows[part] for part in slices]), return_inverse=True)
-        shape = (len(lists), longest)
+        shape = (len(lists), max(part.stop - part.start for part in slices))
         index, labels = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
         scores, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
         start = 0
         for number, part in enumerate(slices):
-            size = part.stop - part.start
+            here = slice(part.stop - part.start)
             # A labelled positive first, as the losses that need one expect.
             order = np.argsort(-(teacher.relevance[part] > 0).astype(int), kind="stable")
-            index[number, :size] = places[start : start + size][order]
-            labels[number, :size] = teacher.relevance[part][order]
-            scores[number, :size] = teacher.scores[part][order]
-            mask[number, :size] = True
-            start += size
+            index[number, here] = places[start : start + here.stop][order]
+            labels[number, here], scores[number, here] = teacher.relevance[part][order], teacher.scores[part][order]
+            mask[number, here] = True
+            start += here.stop
         tensors = [torch.from_numpy(array) for array in (index, labels, scores, mask)]
         return Batch(self.vectors[numbers], numbers, rows.astype(np.int64), *tensors)
 
     def _from_vectors(self, numbers: Rows, random: np.random.Generator) -> Batch:
-        spec = self.specification.documents
+        spec, judged = self.specification.documents, self.queries.positives or []
         best = np.empty((len(numbers), 0), np.int64) if self.top is None else np.asarray(self.top[numbers], np.int64)
         positives = np.empty(0, np.int64)
         if spec.labelled:
-            assert self.queries.positives is not None
-            positives = np.array([random.choice(self.queries.positives[int(number)]) for number in numbers], np.int64)
+            positives = np.array([random.choice(judged[int(number)]) for number in numbers], np.int64)
         drawn = random.choice(len(self.documents), min(spec.random, len(self.documents)), replace=False)
         needed = np.unique(positives)
         rows = np.unique(np.concatenate([best.ravel(), positives, drawn]))
@@ -268,23 +256,17 @@ class Sampler:
             rows = np.unique(np.concatenate([needed, kept]))
         if len(rows) < 2:
             raise RankdistillError("a list of fewer than two documents", where="documents", fix="documents.top: 200")
-        index = None
-        if not (spec.in_batch and spec.list_size is None and not spec.labelled):  # else each query sees all of them
-            index = self._index(rows, best, positives, drawn, spec, random)
-        shape = (len(numbers), len(rows) if index is None else index.shape[1])
-        labels, mask = np.full(shape, -1, np.int64), np.ones(shape, bool)
-        places: Tensor | None = None
-        if index is not None:
-            mask, index = index >= 0, np.maximum(index, 0)
-            places = torch.from_numpy(index)
-            if spec.labelled:
-                assert self.queries.positives is not None
-                for place, number in enumerate(numbers):
-                    positive = np.isin(rows[index[place]], self.queries.positives[int(number)])
-                    labels[place][positive & mask[place]] = 1
-        return Batch(
-            self.vectors[numbers], numbers, rows, places, torch.from_numpy(labels), None, torch.from_numpy(mask)
-        )
+        queries = self.vectors[numbers]
+        if spec.in_batch and spec.list_size is None and not spec.labelled:  # each query sees all of them
+            shape = (len(numbers), len(rows))
+            return Batch(queries, numbers, rows, None, torch.full(shape, -1), None, torch.ones(shape, dtype=torch.bool))
+        index = self._index(rows, best, positives, drawn, spec, random)
+        mask, index = index >= 0, np.maximum(index, 0)
+        labels = np.full(index.shape, -1, np.int64)
+        for place, number in enumerate(numbers if spec.labelled else ()):
+            labels[place][np.isin(rows[index[place]], judged[int(number)]) & mask[place]] = 1
+        places, labelled, masked = (torch.from_numpy(array) for array in (index, labels, mask))
+        return Batch(queries, numbers, rows, places, labelled, None, masked)
 
     @staticmethod
     def _index(
@@ -297,9 +279,7 @@ class Sampler:
                 places = random.permutation(len(rows)) if spec.list_size else np.arange(len(rows))
             else:
                 wide = np.union1d(best[number], drawn)
-                places = np.searchsorted(rows, wide)
-                held = rows[np.minimum(places, len(rows) - 1)] == wide
-                places = random.permutation(places[held])
+                places = random.permutation(np.searchsorted(rows, wide[np.isin(wide, rows)]))
             if len(positives):
                 first = np.searchsorted(rows, positives[number])
                 places = np.concatenate([[first], places[places != first]])
@@ -315,13 +295,15 @@ def _no_query() -> UsageError:
     return UsageError("there is no query to learn from", where="queries", fix=fix)
 
 
-def best_documents(queries: Vectors, documents: Any, count: int, metric: Metric, file: Path) -> NDArray[np.int32]:
+def best_documents(
+    queries: Vectors, documents: int, read: Callable[[slice], Any], count: int, metric: Metric, file: Path
+) -> NDArray[np.int32]:
     """The `count` best documents of each query by exact search: int32 [queries, count], a memory-mapped file.
 
     Memory: a block of documents and a block of queries.
 
     Args:
-        documents: anything of a length whose slices are [n, dimension].
+        read: a slice of so many `documents` → vectors [n, dimension].
     """
     import faiss
 
@@ -330,8 +312,8 @@ def best_documents(queries: Vectors, documents: Any, count: int, metric: Metric,
         for first in range(0, len(queries), QUERIES_AT_ONCE):
             block = np.ascontiguousarray(queries[first : first + QUERIES_AT_ONCE])
             heap = faiss.ResultHeap(len(block), count, keep_max=metric == "inner_product")
-            for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
-                part = np.ascontiguousarray(documents[start : start + DOCUMENTS_AT_ONCE], dtype=np.float32)
+            for start in range(0, documents, DOCUMENTS_AT_ONCE):
+                part = np.ascontiguousarray(read(slice(start, start + DOCUMENTS_AT_ONCE)), dtype=np.float32)
                 scores, rows = faiss.knn(block, part, min(count, len(part)), metric=faiss_metric(metric))
                 heap.add_result(D=scores, I=rows + start)
             heap.finalize()

@@ -15,6 +15,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from rankdistill.artifacts import Artifact, ArtifactWriter, file_digest, fingerprint, locked, obtain
@@ -29,7 +31,7 @@ from rankdistill.collections import Collection
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import DocumentIds, Vectors, allocate_array
-from rankdistill.indexes.building import check_unit_length, checked_rows, refuse_zeros, train_index
+from rankdistill.indexes.building import look_through, train_index
 from rankdistill.indexes.dense import ExactIndex
 from rankdistill.indexes.faiss_assembly import IndexParts, add_codes, assemble_index, parts_of
 from rankdistill.indexes.faiss_index import (
@@ -45,11 +47,12 @@ from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.progress import progress, say, warn
 from rankdistill.quantization.batches import BEST, Queries, Sampler, TeacherScores, content_digest
 from rankdistill.quantization.quantizer import VectorQuantizer, query_transform
-from rankdistill.quantization.queries import collection_queries
 from rankdistill.quantization.training import CHECKPOINT, CODES, LISTS, LIVE, LOG, WEIGHTS, QuantizerTraining
 from rankdistill.runs import iter_run
+from rankdistill.sampling.base import generator
+from rankdistill.sampling.training_queries import pseudo_queries
 from rankdistill.scores.lists import ScoredLists
-from rankdistill.students.base import StudentModel, to_device
+from rankdistill.students.base import StudentModel
 
 KIND = "quantizer"
 ENCODER = "query_encoder"
@@ -93,23 +96,37 @@ def quantize(
     out_file, place = Path(out_file), resolve_device(device)
     if documents.ndim != 2 or not len(documents):
         raise RankdistillError(f"there is nothing to quantise: vectors of shape {list(documents.shape)}")
-    _check(specification, student, int(documents.shape[1]))
-    values = {
-        "specification": specification.model_dump(
-            mode="json", exclude={"name", "description", "search", "refine", "checkpoint_every"}
-        ),
+    if specification.query == "encoder" and student is None:
+        what = "query: encoder trains a run's student along, and there are only vectors here"
+        raise UsageError(what, where=f"index specification {specification.name}", fix="query: linear, or give a run")
+    started = specification.started(int(documents.shape[1]))
+    if specification.overlap > 1 and specification.overlap > int(started.subspaces):
+        what = f"overlap: {specification.overlap} of {started.subspaces} subspaces would cover a dimension twice"
+        where = f"index specification {specification.name}"
+        raise UsageError(what, where=where, fix=f"overlap: {started.subspaces}, or less")
+    apart = {"name", "description", "search", "refine", "checkpoint_every"}
+    values: dict[str, Any] = {
+        "specification": specification.model_dump(mode="json", exclude=apart),
         "vectors": vectors_fingerprint or content_digest(documents),
         "queries": queries_fingerprint or (queries.digest() if queries is not None else ""),
         "student": student_fingerprint if specification.query == "encoder" else "",
     }
     check_out_file(out_file)
     with locked(out_file):
-        trained = _train(documents, queries or Queries(), specification, out_file, values, similarity, student, place)
+        trained = obtain(
+            quantizer_folder(out_file),
+            kind=KIND,
+            fingerprint=fingerprint(values),
+            settings=values,
+            inputs={"vectors": values["vectors"]},
+            make=partial(_train, documents, queries or Queries(), specification, similarity, student, place),
+            resume=True,
+        )
         doc_ids = Ids.of(doc_ids)
         key = fingerprint([values, specification.refine, specification.search.model_dump(), doc_ids.digest()])
         if manifest_if_whole(out_file).get("fingerprint") == key:
             return FaissIndex.open(out_file)
-        started = time.time()
+        begun = time.time()
         index = _export(trained, documents, specification)
         encoder = trained.path / ENCODER
         if encoder.is_dir() and open_student is not None:
@@ -118,7 +135,7 @@ def quantize(
             index,
             doc_ids,
             out_file,
-            specification=specification.started(documents.shape[1]),
+            specification=started,
             manifest={
                 "fingerprint": key,
                 "student_fingerprint": student_fingerprint,
@@ -127,10 +144,10 @@ def quantize(
                 "similarity": similarity,
                 "quantizer": specification.model_dump(mode="json"),
                 "query_encoder": f"{trained.path.name}/{ENCODER}" if encoder.is_dir() else None,
-                **{key: trained.manifest[key] for key in ("factory", "trained_on", "agreement", "zero_vectors")},
+                **{name: trained.manifest[name] for name in ("factory", "trained_on", "agreement", "zero_vectors")},
                 "device": trained.manifest.get("device") or "cpu",
                 "training_seconds": trained.manifest["seconds"],
-                "seconds": round(time.time() - started, 3),
+                "seconds": round(time.time() - begun, 3),
             },
         )
 
@@ -170,6 +187,61 @@ def quantize_student(
     )
 
 
+def collection_queries(
+    student: StudentModel,
+    collection: Collection,
+    specification: QuantizerSpecification,
+    *,
+    query_ids: Sequence[str] | None = None,
+    lists: ScoredLists | None = None,
+) -> tuple[Queries, str]:
+    """The queries a specification asks for, encoded by the student, and a fingerprint of all that decides them.
+
+    They are training queries, never those of dev and test, and pseudo-queries made from documents. Judgments are read
+    only where the specification asks for labels.
+
+    Args:
+        query_ids: training queries to use; those of the training split, if there is one, unless given.
+        lists: the teacher's scored lists, for `relevance: scores`; their queries are the given ones.
+    """
+    split = collection.training_split
+    recorded = specification.relevance == "scores" and lists is not None
+    if lists is not None and recorded:
+        query_ids = lists.query_ids
+    elif query_ids is None:
+        query_ids = collection.query_ids(split) if split else []
+    shares = specification.queries
+    ids = list(query_ids) if shares.given or recorded else []
+    if not recorded and len(ids) > shares.most:
+        chosen = generator(specification.seed, 21).choice(len(ids), shares.most, replace=False)
+        ids = [ids[row] for row in np.sort(chosen)]
+    texts = collection.query_texts(ids) if ids else []
+    pseudo: list[str] = []
+    if shares.pseudo and not recorded:
+        count = min(shares.most, collection.document_count)
+        rows = np.sort(generator(specification.seed, 22).choice(collection.document_count, count, replace=False))
+        pseudo = [text for text in pseudo_queries(collection, rows) if text]
+    positives = None
+    if specification.documents.labelled:
+        judged = collection.qrels(split) if split else {}
+        relevant = [[name for name, grade in judged.get(query_id, {}).items() if grade > 0] for query_id in ids]
+        positives = [collection.doc_rows(names) for names in relevant]
+    teacher = None
+    if lists is not None and recorded:
+        teacher = TeacherScores(np.arange(len(lists)), lists.offsets, lists.doc_rows, lists.scores, lists.relevance)
+    queries = Queries(
+        given=student.encode_queries(texts) if texts else None,
+        pseudo=student.encode_queries(pseudo) if pseudo else None,
+        positives=positives,
+        teacher=teacher,
+        given_texts=list(texts) or None,
+        pseudo_texts=pseudo or None,
+    )
+    labels = [rows.tolist() for rows in positives] if positives is not None else None
+    made_from = [student.fingerprint, collection.fingerprint, ids, len(pseudo), labels]
+    return queries, fingerprint(["queries", *made_from, lists.fingerprint if recorded and lists else None])
+
+
 def quantize_files(
     documents: str | Path,
     queries: str | Path | None,
@@ -186,20 +258,18 @@ def quantize_files(
         ids: of a .npy's rows.
         scores: a teacher's scores as a run, for `relevance: scores`; documents and queries by the ids of the vectors.
     """
-    out_file = Path(out_file)
-    folder = out_file.with_name(f"{out_file.name}.vectors")
+    folder = Path(f"{out_file}.vectors")
     held = open_foreign_vectors(documents, folder, side="documents", ids=ids)
     asked = open_foreign_vectors(queries, folder, side="queries") if queries is not None else None
     if asked is not None and asked.dimension != held.dimension:
-        raise RankdistillError(
-            f"queries of {asked.dimension} dimensions, documents of {held.dimension}", where=str(queries)
-        )
+        what = f"queries of {asked.dimension} dimensions, documents of {held.dimension}"
+        raise RankdistillError(what, where=str(queries))
     teacher = None
     if specification.relevance == "scores":
         if scores is None or asked is None:
             raise UsageError("relevance: scores needs --scores and --queries", fix="or relevance: vectors")
         teacher = recorded_scores(scores, list(asked.ids), list(held.ids))
-    # A cosine model's vectors have length one; what is not is compared by plain inner product.
+    made_from = [asked.fingerprint if asked is not None else None, file_digest(scores) if scores is not None else None]
     return quantize(
         held.vectors,
         held.ids,
@@ -207,9 +277,8 @@ def quantize_files(
         specification,
         out_file,
         vectors_fingerprint=held.fingerprint,
-        queries_fingerprint=fingerprint(
-            [asked.fingerprint if asked is not None else None, file_digest(scores) if scores is not None else None]
-        ),
+        queries_fingerprint=fingerprint(made_from),
+        # A cosine model's vectors have length one; what is not is compared by plain inner product.
         similarity="cos" if held.unit_length else "dot",
     )
 
@@ -229,9 +298,8 @@ def recorded_scores(file: str | Path, query_ids: Sequence[str], doc_ids: Sequenc
         rows.append(known[known >= 0])
         values.append(np.asarray(scores, np.float32)[known >= 0])
     if not queries:
-        raise RankdistillError(
-            "no query of these scores has two documents among the vectors", where=str(file), fix="the same ids in both"
-        )
+        what = "no query of these scores has two documents among the vectors"
+        raise RankdistillError(what, where=str(file), fix="the same ids in both")
     if dropped:
         warn(f"{dropped} queries of {file} have no vector, or fewer than two scored documents with one: left out")
     if missing:
@@ -247,49 +315,6 @@ def query_encoder_folder(index: FaissIndex) -> Path | None:
     return index.path.with_name(str(named).split("/")[0]) / ENCODER if named else None
 
 
-def _check(specification: QuantizerSpecification, student: StudentModel | None, dimension: int) -> None:
-    """Refuse a specification whose parts do not go together."""
-    spec, subspaces = specification, specification.started(dimension).subspaces
-    l2, overlap = spec.metric == "l2", spec.overlap > 1
-    apart = spec.lists or spec.codes != "nearest" or spec.rotation == "learned" or l2
-    for wrong, what, fix in (
-        (
-            spec.fast_scan and spec.bits != 4,
-            f"a fast-scan index holds 4-bit codes, not {spec.bits}-bit ones",
-            "bits: 4",
-        ),
-        (
-            l2 and spec.query == "linear",
-            "a query map needs inner products: distances compare with the documents' own space",
-            "query: frozen",
-        ),
-        (
-            spec.query == "encoder" and student is None,
-            "query: encoder trains a run's student along, and there are only vectors here",
-            "query: linear, or give a run",
-        ),
-        (l2 and spec.query == "encoder", "query: encoder needs inner products", "metric: inner_product"),
-        (
-            overlap and apart,
-            "overlapping subspaces go with inner products, without lists, codes other than the nearest, and a learned"
-            " rotation",
-            "overlap: 1, or lists: 0, codes: nearest, rotation: opq, metric: inner_product",
-        ),
-        (
-            spec.codes == "frozen" and spec.rotation == "learned",
-            "frozen codes do not follow a learned rotation",
-            "rotation: opq",
-        ),
-        (
-            overlap and isinstance(subspaces, int) and spec.overlap > subspaces,
-            f"overlap: {spec.overlap} of {subspaces} subspaces would cover a dimension twice",
-            f"overlap: {subspaces}, or less",
-        ),
-    ):
-        if wrong:
-            raise UsageError(what, where=f"index specification {spec.name}", fix=fix)
-
-
 def quantizer_folder(out_file: Path) -> Path:
     """Where the trained quantiser of an index file lies."""
     return out_file.with_name(f"{out_file.name}.quantizer")
@@ -298,125 +323,106 @@ def quantizer_folder(out_file: Path) -> Path:
 def _train(
     documents: Vectors,
     queries: Queries,
-    specification: QuantizerSpecification,
-    out_file: Path,
-    values: dict[str, Any],
+    spec: QuantizerSpecification,
     similarity: str | None,
     student: StudentModel | None,
     device: torch.device,
-) -> Artifact:
-    spec, count = specification, len(documents)
-
-    def make(writer: ArtifactWriter) -> None:
-        zeros: list[int] = []
-        for start in range(0, count, BLOCK):
-            zeros += checked_rows(documents, np.arange(start, min(start + BLOCK, count)), False)[1]
-        refuse_zeros(zeros, count, spec.name)
-        if similarity == "cos":
-            check_unit_length(documents)
-        writer.device, work = str(device), writer.path
-        start_file = work / "start.safetensors"
-        parts, notes = _start(documents, spec, start_file)
-        torch.manual_seed(spec.seed)
-        quantizer = VectorQuantizer(
-            parts,
-            learn_rotation=spec.rotation == "learned",
-            learn_query_map=spec.query == "linear",
-            softness=spec.softness if spec.codes == "straight_through" else None,
-        ).to(device)
-        agreement: dict[str, float] = {}
-        codes: NDArray[np.uint8] | None = None
-        overlapping = spec.overlap > 1 and spec.steps > 0
-        if spec.codes == "frozen" or overlapping:
-            codes = _encode_all(documents, quantizer, work)
-        if overlapping:
-            quantizer = VectorQuantizer(parts, learn_query_map=spec.query == "linear", overlap=spec.overlap).to(device)
-        if spec.steps:
-            sampler = Sampler(documents, queries, spec, work)
-            # A copy learns: the caller's student goes on to encode documents, and queries for other indexes.
-            learning = copy.deepcopy(student) if spec.query == "encoder" else None
-            encoder = None if learning is None else (learning, _query_encoding(learning))
-            training = QuantizerTraining(quantizer, sampler, spec, documents, work, codes=codes, query_encoder=encoder)
-            training.run()
-            if training.initial is not None and training.final is not None:
-                agreement = {"start": training.initial, "end": training.final, "queries": float(len(sampler.held_out))}
-            if agreement and agreement["end"] < agreement["start"]:
-                warn(
-                    f"{spec.name}: training lowered the agreement with exact search from"
-                    f" {training.initial:.3f} to {training.final:.3f} of the first ten"
-                )
-            if learning is not None:
-                learning.save(work / ENCODER)
-        if codes is None or (quantizer.centroids is not None and not quantizer.by_residual):
-            _encode_all(documents, quantizer, work, keep_codes=codes is not None)
-        save_file({name: value.cpu().contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
-        writer.counts = {"documents": count, "dimension": int(documents.shape[1]), "steps": spec.steps}
-        writer.notes = {**notes, "agreement": agreement, "zero_vectors": len(zeros), "log": LOG}
-        for leftover in (BEST, LIVE, start_file.name):
-            (work / leftover).unlink(missing_ok=True)
-        for folder in work.glob(f"{CHECKPOINT}*"):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    return obtain(
-        quantizer_folder(out_file),
-        kind=KIND,
-        fingerprint=fingerprint(values),
-        settings=values,
-        inputs={"vectors": values["vectors"]},
-        make=make,
-        resume=True,
-    )
+    writer: ArtifactWriter,
+) -> None:
+    writer.device, work = str(device), writer.path
+    zeros = look_through(documents, spec.name, similarity)
+    start_file = work / "start.safetensors"
+    parts, notes = _start(documents, spec, start_file)
+    torch.manual_seed(spec.seed)
+    quantizer = VectorQuantizer(
+        parts,
+        learn_rotation=spec.rotation == "learned",
+        learn_query_map=spec.query == "linear",
+        softness=spec.softness if spec.codes == "straight_through" else None,
+    ).to(device)
+    agreement: dict[str, float] = {}
+    codes: NDArray[np.uint8] | None = None
+    overlapping = spec.overlap > 1 and spec.steps > 0
+    if spec.codes == "frozen" or overlapping:
+        codes = _encode_all(documents, quantizer, work)
+    if overlapping:
+        quantizer = VectorQuantizer(parts, learn_query_map=spec.query == "linear", overlap=spec.overlap).to(device)
+    if spec.steps:
+        sampler = Sampler(documents, queries, spec, work)
+        # A copy learns: the caller's student goes on to encode documents, and queries for other indexes.
+        learning = copy.deepcopy(student) if spec.query == "encoder" else None
+        training = QuantizerTraining(quantizer, sampler, spec, documents, work, codes=codes, student=learning)
+        before, after = training.run()
+        if before is not None and after is not None:
+            agreement = {"start": before, "end": after, "queries": float(len(sampler.held_out))}
+            if after < before:
+                shares = f"from {before:.3f} to {after:.3f} of the first ten"
+                warn(f"{spec.name}: training lowered the agreement with exact search {shares}")
+        if learning is not None:
+            learning.save(work / ENCODER)
+    if codes is None or (quantizer.centroids is not None and not quantizer.by_residual):
+        _encode_all(documents, quantizer, work, keep_codes=codes is not None)
+    save_file({name: value.cpu().contiguous() for name, value in quantizer.state_dict().items()}, work / WEIGHTS)
+    writer.counts = {"documents": len(documents), "dimension": int(documents.shape[1]), "steps": spec.steps}
+    writer.notes = {**notes, "agreement": agreement, "zero_vectors": zeros, "log": LOG}
+    for leftover in (BEST, LIVE, start_file.name):
+        (work / leftover).unlink(missing_ok=True)
+    for folder in work.glob(f"{CHECKPOINT}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(documents: Vectors, specification: QuantizerSpecification, file: Path) -> tuple[IndexParts, dict[str, Any]]:
     """FAISS's trained parts; kept in a file, so that a resumed training starts from the very same."""
     started = specification.started(documents.shape[1])
+    factory = started.resolve(*documents.shape)
     if not file.is_file():
-        say(f"{specification.name}: FAISS trains {started.resolve(*documents.shape)}, which learning starts from")
-        index, notes = train_index(
-            documents, started.model_copy(update={"refine": None}), by_residual=specification.residual
-        )
-        parts = parts_of(index)
-        held = {"codebooks": parts.codebooks, "rotation": parts.rotation, "centroids": parts.centroids}
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in held.items() if array is not None}
+        say(f"{specification.name}: FAISS trains {factory}, which learning starts from")
+        plain = started.model_copy(update={"refine": None})
+        index, notes = train_index(documents, plain, by_residual=specification.residual)
+        held = vars(parts_of(index))
+        arrays = {name: held[name] for name in ("codebooks", "rotation", "centroids") if held[name] is not None}
         new = file.with_suffix(".new")
-        save_file(tensors, new, metadata={key: str(value) for key, value in notes.items()})
+        save_arrays(
+            {name: np.array(array) for name, array in arrays.items()}, new, {"trained_on": str(notes["trained_on"])}
+        )
         new.rename(file)
     with safe_open(file, "np") as stream:
-        arrays, kept = {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata()  # noqa: SIM118
+        kept = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        notes = {"factory": factory, "trained_on": int(stream.metadata()["trained_on"])}
     parts = IndexParts(
-        arrays.get("rotation"),
-        arrays.get("centroids"),
-        arrays["codebooks"],
+        kept.get("rotation"),
+        kept.get("centroids"),
+        kept["codebooks"],
         specification.metric,
         specification.residual and bool(specification.lists),
         specification.fast_scan,
     )
-    return parts, {"factory": started.resolve(*documents.shape), "trained_on": int(kept["trained_on"])}
+    return parts, notes
 
 
 def _encode_all(
     documents: Vectors, quantizer: VectorQuantizer, work: Path, *, keep_codes: bool = False
 ) -> NDArray[np.uint8]:
     """Write lists and codes of all documents by the codebooks as they are now; the codes, memory-mapped."""
-    codes: Any = (
-        np.load(work / CODES, mmap_mode="r", allow_pickle=False)
-        if keep_codes
-        else allocate_array(work / CODES, (len(documents), quantizer.subspaces), np.uint8)
-    )
-    lists = allocate_array(work / LISTS, (len(documents),), np.int64) if quantizer.centroids is not None else None
-    with progress("encode documents to codes", len(documents), "vectors") as bar:
-        for start in range(0, len(documents), BLOCK):
-            block = np.asarray(documents[start : start + BLOCK], np.float32)
-            block_lists, block_codes = quantizer.encode(block)
+    count, lists = len(documents), None
+    if keep_codes:
+        codes: np.memmap[Any, np.dtype[np.uint8]] = np.load(work / CODES, mmap_mode="r", allow_pickle=False)
+    else:
+        codes = allocate_array(work / CODES, (count, quantizer.subspaces), np.uint8)
+    if quantizer.centroids is not None:
+        lists = allocate_array(work / LISTS, (count,), np.int64)
+    with progress("encode documents to codes", count, "vectors") as bar:
+        for start in range(0, count, BLOCK):
+            part = slice(start, start + BLOCK)
+            block_lists, block_codes = quantizer.encode(np.asarray(documents[part], np.float32))
             if not keep_codes:
-                codes[start : start + len(block)] = block_codes
+                codes[part] = block_codes
             if lists is not None:
-                lists[start : start + len(block)] = block_lists
-            bar.advance(len(block))
-    for array in (lists, None if keep_codes else codes):
-        if array is not None:
-            array.flush()
+                lists[part] = block_lists
+            bar.advance(len(block_codes))
+    codes.flush()
+    if lists is not None:
+        lists.flush()
     return codes
 
 
@@ -426,20 +432,19 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
 
     tensors = load_file(trained.path / WEIGHTS)
     codes = np.load(trained.path / CODES, mmap_mode="r", allow_pickle=False)
-    lists_file = trained.path / LISTS
-    lists = np.load(lists_file, mmap_mode="r", allow_pickle=False) if lists_file.is_file() else None
+    file = trained.path / LISTS
+    lists = np.load(file, mmap_mode="r", allow_pickle=False) if file.is_file() else None
     plain = specification.rotation == "none" and not {"query_map", "columns"} & tensors.keys()
-    transform = query_transform(
-        tensors["rotation0"], tensors.get("skew"), tensors.get("query_map"), tensors.get("columns")
+    transform = query_transform(tensors["rotation0"], *map(tensors.get, ("skew", "query_map", "columns")))
+    parts = IndexParts(
+        None if plain else transform.contiguous().numpy(),
+        tensors["centroids.weight"].numpy() if "centroids.weight" in tensors else None,
+        tensors["codebooks"].numpy(),
+        specification.metric,
+        specification.residual,
+        specification.fast_scan,
     )
-    index = assemble_index(
-        rotation=None if plain else transform.contiguous().numpy(),
-        centroids=tensors["centroids.weight"].numpy() if "centroids.weight" in tensors else None,
-        codebooks=tensors["codebooks"].numpy(),
-        metric=specification.metric,
-        by_residual=specification.residual,
-        fast_scan=specification.fast_scan,
-    )
+    index = assemble_index(parts)
     add_codes(index, lists, codes)
     if specification.refine:
         # The second stage compares the query itself with the documents themselves.
@@ -456,12 +461,3 @@ def _export(trained: Artifact, documents: Vectors, specification: QuantizerSpeci
         index = outer
     apply_search(index, specification.search, specification.name)
     return index
-
-
-def _query_encoding(student: StudentModel) -> Any:
-    """Texts → query vectors [n, dimension], with gradients while the quantiser trains."""
-
-    def run(texts: list[str]) -> torch.Tensor:
-        return student.embed(to_device(student.preprocess(texts, "query"), student.device), "query").float()
-
-    return run

@@ -11,6 +11,7 @@ W, the query map, is the identity unless it is trained. Distill-VQ: Xiao et al. 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,14 +170,14 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, vectors: NDArray[np.float32], by_residual: bool | None = None) -> tuple[Any, NDArray[np.uint8]]:
         """Lists and codes of vectors [n, dimension], as the parts are now; see `encode`."""
-        residual = self.by_residual if by_residual is None else by_residual
-        return encode(vectors, *self.parts(), metric=self.metric, by_residual=residual)
+        parts = self.parts()
+        return encode(vectors, parts if by_residual is None else replace(parts, by_residual=by_residual))
 
     @torch.no_grad()
-    def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.float32]]:
-        """(R, O, C) as arrays."""
+    def parts(self) -> IndexParts:
         centroids = None if self.centroids is None else self.centroids.weight.detach().cpu().numpy().copy()
-        return self.rotation().cpu().numpy().copy(), centroids, self.codebooks.detach().cpu().numpy().copy()
+        rotation, codebooks = (part.detach().cpu().numpy().copy() for part in (self.rotation(), self.codebooks))
+        return IndexParts(rotation, centroids, codebooks, self.metric, self.by_residual)
 
 
 def query_transform(
@@ -221,15 +222,7 @@ def uniform_codes(distances: Tensor, strength: float = 0.05, iterations: int = 5
     return (logits + codewords).argmax(dim=2).T
 
 
-def encode(
-    vectors: NDArray[np.float32],
-    rotation: NDArray[np.float32],
-    centroids: NDArray[np.float32] | None,
-    codebooks: NDArray[np.float32],
-    *,
-    metric: Metric,
-    by_residual: bool,
-) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
+def encode(vectors: NDArray[np.float32], parts: IndexParts) -> tuple[NDArray[np.int64] | None, NDArray[np.uint8]]:
     """Lists [n] and codes [n, M] of vectors [n, dimension], by FAISS's own kernels on all threads.
 
     Rounded as FAISS rounds, so that its own trained parts give its own codes. A vector goes to the list that the index
@@ -237,19 +230,23 @@ def encode(
     """
     import faiss
 
-    subspaces, codewords, width = codebooks.shape
-    turn = faiss.LinearTransform(rotation.shape[1], rotation.shape[0], False)
-    faiss.copy_array_to_vector(np.ascontiguousarray(rotation, dtype=np.float32).ravel(), turn.A)
-    turn.is_trained = True
-    rotated = turn.apply(np.ascontiguousarray(vectors, dtype=np.float32))
+    subspaces, codewords, width = parts.codebooks.shape
+    rotated = np.ascontiguousarray(vectors, dtype=np.float32)
+    if parts.rotation is not None:
+        inside, dimension = parts.rotation.shape
+        turn = faiss.LinearTransform(dimension, inside, False)
+        faiss.copy_array_to_vector(np.ascontiguousarray(parts.rotation, dtype=np.float32).ravel(), turn.A)
+        turn.is_trained = True
+        rotated = turn.apply(rotated)
     lists: NDArray[np.int64] | None = None
-    if centroids is not None:
-        _, nearest = faiss.knn(rotated, np.ascontiguousarray(centroids), 1, metric=faiss_metric(metric))
+    if parts.centroids is not None:
+        centroids = np.ascontiguousarray(parts.centroids)
+        _, nearest = faiss.knn(rotated, centroids, 1, metric=faiss_metric(parts.metric))
         lists = nearest[:, 0].astype(np.int64)
-        if by_residual:
-            rotated -= centroids[lists]
+        if parts.by_residual:
+            rotated = rotated - centroids[lists]
     quantiser = faiss.ProductQuantizer(subspaces * width, subspaces, codewords.bit_length() - 1)
-    faiss.copy_array_to_vector(np.ascontiguousarray(codebooks, dtype=np.float32).ravel(), quantiser.centroids)
+    faiss.copy_array_to_vector(np.ascontiguousarray(parts.codebooks, dtype=np.float32).ravel(), quantiser.centroids)
     codes = np.empty((len(rotated), subspaces), np.uint8)
     for start in range(0, len(rotated), CODES_AT_ONCE):
         packed = quantiser.compute_codes(rotated[start : start + CODES_AT_ONCE])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from torch import Tensor, nn
 
 from rankdistill.artifacts import write_atomically
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.base import Vectors
+from rankdistill.indexes.base import Rows, Vectors
 from rankdistill.indexes.specification import QuantizerSpecification
 from rankdistill.losses.base import ListLoss
 from rankdistill.progress import progress, say
 from rankdistill.quantization.batches import Batch, Sampler, best_documents
 from rankdistill.quantization.quantizer import VectorQuantizer, uniform_codes
 from rankdistill.recipe import build
+from rankdistill.students.base import StudentModel, to_device
 from rankdistill.training.checkpoints import load_state, save_state
 
 LOG, CHECKPOINT, STATE = "log.jsonl", "checkpoint", "state.json"
@@ -44,8 +44,6 @@ BLOCK = 65_536
 MOST_PAIRS = 1 << 28  # of documents in a step's lists: 1 GiB of float32
 TEMPERATURE_SHARE = 1.0  # of the standard deviation of the teacher's scores among its best
 
-EncodeQueries = Callable[[list[str]], Tensor]
-
 
 class QuantizerTraining:
     """One training, resumable from `work`.
@@ -54,7 +52,7 @@ class QuantizerTraining:
         quantizer: from FAISS's trained parts, on the device that trains it.
         sampler: of queries and documents.
         codes: [n, M] FAISS's codes: read where codes stay frozen, written where subspaces overlap.
-        query_encoder: a module and a function texts → vectors, where a query encoder is trained along.
+        student: whose query encoder is trained along.
     """
 
     def __init__(
@@ -66,27 +64,23 @@ class QuantizerTraining:
         work: Path,
         *,
         codes: NDArray[np.uint8] | None = None,
-        query_encoder: tuple[nn.Module, EncodeQueries] | None = None,
+        student: StudentModel | None = None,
     ) -> None:
         self.quantizer, self.sampler, self.specification = quantizer, sampler, specification
-        self.documents, self.work, self.codes, self.query_encoder = documents, work, codes, query_encoder
+        self.documents, self.work, self.codes, self.student = documents, work, codes, student
         self.device = quantizer.codebooks.device
         self.losses: list[ListLoss] = [build("loss", loss.settings()) for loss in specification.losses]
         for loss in self.losses:
             if not isinstance(loss, ListLoss) or next(loss.buffers(), None) is not None:
-                raise RankdistillError(
-                    f"the loss {loss.type} reads more than a list's scores, or keeps state: it cannot train codebooks",
-                    where="losses",
-                    fix="kl, listnet, margin_mse with all_pairs, or another loss over lists",
+                what = (
+                    f"the loss {loss.type} reads more than a list's scores, or keeps state: it cannot train codebooks"
                 )
+                fix = "kl, listnet, margin_mse with all_pairs, or another loss over lists"
+                raise RankdistillError(what, where="losses", fix=fix)
+            if loss.needs_labels and not specification.documents.labelled:
+                fix = "documents: {labelled: true}, or a loss that needs none (kl, listnet)"
+                raise RankdistillError(f"the loss {loss.type} needs a labelled positive", where="losses", fix=fix)
         self._check_pairs()
-        unlabelled = next((loss.type for loss in self.losses if loss.needs_labels), None)
-        if unlabelled is not None and not specification.documents.labelled:
-            raise RankdistillError(
-                f"the loss {unlabelled} needs a labelled positive",
-                where="losses",
-                fix="documents: {labelled: true}, or a loss that needs none (kl, listnet)",
-            )
         auto = specification.temperature == "auto"
         self.temperature = TEMPERATURE_SHARE * sampler.spread() if auto else float(specification.temperature)
         # Recorded scores have a scale of their own: brought to that of the similarities, which the student's are.
@@ -94,21 +88,21 @@ class QuantizerTraining:
         if specification.codes == "frozen" and quantizer.by_residual and quantizer.centroids is not None:
             # Frozen codes describe what is left after these very centroids, of these very lists.
             quantizer.centroids.weight.requires_grad_(False)
-        if query_encoder is not None:
-            query_encoder[0].eval()  # dropout would differ in a resumed training
+        self.modules: dict[str, nn.Module] = {"": quantizer}  # by what their tensors' names begin with
+        if student is not None:
+            self.modules[ENCODER] = student.eval()  # dropout would differ in a resumed training
         self.weights: dict[str, float] = {}  # fixed by the first batch: w of L_ivf, the unit of the reconstruction
         self.step = 0
         self.log: list[dict[str, Any]] = []
         self.lists: Tensor | None = None
         self.optimisers = self._optimisers()
 
-    def run(self) -> None:
-        """Train to the last step; goes on from the last checkpoint."""
+    def run(self) -> tuple[float | None, float | None]:
+        """Train to the last step, on from the last checkpoint; `agreement` before and after."""
         spec = self.specification
         resumed = self._load()
         if not resumed:
             self.log.append({"step": 0, f"overlap@{AGREEMENT}": self.agreement()})
-        self.initial: float | None = self.log[0][f"overlap@{AGREEMENT}"]
         self._assign(keep=resumed)
         self._look_again(keep=resumed)
         with progress(f"quantize {spec.name}", spec.steps, "steps") as bar:
@@ -126,9 +120,16 @@ class QuantizerTraining:
                     self._look_again()
                 if self.step % spec.checkpoint_every == 0 and self.step < spec.steps:
                     self._save()
-        self.final = self.agreement()
-        self.log.append({"step": self.step, f"overlap@{AGREEMENT}": self.final})
+        self.log.append({"step": self.step, f"overlap@{AGREEMENT}": self.agreement()})
         self._write_log()
+        return self.log[0][f"overlap@{AGREEMENT}"], self.log[-1][f"overlap@{AGREEMENT}"]
+
+    def _encode(self, numbers: Rows) -> Tensor:
+        """The query encoder's vectors of queries of the pool, with gradients while it trains."""
+        assert self.student is not None
+        texts = [self.sampler.texts[number] for number in numbers]
+        inputs = to_device(self.student.preprocess(texts, "query"), self.student.device)
+        return self.student.embed(inputs, "query").float().to(self.device)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -141,9 +142,7 @@ class QuantizerTraining:
             teacher = self._listed(self.sampler.similarities(batch.queries, batch.rows), batch)
         else:
             teacher = batch.teacher * self.teacher_scale
-        queries = batch.queries
-        if self.query_encoder is not None:
-            queries = self.query_encoder[1]([self.sampler.texts[number] for number in batch.numbers]).to(self.device)
+        queries = batch.queries if self.student is None else self._encode(batch.numbers)
         rotated = vectors @ quantizer.rotation().T
         asked = queries @ quantizer.query_transform().T
         lists = None if self.lists is None else self.lists[torch.from_numpy(batch.rows)].to(self.device)
@@ -151,7 +150,7 @@ class QuantizerTraining:
         parts = {"pq": self._loss(quantizer.score(asked, decoded), teacher, batch)}
         if lists is not None and quantizer.centroids is not None:
             parts["ivf"] = self._loss(quantizer.score(asked, quantizer.centroids(lists)), teacher, batch)
-        if self.query_encoder is not None:
+        if self.student is not None:
             parts["dense"] = self._loss(quantizer.score(asked, rotated), teacher, batch)
         error = (rotated - quantizer.fold(decoded)).square().sum(dim=1).mean()
         if "error" not in self.weights:
@@ -167,11 +166,8 @@ class QuantizerTraining:
         elif spec.reconstruction:
             total = total + spec.reconstruction * error / self.weights["error"]
         if not torch.isfinite(total):
-            raise RankdistillError(
-                f"the loss is {float(total)} at step {self.step}",
-                where=spec.name,
-                fix="a lower codebook_rate, or another temperature",
-            )
+            fix = "a lower codebook_rate, or another temperature"
+            raise RankdistillError(f"the loss is {float(total)} at step {self.step}", where=spec.name, fix=fix)
         share, boost = _rate(self.step, spec.steps, spec.warmup), FITTING_RATE if fitting else 1.0
         for optimiser, rates in self.optimisers:
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -187,10 +183,10 @@ class QuantizerTraining:
     def _codes(self, rotated: Tensor, lists: Tensor | None, batch: Batch) -> Tensor | None:
         """Codes that are not the nearest ones: frozen, or under the uniform constraint."""
         if self.quantizer.columns is not None:
-            assert self.codes is not None
             codes = self._held(batch.rows)
             if self.step < SETTLED * self.specification.steps:
                 codes = self.quantizer.improve(rotated, codes)
+                assert self.codes is not None
                 self.codes[batch.rows] = codes.cpu().numpy()
             return codes
         if self.specification.codes == "frozen":
@@ -206,19 +202,15 @@ class QuantizerTraining:
         assert self.codes is not None
         return torch.from_numpy(self.codes[rows].astype(np.int64)).to(self.device)
 
+    @torch.no_grad()
     def _settle(self) -> None:
         """The codes of all documents, also of those no step has drawn, before the codebooks' last steps."""
         assert self.codes is not None
-        with torch.no_grad():
-            rotation = self.quantizer.rotation().T
-            for start in range(0, len(self.documents), BLOCK):
-                part = slice(start, start + BLOCK)
-                rotated = torch.from_numpy(np.array(self.documents[part], np.float32)).to(self.device) @ rotation
-                codes = self._held(part)
-                for first in range(0, len(codes), CODED_AT_ONCE):
-                    few = slice(first, first + CODED_AT_ONCE)
-                    codes[few] = self.quantizer.improve(rotated[few], codes[few], SWEEPS)
-                self.codes[part] = codes.cpu().numpy()
+        rotation = self.quantizer.rotation().T
+        for start in range(0, len(self.documents), CODED_AT_ONCE):
+            part = slice(start, start + CODED_AT_ONCE)
+            rotated = torch.from_numpy(np.array(self.documents[part], np.float32)).to(self.device) @ rotation
+            self.codes[part] = self.quantizer.improve(rotated, self._held(part), SWEEPS).cpu().numpy()
 
     @staticmethod
     def _listed(scores: Tensor, batch: Batch) -> Tensor:
@@ -240,12 +232,9 @@ class QuantizerTraining:
         pairs = min(spec.batch, len(self.sampler.vectors)) * size**2
         slow = next((loss.type for loss in self.losses if loss.over_pairs), None)
         if spec.relevance == "vectors" and pairs > MOST_PAIRS and slow is not None:
-            raise UsageError(
-                f"the loss {slow} compares all pairs: {spec.batch} lists of {size} documents would take"
-                f" {pairs * 4 / 2**30:.0f} GiB a tensor",
-                where=f"{spec.name}: losses",
-                fix="documents: {list_size: 64}",
-            )
+            taken = f"{spec.batch} lists of {size} documents would take {pairs * 4 / 2**30:.0f} GiB a tensor"
+            what = f"the loss {slow} compares all pairs: {taken}"
+            raise UsageError(what, where=f"{spec.name}: losses", fix="documents: {list_size: 64}")
 
     def _optimisers(self) -> list[tuple[torch.optim.Optimizer, list[float]]]:
         """Each with the rates of its groups."""
@@ -254,12 +243,11 @@ class QuantizerTraining:
         groups: list[tuple[list[nn.Parameter], float]] = [
             ([quantizer.codebooks], spec.codebook_rate * float(quantizer.codebooks.detach().std()))
         ]
-        if quantizer.query_map is not None:
-            groups.append(([quantizer.query_map], spec.query_rate))
-        if quantizer.skew is not None:
-            groups.append(([quantizer.skew], spec.rotation_rate))
-        if self.query_encoder is not None:
-            groups.append((list(self.query_encoder[0].parameters()), spec.encoder_rate))
+        for parameter, rate in ((quantizer.query_map, spec.query_rate), (quantizer.skew, spec.rotation_rate)):
+            if parameter is not None:
+                groups.append(([parameter], rate))
+        if self.student is not None:
+            groups.append((list(self.student.parameters()), spec.encoder_rate))
         adam = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in groups], betas=(0.9, 0.98))
         optimisers: list[tuple[torch.optim.Optimizer, list[float]]] = [(adam, [rate for _, rate in groups])]
         if quantizer.centroids is not None and quantizer.centroids.weight.requires_grad:
@@ -273,15 +261,13 @@ class QuantizerTraining:
         """Each document to the list that the index would probe first for it."""
         if self.quantizer.centroids is None:
             return
-        path = self.work / LISTS
-        if keep and path.is_file():
-            self.lists = torch.from_numpy(np.load(path, allow_pickle=False))
-            return
-        lists = np.empty(len(self.documents), np.int64)
-        for start in range(0, len(lists), BLOCK):
-            block = np.asarray(self.documents[start : start + BLOCK], np.float32)
-            lists[start : start + BLOCK], _ = self.quantizer.encode(block, by_residual=False)
-        self.lists = torch.from_numpy(lists)
+        if not keep:
+            lists = np.empty(len(self.documents), np.int64)
+            for start in range(0, len(lists), BLOCK):
+                block = np.asarray(self.documents[start : start + BLOCK], np.float32)
+                lists[start : start + BLOCK], _ = self.quantizer.encode(block, by_residual=False)
+            np.save(self.work / LISTS, lists)
+        self.lists = torch.from_numpy(np.load(self.work / LISTS, allow_pickle=False))
 
     def _look_again(self, keep: bool = False) -> None:
         """The best documents of each query by the codes of the moment, where the specification wants them live."""
@@ -294,9 +280,24 @@ class QuantizerTraining:
         with torch.no_grad():
             transform = self.quantizer.query_transform(folded=True).T
             asked = (self.sampler.vectors.to(self.device) @ transform).cpu().numpy()
-        decoded = _Decoded(self.quantizer, self.documents, self.codes)
-        count = self.sampler.top.shape[1]
-        self.sampler.top = best_documents(asked, decoded, count, self.quantizer.metric, file)
+        count, metric = self.sampler.top.shape[1], self.quantizer.metric
+        self.sampler.top = best_documents(asked, len(self.documents), self._decoded, count, metric, file)
+
+    @torch.no_grad()
+    def _decoded(self, part: Any) -> NDArray[np.float32]:
+        """Documents (a slice or rows) as the codes of the moment give them back, [n, d]."""
+        quantizer, held = self.quantizer, None if self.codes is None else self._held(part)
+        if held is not None and not quantizer.by_residual:
+            decoded = quantizer.fold(quantizer.decode(held))
+        else:
+            lists, codes = quantizer.encode(np.asarray(self.documents[part], np.float32))
+            decoded = quantizer.decode(
+                torch.from_numpy(codes.astype(np.int64)).to(self.device) if held is None else held
+            )
+            if quantizer.by_residual and quantizer.centroids is not None and lists is not None:
+                decoded = decoded + quantizer.centroids(torch.from_numpy(lists).to(self.device))
+        array: NDArray[np.float32] = decoded.cpu().numpy()
+        return array
 
     @torch.no_grad()
     def agreement(self) -> float | None:
@@ -312,35 +313,31 @@ class QuantizerTraining:
         rows = np.arange(count) if count <= BLOCK else np.sort(random.choice(count, BLOCK, replace=False))
         queries = sampler.vectors[sampler.held_out].to(self.device)
         exact = sampler.similarities(queries, rows).topk(min(AGREEMENT, len(rows)), dim=1).indices
-        if self.query_encoder is not None:
-            queries = self.query_encoder[1]([sampler.texts[number] for number in sampler.held_out]).to(self.device)
-        chosen = None if self.codes is None else self.codes[rows]
-        decoded = torch.from_numpy(_Decoded(quantizer, self.documents[rows], chosen)[:]).to(self.device)
+        if self.student is not None:
+            queries = self._encode(sampler.held_out)
+        decoded = torch.from_numpy(self._decoded(rows)).to(self.device)
         asked = queries @ quantizer.query_transform(folded=True).T
         by_codes = quantizer.score(asked, decoded).topk(exact.shape[1], dim=1).indices
         return float((exact[:, :, None] == by_codes[:, None, :]).any(dim=2).float().mean())
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Tensor]:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.quantizer.state_dict().items()}
-        if self.query_encoder is not None:
-            encoder = self.query_encoder[0].state_dict()
-            tensors |= {f"{ENCODER}{name}": value.detach().cpu().clone() for name, value in encoder.items()}
-        return tensors
-
     def _save(self) -> None:
         """A checkpoint, renamed into place when whole."""
         new = self.work / f"{CHECKPOINT}.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        save_file(self._state(), new / WEIGHTS)
+        state = {
+            f"{prefix}{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for prefix, module in self.modules.items()
+            for name, value in module.state_dict().items()
+        }
+        save_file(state, new / WEIGHTS)
         for number, (optimiser, _) in enumerate(self.optimisers):
             save_state(optimiser.state_dict(), new, f"optimiser_{number}")
-        if self.lists is not None:
-            np.save(new / LISTS, self.lists.numpy())
-        if (self.work / LIVE).is_file():
-            shutil.copy(self.work / LIVE, new / LIVE)
+        for name in (LISTS, LIVE):
+            if (self.work / name).is_file():
+                shutil.copy(self.work / name, new / name)
         if self.quantizer.columns is not None:
             np.save(new / CODES, np.asarray(self.codes))
         values = {"step": self.step, "weights": self.weights, "log": self.log, "temperature": self.temperature}
@@ -348,9 +345,8 @@ class QuantizerTraining:
         final = self.work / f"{CHECKPOINT}-{self.step:08d}"
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         new.rename(final)
-        for other in self._checkpoints():
-            if other != final:
-                shutil.rmtree(other, ignore_errors=True)
+        for other in self._checkpoints()[1:]:
+            shutil.rmtree(other, ignore_errors=True)
         self._write_log()
 
     def _checkpoints(self) -> list[Path]:
@@ -365,12 +361,9 @@ class QuantizerTraining:
                 states = [load_state(folder, f"optimiser_{number}") for number in range(len(self.optimisers))]
             except (OSError, ValueError):
                 continue
-            parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # of the query encoder, of the quantiser
-            for name, value in tensors.items():
-                parts[name.startswith(ENCODER)][name.removeprefix(ENCODER)] = value
-            self.quantizer.load_state_dict(parts[False])
-            if self.query_encoder is not None:
-                self.query_encoder[0].load_state_dict(parts[True])
+            for prefix, module in self.modules.items():
+                names = [name for name in tensors if name.startswith(ENCODER) == bool(prefix)]
+                module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in names})
             for (optimiser, _), state in zip(self.optimisers, states, strict=True):
                 optimiser.load_state_dict(state)
             for name in (LISTS, LIVE):
@@ -387,31 +380,6 @@ class QuantizerTraining:
 
     def _write_log(self) -> None:
         write_atomically(self.work / LOG, "".join(json.dumps(entry) + "\n" for entry in self.log))
-
-
-class _Decoded:
-    """All documents as the codes of the moment give them back, a slice at a time: [n, d]."""
-
-    def __init__(self, quantizer: VectorQuantizer, documents: Vectors, codes: NDArray[np.uint8] | None) -> None:
-        self.quantizer, self.documents, self.codes = quantizer, documents, codes
-        self.device = quantizer.codebooks.device
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    @torch.no_grad()
-    def __getitem__(self, part: slice) -> NDArray[np.float32]:
-        block = np.asarray(self.documents[part], np.float32)
-        if self.codes is not None and not self.quantizer.by_residual:
-            held = torch.from_numpy(self.codes[part].astype(np.int64)).to(self.device)
-            return self.quantizer.fold(self.quantizer.decode(held)).cpu().numpy()
-        lists, codes = self.quantizer.encode(block)
-        codes = codes if self.codes is None else self.codes[part]
-        decoded = self.quantizer.decode(torch.from_numpy(codes.astype(np.int64)).to(self.device))
-        if self.quantizer.by_residual and self.quantizer.centroids is not None and lists is not None:
-            decoded = decoded + self.quantizer.centroids(torch.from_numpy(lists).to(self.device))
-        array: NDArray[np.float32] = decoded.cpu().numpy()
-        return array
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

@@ -31,12 +31,12 @@ class WordCounts:
         return self._encode(texts)
 
     def _encode(self, texts: Sequence[str]) -> Any:
-        counts = np.zeros((len(texts), len(self.terms)), np.float32)
+        counts = sparse.lil_matrix((len(texts), len(self.terms)), dtype=np.float32)
         for row, text in enumerate(texts):
             for word in text.split():
                 if word in self.terms:
                     counts[row, self.terms.index(word)] += 1
-        return sparse.csr_matrix(counts * self.weights)
+        return (counts.tocsr() @ sparse.diags(self.weights)).astype(np.float32).sorted_indices()
 
 
 def random_texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
@@ -45,6 +45,6 @@ def random_texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
 
 
 def sparse_specification(source: str | dict[str, Any]) -> SparseSpecification:
-    made = any_specification(source)
-    assert isinstance(made, SparseSpecification)
-    return made
+    specification = any_specification(source)
+    assert isinstance(specification, SparseSpecification)
+    return specification

@@ -18,19 +18,10 @@ if TYPE_CHECKING:
 WORDS = [f"word{number}" for number in range(60)]
 
 
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(count)]
-
-
 @pytest.fixture
-def texts() -> list[str]:
-    return random_texts(300)
-
-
-@pytest.fixture
-def collection(make_collection: Any, texts: list[str]) -> Collection:
-    return make_collection(texts)
+def collection(make_collection: Any) -> Collection:
+    rng = np.random.default_rng(0)
+    return make_collection([" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(300)])  # type: ignore[no-any-return]
 
 
 def test_plain_bm25s_opens_the_files_and_gives_the_same_scores(collection: Collection, tmp_path: Path) -> None:
@@ -43,9 +34,8 @@ def test_plain_bm25s_opens_the_files_and_gives_the_same_scores(collection: Colle
     np.testing.assert_allclose(hits.scores, scores[hits.rows], rtol=1e-6)
     assert len(hits.rows) == (scores > 0).sum()
     built_by_bm25s = bm25s.BM25(k1=0.9, b=0.4)
-    built_by_bm25s.index(
-        bm25s.tokenize(collection.document_texts(range(300)), stopwords=None, show_progress=False), show_progress=False
-    )
+    tokens = bm25s.tokenize(collection.document_texts(range(300)), stopwords=None, show_progress=False)
+    built_by_bm25s.index(tokens, show_progress=False)
     np.testing.assert_allclose(scores, built_by_bm25s.get_scores(["word3", "word4"]), rtol=1e-5)
 
 
@@ -92,7 +82,7 @@ def test_marks_belong_to_words_and_ideographs_are_words(
 ) -> None:
     BM25(language=language).build(make_collection(texts), tmp_path / "bm25")
     hits = BM25.open(tmp_path / "bm25").search(queries, 1)
-    assert [found.rows.tolist() for found in hits] == [[row] for row in range(len(queries))]
+    assert [each.rows.tolist() for each in hits] == [[row] for row in range(len(queries))]
 
 
 def test_clauses_that_are_terms_are_warned_of(

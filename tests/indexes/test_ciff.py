@@ -22,11 +22,10 @@ def random_vectors() -> Any:
     vectors = sparse.random(DOCUMENTS, len(TERMS), 0.1, "lil", np.float32, np.random.default_rng(0))
     vectors[5], vectors[:, 9] = 0, 0
     vectors[0, 0] = 0.5
-    made = vectors.tocsr()
-    made.data = (made.data * 2).astype(np.float32)
-    made.eliminate_zeros()
-    made.sort_indices()
-    return made
+    vectors = (vectors.tocsr() * 2).astype(np.float32)
+    vectors.eliminate_zeros()
+    vectors.sort_indices()
+    return vectors
 
 
 def read_back(path: Path) -> tuple[Any, list[Any], list[Any]]:
@@ -48,20 +47,18 @@ def test_the_librarys_reader_gives_back_the_quantised_vectors(bits: int, tmp_pat
     expected[rows, columns] = np.clip(np.rint(vectors.data.astype(np.float64) / step), 1, levels)
     found = np.zeros(vectors.shape, np.int64)
     names = ["[id 1]" if term == "" else term for term in TERMS]
-    for one in lists:
-        row = 0
-        for posting in one.postings:
-            row += posting.docid
-            found[row, names.index(one.term)] = posting.tf
-        assert (one.df, one.cf) == (len(one.postings), sum(posting.tf for posting in one.postings))
+    for entry in lists:
+        frequencies = [posting.tf for posting in entry.postings]
+        found[np.cumsum([posting.docid for posting in entry.postings]), names.index(entry.term)] = frequencies
+        assert (entry.df, entry.cf) == (len(frequencies), sum(frequencies))
     assert (found == expected).all()
     kept = vectors.data >= step / 2  # smaller ones become 1, so that no term is lost
     assert np.abs(found[rows, columns] * step - vectors.data)[kept].max() <= step / 2 + 1e-6
-    written = [one.term for one in lists]
+    written = [entry.term for entry in lists]
     assert written == sorted(written, key=str.encode) and counts["terms"] == len(written)
     assert set(names) - set(written) == {names[column] for column in np.flatnonzero(found.sum(0) == 0)}
-    assert [(one.docid, one.collection_docid) for one in documents] == list(enumerate(ids))
-    assert [one.doclength for one in documents] == found.sum(1).tolist() and documents[5].doclength == 0
+    assert [(record.docid, record.collection_docid) for record in documents] == list(enumerate(ids))
+    assert [record.doclength for record in documents] == found.sum(1).tolist() and documents[5].doclength == 0
     assert header.version == 1 and header.num_docs == header.total_docs == DOCUMENTS
     assert header.num_postings_lists == header.total_postings_lists == len(lists)
     assert header.total_terms_in_collection == found.sum()

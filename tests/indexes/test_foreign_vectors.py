@@ -29,20 +29,16 @@ def parquet(path: Path, vectors: Any = VECTORS, ids: Any = IDS, column: str = "d
 
 def write(folder: Path, form: str) -> Path:
     """The same vectors and ids in one of the forms they may come in."""
-    path = folder / f"{form}.npy"
-    if form in {"float16", "float32", "float64", ">f4"}:
-        np.save(path, VECTORS.astype(form))
-    elif form == "fortran":
-        np.save(path, np.asfortranarray(VECTORS.astype(np.float32)))
-    elif form == "fixed":
+    if form == "fixed":
         return parquet(folder / "fixed.parquet", kind=pa.list_(pa.float64(), DIMENSION))
-    elif form == "list":
+    if form == "list":
         return parquet(folder / "list.parquet", kind=pa.large_list(pa.float32()))
-    else:
+    if form == "folder":
         (folder / "parts").mkdir()
         parquet(folder / "parts" / "b.parquet", VECTORS[100:], IDS[100:])
-        parquet(folder / "parts" / "a.parquet", VECTORS[:100], IDS[:100])
-        return folder / "parts"
+        return parquet(folder / "parts" / "a.parquet", VECTORS[:100], IDS[:100]).parent
+    path = folder / "vectors.npy"
+    np.save(path, np.asfortranarray(VECTORS, np.float32) if form == "fortran" else VECTORS.astype(form))
     pq.write_table(pa.table({"doc_id": IDS}), f"{path}.ids.parquet")
     return path
 
@@ -121,41 +117,53 @@ def test_bad_parquet_is_named_and_leaves_nothing(vectors: Any, ids: Any, message
     assert not [file for file in tmp_path.glob("made/*") if not file.name.endswith(".lock")]
 
 
-def test_bad_arrays_and_ids_are_named(tmp_path: Path) -> None:
-    path, made = tmp_path / "v.npy", tmp_path / "made"
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (VECTORS.astype(np.int8), "type int8"),
+        (VECTORS.ravel()[: COUNT * DIMENSION], r"shape \[65556\]"),
+        (VECTORS[:0], r"shape \[0, 4\]"),
+        (np.array([{"a": 1}, None]), "no array of numbers"),
+        (np.where(np.arange(COUNT)[:, None] == 5, np.inf, VECTORS), r"1 vectors hold NaN or infinity\n.*row 5, id '5'"),
+        (b"\x93NUMPY", "no array of numbers"),
+        (None, "no vectors here"),
+    ],
+)
+def test_bad_arrays_are_named(array: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "v.npy"
+    if isinstance(array, bytes):
+        path.write_bytes(array)
+    elif array is not None:
+        np.save(path, array)
+    with pytest.raises(RankdistillError, match=message):
+        open_foreign_vectors(path, tmp_path / "made")
 
-    def refused(message: str, array: Any = VECTORS, error: type[Exception] = RankdistillError, **more: Any) -> None:
-        if array is not None:
-            np.save(path, array)
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [(b"a\nb\n", f"{COUNT} vectors but 2 ids"), (None, "there are no ids here"), (b"\xff\xfe\n", "UTF-16")],
+)
+def test_bad_ids_are_named(ids: bytes | None, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", VECTORS)
+    if ids is not None:
+        (tmp_path / "ids.txt").write_bytes(ids)
+    with pytest.raises(RankdistillError, match=message):
+        open_foreign_vectors(tmp_path / "v.npy", tmp_path / "made", ids=tmp_path / "ids.txt")
+
+
+def test_other_files_are_named(tmp_path: Path) -> None:
+    def refused(name: str, message: str, error: type[Exception] = RankdistillError, **more: Any) -> None:
         with pytest.raises(error, match=message):
-            open_foreign_vectors(path, made, **more)
+            open_foreign_vectors(tmp_path / name, tmp_path / "made", **more)
 
-    refused("type int8", VECTORS.astype(np.int8))
-    refused(r"shape \[65556\]", VECTORS.ravel()[: COUNT * DIMENSION])
-    refused(r"shape \[0, 4\]", VECTORS[:0])
-    refused("no array of numbers", np.array([{"a": 1}, None]))
-    bad = VECTORS.copy()
-    bad[5, 2] = np.inf
-    refused(r"1 vectors hold NaN or infinity\n.*row 5, id '5'", bad)
-    (tmp_path / "ids.txt").write_text("a\nb\n")
-    refused(f"{COUNT} vectors but 2 ids", ids=tmp_path / "ids.txt")
-    refused("there are no ids here", ids=tmp_path / "none.txt")
-    (tmp_path / "ids.txt").write_bytes(b"\xff\xfe\n")
-    refused("UTF-16", ids=tmp_path / "ids.txt")
-    path.write_bytes(b"\x93NUMPY")
-    refused("no array of numbers", None)
-    path = tmp_path / "none.npy"
-    refused("no vectors here", None)
-    path = tmp_path / "v.csv"
-    path.write_text("1,2\n")
-    refused("vectors come as .npy or Parquet", None, UsageError)
-    path = tmp_path / "v.parquet"
-    path.write_text("no")
-    refused("no Parquet file", None)
-    parquet(path)
-    refused("holds its ids itself", None, UsageError, ids=tmp_path / "ids.txt")
-    path = parquet(tmp_path / "w.parquet", [1.0] * COUNT, kind=pa.float64())
-    refused("first row has no vector", None)
+    (tmp_path / "v.csv").write_text("1,2\n")
+    refused("v.csv", "vectors come as .npy or Parquet", UsageError)
+    (tmp_path / "v.parquet").write_text("no")
+    refused("v.parquet", "no Parquet file")
+    parquet(tmp_path / "v.parquet")
+    refused("v.parquet", "holds its ids itself", UsageError, ids=tmp_path / "ids.txt")
+    parquet(tmp_path / "w.parquet", [1.0] * COUNT, kind=pa.float64())
+    refused("w.parquet", "first row has no vector")
 
 
 def test_ids_that_are_no_text_are_named(tmp_path: Path) -> None:

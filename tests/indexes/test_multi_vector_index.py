@@ -8,15 +8,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.indexes.by_student import check_index, encode_collection, exhaustive_engine, index_files
+from rankdistill.artifacts import open_artifact
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes.by_student import encode_collection, exhaustive_engine
 from rankdistill.indexes.multi_vector import (
     MultiVectorEngine,
     TokenIndex,
     encode_document_tokens,
     open_token_vectors,
 )
-from rankdistill.indexes.specification import any_specification
 from rankdistill.students import token_vectors
 from rankdistill.students.token_vectors import TokenVectors
 
@@ -39,23 +39,28 @@ class WordTokens:
 
     def encode_documents(self, texts: Any) -> TokenVectors:
         self.encoded += len(texts)
-        words = [[int(word[1:]) for word in text.split()] for text in texts]
-        return TokenVectors.of([self.table[np.array(one, np.int64)] for one in words], self.dimension)
+        words = [np.array([int(word[1:]) for word in text.split()], np.int64) for text in texts]
+        return TokenVectors.of([self.table[numbers] for numbers in words], self.dimension)
 
     def score(self, query: str, text: str) -> float:
         mine, theirs = self.encode_documents([query])[0], self.encode_documents([text])[0]
         return float((mine.astype(np.float64) @ theirs.T.astype(np.float64)).max(axis=1).sum())
 
 
+def engine_over(texts: list[str], make_collection: Any, folder: Path, encoder: WordTokens | None = None) -> Any:
+    encoder = encoder or WordTokens()
+    vectors = encode_document_tokens(encoder, make_collection(texts), folder / "v")
+    return MultiVectorEngine.over(encoder, vectors)
+
+
 def test_the_files_hold_the_encoders_vectors(make_collection: Any, tmp_path: Path) -> None:
     collection, encoder = make_collection(TEXTS), WordTokens()
     artifact = encode_document_tokens(encoder, collection, tmp_path / "v", shard_size=7)
-    stored = open_token_vectors(artifact)
-    made = encoder.encode_documents(TEXTS)
+    stored, expected = open_token_vectors(artifact), encoder.encode_documents(TEXTS)
     assert isinstance(stored.vectors, np.memmap) and stored.vectors.dtype == np.float32
-    np.testing.assert_array_equal(stored.vectors, made.vectors)
-    np.testing.assert_array_equal(stored.offsets, made.offsets)
-    assert artifact.counts == {"documents": 100, "tokens": len(made.vectors), "dimension": 8}
+    np.testing.assert_array_equal(stored.vectors, expected.vectors)
+    np.testing.assert_array_equal(stored.offsets, expected.offsets)
+    assert artifact.counts == {"documents": 100, "tokens": len(expected.vectors), "dimension": 8}
     assert not (artifact.path / "lengths.bin").exists()
     encoded = encoder.encoded
     assert encode_document_tokens(encoder, collection, tmp_path / "v").fingerprint == artifact.fingerprint
@@ -64,7 +69,9 @@ def test_the_files_hold_the_encoders_vectors(make_collection: Any, tmp_path: Pat
     assert half.fingerprint != artifact.fingerprint
     vectors = open_token_vectors(half).vectors
     assert vectors.dtype == np.float16 and vectors.nbytes == stored.vectors.nbytes // 2
-    np.testing.assert_allclose(vectors, made.vectors, atol=5e-4)
+    np.testing.assert_allclose(vectors, expected.vectors, atol=5e-4)
+    on_disk = sum((half.path / name).stat().st_size for name in ("tokens.npy", "offsets.npy"))
+    assert 0 <= on_disk - TokenIndex.open(half).bytes <= 256  # the two headers
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6], ids=["one at a time", "small blocks", "all at once"])
@@ -73,57 +80,37 @@ def test_search_is_brute_force(
 ) -> None:
     monkeypatch.setattr(token_vectors, "BLOCK_TOKENS", budget)
     monkeypatch.setattr(token_vectors, "BUDGET", budget)
-    encoder = WordTokens()
-    collection = make_collection(TEXTS)
-    engine = MultiVectorEngine.over(encoder, encode_document_tokens(encoder, collection, tmp_path / "v"))
-    scores = np.array([[encoder.score(query, text) for text in TEXTS] for query in QUERIES])
+    engine = engine_over(TEXTS, make_collection, tmp_path)
+    scores = np.array([[engine.encoder.score(query, text) for text in TEXTS] for query in QUERIES])
     for hits, row in zip(engine.search(QUERIES, 30), scores, strict=True):
-        assert len(hits.rows) == 30
         # Texts with the same words tie: by row.
         expected = np.lexsort((np.arange(100), -row.round(5)))[:30]
         np.testing.assert_allclose(hits.scores, row[expected], atol=1e-5)
         np.testing.assert_allclose(row[hits.rows], hits.scores, atol=1e-5)
         assert len(set(hits.rows.tolist())) == 30 and (hits.rows >= 0).all()
-        np.testing.assert_allclose(engine.index.scores(encoder.encode_queries([QUERIES[0]])[0], np.array([3, 99, 3])),
-                                   scores[0][[3, 99, 3]], atol=1e-5)  # fmt: skip
+    reranked = engine.index.scores(engine.encoder.encode_queries([QUERIES[0]])[0], np.array([3, 99, 3]))
+    np.testing.assert_allclose(reranked, scores[0][[3, 99, 3]], atol=1e-5)
     assert len(engine.search(QUERIES[:1], 1000)[0].rows) == 100
     assert engine.search([], 5) == []
 
 
-def test_equal_documents_are_ranked_by_row(make_collection: Any, tmp_path: Path) -> None:
-    encoder = WordTokens()
-    collection = make_collection(["w1 w2"] * 5 + ["w3"] * 5)
-    engine = MultiVectorEngine.over(encoder, encode_document_tokens(encoder, collection, tmp_path / "v"))
-    assert engine.search(["w1"], 3)[0].rows.tolist() == [0, 1, 2]
-
-
-def test_a_document_without_tokens_is_last(make_collection: Any, tmp_path: Path) -> None:
-    encoder = WordTokens()
-    collection = make_collection(["w1", "", "w2 w3", ""])
-    engine = MultiVectorEngine.over(encoder, encode_document_tokens(encoder, collection, tmp_path / "v"))
-    hits = engine.search(["w2"], 4)[0]
-    assert hits.rows[0] == 2 and set(hits.rows[2:].tolist()) == {1, 3}
-    assert np.isfinite(hits.scores).all() and (hits.scores[2:] < -1e8).all()
-
-
-def test_bytes_are_those_on_disk(make_collection: Any, tmp_path: Path) -> None:
-    encoder = WordTokens("fp16")
-    artifact = encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v")
-    engine = MultiVectorEngine.over(encoder, artifact)
-    on_disk = sum((artifact.path / name).stat().st_size for name in ("tokens.npy", "offsets.npy"))
-    assert 0 <= on_disk - engine.index.bytes <= 256  # the two headers
+def test_equal_documents_are_ranked_by_row_and_empty_ones_last(make_collection: Any, tmp_path: Path) -> None:
+    engine = engine_over(["", *["w1 w2"] * 5, "", *["w3"] * 5], make_collection, tmp_path)
+    assert engine.search(["w1"], 3)[0].rows.tolist() == [1, 2, 3]
+    hits = engine.search(["w3"], 12)[0]
+    assert hits.rows[:5].tolist() == [7, 8, 9, 10, 11] and hits.rows[-2:].tolist() == [0, 6]
+    assert np.isfinite(hits.scores).all() and (hits.scores[-2:] < -1e8).all()
 
 
 def test_another_students_or_collections_vectors_are_refused(make_collection: Any, tmp_path: Path) -> None:
-    encoder, collection = WordTokens(), make_collection(TEXTS)
-    artifact = encode_document_tokens(encoder, collection, tmp_path / "v")
+    index = engine_over(TEXTS, make_collection, tmp_path).index
     with pytest.raises(RankdistillError, match="another student"):
-        MultiVectorEngine.over(WordTokens(seed=1), artifact)
-    index = TokenIndex(open_token_vectors(artifact), artifact.fingerprint, dict(artifact.manifest["inputs"]))
+        MultiVectorEngine.over(WordTokens(seed=1), tmp_path / "v")
     with pytest.raises(RankdistillError, match="another collection"):
-        index.check(encoder, make_collection(TEXTS[:5]))
+        index.check(WordTokens(), make_collection(TEXTS[:5]))
     with pytest.raises(RankdistillError, match=r"\[n, 8\] was expected"):
         index.search(TokenVectors.of([np.ones((2, 5), np.float32)], 5), 3)
+    artifact = open_artifact(tmp_path / "v")
     np.save(artifact.path / "offsets.npy", np.arange(101))
     with pytest.raises(RankdistillError, match="do not belong together"):
         open_token_vectors(artifact)
@@ -134,16 +121,11 @@ def test_bad_vectors_are_refused_by_name(
     make_collection: Any, tmp_path: Path, storage: Literal["fp16", "fp32"], value: float
 ) -> None:
     encoder = WordTokens(storage)
-    encode = encoder.encode_documents
-
-    def broken(texts: Any) -> TokenVectors:
-        made = encode(texts)
-        made.vectors[made.offsets[3] + 1, 5] = value
-        return made
-
-    encoder.encode_documents = broken  # type: ignore[method-assign]
+    encoder.table[5, 5] = value
+    texts = [text.replace("w5", "w6") for text in TEXTS]
+    texts[3] += " w5"
     with pytest.raises(RankdistillError, match="NaN or infinity") as caught:
-        encode_document_tokens(encoder, make_collection(TEXTS), tmp_path / "v", shard_size=10)
+        encode_document_tokens(encoder, make_collection(texts), tmp_path / "v", shard_size=10)
     assert "'d3'" in str(caught.value)
 
 
@@ -169,14 +151,3 @@ def test_a_student_and_its_engine(make_collection: Any, tiny_encoder: Path, tmp_
     dense = DenseStudent(str(tiny_encoder), precision="fp32").create("cpu")
     vectors = encode_collection(dense, collection, tmp_path / "dense")
     assert vectors.kind == "vectors" and exhaustive_engine(dense, vectors).name == "dense"
-
-
-def test_index_files_of_a_multi_vector_student_are_refused() -> None:
-    assert [read.name for read in index_files("dense", ["flat", "ivf_pq"])] == ["flat", "ivf_pq"]
-    assert index_files("multi_vector", ["flat"]) == [] == index_files("multi_vector", [])
-    for name in ("ivf_pq", "distill_pq", "binary"):
-        with pytest.raises(UsageError, match=r"one a token(?s:.*)\[flat\]"):
-            index_files("multi_vector", ["flat", name])
-    with pytest.raises(UsageError, match="searched as they are"):
-        check_index("multi_vector", any_specification("flat"))
-    check_index("dense", any_specification("flat"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from scipy import sparse
+from sparse_encoders import WordCounts, random_texts
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import DocumentIds
@@ -23,7 +24,9 @@ from rankdistill.indexes.search_servers import (
     query_body,
     rounded_weights,
 )
+from rankdistill.indexes.sparse import build_sparse_index, searched_here
 from rankdistill.indexes.sparse_specification import ElasticsearchSpecification, OpenSearchSpecification
+from rankdistill.indexes.sparse_vectors import encode_document_terms
 from rankdistill.indexes.specification import any_specification
 
 if TYPE_CHECKING:
@@ -41,6 +44,10 @@ def random_vectors(documents: int, terms: int, seed: int = 0, density: float = 0
     return vectors
 
 
+def rounded(vectors: Any) -> Any:
+    return sparse.csr_matrix((rounded_weights(vectors.data), vectors.indices, vectors.indptr), vectors.shape)
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are all different: servers refuse others."""
     assert len({key for key, _ in pairs}) == len(pairs)
@@ -52,9 +59,8 @@ def read_back(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
     ids, documents = [], []
     for path in sorted(folder.glob("bulk-*")):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        assert content.endswith(b"\n")
-        lines = content.decode().split("\n")[:-1]
-        assert len(lines) % 2 == 0
+        *lines, last = content.decode().split("\n")
+        assert last == "" and len(lines) % 2 == 0
         for action, document in zip(lines[::2], lines[1::2], strict=True):
             read = json.loads(action, object_pairs_hook=once)
             assert list(read) == ["index"] and list(read["index"]) == ["_id"]
@@ -63,17 +69,13 @@ def read_back(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
     return ids, documents
 
 
-def as_matrix(documents: list[dict[str, Any]], names: list[str], field: str = "terms") -> Any:
+def as_matrix(documents: list[dict[str, Any]], names: list[str]) -> Any:
     columns = {name: column for column, name in enumerate(names)}
-    rows = [(row, columns[name], value) for row, one in enumerate(documents) for name, value in one[field].items()]
-    at, column, values = zip(*rows, strict=True)
-    return sparse.csr_matrix((np.array(values, np.float32), (at, column)), (len(documents), len(names)))
-
-
-def nearest_9_bits(value: float) -> float:
-    """By arithmetic: the nearest number of 9 significant bits."""
-    step = 2.0 ** (np.floor(np.log2(value)) - 8)
-    return float(np.round(value / step) * step)
+    entries = [
+        (row, columns[name], value) for row, read in enumerate(documents) for name, value in read["terms"].items()
+    ]
+    rows, column, values = zip(*entries, strict=True)
+    return sparse.csr_matrix((np.array(values, np.float32), (rows, column)), (len(documents), len(names)))
 
 
 @pytest.mark.parametrize("specification", [OPENSEARCH, ELASTICSEARCH])
@@ -85,22 +87,20 @@ def test_what_is_read_back_is_what_was_written_up_to_rounding(specification: Any
     counts = build(small, vectors, ids, TERMS, tmp_path)
     found, documents = read_back(tmp_path)
     assert found == ids
-    names = json.loads((tmp_path / "terms.json").read_text())
-    read = as_matrix(documents, names)
-    expected = vectors.copy()
-    expected.data = rounded_weights(expected.data)
-    assert (read != expected).nnz == 0 and read.nnz == vectors.nnz - 1
+    read = as_matrix(documents, json.loads((tmp_path / "terms.json").read_text()))
+    assert (read != rounded(vectors)).nnz == 0 and read.nnz == vectors.nnz - 1
     assert counts["vanishing_weights"] == 1
     sizes = [path.stat().st_size for path in tmp_path.glob("bulk-*.ndjson")]
     assert counts["files"] == len(sizes) > 5 and max(sizes) <= 4000 and counts["bytes"] == sum(sizes)
 
 
 def test_weights_are_rounded_to_what_lucene_keeps() -> None:
+    """The nearest number of 9 significant bits."""
     weights = np.random.default_rng(1).gamma(1, 2, 5000).astype(np.float32)
-    rounded = rounded_weights(weights)
-    assert rounded.tolist() == [nearest_9_bits(float(weight)) for weight in weights]
-    assert np.abs(rounded / weights - 1).max() <= 1 / 512
-    assert (rounded.view(np.uint32) & 0x7FFF == 0).all()
+    kept = rounded_weights(weights)
+    step = 2.0 ** (np.floor(np.log2(weights.astype(np.float64))) - 8)
+    assert kept.tolist() == (np.round(weights / step) * step).tolist()
+    assert np.abs(kept / weights - 1).max() <= 1 / 512 and (kept.view(np.uint32) & 0x7FFF == 0).all()
     odd = np.array([3.4028235e38, 1.1754944e-38, 1.1754942e-38, 0.0], np.float32)
     assert np.isfinite(rounded_weights(odd)).all() and rounded_weights(odd).astype(bool).tolist() == [1, 1, 0, 0]
 
@@ -108,10 +108,8 @@ def test_weights_are_rounded_to_what_lucene_keeps() -> None:
 def test_names_have_no_dot_and_are_all_different() -> None:
     names, renamed = feature_names(TERMS)
     assert len(set(names)) == len(TERMS) and not any("." in name or not name.strip() for name in names)
-    expected = ["___", "____", "__", "it", "3__5", '"', "\\", "naïve", "東", "_", "_____", "##s", "it_"]
-    assert names[:13] == expected
-    assert renamed == sum(name != term for name, term in zip(names, TERMS, strict=True)) == 6
-    assert feature_names(["a", "b"]) == (["a", "b"], 0)
+    assert names[:13] == ["___", "____", "__", "it", "3__5", '"', "\\", "naïve", "東", "_", "_____", "##s", "it_"]
+    assert renamed == 6 and feature_names(["a", "b"]) == (["a", "b"], 0)
 
 
 def test_empty_documents_and_texts_are_sent_along(tiny_collection: Collection, tmp_path: Path) -> None:
@@ -134,17 +132,15 @@ def test_empty_documents_and_texts_are_sent_along(tiny_collection: Collection, t
         assert (tmp_path / name).is_file(), name
 
 
-@pytest.mark.parametrize("doc_id", ["", "é" * 257])
-def test_ids_that_no_server_takes_are_refused(doc_id: str, tmp_path: Path) -> None:
-    with pytest.raises(RankdistillError, match="which OpenSearch and Elasticsearch refuse"):
-        build(OPENSEARCH, random_vectors(2, 5), ["é" * 256, doc_id], TERMS[:5], tmp_path)
-
-
-def test_texts_need_a_collection(tmp_path: Path) -> None:
+def test_what_no_server_takes_is_refused(tmp_path: Path) -> None:
+    for doc_id in ("", "é" * 257):
+        with pytest.raises(RankdistillError, match="which OpenSearch and Elasticsearch refuse"):
+            build(OPENSEARCH, random_vectors(2, 5), ["é" * 256, doc_id], TERMS[:5], tmp_path)
     with pytest.raises(UsageError, match="no texts to send along"):
         build(OpenSearchSpecification(name="o"), random_vectors(2, 5), ["a", "b"], TERMS[:5], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["opensearch", "elasticsearch"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -156,10 +152,9 @@ def test_texts_need_a_collection(tmp_path: Path) -> None:
         ("file_megabytes=200", "file_megabytes"),
     ],
 )
-def test_settings_that_a_server_refuses_are_refused(change: str, message: str) -> None:
-    for name in ("opensearch", "elasticsearch"):
-        with pytest.raises(UsageError, match=message):
-            any_specification(name, [change])
+def test_settings_that_a_server_refuses_are_refused(name: str, change: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        any_specification(name, [change])
 
 
 def test_queries() -> None:
@@ -171,10 +166,11 @@ def test_queries() -> None:
     assert vector == {"field": "terms", "query_vector": weights, "prune": False}
     old = ElasticsearchSpecification(name="old", field_type="rank_features", texts=False)
     assert index_body(old)["mappings"]["properties"] == {"terms": {"type": "rank_features"}}
+    expected = [
+        {"rank_feature": {"field": f"terms.{name}", "linear": {}, "boost": weight}} for name, weight in weights.items()
+    ]
     for body in (query_body(old, weights), query_body(OPENSEARCH, weights, clauses=True)):
-        clauses = [one["rank_feature"] for one in body["query"]["bool"]["should"]]
-        assert {one["field"]: one["boost"] for one in clauses} == {"terms.a": 100.0, "terms.b__": 1.0}
-        assert all(one["linear"] == {} for one in clauses)
+        assert body["query"]["bool"]["should"] == expected
     with pytest.raises(UsageError, match="no rank_feature clauses"):
         query_body(ELASTICSEARCH, weights, clauses=True)
 
@@ -196,39 +192,41 @@ class LuceneIndex:
         jvm.start()
         from jnius import cast
 
-        self.load = jvm.load
-        package = "org.apache.lucene"
-        directory = self.load(f"{package}.store.ByteBuffersDirectory")()
-        analyzer = self.load(f"{package}.analysis.core.KeywordAnalyzer")()
-        config = self.load(f"{package}.index.IndexWriterConfig")(analyzer)
-        writer = self.load(f"{package}.index.IndexWriter")(directory, config)
-        field = self.load(f"{package}.document.FeatureField")
-        for one in documents:
-            document = self.load(f"{package}.document.Document")()
-            for name, value in one["terms"].items():
-                document.add(field("terms", name, value))
+        directory = self.load("store.ByteBuffersDirectory")()
+        config = self.load("index.IndexWriterConfig")(self.load("analysis.core.KeywordAnalyzer")())
+        writer = self.load("index.IndexWriter")(directory, config)
+        self.field = self.load("document.FeatureField")
+        for read in documents:
+            document = self.load("document.Document")()
+            for name, value in read["terms"].items():
+                document.add(self.field("terms", name, value))
             writer.addDocument(document)
         writer.close()
-        reader = self.load(f"{package}.index.DirectoryReader").open(directory)
-        reader = cast(f"{package}.index.IndexReader", reader)
-        self.searcher = self.load(f"{package}.search.IndexSearcher")(reader)
-        self.ids, self.field = ids, field
+        reader = cast("org.apache.lucene.index.IndexReader", self.load("index.DirectoryReader").open(directory))
+        self.searcher, self.ids = self.load("search.IndexSearcher")(reader), ids
+
+    @staticmethod
+    def load(name: str) -> Any:
+        from rankdistill.indexes import jvm
+
+        return jvm.load(f"org.apache.lucene.{name}")
 
     def search(self, query: dict[str, Any]) -> dict[str, float]:
         """The hits of a query body's clauses, made into the Lucene queries that the servers make of them."""
-        package = "org.apache.lucene.search"
-        builder = self.load(f"{package}.BooleanQuery$Builder")()
-        should = self.load(f"{package}.BooleanClause$Occur").SHOULD
+        builder = self.load("search.BooleanQuery$Builder")()
         if "neural_sparse" in query:
-            for name, weight in query["neural_sparse"]["terms"]["query_tokens"].items():
-                builder.add(self.field.newLinearQuery("terms", name, weight), should)
+            tokens = query["neural_sparse"]["terms"]["query_tokens"]
+            clauses = [self.field.newLinearQuery("terms", name, weight) for name, weight in tokens.items()]
         else:
-            for clause in query["bool"]["should"]:
-                name, weight = clause["rank_feature"]["field"].removeprefix("terms."), clause["rank_feature"]["boost"]
-                linear = self.field.newLinearQuery("terms", name, 1.0)
-                builder.add(self.load(f"{package}.BoostQuery")(linear, weight), should)
-        found = self.searcher.search(builder.build(), 1000).scoreDocs
-        return {self.ids[hit.doc]: hit.score for hit in found}
+            features = [clause["rank_feature"] for clause in query["bool"]["should"]]
+            boosted = self.load("search.BoostQuery")
+            clauses = [
+                boosted(self.field.newLinearQuery("terms", each["field"].removeprefix("terms."), 1.0), each["boost"])
+                for each in features
+            ]
+        for clause in clauses:
+            builder.add(clause, self.load("search.BooleanClause$Occur").SHOULD)
+        return {self.ids[hit.doc]: hit.score for hit in self.searcher.search(builder.build(), 1000).scoreDocs}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyserini") is None, reason="needs the extra lucene")
@@ -240,46 +238,39 @@ def test_lucene_scores_are_the_inner_products(tmp_path: Path) -> None:
     names = json.loads((tmp_path / "terms.json").read_text())
     queries = random_vectors(6, len(TERMS), seed=4, density=0.2)
     queries.data[:20] *= 40  # beyond Lucene's largest weight of a query
-    kept = vectors.copy()
-    kept.data = rounded_weights(kept.data)
     for query in queries:
         weights = {names[term]: float(weight) for term, weight in zip(query.indices, query.data, strict=True)}
-        scale = min(1.0, HEAVIEST / max(weights.values()))
-        exact = (kept @ query.T).toarray()[:, 0]
+        exact, unrounded = ((held @ query.T).toarray()[:, 0] for held in (rounded(vectors), vectors))
         for clauses in (False, True):
+            scale = 1 if clauses else min(1.0, HEAVIEST / max(weights.values()))
             found = index.search(query_body(OPENSEARCH, weights, clauses=clauses)["query"])
-            assert found.keys() == {ids[row] for row in np.flatnonzero(exact)}
-            expected = {doc_id: exact[ids.index(doc_id)] * (1 if clauses else scale) for doc_id in found}
-            assert found == pytest.approx(expected, rel=1e-5)  # of the numbers kept: no other error than float32's
-            unrounded = (vectors @ query.T).toarray()[:, 0] * (1 if clauses else scale)
-            assert found == pytest.approx({i: unrounded[ids.index(i)] for i in found}, rel=1 / 512)
+            rows = {doc_id: ids.index(doc_id) for doc_id in found}
+            assert set(rows.values()) == set(np.flatnonzero(exact).tolist())
+            # Of the numbers kept there is no other error than float32's.
+            assert found == pytest.approx({doc_id: exact[row] * scale for doc_id, row in rows.items()}, rel=1e-5)
+            assert found == pytest.approx({doc_id: unrounded[row] * scale for doc_id, row in rows.items()}, rel=1 / 512)
     # The query to try finds what is written beside it.
+    expected = {hit["_id"]: hit["_score"] for hit in json.loads((tmp_path / "expected.json").read_text())}
     for file in ("query.json", "query_rank_feature.json"):
         found = index.search(json.loads((tmp_path / file).read_text())["query"])
-        expected_hits = json.loads((tmp_path / "expected.json").read_text())
-        assert len(expected_hits) == 10 and expected_hits[0]["_score"] == pytest.approx(max(found.values()), rel=1e-5)
-        for hit in expected_hits:
-            assert found[hit["_id"]] == pytest.approx(hit["_score"], rel=1e-5)
+        assert len(expected) == 10 and max(expected.values()) == pytest.approx(max(found.values()), rel=1e-5)
+        assert {doc_id: found[doc_id] for doc_id in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_index_of_a_student_is_exported_and_not_searched_here(make_collection: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["opensearch", "elasticsearch"])
+def test_an_index_of_a_student_is_exported_and_not_searched_here(
+    name: str, make_collection: Any, tmp_path: Path
+) -> None:
     """Through the one way that builds every index of a sparse student: ids, texts and counts arrive."""
-    from sparse_encoders import WordCounts, random_texts
-
-    from rankdistill.indexes.sparse import build_sparse_index, searched_here
-    from rankdistill.indexes.sparse_vectors import encode_document_terms
-
-    texts = random_texts(50)
-    collection, encoder = make_collection(texts), WordCounts()
+    texts, encoder = random_texts(50), WordCounts()
+    collection: Any = make_collection(texts)
     vectors = encode_document_terms(encoder, collection, tmp_path / "vectors")
-    for name in ("opensearch", "elasticsearch"):
-        index = build_sparse_index(encoder, collection, vectors, any_specification(name), tmp_path / name)
-        ids, documents = read_back(index.path)
-        assert ids == collection.doc_ids(range(50)) and [one["text"] for one in documents] == texts
-        expected = encoder.encode_documents(texts)
-        expected.data = rounded_weights(expected.data)
-        assert (as_matrix(documents, encoder.terms) != expected).nnz == 0
-        assert index.counts["renamed_terms"] == index.counts["vanishing_weights"] == 0 and index.counts["files"] == 1
-        assert index.bytes > 0 and not searched_here(index.specification)
-        with pytest.raises(UsageError, match="for other software; they are not searched here"):
-            index.search(encoder.encode_queries(["w1"]), 3)
+    specification: Any = any_specification(name)
+    index = build_sparse_index(encoder, collection, vectors, specification, tmp_path / name)
+    ids, documents = read_back(index.path)
+    assert ids == collection.doc_ids(range(50)) and [read["text"] for read in documents] == texts
+    assert (as_matrix(documents, encoder.terms) != rounded(encoder.encode_documents(texts))).nnz == 0
+    assert index.counts["renamed_terms"] == index.counts["vanishing_weights"] == 0 and index.counts["files"] == 1
+    assert index.bytes > 0 and not searched_here(index.specification)
+    with pytest.raises(UsageError, match="for other software; they are not searched here"):
+        index.search(encoder.encode_queries(["w1"]), 3)

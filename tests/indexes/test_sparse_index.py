@@ -33,8 +33,7 @@ QUERIES = ["w1 w2 w3", "w7 w7", "w20 w5 w11 w0 nothing", "w39"]
 
 @pytest.fixture
 def collection(make_collection: Any) -> Collection:
-    made: Collection = make_collection([*random_texts(150), "no known word", *random_texts(150)])
-    return made
+    return make_collection([*random_texts(150), "no known word", *random_texts(150)])  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -151,22 +150,48 @@ def test_an_index_is_built_once_and_checked(
     assert build_sparse_index(encoder, collection, vectors, other, out).name == "other"  # another of its kind
 
 
-def test_each_student_has_its_own_indexes() -> None:
-    for student in ("splade", "inference_free"):
-        files = index_files(student, ["flat", "seismic", "seismic_fast", "ciff"])
-        assert [read.name for read in files] == ["seismic", "seismic_fast", "ciff"]
-        with pytest.raises(UsageError, match="hnsw is an index of dense vectors"):
-            index_files(student, ["seismic", "hnsw"])
-        with pytest.raises(UsageError, match="distill_pq is an index of dense vectors"):
-            check_index(student, any_specification("distill_pq"))
-        with pytest.raises(UsageError, match="there is no file to make"):
-            check_index(student, any_specification("flat"))
-    for student in ("dense", "query_tower", "static"):
-        assert [read.name for read in index_files(student, ["flat", "hnsw"])] == ["flat", "hnsw"]
-        with pytest.raises(UsageError, match="seismic is an index of term weights"):
-            index_files(student, ["flat", "seismic"])
-    with pytest.raises(UsageError, match="one a token"):
-        index_files("multi_vector", ["seismic"])
+@pytest.mark.parametrize(
+    ("student", "declared", "files"),
+    [
+        ("splade", ["flat", "seismic", "seismic_fast", "ciff"], ["seismic", "seismic_fast", "ciff"]),
+        ("inference_free", ["flat", "lucene_impact"], ["lucene_impact"]),
+        ("dense", ["flat", "ivf_pq"], ["flat", "ivf_pq"]),
+        ("query_tower", ["flat", "hnsw"], ["flat", "hnsw"]),
+        ("static", ["flat"], ["flat"]),
+        ("multi_vector", ["flat"], []),
+        ("multi_vector", [], []),
+        ("cross_encoder", ["flat"], []),
+        ("inference_free", ["seismic", "hnsw"], "hnsw is an index of dense vectors"),
+        ("splade", ["distill_pq"], "distill_pq is an index of dense vectors"),
+        ("dense", ["flat", "seismic"], "seismic is an index of term weights"),
+        ("multi_vector", ["flat", "ivf_pq"], r"one a token(?s:.*)\[flat\]"),
+        ("multi_vector", ["distill_pq"], "one a token"),
+        ("multi_vector", ["seismic"], "one a token"),
+        ("cross_encoder", ["seismic"], "re-ranks: it has no vectors"),
+    ],
+)
+def test_each_student_has_its_own_indexes(student: str, declared: list[str], files: list[str] | str) -> None:
+    if isinstance(files, list):
+        assert [specification.name for specification in index_files(student, declared)] == files
+        return
+    with pytest.raises(UsageError, match=files):
+        index_files(student, declared)
+    with pytest.raises(UsageError, match=files):
+        check_index(student, any_specification(declared[-1]))
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("splade", "there is no file to make"),
+        ("multi_vector", "searched as they are"),
+        ("cross_encoder", "has no index: it re-ranks"),
+    ],
+)
+def test_exact_search_has_no_file(student: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_index(student, any_specification("flat"))
+    check_index("dense", any_specification("flat"))
 
 
 def test_document_ids_are_a_sequence(collection: Collection) -> None:
@@ -179,8 +204,8 @@ def test_document_ids_are_a_sequence(collection: Collection) -> None:
 
 def test_what_serves_a_students_queries() -> None:
     encoder: Any = WordCounts()
-    assert query_encoder(encoder) is encoder
-    encoder.token_weights = None
-    assert query_encoder(encoder) is encoder
-    encoder.token_weights = table = WordCounts()
-    assert query_encoder(encoder) is table
+    for table, expected in ((None, encoder), (served := WordCounts(), served)):
+        assert query_encoder(encoder) is encoder
+        encoder.token_weights = table
+        assert query_encoder(encoder) is expected
+        encoder.token_weights = None

@@ -289,12 +289,12 @@ def test_vectors_and_scores_made_elsewhere_go_by_their_ids(
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def refused(
-    tmp_path: Path, data: Planted, match: str, error: type[Exception] = RankdistillError, **changes: Any
-) -> None:
-    with pytest.raises(error, match=match):
-        learn(tmp_path, data, **changes)
-    assert not (tmp_path / "index.faiss").exists()
+def changed(data: Planted, documents: Any = slice(None), value: float | None = None, queries: Any = None) -> Planted:
+    """Some of the documents, or all of them with a value in these places; other queries."""
+    held = data.documents[documents] if value is None else data.documents.copy()
+    if value is not None:
+        held[documents] = value
+    return Planted(held, data.queries if queries is None else queries)
 
 
 @pytest.mark.parametrize(
@@ -304,97 +304,105 @@ def refused(
         ("600 vectors cannot train 700 lists", RankdistillError, {"lists": 700}),
         ("4-bit codes, not 8-bit", UsageError, {"fast_scan": True, "bits": 8}),
         ("query map needs inner products", UsageError, {"metric": "l2", "query": "linear"}),
+        ("query: encoder needs inner products", UsageError, {"metric": "l2", "query": "encoder"}),
         ("trains a run's student along", UsageError, {"query": "encoder"}),
         ("frozen codes do not follow", UsageError, {"codes": "frozen", "rotation": "learned"}),
         ("needs a labelled positive", RankdistillError, {"losses": [{"type": "infonce"}]}),
         ("cannot train codebooks", RankdistillError, {"losses": [{"type": "in_batch_infonce"}]}),
         ("cannot train codebooks", RankdistillError, {"losses": [{"type": "kl"}, {"type": "taid"}]}),
         ("would cover a dimension twice", UsageError, {"overlap": 8}),
+        ("overlapping subspaces go with", UsageError, {"overlap": 2, "lists": 4}),
+        ("overlapping subspaces go with", UsageError, {"overlap": 2, "codes": "frozen"}),
+        ("overlapping subspaces go with", UsageError, {"overlap": 2, "rotation": "learned"}),
+        ("overlapping subspaces go with", UsageError, {"overlap": 2, "metric": "l2", "query": "frozen"}),
         ("needs judgments", UsageError, {"documents": {"labelled": True}}),
         ("scored lists", UsageError, {"relevance": "scores"}),
         ("no query to learn from", UsageError, {"queries": {"given": 0}}),
-        ("compares all pairs", UsageError, {"losses": [{"type": "ranknet"}], "batch": 2000}),
         ("fewer than two documents", RankdistillError, {"documents": {"top": 1, "random": 0}, "batch": 1}),
+        ("student that scores by cosine", RankdistillError, {"similarity": "cos"}),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
     tmp_path: Path, data: Planted, match: str, error: type[Exception], changes: dict[str, Any]
 ) -> None:
-    if "compares" in match:
-        data = planted(1500, 3000)
-        changes = {**changes, "documents": {"limit": 8192}}
-    refused(tmp_path, data, match, error, **changes)
+    with pytest.raises(error, match=match):
+        learn(tmp_path, data, **changes)
+    assert not (tmp_path / "index.faiss").exists()
 
 
-def test_fewer_vectors_than_codewords_are_refused(tmp_path: Path, data: Planted) -> None:
-    refused(tmp_path, Planted(data.documents[:200], data.queries), "200 vectors cannot train 256", bits=8)
-    refused(tmp_path, Planted(data.documents[:0], data.queries), "nothing to quantise")
+def test_losses_over_all_pairs_of_long_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="compares all pairs"):
+        learn(tmp_path, planted(1500, 3000), losses=[{"type": "ranknet"}], batch=2000, documents={"limit": 8192})
 
 
-def test_duplicates_are_refused_where_too_few_differ_and_kept_otherwise(tmp_path: Path, data: Planted) -> None:
-    few = Planted(np.repeat(data.documents[:10], 60, axis=0), data.queries)
-    refused(tmp_path, few, "only 10 of 600 vectors are different")
-    some = Planted(np.repeat(data.documents[:200], 3, axis=0), data.queries)
-    index = learn(tmp_path, some)
+@pytest.mark.parametrize(
+    ("match", "change", "settings"),
+    [
+        ("200 vectors cannot train 256", lambda data: changed(data, slice(200)), {"bits": 8}),
+        ("nothing to quantise", lambda data: changed(data, slice(0)), {}),
+        ("only 10 of 600 vectors are different", lambda data: changed(data, np.arange(600) % 10), {}),
+        ("row 17", lambda data: changed(data, (17, 3), np.nan), {}),
+        ("row 17", lambda data: changed(data, (17, 3), np.inf), {}),
+        ("vectors are zero", lambda data: changed(data, slice(100), 0), {}),
+        ("NaN or infinity", lambda data: changed(data, queries=data.queries * np.float32(np.inf)), {}),
+        (r"shape \[200, 8\] where \[n, 16\]", lambda data: changed(data, queries=data.queries[:, :8].copy()), {}),
+    ],
+)
+def test_vectors_that_cannot_be_learned_from_are_refused(
+    tmp_path: Path, data: Planted, match: str, change: Any, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RankdistillError, match=match):
+        learn(tmp_path, change(data), **settings)
+    assert not (tmp_path / "index.faiss").exists()
+
+
+def test_duplicates_and_a_few_zero_vectors_are_kept(
+    tmp_path: Path, data: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = learn(tmp_path, Planted(np.repeat(data.documents[:200], 3, axis=0), data.queries))
     scores, rows = index.index.search(data.queries[:10], 6)
     assert (np.abs(scores[:, 0] - scores[:, 2]) < 1e-5).all()  # all three copies, one after the other
     assert (rows[:, 0] // 3 == rows[:, 1] // 3).all() and (rows[:, 1] // 3 == rows[:, 2] // 3).all()
-
-
-def test_vectors_that_are_no_numbers_are_refused(tmp_path: Path, data: Planted) -> None:
-    for bad in (np.nan, np.inf):
-        documents, queries = data.documents.copy(), data.queries.copy()
-        documents[17, 3] = queries[11, 2] = bad
-        refused(tmp_path, Planted(documents, data.queries), "row 17")
-        refused(tmp_path, Planted(data.documents, queries), "NaN or infinity")
-    refused(tmp_path, Planted(data.documents, data.queries[:, :8].copy()), r"shape \[200, 8\] where \[n, 16\]")
-
-
-def test_zero_vectors_few_are_kept_and_counted_many_are_refused(
-    tmp_path: Path, data: Planted, capsys: pytest.CaptureFixture[str]
-) -> None:
-    documents = data.documents.copy()
-    documents[[3, 500]] = 0
-    index = learn(tmp_path, Planted(documents, data.queries))
+    index = learn(tmp_path, changed(data, [3, 500], 0))
     assert index.manifest["zero_vectors"] == 2 and "2 vectors are zero" in capsys.readouterr().err
-    documents[:100] = 0
-    refused(tmp_path / "many", Planted(documents, data.queries), "vectors are zero")
 
 
 def test_ids_must_be_as_many_as_vectors_and_cost_no_second_training(tmp_path: Path, data: Planted) -> None:
+    queries, specification, path = Queries(given=data.queries), make_specification(), tmp_path / "index.faiss"
     for count in (599, 601):
         with pytest.raises(RankdistillError, match=f"600 vectors but {count} document ids"):
-            quantize(
-                data.documents,
-                map(str, range(count)),
-                Queries(given=data.queries),
-                make_specification(),
-                tmp_path / "index.faiss",
-            )
-    assert not (tmp_path / "index.faiss").exists()
-    weights = quantizer_folder(tmp_path / "index.faiss") / "quantizer.safetensors"
+            quantize(data.documents, map(str, range(count)), queries, specification, path)
+    assert not path.exists()
+    weights = quantizer_folder(path) / "quantizer.safetensors"
     stamp = weights.stat().st_mtime_ns
     assert learn(tmp_path, data).document_count == 600 and weights.stat().st_mtime_ns == stamp
 
 
-def test_a_cosine_students_vectors_must_have_length_one(tmp_path: Path, data: Planted) -> None:
-    with pytest.raises(RankdistillError, match="student that scores by cosine"):
-        learn(tmp_path, data, similarity="cos")
+def test_a_cosine_students_vectors_have_length_one(tmp_path: Path, data: Planted) -> None:
     unit = data.documents / np.linalg.norm(data.documents, axis=1, keepdims=True)
     assert learn(tmp_path, Planted(unit, data.queries), similarity="cos").manifest["similarity"] == "cos"
 
 
-def test_labels_belong_to_given_queries_one_entry_each(tmp_path: Path, data: Planted) -> None:
-    queries = Queries(given=data.queries, positives=[np.array([1])] * 3)
-    with pytest.raises(UsageError, match="labels of 3 queries, vectors of 200"):
-        learn(tmp_path, data, queries, documents={"labelled": True})
-    unused = Queries(given=data.queries, pseudo=data.queries, positives=[np.array([1])] * 200)
-    with pytest.raises(UsageError, match="no query to learn from"):  # positives of queries that take no part
-        learn(tmp_path, data, unused, documents={"labelled": True}, queries={"given": 0, "pseudo": 1})
+NONE = np.empty(0, np.int32)
 
 
-def test_scored_lists_of_none_of_the_queries_are_refused(tmp_path: Path, data: Planted) -> None:
-    none = np.empty(0, np.int32)
-    teacher = TeacherScores(np.empty(0, np.int64), np.zeros(1, np.int64), none, np.empty(0, np.float32), none)
-    with pytest.raises(UsageError, match="scored lists"):
-        learn(tmp_path, data, Queries(given=data.queries, teacher=teacher), relevance="scores")
+@pytest.mark.parametrize(
+    ("match", "positives", "settings"),
+    [
+        ("labels of 3 queries, vectors of 200", 3, {"documents": {"labelled": True}}),
+        # positives of queries that take no part
+        (
+            "no query to learn from",
+            200,
+            {"documents": {"labelled": True}, "queries": {"given": 0, "pseudo": 1}},
+        ),
+        ("scored lists", 0, {"relevance": "scores"}),
+    ],
+)
+def test_labels_and_lists_belong_to_given_queries(
+    tmp_path: Path, data: Planted, match: str, positives: int, settings: dict[str, Any]
+) -> None:
+    teacher = TeacherScores(np.empty(0, np.int64), np.zeros(1, np.int64), NONE, np.empty(0, np.float32), NONE)
+    queries = Queries(data.queries, data.queries, positives=[np.array([1])] * positives, teacher=teacher)
+    with pytest.raises(UsageError, match=match):
+        learn(tmp_path, data, queries, **settings)

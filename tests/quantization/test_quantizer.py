@@ -64,10 +64,7 @@ def test_codes_and_decoded_vectors_follow_the_formulas(
     if held.centroids is not None and residual:
         decoded = decoded + held.centroids[chosen]
 
-    assert held.rotation is not None
-    found_lists, found = encode(
-        vectors, held.rotation, held.centroids, held.codebooks, metric=metric, by_residual=residual
-    )
+    found_lists, found = encode(vectors, held)
     rotated = torch.from_numpy(vectors) @ model.rotation().T
     if chosen is not None:
         np.testing.assert_array_equal(found_lists, chosen)
@@ -90,8 +87,7 @@ def test_codes_of_many_vectors_are_faisss_own(bits: int) -> None:
     index.pq.cp.niter = 3
     index.train(vectors[:600])
     books = faiss.vector_to_array(index.pq.centroids).reshape(2, 1 << bits, 20)
-    eye = np.eye(40, dtype=np.float32)
-    _, codes = encode(vectors, eye, None, books, metric="l2", by_residual=False)
+    _, codes = encode(vectors, IndexParts(None, None, books, "l2", False))
     packed = index.pq.compute_codes(vectors)
     theirs = packed if bits == 8 else np.stack([packed[:, 0] & 15, packed[:, 0] >> 4], axis=1)
     np.testing.assert_array_equal(codes, theirs)

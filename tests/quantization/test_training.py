@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_the_best_documents_are_those_of_brute_force(
 
     monkeypatch.setattr(batches, "DOCUMENTS_AT_ONCE", 70)
     monkeypatch.setattr(batches, "QUERIES_AT_ONCE", 33)
-    best = best_documents(data.queries, data.documents, 12, metric, tmp_path / "best.npy")
+    best = best_documents(data.queries, 600, data.documents.__getitem__, 12, metric, tmp_path / "best.npy")
     q, d = data.queries.astype(np.float64), data.documents.astype(np.float64)
     exact = q @ d.T if metric == "inner_product" else -((q[:, None] - d) ** 2).sum(axis=2)
     np.testing.assert_array_equal(best, np.argsort(-exact, axis=1)[:, :12])
@@ -163,14 +164,9 @@ def test_recorded_lists_are_the_teachers_own_and_padding_is_masked(tmp_path: Pat
 def test_recorded_scores_teach_whatever_their_scale(tmp_path: Path, data: Planted) -> None:
     """The similarities times 40 teach what the similarities do: both are brought to one spread before the loss."""
     teacher, _ = recorded(data)
-    small = TeacherScores(
-        teacher.queries, teacher.offsets, teacher.rows, teacher.scores / np.float32(40), teacher.relevance
-    )
-    changes: dict[str, Any] = {
-        "relevance": "scores",
-        "steps": 40,
-        "losses": [{"type": "margin_mse", "pairs": "all_pairs"}],
-    }
+    small = replace(teacher, scores=teacher.scores / np.float32(40))
+    losses_over = [{"type": "margin_mse", "pairs": "all_pairs"}]
+    changes: dict[str, Any] = {"relevance": "scores", "steps": 40, "losses": losses_over}
     learned = []
     for name, scores in (("large", teacher), ("small", small)):
         learn(tmp_path / name, data, Queries(given=data.queries, teacher=scores), **changes)
@@ -192,14 +188,8 @@ def test_the_spread_of_identical_scores_is_no_division_by_zero(tmp_path: Path, d
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Learned, Learned, Planted, list[float]]:
     """FAISS's own start and what 150 steps made of it, 8 codes of 4 bits for 32 dimensions."""
-    data = planted(1000, 3000, 32)
-    changes: dict[str, Any] = {
-        "subspaces": 8,
-        "batch": 32,
-        "documents": {"top": 50, "random": 400},
-        "query": "frozen",
-        "held_out": 300,
-    }
+    data, changes = planted(1000, 3000, 32), dict[str, Any](subspaces=8, batch=32, query="frozen", held_out=300)
+    changes["documents"] = {"top": 50, "random": 400}
     folder = tmp_path_factory.mktemp("learned")
     learn(folder / "start", data, steps=0, **changes)
     index = learn(folder / "end", data, steps=150, **changes)
@@ -283,6 +273,19 @@ def test_the_weight_of_the_lists_loss_is_fixed_by_the_first_batch(tmp_path: Path
     np.testing.assert_allclose(weights, weights[0], rtol=1e-4)
 
 
+def stop_before(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Training is interrupted before each of these steps, once."""
+    original, left = QuantizerTraining._train_step, list(steps)
+
+    def step(self: QuantizerTraining) -> dict[str, float]:
+        if left and self.step == left[0]:
+            del left[0]
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(QuantizerTraining, "_train_step", step)
+
+
 # -- a query encoder trained along ------------------------------------------------------------------------------------
 
 
@@ -332,17 +335,9 @@ def test_a_query_encoder_is_trained_along_and_the_callers_stays_as_it_was(
     losses = [entry for entry in log if "loss" in entry]
     assert losses[-1]["pq"] < losses[0]["pq"] and "dense" in losses[0]
 
-    original = QuantizerTraining._train_step
-
-    def step(self: QuantizerTraining) -> dict[str, float]:
-        if self.step == 13:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(QuantizerTraining, "_train_step", step)
+    stop_before(monkeypatch, 13)
     with pytest.raises(KeyboardInterrupt):
         learn_encoder(tmp_path / "killed", tiny_encoder, tiny_beir, **changes)
-    monkeypatch.setattr(QuantizerTraining, "_train_step", original)
     learn_encoder(tmp_path / "killed", tiny_encoder, tiny_beir, **changes)
     for file in ("index.faiss", "index.faiss.quantizer/query_encoder/model.safetensors"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "calm" / file).read_bytes()
@@ -354,15 +349,9 @@ def test_a_query_encoder_without_texts_is_refused(tmp_path: Path, data: Planted,
     from rankdistill.students.dense import DenseStudent
 
     student = DenseStudent(str(tiny_encoder)).create("cpu")
+    queries, specification = Queries(given=data.queries), make_specification(query="encoder")
     with pytest.raises(UsageError, match="reads texts"):
-        quantize(
-            data.documents,
-            map(str, range(600)),
-            Queries(given=data.queries),
-            make_specification(query="encoder"),
-            tmp_path / "index.faiss",
-            student=student,
-        )
+        quantize(data.documents, map(str, range(600)), queries, specification, tmp_path / "x", student=student)
 
 
 # -- killed and resumed -----------------------------------------------------------------------------------------------
@@ -391,25 +380,15 @@ def test_a_training_stopped_at_any_step_ends_with_the_same_bytes(
     changes = {**RESUMED[mode], "steps": 12, "checkpoint_every": 4, "reassign_every": 3}
     learn(tmp_path / "calm", data, **changes)
     expected = files(tmp_path / "calm")
-    original = QuantizerTraining._train_step
-    stops = iter([2, 6, 7, 11])  # before the first checkpoint, between two, twice after one, near the end
-    stop = next(stops)
-
-    def step(self: QuantizerTraining) -> dict[str, float]:
-        if self.step == stop:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(QuantizerTraining, "_train_step", step)
-    started = []
-    monkeypatch.setattr(training_module, "say", lambda text: started.append(text))
-    for following in [*stops, -1]:
+    stop_before(monkeypatch, 2, 6, 7, 11)  # before the first checkpoint, between two, twice after one, near the end
+    said: list[str] = []
+    monkeypatch.setattr(training_module, "say", said.append)
+    for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             learn(tmp_path / "killed", data, **changes)
         assert not (tmp_path / "killed" / "index.faiss").exists()
-        stop = following
     learn(tmp_path / "killed", data, **changes)
-    assert [text.rpartition(" ")[2] for text in started] == ["4", "4", "8"]
+    assert [text.rpartition(" ")[2] for text in said] == ["4", "4", "8"]
     assert files(tmp_path / "killed") == expected
     left = {path.name for path in (tmp_path / "killed").iterdir()}
     assert left == {path.name for path in (tmp_path / "calm").iterdir()}
