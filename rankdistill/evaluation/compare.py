@@ -26,7 +26,7 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.evaluate import environment
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, Qrels, evaluate_run, parse_metric
 from rankdistill.evaluation.results import Evaluation, Row, comparisons_table
-from rankdistill.evaluation.significance import parse_correction, pick_baseline
+from rankdistill.evaluation.significance import check_options
 from rankdistill.evaluation.suites import set_title
 from rankdistill.evaluation.tables import SIGNED, latex, markdown, plain_table, print_tables
 from rankdistill.plain import shown_lines
@@ -83,8 +83,7 @@ def compare(
     if not sources:
         raise UsageError("there is no run to compare", fix="give run files, or the folder of an evaluation")
     names = _names(sources)
-    pick_baseline(names, baseline)
-    parse_correction(correction)
+    check_options(names, baseline, correction)
     settings = _settings(sources)
     metrics = list(metrics or settings.get("metrics") or DEFAULT_METRICS)
     for metric in metrics:

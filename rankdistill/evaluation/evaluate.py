@@ -30,7 +30,7 @@ from rankdistill.evaluation.extrapolation import QuerySplit, measure_split
 from rankdistill.evaluation.fidelity import measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, evaluate_run, parse_metric
 from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation
-from rankdistill.evaluation.significance import parse_correction, pick_baseline
+from rankdistill.evaluation.significance import check_options
 from rankdistill.evaluation.suites import (
     SYNTHETIC,
     EvaluationSet,
@@ -220,8 +220,7 @@ def evaluate_systems(
     out = Path(out)
     for metric in metrics:
         parse_metric(metric)
-    pick_baseline(list(systems), baseline)  # before hours of searching
-    parse_correction(correction)
+    check_options(list(systems), baseline, correction)  # before hours of searching
     qrels = collection.found_qrels(split)  # as trec_eval: what the collection lacks was not found
     query_ids = collection.query_ids(split)
     if not query_ids:
@@ -245,6 +244,7 @@ def evaluate_systems(
         environment=environment(),
         published=[figure.model_dump() for figure in load_references(set_name)],
         path=out,
+        query_ids=list(qrels),
     )
     for (system_name, system), file_name in zip(systems.items(), _file_names(systems), strict=True):
         part = getattr(system, "part", None)
@@ -275,7 +275,7 @@ def evaluate_systems(
         _measure_fidelity(evaluation, out, getattr(systems[TEACHER], "lowest", None), qrels)
     if latency_queries:
         evaluation.measure_cost(systems, collection, query_ids, latency_queries)
-    _write(evaluation, list(qrels), out)
+    _write(evaluation, out)
     return evaluation
 
 
@@ -405,9 +405,10 @@ def environment() -> dict[str, Any]:
     return {"query_batch": QUERY_BATCH, **{name: measured[name] for name in ("machine", "threads", "libraries")}}
 
 
-def _write(evaluation: Evaluation, query_ids: Sequence[str], out: Path) -> None:
+def _write(evaluation: Evaluation, out: Path) -> None:
+    ids = evaluation.query_ids
     per_query = [
-        pa.table({"system": [system] * len(query_ids), "query_id": query_ids, **values})
+        pa.table({"system": [system] * len(ids), "query_id": ids, **values})
         for system, values in evaluation.per_query.items()
     ]
     if per_query:

@@ -1,8 +1,8 @@
 """Interpolation and extrapolation: is a system as good on queries unlike those it was trained on?
 
 After Zhan et al., Evaluating Extrapolation Performance of Dense Retrieval (2022, arXiv:2204.11447): a test query is
-near its training queries (interpolation) or far from them (extrapolation), by the cosine of query embeddings. Three
-ways, from cheap to strict:
+near its training queries (interpolation) or far from them (extrapolation), by the cosine of query embeddings. In every
+part of extrapolation no query is nearer to a training query than the bound that is stated. From cheap to strict:
 
 - A finished run is only looked at: its test queries are parted by the cosine to the nearest training query, at a bound.
 - Clusters: training queries are clustered (spherical k-means) into buckets, one bucket is left out of training, and
@@ -13,8 +13,6 @@ ways, from cheap to strict:
 In one run the parts hold different queries, so one may be harder: the gap of a system that was trained on none of them,
 such as BM25, says how much. `gap_beyond` is what is left of a system's gap after that one's. Pooled over folds the same
 queries are in both parts, and gaps are of each query.
-
-In every part of extrapolation no query is nearer to a training query than the bound that is stated.
 """
 
 from __future__ import annotations
@@ -76,10 +74,6 @@ class QuerySplit:
     seen: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{self.part.count(part):,} {part}" for part in PARTS if part in self.part)
-        return f"QuerySplit({self.protocol}: {counts}; bound {self.bound:.3f}; {self.training_queries:,} for training)"
-
 
 # -- building ---------------------------------------------------------------------------------------------------------
 
@@ -98,38 +92,26 @@ def split_by_similarity(
         bound: the median of the test queries' cosines unless given, so that each part has half of them.
     """
     cosine, row = nearest(queries, training)
-    if bound is None:
-        bound = float(np.median(cosine))
+    bound = float(np.median(cosine)) if bound is None else bound
     part = np.where(cosine < bound, EXTRAPOLATION, INTERPOLATION).tolist()
     names = [training_ids[at] for at in row]
     return QuerySplit("similarity", bound, list(query_ids), part, cosine, names, len(training_ids))
 
 
-def split_by_clusters(
-    query_ids: Sequence[str],
-    queries: Vectors,
-    training_ids: Sequence[str],
-    training: Vectors,
-    centroids: Vectors,
-    bucket: int,
-    bound: float | None = None,
-) -> QuerySplit:
+def split_by_clusters(near: QuerySplit, inside: NDArray[np.bool_], bound: float | None = None) -> QuerySplit:
     """Part test queries by cluster: extrapolation is the bucket that was left out of training.
 
     Args:
-        training_ids, training: what was trained on: queries of the other buckets only.
-        centroids: unit vectors [buckets, d].
+        near: the same queries by their similarity to what was trained on, queries of the other buckets only.
+        inside: [queries] whether a query is in the bucket.
         bound: queries of the bucket with a training query nearer than this (across the border) are in neither part;
             unless given, the nearest there is becomes the bound.
     """
-    split = split_by_similarity(query_ids, queries, training_ids, training, bound)
-    inside, far = assign(queries, centroids) == bucket, np.ones(len(queries), bool)
+    far = np.ones(len(inside), bool) if bound is None else near.nearest < bound
     if bound is None:
-        bound = float(split.nearest[inside].max()) if inside.any() else -1.0
-    else:
-        far = split.nearest < bound
+        bound = float(near.nearest[inside].max(initial=-1.0))
     part = np.where(inside & far, EXTRAPOLATION, np.where(inside, NEITHER, INTERPOLATION)).tolist()
-    return replace(split, protocol="clusters", bound=bound, part=part)
+    return replace(near, protocol="clusters", bound=bound, part=part)
 
 
 def near_or_far(training: Vectors, queries: Vectors, keep: str, bound: float | None, seed: int) -> tuple[Ints, float]:
@@ -141,8 +123,7 @@ def near_or_far(training: Vectors, queries: Vectors, keep: str, bound: float | N
         seed: draws from the larger of the two sets, so that both have the same size.
     """
     cosine, _ = nearest(training, queries)
-    if bound is None:
-        bound = float(np.median(cosine))
+    bound = float(np.median(cosine)) if bound is None else bound
     rows = {"near": np.flatnonzero(cosine >= bound), "far": np.flatnonzero(cosine < bound)}
     size = min(map(len, rows.values()))
     return np.sort(generator(seed, 5).permutation(rows[keep])[:size]), bound
@@ -242,12 +223,10 @@ def hold_out(
     settings, seed = recipe.candidates.hold_out, recipe.seed
     if settings is None:
         return training, dev
-    vectors = embed_queries(collection, training, settings.model, folder)
-    dev_vectors = embed_queries(collection, dev, settings.model, folder)
+    vectors, dev_vectors = (embed_queries(collection, ids, settings.model, folder) for ids in (training, dev))
     if settings.protocol == "clusters":
         centroids = spherical_kmeans(vectors, settings.buckets, seed)
-        rows = np.flatnonzero(assign(vectors, centroids) != settings.bucket)
-        dev_rows = np.flatnonzero(assign(dev_vectors, centroids) != settings.bucket)
+        rows, dev_rows = (np.flatnonzero(assign(v, centroids) != settings.bucket) for v in (vectors, dev_vectors))
         how = f"bucket {settings.bucket} of {settings.buckets} is left out"
     else:
         tests = embed_queries(collection, collection.query_ids(settings.split), settings.model, folder)
@@ -275,28 +254,23 @@ def run_split(
     held_out, settings, seed = recipe.candidates.hold_out, recipe.evaluation.extrapolation, recipe.seed
     if settings is None:
         return None
-    model = held_out.model if held_out is not None else settings.model
+    model, bound = (held_out or settings).model, settings.bound
     query_ids = collection.query_ids(split)
-    pool_vectors = embed_queries(collection, pool, model, folder)
+    vectors, queries = (embed_queries(collection, ids, model, folder) for ids in (pool, query_ids))
     row_of = {query_id: row for row, query_id in enumerate(pool)}
-    vectors = pool_vectors[[row_of[query_id] for query_id in training]]
-    queries = embed_queries(collection, query_ids, model, folder)
     record: dict[str, Any] = {"encoder": model, "held_out": held_out is not None}
-    if held_out is None:
-        parted = split_by_similarity(query_ids, queries, training, vectors, settings.bound)
-    elif held_out.protocol == "clusters":
-        centroids = spherical_kmeans(pool_vectors, held_out.buckets, seed)
-        parted = split_by_clusters(query_ids, queries, training, vectors, centroids, held_out.bucket, settings.bound)
-        record |= {"buckets": held_out.buckets, "bucket": held_out.bucket}
-    else:
+    if held_out is not None and held_out.protocol == "similarity":
         tests = embed_queries(collection, collection.query_ids(held_out.split), model, folder)
-        _, bound = near_or_far(pool_vectors, tests, held_out.keep, held_out.bound, seed)
-        parted = split_by_similarity(query_ids, queries, training, vectors, bound)
-        if held_out.keep == "far":  # what is near all the same is in neither part
-            part = [NEITHER if name == INTERPOLATION else name for name in parted.part]
-        else:
-            part = [INTERPOLATION] * len(query_ids)
-        parted = replace(parted, part=part)
+        bound = near_or_far(vectors, tests, held_out.keep, held_out.bound, seed)[1]
+    trained = vectors[[row_of[query_id] for query_id in training]]
+    parted = split_by_similarity(query_ids, queries, training, trained, bound)
+    if held_out is not None and held_out.protocol == "clusters":
+        inside = assign(queries, spherical_kmeans(vectors, held_out.buckets, seed)) == held_out.bucket
+        parted = split_by_clusters(parted, inside, bound)
+        record |= {"buckets": held_out.buckets, "bucket": held_out.bucket}
+    elif held_out is not None:  # of those far from training, what is near all the same is in neither part
+        far = [NEITHER if part == INTERPOLATION else part for part in parted.part]
+        parted = replace(parted, part=far if held_out.keep == "far" else [INTERPOLATION] * len(query_ids))
         record["keep"] = held_out.keep
     labelled = collection.training_split
     judged = collection.qrels(labelled) if labelled else {}
@@ -332,17 +306,11 @@ def measure_split(split: QuerySplit, values: Values, qrels: Qrels, relevance_lev
 
     `values` are of the queries of the qrels, in their order.
     """
-    order = {query_id: row for row, query_id in enumerate(qrels)}
-    judged: dict[str, list[str]] = {part: [] for part in PARTS}
-    for query_id, part in zip(split.query_ids, split.part, strict=True):
-        if query_id in order:
-            judged[part].append(query_id)
-    rows = {part: np.array([order[query_id] for query_id in judged[part]], np.int64) for part in MEASURED}
+    part_of = dict(zip(split.query_ids, split.part, strict=True))
+    ids = {part: [query_id for query_id in qrels if part_of.get(query_id) == part] for part in PARTS}
+    rows = {part: [row for row, query_id in enumerate(qrels) if part_of.get(query_id) == part] for part in MEASURED}
     measured = {
-        part: {
-            system: {metric: by_query[rows[part]] for metric, by_query in by_metric.items()}
-            for system, by_metric in values.items()
-        }
+        part: {s: {m: v[np.array(rows[part], np.int64)] for m, v in by.items()} for s, by in values.items()}
         for part in MEASURED
     }
     entry = {
@@ -350,8 +318,8 @@ def measure_split(split: QuerySplit, values: Values, qrels: Qrels, relevance_lev
         "bound": split.bound,
         **split.settings,
         "training_queries": split.training_queries,
-        **_figures(measured, {part: len(query_ids) for part, query_ids in judged.items()}),
-        "relevant_overlap": {part: _overlap(judged[part], qrels, split.seen, relevance_level) for part in MEASURED},
+        **_figures(measured, {part: len(query_ids) for part, query_ids in ids.items()}),
+        "relevant_overlap": {part: _overlap(ids[part], qrels, split.seen, relevance_level) for part in MEASURED},
     }
     table = {
         "protocol": [split.protocol] * len(split.query_ids),
@@ -369,18 +337,23 @@ def _figures(measured: Mapping[str, Values], counts: Mapping[str, int], paired: 
         part: {
             "queries": counts[part],
             "systems": {s: {m: float(v.mean()) for m, v in by.items() if len(v)} for s, by in systems.items()},
-            "intervals": {s: {m: _interval(v) for m, v in by.items()} for s, by in systems.items()},
+            "intervals": {
+                s: {m: known and known[1:] for m, v in by.items() for known in [_mean(v)]} for s, by in systems.items()
+            },
         }
         for part, systems in measured.items()
     }
     inside, outside = (measured[part] for part in MEASURED)
     reference = None if paired else next((name for name in REFERENCES if name in inside), None)
-    gap = _paired_gap if paired else _gap
     beyond = {
         s: {m: _gap(v - inside[reference][m], outside[s][m] - outside[reference][m]) for m, v in by.items()}
         for s, by in inside.items()
         if reference is not None and s != reference
     }
+
+    def gap(near: Floats, far: Floats) -> list[float] | None:
+        return _mean(near - far) if paired else _gap(near, far)
+
     return {
         "parts": parts,
         "neither": counts[NEITHER],
@@ -391,20 +364,14 @@ def _figures(measured: Mapping[str, Values], counts: Mapping[str, int], paired: 
     }
 
 
-def _interval(values: Floats) -> list[float] | None:
-    """[low, high] of a mean by Student's t; None with fewer than two values."""
+def _mean(values: Floats) -> list[float] | None:
+    """[mean, low, high] by Student's t; None with fewer than two values."""
     from scipy.stats import sem, t
 
     if len(values) < 2:
         return None
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
-    return [float(values.mean()) - half, float(values.mean()) + half]
-
-
-def _paired_gap(inside: Floats, outside: Floats) -> list[float] | None:
-    """[mean, low, high] of each query's difference."""
-    ends = _interval(inside - outside)
-    return None if ends is None else [float((inside - outside).mean()), *ends]
+    mean, half = float(values.mean()), float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
+    return [mean, mean - half, mean + half]
 
 
 def _gap(inside: Floats, outside: Floats) -> list[float] | None:
@@ -466,9 +433,9 @@ def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
     for folder, fold in zip(folders, folds, strict=True):
         if first.entry["protocol"] != fold.entry["protocol"] or first.part.keys() != fold.part.keys():
             raise UsageError("the runs differ in protocol or in test queries", where=str(folder))
-    parts = {part: [query for query in first.part if any(f.part[query] == part for f in folds)] for part in PARTS}
-    twice = [query for query in parts[EXTRAPOLATION] if sum(f.part[query] == EXTRAPOLATION for f in folds) > 1]
-    if twice:
+    # part → query → the folds that have the query in this part
+    parts = {p: {q: some for q in first.part if (some := [f for f in folds if f.part[q] == p])} for p in PARTS}
+    if twice := [query for query, some in parts[EXTRAPOLATION].items() if len(some) > 1]:
         raise UsageError(
             f"query {twice[0]!r} is extrapolation in two of the runs ({len(twice)} such queries)",
             fix="give each bucket once, of runs with one seed",
@@ -477,14 +444,11 @@ def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
     metrics = list(next(iter(first.values[systems[0]].values())))
 
     def pooled(part: str, system: str, metric: str) -> Floats:
-        """The mean over the folds that have a query in this part, of each such query."""
-        of_query = (
-            [fold.values[system][query][metric] for fold in folds if fold.part[query] == part] for query in parts[part]
-        )
-        return np.array([np.mean(values) for values in of_query], np.float64)
+        means = [np.mean([f.values[system][q][metric] for f in some]) for q, some in parts[part].items()]
+        return np.array(means, np.float64)
 
     measured = {part: {s: {m: pooled(part, s, m) for m in metrics} for s in systems} for part in MEASURED}
-    never = sum(all(fold.part[query] == NEITHER for fold in folds) for query in first.part)
+    never = sum(len(some) == len(folds) for some in parts[NEITHER].values())
     counts = {part: len(queries) for part, queries in parts.items()} | {NEITHER: never}
     overlap: dict[str, dict[str, Any]] = {}
     for part in MEASURED:
@@ -497,11 +461,11 @@ def pool_folds(folders: Sequence[str | Path]) -> Extrapolation:
         "held_out": True,
         "folds": len(folds),
         "training_queries": [fold.entry["training_queries"] for fold in folds],
-        **_figures(measured, counts, paired=parts[INTERPOLATION] == parts[EXTRAPOLATION]),
+        **_figures(measured, counts, paired=parts[INTERPOLATION].keys() == parts[EXTRAPOLATION].keys()),
         "relevant_overlap": overlap,
     }
-    rows = [(query, part) for part in PARTS for query in parts[part]]
-    return Extrapolation([entry], pa.table({"query_id": [q for q, _ in rows], "part": [part for _, part in rows]}))
+    rows = [{"query_id": query, "part": part} for part in PARTS for query in parts[part]]
+    return Extrapolation([entry], pa.Table.from_pylist(rows))
 
 
 def _read_fold(folder: Path) -> _Fold:
@@ -519,5 +483,4 @@ def _read_fold(folder: Path) -> _Fold:
     values: dict[str, dict[str, dict[str, float]]] = {}
     for row in per_query.to_pylist():
         values.setdefault(row.pop("system"), {})[row.pop("query_id")] = row
-    part = dict(zip(table["query_id"].to_pylist(), table["part"].to_pylist(), strict=True))
-    return _Fold(entry, part, values)
+    return _Fold(entry, {row["query_id"]: row["part"] for row in table.to_pylist()}, values)

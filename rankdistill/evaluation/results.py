@@ -63,7 +63,7 @@ class Evaluation:
     Attributes:
         significance: the comparisons of the rows, written to a file of its own.
         cost: what it costs to serve them (see `cost`), written to a file of its own; None where it was not asked for.
-        per_query: system → metric → value of each query, of the rows that are compared; in a file of its own.
+        per_query: system → metric → value of each of `query_ids`, of the rows that are compared; in a file of its own.
         fidelity: how far the rows rank as the one named `teacher`, where there is one; files of its own.
         extrapolation: the rows on queries near the training queries and far from them; files of its own.
         published: figures of others on this set, to be shown beside and never among the rows.
@@ -81,6 +81,7 @@ class Evaluation:
     environment: dict[str, Any] = field(default_factory=dict)
     published: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
+    query_ids: list[str] = field(default_factory=list)
     per_query: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     significance: Significance | None = None
     cost: dict[str, Any] | None = None
@@ -91,10 +92,21 @@ class Evaluation:
         return plain_table(self)
 
     def __getitem__(self, system: str) -> Row:
-        for row in self.rows:
-            if row.system == system:
-                return row
-        raise KeyError(system)
+        if (row := self.row(system)) is None:
+            raise KeyError(system)
+        return row
+
+    def row(self, system: str | None) -> Row | None:
+        return next((row for row in self.rows if row.system == system), None)
+
+    @property
+    def systems(self) -> list[str]:
+        return [row.system for row in self.rows]
+
+    @property
+    def folder(self) -> Path:
+        assert self.path is not None  # written, or read
+        return self.path
 
     def tables(self, *, intervals: bool = False, short: bool = False) -> list[Table]:
         """`short`: the systems alone, without notes."""
@@ -118,12 +130,17 @@ class Evaluation:
         return [] if self.extrapolation is None else self.extrapolation.protocols
 
     @property
+    def same_queries(self) -> list[dict[str, Any]]:
+        """The teacher's time against others', on the same queries."""
+        return (self.cost or {}).get("same_queries", [])
+
+    @property
     def queries(self) -> int:
         return int(self.rows[0].notes.get("queries", 0)) if self.rows else 0
 
     def to_json(self) -> dict[str, Any]:
         """What `results.json` holds."""
-        apart = ("path", "per_query", "significance", "cost", "fidelity", "extrapolation")
+        apart = ("path", "query_ids", "per_query", "significance", "cost", "fidelity", "extrapolation")
         values = {name: value for name, value in vars(self).items() if name not in apart}
         return values | {"rows": [asdict(row) for row in self.rows]}
 

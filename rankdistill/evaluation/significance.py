@@ -83,10 +83,9 @@ class Comparison:
 
     def turned(self) -> Comparison:
         """The same as b − a."""
-        swapped = ("a", "b"), ("mean_a", "mean_b"), ("low", "high"), ("wins", "losses")
         values = asdict(self)
-        for one, other in swapped:
-            values[one], values[other] = values[other], values[one]
+        for name, other in (("a", "b"), ("mean_a", "mean_b"), ("low", "high"), ("wins", "losses")):
+            values[name], values[other] = values[other], values[name]
         for name in ("difference", "low", "high", "effect_size", "t"):
             values[name] = None if values[name] is None else -values[name]
         return Comparison(**values)
@@ -155,23 +154,17 @@ class Significance:
         )
 
 
-def parse_correction(name: str) -> Correction:
-    """`holm`, `tukey_hsd`, or `tukey` for short."""
-    name = "tukey_hsd" if name == "tukey" else name
-    if name not in get_args(Correction):
-        raise UsageError(f"there is no correction {name!r}", where="correction", fix="choose holm or tukey")
-    return cast(Correction, name)
-
-
-def pick_baseline(systems: Sequence[str], named: str | None = None) -> str | None:
-    """The row that marks refer to: the named one, else BM25, else the first; None without systems."""
-    if named is not None and named not in systems:
-        raise UsageError(
-            f"there is no system {named!r} to be the baseline", where="baseline", fix=nearest(named, systems)
-        )
-    if named is not None or not systems:
-        return named
-    return next((name for name in systems if name.lower() == BASELINE), systems[0])
+def check_options(systems: Sequence[str], baseline: str | None, correction: str) -> tuple[str | None, Correction]:
+    """The row that marks refer to (the named one, else BM25, else the first) and the correction; `tukey` for short."""
+    correction = "tukey_hsd" if correction == "tukey" else correction
+    if correction not in get_args(Correction):
+        raise UsageError(f"there is no correction {correction!r}", where="correction", fix="choose holm or tukey")
+    if baseline is None:
+        baseline = next((name for name in systems if name.lower() == BASELINE), next(iter(systems), None))
+    elif baseline not in systems:
+        fix = nearest(baseline, systems)
+        raise UsageError(f"there is no system {baseline!r} to be the baseline", where="baseline", fix=fix)
+    return baseline, cast(Correction, correction)
 
 
 def compare_values(
@@ -200,8 +193,7 @@ def compare_values(
         ValueError: values of different lengths, or not finite.
     """
     systems = list(values)
-    baseline = pick_baseline(systems, baseline)
-    chosen = parse_correction(correction)
+    baseline, chosen = check_options(systems, baseline, correction)
     if not 0 < alpha < 1:
         raise UsageError(f"alpha is {alpha}, but must lie between 0 and 1", where="alpha", fix="0.05 is usual")
     metrics = list(next(iter(values.values()))) if systems else []
@@ -228,50 +220,51 @@ def compare_values(
     resampled = bootstrap_means(table, resamples, seed)  # [metrics, resamples, systems]
     for number, metric in enumerate(metrics):
         for column, name in enumerate(systems):
-            interval = bca(resampled[number, :, column], table[number, :, column])
-            if interval is not None:
+            if interval := bca(resampled[number, :, column], table[number, :, column]):
                 result.intervals[name][metric] = list(interval)
-    pairs = _pairs(systems, baseline, family)
+    # (a, b): b is the baseline or the earlier row, so that a − b is positive where the later one is better.
+    pairs = [
+        (first, second) if systems[second] == baseline else (second, first)
+        for first, second in itertools.combinations(range(len(systems)), 2)
+        if family == "all" or baseline in (systems[first], systems[second])
+    ]
     if not pairs:
         return result
     differences = np.stack([table[:, :, a] - table[:, :, b] for a, b in pairs], axis=2)
-    p_randomisation = randomisation(differences, result.permutations, seed)
+    p = randomisation(differences, result.permutations, seed)
+    t, p_t = (np.stack(parts) for parts in zip(*map(paired_t, differences), strict=True))
     if chosen == "tukey_hsd":
         # A permutation of all systems takes much longer than a toss for each query.
-        permuted = _affordable(permutations, 8 * queries * len(systems))
-        result.notes["tukey_permutations"] = permuted
+        result.notes["tukey_permutations"] = permuted = _affordable(permutations, 8 * queries * len(systems))
         corrected = randomised_tukey_hsd(table, pairs, permuted, seed)
+        corrected_t = [tukey_hsd(of_metric, pairs) for of_metric in table]
     else:
-        corrected = np.array([holm(p) for p in p_randomisation])
-    for number, metric in enumerate(metrics):
-        t, p_t = paired_t(differences[number])
-        corrected_t = tukey_hsd(table[number], pairs) if chosen == "tukey_hsd" else holm(p_t)
-        for at, (a, b) in enumerate(pairs):
-            d = differences[number, :, at]
-            known = bool(np.isfinite(t[at]))
-            low, high = bca(resampled[number, :, a] - resampled[number, :, b], d) or (None, None)
-            result.comparisons.append(
-                Comparison(
-                    metric=metric,
-                    a=systems[a],
-                    b=systems[b],
-                    mean_a=float(table[number, :, a].mean()),
-                    mean_b=float(table[number, :, b].mean()),
-                    difference=float(d.mean()),
-                    low=low,
-                    high=high,
-                    effect_size=float(t[at]) / queries**0.5 if known else None,
-                    wins=int((d > SAME).sum()),
-                    ties=int((np.abs(d) <= SAME).sum()),
-                    losses=int((d < -SAME).sum()),
-                    t=float(t[at]) if known else None,
-                    p_t=float(p_t[at]),
-                    p_randomisation=float(p_randomisation[number, at]),
-                    p_t_corrected=float(corrected_t[at]),
-                    p_randomisation_corrected=float(corrected[number, at]),
-                    significant=bool(corrected[number, at] < alpha),
-                )
+        corrected, corrected_t = np.array([holm(each) for each in p]), [holm(each) for each in p_t]
+    for (number, metric), (at, (a, b)) in itertools.product(enumerate(metrics), enumerate(pairs)):
+        d, statistic = differences[number, :, at], float(t[number, at])
+        low, high = bca(resampled[number, :, a] - resampled[number, :, b], d) or (None, None)
+        result.comparisons.append(
+            Comparison(
+                metric=metric,
+                a=systems[a],
+                b=systems[b],
+                mean_a=float(table[number, :, a].mean()),
+                mean_b=float(table[number, :, b].mean()),
+                difference=float(d.mean()),
+                low=low,
+                high=high,
+                effect_size=statistic / queries**0.5 if np.isfinite(statistic) else None,
+                wins=int((d > SAME).sum()),
+                ties=int((np.abs(d) <= SAME).sum()),
+                losses=int((d < -SAME).sum()),
+                t=statistic if np.isfinite(statistic) else None,
+                p_t=float(p_t[number, at]),
+                p_randomisation=float(p[number, at]),
+                p_t_corrected=float(corrected_t[number][at]),
+                p_randomisation_corrected=float(corrected[number, at]),
+                significant=bool(corrected[number, at] < alpha),
             )
+        )
     return result
 
 
@@ -281,22 +274,10 @@ def _table(values: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> F
     shapes = {array.shape for by_metric in arrays for array in by_metric}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ValueError(f"systems have values of different shapes: {sorted(shapes)}")
-    if not shapes:
-        return np.zeros((len(metrics), 0, len(values)))
-    table = np.array(arrays).transpose(1, 2, 0)
+    table = np.array(arrays).transpose(1, 2, 0) if shapes else np.zeros((len(metrics), 0, len(values)))
     if not np.isfinite(table).all():
         raise ValueError("a value is not finite")
     return table
-
-
-def _pairs(systems: Sequence[str], baseline: str | None, family: str) -> list[tuple[int, int]]:
-    """(a, b): b is the baseline or the earlier row, so that a − b is positive where the later one is better."""
-    pairs = []
-    for first, second in itertools.combinations(range(len(systems)), 2):
-        a, b = (first, second) if systems[second] == baseline else (second, first)
-        if family == "all" or baseline in (systems[a], systems[b]):
-            pairs.append((a, b))
-    return pairs
 
 
 def _affordable(permutations: int, row: int) -> int:
@@ -337,7 +318,10 @@ def randomisation(differences: Floats, permutations: int = PERMUTATIONS, seed: i
     least = np.abs(d.sum(axis=0)) - SAME * np.abs(d).sum(axis=0)
     p = np.ones(d.shape[1])
     for column in np.flatnonzero((nonzero > 0) & (nonzero <= EXACT_QUERIES)):
-        p[column] = _exact(d[d[:, column] != 0, column], least[column])
+        sums = np.zeros(1)  # of all sign patterns
+        for value in d[d[:, column] != 0, column]:
+            sums = np.concatenate([sums + value, sums - value])
+        p[column] = (np.abs(sums) >= least[column]).mean()
     sampled = np.flatnonzero(nonzero > EXACT_QUERIES)
     if len(sampled):
         beyond = np.zeros(len(sampled), np.int64)
@@ -351,14 +335,6 @@ def randomisation(differences: Floats, permutations: int = PERMUTATIONS, seed: i
             beyond += (np.abs(2 * (tossed.astype(np.float64) @ many) - total) >= least[sampled]).sum(axis=0)
         p[sampled] = (beyond + 1) / (permutations + 1)
     return p.reshape(metrics, pairs)
-
-
-def _exact(d: Floats, least: float) -> float:
-    """Share of all sign patterns whose sum is at least as far from 0."""
-    sums = np.zeros(1)
-    for value in d:
-        sums = np.concatenate([sums + value, sums - value])
-    return float((np.abs(sums) >= least).mean())
 
 
 # -- corrections ------------------------------------------------------------------------------------------------------

@@ -80,9 +80,8 @@ def test_the_left_out_bucket_is_the_extrapolation(seed: int, bucket: int, bound:
     queries, training = unit(70, 16, seed), unit(150, 16, seed + 1)
     centroids = spherical_kmeans(training, 5, seed)
     kept = np.flatnonzero(assign(training, centroids) != bucket)
-    split = split_by_clusters(
-        ids("q", 70), queries, [f"t{row}" for row in kept], training[kept], centroids, bucket, bound
-    )
+    near = split_by_similarity(ids("q", 70), queries, [f"t{row}" for row in kept], training[kept])
+    split = split_by_clusters(near, assign(queries, centroids) == bucket, bound)
     cosines = queries.astype(np.float64) @ training.astype(np.float64).T
     where = (queries @ centroids.T).argmax(axis=1)
     for row, part in enumerate(split.part):
@@ -135,6 +134,9 @@ def test_kmeans_finds_clusters_that_are_there_and_is_the_same_each_time() -> Non
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
     assert (spherical_kmeans(vectors, 5, 3) == centroids).all()
 
+    with pytest.raises(RankdistillError, match="fewer than 3"):
+        spherical_kmeans(np.repeat(unit(2, 8, 0), 10, axis=0), 3, 0)
+
 
 def test_kmeans_of_many_is_as_good_as_faisss() -> None:
     import faiss
@@ -145,11 +147,6 @@ def test_kmeans_of_many_is_as_good_as_faisss() -> None:
     reference.train(vectors)
     theirs = np.asarray(reference.centroids, np.float32)
     assert own > 0.98 * float((vectors @ theirs.T).max(axis=1).sum())
-
-
-def test_too_few_different_queries_for_the_buckets() -> None:
-    with pytest.raises(RankdistillError, match="fewer than 3"):
-        spherical_kmeans(np.repeat(unit(2, 8, 0), 10, axis=0), 3, 0)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -183,15 +180,14 @@ def test_figures_are_those_of_the_queries_of_a_part() -> None:
 
 
 def test_relevant_passages_seen_in_training_are_counted_from_one() -> None:
-    values = {"student": {"map": np.zeros(10)}}
-    (entry,) = measure_split(a_split(), values, QRELS).protocols
+    (entry,) = measure_split(a_split(), {}, QRELS).protocols
     inside = entry["relevant_overlap"][INTERPOLATION]
     # 6 queries: 6 own passages (d1 seen) and the shared one, which 6 pairs name.
     assert (inside["passages"], inside["seen_passages"], inside["pairs"], inside["seen_pairs"]) == (7, 2, 12, 7)
     assert inside["queries_with_seen"] == 6 and inside["passage_share"] == pytest.approx(2 / 7)
     outside = entry["relevant_overlap"][EXTRAPOLATION]
     assert (outside["passages"], outside["seen_passages"], outside["pair_share"]) == (4, 1, 0.5)
-    (entry,) = measure_split(a_split(frozenset()), values, QRELS).protocols
+    (entry,) = measure_split(a_split(frozenset()), {}, QRELS).protocols
     assert entry["relevant_overlap"][EXTRAPOLATION]["pair_share"] == 0
 
 
@@ -211,6 +207,7 @@ def test_an_empty_part_has_no_figures() -> None:
 
 def fold(folder: Path, part: list[str], value: float, held_out: bool = True, protocol: str = "clusters") -> Path:
     """A run's evaluation of ten queries: query n has value + n/100."""
+    folder.mkdir()
     split = QuerySplit(
         protocol, 0.4 + value / 10, ids("q", 10), part, np.zeros(10, np.float32), ["t"] * 10, 7,
         frozenset({"shared"}), {"encoder": "e", "held_out": held_out},
@@ -230,7 +227,6 @@ def test_folds_are_pooled_per_query(tmp_path: Path) -> None:
     folders = []
     for left_out in range(3):
         part = [EXTRAPOLATION if own == left_out else INTERPOLATION for own in bucket]
-        (tmp_path / str(left_out)).mkdir()
         folders.append(fold(tmp_path / str(left_out), part, float(left_out)))
     pooled = pool_folds(folders)
     (entry,) = pooled.protocols
@@ -255,17 +251,15 @@ def test_folds_are_pooled_per_query(tmp_path: Path) -> None:
 
 def test_what_cannot_be_pooled_is_refused(tmp_path: Path) -> None:
     part = [INTERPOLATION] * 5 + [EXTRAPOLATION] * 5
-    for name, options in {"a": {}, "looked at": {"held_out": False}, "other": {"protocol": "similarity"}}.items():
-        (tmp_path / name).mkdir()
-        fold(tmp_path / name, part, 0.0, **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="at least two"):
-        pool_folds([tmp_path / "a"])
-    with pytest.raises(UsageError, match="held nothing out"):
-        pool_folds([tmp_path / "a", tmp_path / "looked at"])
-    with pytest.raises(UsageError, match="differ in protocol"):
-        pool_folds([tmp_path / "a", tmp_path / "other"])
-    with pytest.raises(UsageError, match="no evaluation of extrapolation"):
-        pool_folds([tmp_path / "a", tmp_path])
+    good = fold(tmp_path / "good", part, 0.0)
+    for others, words in {
+        (): "at least two",
+        (fold(tmp_path / "looked at", part, 0.0, held_out=False),): "held nothing out",
+        (fold(tmp_path / "other", part, 0.0, protocol="similarity"),): "differ in protocol",
+        (tmp_path,): "no evaluation of extrapolation",
+    }.items():
+        with pytest.raises(UsageError, match=words):
+            pool_folds([good, *others])
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
@@ -285,6 +279,7 @@ def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
 
 
 def test_a_finished_run_is_looked_at(values: dict[str, Any], tmp_path: Path) -> None:
+    """The nearest training query is that by vectors made here and now; nothing is measured where it is switched off."""
     workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
     result = workspace.run()
     assert result is not None and result.sets[0].path is not None
@@ -295,7 +290,6 @@ def test_a_finished_run_is_looked_at(values: dict[str, Any], tmp_path: Path) -> 
     trained = workspace.queries[0]
     assert entry["protocol"] == "similarity" and entry["training_queries"] == len(trained)
     assert [row["query_id"] for row in table] == collection.query_ids("test")
-    # The nearest training query by vectors made here and now.
     from sentence_transformers import SentenceTransformer
 
     plain = SentenceTransformer(model, device="cpu")
@@ -348,9 +342,8 @@ def test_the_whole_protocol(values: dict[str, Any], tmp_path: Path, protocol: An
     (entry,) = pooled.protocols
     assert name == "facts" and entry["protocol"] == protocol and entry["folds"] == 2
     assert json.loads((tmp_path / "folds" / FILE).read_text())["protocols"] == [entry]
-    tests = 3
-    inside, outside = entry["parts"][INTERPOLATION]["queries"], entry["parts"][EXTRAPOLATION]["queries"]
-    assert inside == tests and outside + entry["neither"] == tests if protocol == "clusters" else inside == tests
+    inside, outside = (entry["parts"][part]["queries"] for part in (INTERPOLATION, EXTRAPOLATION))
+    assert inside == 3 and (protocol == "similarity" or outside + entry["neither"] == 3)
     # What each fold says of a query is what its own training queries say.
     for fold_name, fold_recipe in fold_recipes(recipe, protocol, 2):
         workspace = Workspace(tmp_path / "folds" / fold_name, fold_recipe, tmp_path / "store")
@@ -364,17 +357,13 @@ def test_the_whole_protocol(values: dict[str, Any], tmp_path: Path, protocol: An
     assert set(entry["parts"][EXTRAPOLATION]["systems"]) == rows
 
 
-def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="bucket 5 is not one of 0 to 4"):
-        load_recipe(values, ["candidates.hold_out={bucket: 5}"])
-    with pytest.raises(UsageError, match="did you mean 'buckets'"):
-        load_recipe(values, ["candidates.hold_out={bucket: 1, bukets: 3}"])
+def test_wrong_settings_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    for changes, words in {"bucket: 5": "5 is not one of 0 to 4", "bukets: 3": "did you mean 'buckets'"}.items():
+        with pytest.raises(UsageError, match=words):
+            load_recipe(values, [f"candidates.hold_out={{{changes}}}"])
     resolved = load_recipe(values).resolved()
     assert check_recipe(resolved).resolved() == resolved
     with pytest.raises(UsageError, match="measures no extrapolation"):
         run_folds(load_recipe(values, ["evaluation.extrapolation=null"]), Path("nowhere"))
-
-
-def test_the_verb_refuses_another_protocol(tmp_path: Path) -> None:
     ended = forked.run("folds", "quickstart", "--protocol", "cluster", folder=tmp_path)
     assert ended.code == 2 and "clusters or similarity" in ended.err

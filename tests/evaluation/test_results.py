@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankdistill.evaluation.report.data import RunData, SetData
+from rankdistill.evaluation.report.data import RunData
 from rankdistill.evaluation.report.findings import headline
 from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, reference_rows, verdict
 from rankdistill.evaluation.significance import compare_values
@@ -61,7 +61,7 @@ def test_the_table_and_the_headline_begin_with_it(gap: float, tested: bool, word
     assert f"({means['student, distilled']:.4f} against {means[ENCODER]:.4f})" in below[0]
     suite = SuiteEvaluation("suite", ["ndcg@10"], [evaluation], [])
     recipe = {"teacher": {"type": "recorded"}}
-    run = RunData(Path("run"), recipe, suite, [SetData(evaluation, Path("run"))], [], {}, {}, [])
+    run = RunData(Path("run"), recipe, suite)
     _, kept = headline(run)
     assert kept.startswith(f"The student is {words} “{ENCODER}”")
     assert "of the teacher’s nDCG@10" in kept

@@ -1,10 +1,8 @@
 """`report`: one HTML file that shows a run, to be opened from disk, mailed or printed. It fetches nothing.
 
-`data` reads a run's folder, `findings` says in words what the figures mean, `tables`, `figures` and `queries` give what
-is shown, and the template `page/report.html` puts it together. What is missing is said on the page.
-
-The template escapes every text. The page carries its style and scripts with a Content-Security-Policy that names their
-hashes: nothing else runs, and nothing is fetched.
+`data` reads a run's folder, `findings` says in words what the figures mean, `figures` and `queries` give what is shown,
+and the template `page/report.html`, which escapes every text, puts it together. The page carries its style and scripts
+with a Content-Security-Policy that names their hashes: nothing else runs, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rankdistill import __version__
 from rankdistill.artifacts import check_file, disk_errors, write_atomically
 from rankdistill.evaluation import results
-from rankdistill.evaluation.report import charts, figures, findings, tables
-from rankdistill.evaluation.report.data import RunData, read_run_data
+from rankdistill.evaluation.report import charts, data, figures, findings
 from rankdistill.evaluation.report.queries import collect_queries
 from rankdistill.evaluation.tables import SIGNED, latex, markdown
 
@@ -54,24 +51,23 @@ def report(
         RankdistillError: this is no run, it has not been evaluated, or the file cannot be written.
         UsageError: the run has no evaluation of that name, or a file of another origin stands where one is to be.
     """
-    data = read_run_data(run, suite)
+    of_run = data.read_run_data(run, suite)
     path = Path(run) / "report.html" if out is None else Path(out)
-    marks = ("<!doctype html", SIGNED["markdown"].strip(), SIGNED["latex"].strip())
-    targets = [
-        (target, mark) for target, mark in zip((path, markdown, latex), marks, strict=True) if target is not None
-    ]
-    for target, mark in targets:
+    pasted = {name: write(of_run.suite) for name, write in LANGUAGES.items()}
+    # Each file may replace only one that begins, or ends, as it does.
+    files = [(path, "<!doctype html", "")]
+    for target, name in ((markdown, "Markdown"), (latex, "LaTeX")):
+        signed = SIGNED[name.lower()]
+        files += [(Path(target), signed.strip(), pasted[name] + signed)] if target is not None else []
+    for target, mark, _ in files:
         check_file(target, mark=mark)
-    pasted = {name: write(data.suite) for name, write in LANGUAGES.items()}
-    texts = {marks[0]: _page(data, pasted)}
-    texts |= {SIGNED[name.lower()].strip(): text + SIGNED[name.lower()] for name, text in pasted.items()}
-    for target, mark in targets:
+    for target, _, text in files:
         with disk_errors(target):
-            write_atomically(target, texts[mark])
+            write_atomically(target, text or _page(of_run, pasted))
     return path
 
 
-def _page(run: RunData, pasted: dict[str, str]) -> str:
+def _page(run: data.RunData, pasted: dict[str, str]) -> str:
     queries = [collect_queries(run, test_set) for test_set in run.sets]
     notes = [
         f"{test_set.name}: {note}" if len(run.sets) > 1 else note
@@ -84,18 +80,14 @@ def _page(run: RunData, pasted: dict[str, str]) -> str:
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["metric_name"] = findings.metric_name
-    environment.policies["json.dumps_kwargs"] = {
-        "allow_nan": False,
-        "ensure_ascii": False,
-        "separators": (",", ":"),
-    }
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     return environment.get_template("report.html").render(
         run=run,
         queries=queries,
         left_out=[*run.missing, *notes],
         pasted=pasted,
         recipe_text=(run.folder / "recipe.yaml").read_text(encoding="utf-8"),
-        data={
+        embedded={
             "names": {name: findings.metric_name(name) for name in run.suite.metrics},
             "sets": [None if of_set is None else of_set.data for of_set in queries],
         },
@@ -105,10 +97,10 @@ def _page(run: RunData, pasted: dict[str, str]) -> str:
         scripts=scripts,
         hashes={"style": _hash(style), "script": " ".join(map(_hash, scripts))},
         charts=charts,
+        data=data,
         figures=figures,
         findings=findings,
         results=results,
-        tables=tables,
     )
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,47 +17,15 @@ from rankdistill.artifacts import Artifact
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.evaluation.extrapolation import Extrapolation
 from rankdistill.evaluation.fidelity import Fidelity
-from rankdistill.evaluation.results import Evaluation, Row, SuiteEvaluation, agreement_table
+from rankdistill.evaluation.results import Columns, Evaluation, Row, SuiteEvaluation, agreement_table
 from rankdistill.evaluation.significance import Significance
-from rankdistill.evaluation.tables import is_number
+from rankdistill.evaluation.tables import Cell, Table, is_number, make_table, number
 from rankdistill.recipe import Recipe, check_values, read_yaml
 from rankdistill.students.provenance import check_student
 
 T = TypeVar("T")
 TEACHER, BM25 = "teacher", "BM25"
 AGAIN = "rankdistill evaluate {}, then report"
-
-
-@dataclass
-class SetData:
-    """One set of the suite with what was measured on each of its queries.
-
-    Attributes:
-        query_ids: rows of `per_query`: system → metric → float64 [queries], NaN where a query has no value.
-        fidelity_queries: system → measure → query → value.
-    """
-
-    evaluation: Evaluation
-    folder: Path
-    query_ids: list[str] = field(default_factory=list)
-    per_query: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    fidelity_queries: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.evaluation.name
-
-    @property
-    def systems(self) -> list[str]:
-        return [row.system for row in self.evaluation.rows]
-
-    @property
-    def same_queries(self) -> list[dict[str, Any]]:
-        """The teacher's time against others', on the same queries."""
-        return (self.evaluation.cost or {}).get("same_queries", [])
-
-    def row(self, system: str | None) -> Row | None:
-        return next((row for row in self.evaluation.rows if row.system == system), None)
 
 
 @dataclass
@@ -80,13 +47,9 @@ class StudentData:
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a key of the log; of a step logged twice (after a restart) the later value counts."""
-        values = {
-            float(entry["step"]): float(entry[key])
-            for entry in self.log
-            if is_number(entry.get(key)) and np.isfinite(entry[key])
-        }
-        steps = sorted(values)
-        return steps, [values[step] for step in steps]
+        known = [entry for entry in self.log if is_number(entry.get(key)) and np.isfinite(entry[key])]
+        values = {float(entry["step"]): float(entry[key]) for entry in known}
+        return sorted(values), [values[step] for step in sorted(values)]
 
 
 @dataclass
@@ -96,11 +59,14 @@ class RunData:
     folder: Path
     recipe: dict[str, Any]
     suite: SuiteEvaluation
-    sets: list[SetData]
-    students: list[StudentData]
-    times: dict[str, float]
-    manifests: dict[str, dict[str, Any]]
-    missing: list[str]
+    students: list[StudentData] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def sets(self) -> list[Evaluation]:
+        return self.suite.sets
 
     @property
     def name(self) -> str:
@@ -134,19 +100,16 @@ class RunData:
 
     def quality(self, system: str | None) -> float | None:
         """The headline figure of a system: of the one set, or the macro average over all."""
-        if system is None:
-            return None
         if len(self.sets) == 1:
             row = self.sets[0].row(system)
             return None if row is None else row.means.get(self.metric)
-        return self.suite.macro.get(system, {}).get(self.metric)
+        return self.suite.macro.get(str(system), {}).get(self.metric)
 
 
 def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
     """Read everything a run left that a report can show.
 
     Args:
-        folder: of the run.
         suite: the name of an evaluation; default the recipe's, else the one written last.
 
     Raises:
@@ -160,9 +123,9 @@ def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
         raise RankdistillError("this is no run", where=str(folder), fix="give the folder that `rankdistill run` wrote")
     values = read_yaml(saved)
     missing: list[str] = []
-    chosen = _chosen(folder, values, suite, missing)
-    evaluated = _suite(chosen)
-    sets = [_set(chosen, test_set, missing) for test_set in evaluated.sets]
+    evaluated = _suite(_chosen(folder, values, suite, missing))
+    for test_set in evaluated.sets:
+        _fill(test_set, missing)
     recipe = check_values(Recipe, values, str(saved))
     names = ["student", *recipe.baselines]
     students = [each for name in names if (each := _student(folder, name, recipe, evaluated, missing)) is not None]
@@ -173,7 +136,7 @@ def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
         if (manifest := _read(path, missing, f"{path.relative_to(folder)}", _object))
     }
     missing += [f"the set {entry['set']} was not evaluated: {entry['reason']}" for entry in evaluated.missing]
-    return RunData(folder, dict(values), evaluated, sets, students, times, manifests, missing)
+    return RunData(folder, dict(values), evaluated, students, times, manifests, missing)
 
 
 def _chosen(folder: Path, recipe: Mapping[str, Any], suite: str | None, missing: list[str]) -> Path:
@@ -185,8 +148,7 @@ def _chosen(folder: Path, recipe: Mapping[str, Any], suite: str | None, missing:
         if suite is not None:
             raise UsageError(f"the run has no evaluation {name!r}", where=str(folder), fix=f"it has {', '.join(there)}")
         name = max(there, key=lambda each: there[each].stat().st_mtime)
-    others = [each for each in there if each != name]
-    if others:
+    if others := [each for each in there if each != name]:
         missing.append(
             f"this page shows the evaluation {name}; the run also has {', '.join(others)} (--suite {others[0]})"
         )
@@ -213,12 +175,11 @@ def _object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _columns(path: Path) -> dict[str, list[Any]]:
-    """Of a table of systems and queries."""
-    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-    if not {"system", "query_id"} <= columns.keys():
+def _table(path: Path) -> pa.Table:
+    table = pq.read_table(path)
+    if not {"system", "query_id"} <= set(table.column_names):
         raise ValueError("it has no columns system and query_id")
-    return columns
+    return table
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
@@ -228,8 +189,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 def _known(model: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a dataclass has fields for: files of other versions may hold more."""
-    names = {each.name for each in fields(model)}
-    return {name: value for name, value in values.items() if name in names}
+    return {each.name: values[each.name] for each in fields(model) if each.name in values}
 
 
 def _suite(folder: Path) -> SuiteEvaluation:
@@ -239,7 +199,8 @@ def _suite(folder: Path) -> SuiteEvaluation:
         sets = []
         for each in values["sets"]:
             rows = [Row(**_known(Row, row)) for row in each["rows"]]
-            sets.append(Evaluation(**{**_known(Evaluation, each), "rows": rows}))
+            place = folder / re.sub(r"[^\w.+-]+", "-", each["name"])  # as `evaluate_suite` names it
+            sets.append(Evaluation(**{**_known(Evaluation, each), "rows": rows, "path": place}))
         return SuiteEvaluation(**{**_known(SuiteEvaluation, values), "sets": sets, "path": folder})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RankdistillError(
@@ -247,46 +208,39 @@ def _suite(folder: Path) -> SuiteEvaluation:
         ) from None
 
 
-def _fill(evaluation: Evaluation, name: str, make: Callable[[dict[str, Any]], Any], path: Path) -> bool:
+def _fill(of: Evaluation, missing: list[str]) -> None:
     """What was measured apart goes into the evaluation; what makes no table cannot be read."""
-    setattr(evaluation, name, make(_object(path)))
-    evaluation.tables()
-    agreement_table(evaluation, page=True)
-    return True
-
-
-def _set(suite: Path, evaluation: Evaluation, missing: list[str]) -> SetData:
-    of = evaluation.name
-    test_set = SetData(evaluation, suite / re.sub(r"[^\w.+-]+", "-", of))  # as `evaluate_suite` names it
-    file = test_set.folder / "per_query.parquet"
-    columns = _read(file, missing, f"{of}: the values of each query", _columns) or {}
-    test_set.query_ids = list(dict.fromkeys(columns.get("query_id", [])))
-    row_of = {query_id: row for row, query_id in enumerate(test_set.query_ids)}
-    for metric in (name for name in evaluation.metrics if name in columns):
+    folder, nothing = of.folder, pa.table({})
+    table = _read(folder / "per_query.parquet", missing, f"{of.name}: the values of each query", _table) or nothing
+    columns = table.to_pydict()
+    of.query_ids = list(dict.fromkeys(columns.get("query_id", [])))
+    row_of = {query_id: row for row, query_id in enumerate(of.query_ids)}
+    for metric in (name for name in of.metrics if name in columns):
         for system, query_id, value in zip(columns["system"], columns["query_id"], columns[metric], strict=True):
-            of_system = test_set.per_query.setdefault(system, {})
-            if metric not in of_system:
-                of_system[metric] = np.full(len(row_of), np.nan)
-            of_system[metric][row_of[query_id]] = np.nan if value is None else value
-    nothing = pa.table({})
-    parts: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
-        ("significance", Significance.from_json, "significance and intervals"),
-        ("fidelity", lambda of: Fidelity(**_known(Fidelity, of), table=nothing), "agreement with the teacher"),
-        ("extrapolation", lambda of: Extrapolation(of["protocols"], nothing), "interpolation against extrapolation"),
-        ("cost", dict, "latency of single queries, memory (cost)"),
-    ]
-    for name, make, what in parts:
-        file = test_set.folder / f"{name}.json"
-        if not _read(file, missing, f"{of}: {what}", partial(_fill, evaluation, name, make)):
-            setattr(evaluation, name, None)
-    if evaluation.fidelity is not None:
-        file = test_set.folder / "fidelity.parquet"
-        columns = _read(file, missing, f"{of}: the agreement of each query", _columns) or {}
-        for name in columns.keys() - {"system", "query_id", "student_metric", "teacher_metric", "difference"}:
-            for system, query_id, value in zip(columns["system"], columns["query_id"], columns[name], strict=True):
-                if is_number(value) and np.isfinite(value):
-                    test_set.fidelity_queries.setdefault(system, {}).setdefault(name, {})[query_id] = float(value)
-    return test_set
+            values = of.per_query.setdefault(system, {}).setdefault(metric, np.full(len(row_of), np.nan))
+            values[row_of[query_id]] = np.nan if value is None else value
+    parts: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+        "significance": (Significance.from_json, "significance and intervals"),
+        "fidelity": (lambda found: Fidelity(**_known(Fidelity, found), table=nothing), "agreement with the teacher"),
+        "extrapolation": (
+            lambda found: Extrapolation(found["protocols"], nothing),
+            "interpolation against extrapolation",
+        ),
+        "cost": (dict, "latency of single queries, memory (cost)"),
+    }
+    for name, (make, what) in parts.items():
+
+        def parse(path: Path, name: str = name, make: Callable[[dict[str, Any]], Any] = make) -> bool:
+            setattr(of, name, make(_object(path)))
+            of.tables()
+            agreement_table(of, page=True)
+            return True
+
+        if not _read(folder / f"{name}.json", missing, f"{of.name}: {what}", parse):
+            setattr(of, name, None)
+    if of.fidelity is not None:
+        file = folder / "fidelity.parquet"
+        of.fidelity.table = _read(file, missing, f"{of.name}: the agreement of each query", _table) or nothing
 
 
 def _student(
@@ -308,3 +262,48 @@ def _student(
             )
     log = _read(path / "log.jsonl", missing, f"{name}: the log of its training", _log)
     return StudentData(name, log or [], manifest)
+
+
+# -- the tables that a report alone has -------------------------------------------------------------------------------
+
+
+def students_table(run: RunData) -> Table:
+    def count(key: str) -> Callable[[StudentData], Cell]:
+        return lambda student: number((student.manifest.get("counts") or {}).get(key), "{:,.0f}".format)
+
+    columns: Columns = {
+        "student": lambda student: student.name,
+        "kept step": lambda student: number(student.kept_step, "{:,.0f}".format),
+        "of": count("steps"),
+        "best on dev": lambda student: number(max(student.dev.values(), default=None)),
+        "lists": count("lists"),
+        "documents a list": count("documents_a_list"),
+        "seconds": lambda student: number(student.manifest.get("seconds"), "{:,.0f}".format),
+        "precision": lambda student: str(student.manifest.get("precision") or ""),
+    }
+    return make_table("Students trained in this run", run.students, columns)
+
+
+def environment_table(run: RunData) -> Table:
+    rows: dict[tuple[str, str], None] = {}
+    for name, value in (item for test_set in run.sets for item in test_set.environment.items()):
+        versions = value if isinstance(value, dict) else {name.replace("_", " "): value}
+        rows.update({(str(what), str(version)): None for what, version in versions.items()})
+    columns: Columns = {"what": lambda row: row[0], "version or value": lambda row: row[1]}
+    return make_table("Environment of the evaluation", rows, columns)
+
+
+def artifacts_table(run: RunData) -> Table:
+    def counts(values: Mapping[str, Any]) -> str:
+        known = {key.replace("_", " "): value for key, value in (values.get("counts") or {}).items()}
+        return ", ".join(f"{key} {value:{'.3g' if isinstance(value, float) else ''}}" for key, value in known.items())
+
+    columns: Columns = {
+        "folder": lambda item: Cell(item[0], item[0], code=True),
+        "kind": lambda item: str(item[1].get("kind") or ""),
+        "fingerprint": lambda item: Cell(str(item[1].get("fingerprint") or ""), code=True),
+        "seconds": lambda item: number(item[1].get("seconds"), "{:,.1f}".format),
+        "device": lambda item: str(item[1].get("device") or ""),
+        "counts": lambda item: counts(item[1]),
+    }
+    return make_table("Artifacts", run.manifests.items(), columns)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from rankdistill.evaluation.report import charts
 from rankdistill.evaluation.report.charts import Chart, Line, Point, Series
-from rankdistill.evaluation.report.data import RunData, SetData
+from rankdistill.evaluation.report.data import RunData
 from rankdistill.evaluation.report.findings import metric_name, short
 from rankdistill.evaluation.report.queries import Queries
-from rankdistill.evaluation.results import latency
+from rankdistill.evaluation.results import Evaluation, latency
 from rankdistill.evaluation.tables import bytes_text
 
 LINES = ("student", "baseline", "teacher", "first-stage", "index", "bm25", "untrained", "other")
@@ -24,9 +24,9 @@ class Figure(NamedTuple):
     lines: Sequence[Series] = ()
 
 
-def intervals(run: RunData, test_set: SetData) -> Figure | None:
+def intervals(run: RunData, test_set: Evaluation) -> Figure | None:
     metric, rows, hints = metric_name(run.metric), [], []
-    for row in test_set.evaluation.rows:
+    for row in test_set.rows:
         value, ends, kind = row.means.get(run.metric), row.intervals.get(run.metric), run.kind(row.system)
         if value is not None:
             hints.append(f"{row.system}: {value:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else ""))
@@ -41,10 +41,10 @@ def intervals(run: RunData, test_set: SetData) -> Figure | None:
     )
 
 
-def trade_offs(run: RunData, test_set: SetData) -> Iterator[Figure | str]:
+def trade_offs(run: RunData, test_set: Evaluation) -> Iterator[Figure | str]:
     """Quality against latency and against size; in words why one is not drawn."""
-    metric, rows = metric_name(run.metric), test_set.evaluation.rows
-    times = {row.system: latency(test_set.evaluation, row.system) for row in rows}
+    metric, rows = metric_name(run.metric), test_set.rows
+    times = {row.system: latency(test_set, row.system) for row in rows}
     label = "ms a query, one at a time (median)"
     if not any(times.values()):
         label = "ms a query, in batches"
@@ -147,7 +147,7 @@ def _line_kind(at: int, name: str) -> str:
     return LINES[(at if at or name == "student" else 1) % len(LINES)]
 
 
-def extrapolation(run: RunData, test_set: SetData, protocol: Mapping[str, Any], title: str) -> Figure | None:
+def extrapolation(run: RunData, test_set: Evaluation, protocol: Mapping[str, Any], title: str) -> Figure | None:
     """Two values of each system: on queries near the training queries and far from them."""
     parts, metric, rows = protocol["parts"], metric_name(run.metric), []
     for name in test_set.systems:

@@ -116,7 +116,7 @@ def headline(run: RunData) -> tuple[str, str]:
         kept = f"The student {verb} {percent(score / best)} of the teacher’s {metric} {where} ({_bounds(run)})"
         kept += f", at {times(faster[0])} its speed." if faster else "."
         what += "" if faster else " The teacher’s speed was not measured."
-    return what, " ".join([*verdict([test_set.evaluation for test_set in run.sets]), kept])
+    return what, " ".join([*verdict(run.sets), kept])
 
 
 def speed_up(run: RunData) -> tuple[float, str] | None:
@@ -170,7 +170,7 @@ def tiles(run: RunData) -> Iterator[Tile]:
     plain = run.quality(baseline)
     if plain is not None:
         detail = f"{score:.4f} against {plain:.4f}"
-        tests = run.sets[0].evaluation.significance if len(run.sets) == 1 else None
+        tests = run.sets[0].significance if len(run.sets) == 1 else None
         tested = tests.find(student, str(baseline), run.metric) if tests is not None else None
         if tested is not None and tested.low is not None and tested.high is not None:
             detail += f"; difference 95\u00a0% interval {signed(tested.low)} to {signed(tested.high)}"
@@ -180,7 +180,7 @@ def tiles(run: RunData) -> Iterator[Tile]:
 
 def _smallest(run: RunData, student: str, score: float) -> Iterator[Tile]:
     """The smallest index, of those of the student."""
-    sizes = {row.system: row.bytes for row in run.sets[0].evaluation.rows if row.bytes}
+    sizes = {row.system: row.bytes for row in run.sets[0].rows if row.bytes}
     name = min((each for each in sizes if run.kind(each) == "index"), key=lambda each: (sizes[each], each), default="")
     whole, quality = sizes.get(student), run.quality(name)
     if len(run.sets) == 1 and whole and score and quality is not None and sizes[name] < whole:
@@ -225,7 +225,7 @@ def cautions(run: RunData) -> Iterator[str]:
     if run.suite.missing:
         names = ", ".join(entry["set"] for entry in run.suite.missing)
         yield f"{len(run.suite.missing)} sets of the suite are missing: {names}."
-    if all(test_set.evaluation.significance is None for test_set in run.sets):
+    if all(test_set.significance is None for test_set in run.sets):
         yield "No tests of significance were made: evaluate the run again to have them."
 
 
@@ -245,7 +245,7 @@ def hacking(student: StudentData) -> str:
 
 def _judgments(run: RunData) -> Iterator[str]:
     for test_set in run.sets:
-        shares = [(row.notes.get("judged@10"), row.system) for row in test_set.evaluation.rows]
+        shares = [(row.notes.get("judged@10"), row.system) for row in test_set.rows]
         known = [(share, name) for share, name in shares if isinstance(share, int | float)]
         if known and min(known)[0] < FEW_JUDGED:
             low, high = min(known), max(known)
@@ -254,5 +254,5 @@ def _judgments(run: RunData) -> Iterator[str]:
                 f"{100 * high[0]:.0f} % (“{high[1]}”) are judged. Unjudged ones count as not "
                 "relevant, so a system that finds what nobody judged is underrated."
             )
-        if (queries := test_set.evaluation.queries) < FEW_QUERIES:
+        if (queries := test_set.queries) < FEW_QUERIES:
             yield f"{test_set.name} has {queries} queries: small differences cannot be told from chance."

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rankdistill.collections import Collection, open_collection
 from rankdistill.collections.passages import document_of
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.report.data import TEACHER, RunData, SetData
+from rankdistill.evaluation.report.data import TEACHER, RunData
+from rankdistill.evaluation.results import Evaluation
 from rankdistill.runs import Run, iter_run, read_run
 
 MOST_QUERIES = 2000  # lines of a set
@@ -49,7 +51,7 @@ class Queries:
     notes: list[str] = field(default_factory=list)
 
 
-def collect_queries(run: RunData, test_set: SetData) -> Queries | None:
+def collect_queries(run: RunData, test_set: Evaluation) -> Queries | None:
     """The queries of a set; None without the values of each query."""
     if not test_set.per_query:
         return None
@@ -69,7 +71,7 @@ def collect_queries(run: RunData, test_set: SetData) -> Queries | None:
         "queries": list(zip(query_ids, _query_texts(collection, query_ids), strict=True)),
         "values": [[_numbers(column[rows]) for column in test_set.per_query[name].values()] for name in systems],
         "fidelity": _fidelity(test_set, systems, query_ids),
-        "level": test_set.evaluation.relevance_level,
+        "level": test_set.relevance_level,
         **_documents(test_set, lines, [runs.get(name) for name in systems], collection),
     }
     if len(lines) < len(test_set.query_ids):
@@ -93,9 +95,9 @@ def _default_pair(run: RunData, systems: Sequence[str]) -> tuple[str, str]:
     return a, b
 
 
-def _collection(test_set: SetData, notes: list[str]) -> Collection | None:
+def _collection(test_set: Evaluation, notes: list[str]) -> Collection | None:
     """The texts, if they are still what was evaluated."""
-    known = test_set.evaluation.collection
+    known = test_set.collection
     try:
         collection = open_collection(str(known["spec"]))
     except (RankdistillError, OSError, KeyError) as error:
@@ -108,10 +110,10 @@ def _collection(test_set: SetData, notes: list[str]) -> Collection | None:
     return collection
 
 
-def _kept_rows(run: RunData, test_set: SetData, a: str, b: str, systems: int, notes: list[str]) -> list[int]:
+def _kept_rows(run: RunData, test_set: Evaluation, a: str, b: str, systems: int, notes: list[str]) -> list[int]:
     """Rows of the queries that get a line: all, or those that differ most."""
     count = len(test_set.query_ids)
-    share = MOST_VALUES // max(1, len(run.sets) * systems * len(test_set.evaluation.metrics))
+    share = MOST_VALUES // max(1, len(run.sets) * systems * len(test_set.metrics))
     most = max(OPENED, min(MOST_QUERIES, share))
     if count <= most:
         return list(range(count))
@@ -120,7 +122,7 @@ def _kept_rows(run: RunData, test_set: SetData, a: str, b: str, systems: int, no
 
 
 def _most_different(
-    test_set: SetData, a: str, b: str, metric: str, rows: list[int] | slice = slice(None)
+    test_set: Evaluation, a: str, b: str, metric: str, rows: list[int] | slice = slice(None)
 ) -> np.ndarray:
     """Positions in `rows`, the greatest difference first; 0 where one system has no value."""
     nothing = np.zeros(len(test_set.query_ids))
@@ -128,7 +130,7 @@ def _most_different(
     return np.argsort(-np.abs(np.nan_to_num(ours - theirs)), kind="stable")
 
 
-def _opened(run: RunData, test_set: SetData, systems: Sequence[str], a: str, b: str, rows: list[int]) -> list[int]:
+def _opened(run: RunData, test_set: Evaluation, systems: Sequence[str], a: str, b: str, rows: list[int]) -> list[int]:
     """Lines (positions in `rows`) that carry documents."""
     most = min(OPENED, max(5, OPENED_ON_PAGE // len(run.sets)))
     chosen: set[int] = set()
@@ -151,29 +153,29 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most].rstrip() + "…"
 
 
-def _numbers(column: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else round(float(value), 4) for value in column]
+def _numbers(column: Any) -> list[float | None]:
+    return [round(value, 4) if np.isfinite(value) else None for value in np.array(column, np.float64).tolist()]
 
 
-def _fidelity(test_set: SetData, systems: Sequence[str], query_ids: Sequence[str]) -> dict[str, list[Any]]:
+def _fidelity(test_set: Evaluation, systems: Sequence[str], query_ids: Sequence[str]) -> dict[str, list[Any]]:
     """Measure → for each system a value a query, or null; the four most telling measures."""
-    names = {name for of_system in test_set.fidelity_queries.values() for name in of_system}
+    table = pa.table({}) if test_set.fidelity is None else test_set.fidelity.table
     first = ("kendall", "overlap", "rbo", "margin")
-    order = sorted(names, key=lambda name: (not name.startswith(first), name))
-    measured = [test_set.fidelity_queries.get(system, {}) for system in systems]
-    return {
-        name: [
-            _numbers(np.array([of_system[name].get(query_id, np.nan) for query_id in query_ids]))
-            if name in of_system
-            else None
-            for of_system in measured
+    apart = ("student_metric", "teacher_metric", "difference")
+    names = [each.name for each in table.schema if pa.types.is_floating(each.type) and each.name not in apart]
+    keys = [table[name].to_pylist() for name in ("system", "query_id")] if names else [[], []]
+    measured = {}
+    for name in sorted(names, key=lambda name: (not name.startswith(first), name))[:FIDELITY]:
+        values = dict(zip(zip(*keys, strict=True), table[name].to_pylist(), strict=True))
+        measured[name] = [
+            _numbers([values.get((system, query_id)) for query_id in query_ids]) if system in keys[0] else None
+            for system in systems
         ]
-        for name in order[:FIDELITY]
-    }
+    return measured
 
 
 def _read_runs(
-    test_set: SetData, systems: Sequence[str], whole: Sequence[str | None], notes: list[str]
+    test_set: Evaluation, systems: Sequence[str], whole: Sequence[str | None], notes: list[str]
 ) -> dict[str, Run]:
     """The first documents of every system's ranking; all of it of those whose scores are wanted."""
     runs = {}
@@ -193,7 +195,7 @@ def _read_runs(
 
 
 def _documents(
-    test_set: SetData, lines: dict[int, str], runs: Sequence[Run | None], collection: Collection | None
+    test_set: Evaluation, lines: dict[int, str], runs: Sequence[Run | None], collection: Collection | None
 ) -> dict[str, Any]:
     """The first documents of every system for some queries (line → id), with labels and the beginning of each text.
 
@@ -201,7 +203,7 @@ def _documents(
         top: line → system → numbers of documents; labels: line → how many are relevant, and the labels of those shown;
         docs: (id, title, beginning of the text) of each number.
     """
-    qrels = collection.found_qrels(test_set.evaluation.split) if collection is not None else {}
+    qrels = collection.found_qrels(test_set.split) if collection is not None else {}
     number_of: dict[str, int] = {}
     top: dict[int, dict[int, list[int]]] = {line: {} for line in lines}
     line_of = {query_id: line for line, query_id in lines.items()}
@@ -215,7 +217,7 @@ def _documents(
         judged = qrels.get(query_id, {})
         shown = {number for numbers in top[line].values() for number in numbers}
         labels[line] = {
-            "relevant": sum(label >= test_set.evaluation.relevance_level for label in judged.values()),
+            "relevant": sum(label >= test_set.relevance_level for label in judged.values()),
             "of": {number_of[doc_id]: label for doc_id, label in judged.items() if number_of.get(doc_id) in shown},
         }
     return {"top": top, "labels": labels, "docs": _texts(list(number_of), collection)}
@@ -235,7 +237,7 @@ def _texts(doc_ids: list[str], collection: Collection | None) -> list[tuple[str,
 
 
 def _scores(
-    result: Queries, run: RunData, test_set: SetData, student: Run, teacher: Run, line_of: dict[str, int]
+    result: Queries, run: RunData, test_set: Evaluation, student: Run, teacher: Run, line_of: dict[str, int]
 ) -> None:
     """Scores of the pairs that the teacher was asked for and the student retrieved, less their query's mean."""
     asked = _asked(run, test_set)
@@ -266,9 +268,9 @@ def _scores(
     result.scores = [pairs[row] for row in sorted(drawn.tolist())]
 
 
-def _asked(run: RunData, test_set: SetData) -> dict[str, set[str]]:
+def _asked(run: RunData, test_set: Evaluation) -> dict[str, set[str]]:
     """Query → documents that the teacher scored for it: the rest of its ranking only follows in another's order."""
-    of = test_set.evaluation
+    of = test_set
     path = run.folder / "candidates" / f"{of.collection.get('name')}-{of.split}" / "candidates.parquet"
     try:
         lists = iter_run(path) if path.is_file() else ()
