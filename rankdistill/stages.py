@@ -15,10 +15,11 @@ from pathlib import Path
 from rankdistill.artifacts import claim_folder, locked, write_atomically
 from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.evaluate import System, evaluate_suite
+from rankdistill.evaluation.evaluate import evaluate_suite
 from rankdistill.evaluation.extrapolation import QuerySplit, run_split
 from rankdistill.evaluation.results import SuiteEvaluation
 from rankdistill.evaluation.suites import EvaluationSet, Suite, load_suite
+from rankdistill.evaluation.systems import System
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.lucene_bm25 import LuceneBM25
 from rankdistill.indexes.specification import QuantizerSpecification

@@ -12,12 +12,9 @@ import numpy as np
 from rankdistill.artifacts import MANIFEST, open_artifact
 from rankdistill.collections import Collection
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.cost import Reranking
-from rankdistill.evaluation.evaluate import EngineSystem, RerankSystem, System
-from rankdistill.evaluation.fusion import FusedEngine
-from rankdistill.evaluation.hybrid import fused_rows
-from rankdistill.evaluation.reranking import StudentReranking
+from rankdistill.evaluation.fusion import FusedEngine, fused_rows
 from rankdistill.evaluation.suites import Suite
+from rankdistill.evaluation.systems import EngineSystem, Reranking, RerankSystem, StudentReranking, System
 from rankdistill.indexes.base import Engine
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.by_student import exhaustive_engine

@@ -156,7 +156,7 @@ def test_a_ranking_of_passages_is_measured_as_one_of_documents(tmp_path: Path) -
             rows = collection.doc_rows(list(ranked["q"]))[:k]
             return [Hits(rows, np.array(list(ranked["q"].values()), np.float32)[:k]) for _ in queries]
 
-    from rankdistill.evaluation.evaluate import EngineSystem
+    from rankdistill.evaluation.systems import EngineSystem
 
     systems = {"run": Run.from_dict(ranked), "engine": EngineSystem(Engine())}
     found = evaluate_systems(systems, collection, "test", ["mrr@10", "recall@2", "ndcg@10"], out=tmp_path / "out")

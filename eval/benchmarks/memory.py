@@ -158,7 +158,8 @@ def step_index(collection: Collection, folder: Path, name: str) -> None:
 
 
 def step_evaluate(collection: Collection, folder: Path) -> None:
-    from rankdistill.evaluation.evaluate import EngineSystem, evaluate_systems
+    from rankdistill.evaluation.evaluate import evaluate_systems
+    from rankdistill.evaluation.systems import EngineSystem
     from rankdistill.indexes.dense import DenseEngine
     from rankdistill.indexes.faiss_index import FaissIndex
 

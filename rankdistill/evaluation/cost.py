@@ -14,8 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ import numpy as np
 
 from rankdistill.artifacts import library_versions
 from rankdistill.devices import synchronise
+from rankdistill.evaluation.systems import Step
 from rankdistill.indexes.base import available_threads
 from rankdistill.progress import progress
 
@@ -35,117 +35,6 @@ PERCENTILES = (50, 95, 99)
 SEED = 42
 
 Name = TypeVar("Name", str, int)
-# What a step makes of the query texts and of what the step before it made.
-Step = Callable[[Sequence[str], Any], Any]
-
-
-def engine_steps(engine: Any, depth: int) -> dict[str, Step]:
-    """How an engine answers: `encode`, then `search`; one step where it does not tell them apart (BM25)."""
-    if hasattr(engine, "steps"):  # it knows a shorter way
-        own: dict[str, Step] = engine.steps(depth)
-        return own
-    parts = encoder_and_index(engine)
-    if parts is None:
-        return {"search": lambda texts, _: engine.search(texts, depth)}
-    encoder, index = parts
-    return {
-        "encode": lambda texts, _: encoder.encode_queries(texts),
-        "search": lambda _, vectors: index.search(vectors, depth),
-    }
-
-
-def encoder_and_index(engine: Any) -> tuple[Any, Any] | None:
-    """Of an engine that tells them apart."""
-    encoder, index = getattr(engine, "encoder", None), getattr(engine, "index", None)
-    return None if encoder is None or index is None else (encoder, index)
-
-
-class Footprint:
-    """What a system keeps to search: `bytes` on disk, and in memory its models too."""
-
-    bytes: int | None
-
-    def models(self) -> list[Any]:
-        raise NotImplementedError
-
-    @property
-    def memory_bytes(self) -> int | None:
-        return None if self.bytes is None else self.bytes + sum(map(model_bytes, self.models()))
-
-    @property
-    def parameters(self) -> int | None:
-        counts = [count for model in self.models() if (count := model_parameters(model)) is not None]
-        return sum(counts) if counts else None
-
-    @property
-    def device(self) -> Any:
-        """The last model's that is not the processor."""
-        devices = [model.device for model in self.models() if hasattr(model, "device")]
-        return next((device for device in reversed(devices) if str(device) != "cpu"), "cpu")
-
-
-def encoders(engine: Any) -> list[Any]:
-    """Those of an engine: none, one, or of a fused one several."""
-    several: list[Any] | None = getattr(engine, "encoders", None)
-    encoder = getattr(engine, "encoder", None)
-    return several if several is not None else [] if encoder is None else [encoder]
-
-
-@dataclass
-class Reranking(Footprint):
-    """How a teacher is served: a first stage, then the teacher over what it found. For `measure_costs`.
-
-    Args:
-        engine: the first stage.
-        score: (query, document ids, document texts) → scores, computed now.
-        teachers: gives what is in memory beside the first stage's index and encoder; asked after the first query.
-        depth: documents re-ranked for each query, whatever depth is asked for.
-    """
-
-    engine: Any
-    collection: Any
-    score: Callable[[str, list[str], list[str]], Any]
-    teachers: Callable[[], Sequence[Any]]
-    depth: int
-    rates: list[float] = field(default_factory=list)  # pairs a second, of each query so far
-
-    def __post_init__(self) -> None:
-        # The first stage's index is what is kept to search; the texts that the teacher reads come on top.
-        self.bytes = getattr(getattr(self.engine, "index", self.engine), "bytes", None)
-
-    def models(self) -> list[Any]:
-        return [*encoders(self.engine), *self.teachers()]
-
-    def steps(self, depth: int) -> dict[str, Step]:
-        return {**engine_steps(self.engine, self.depth), "rerank": self._rerank}
-
-    def _rerank(self, texts: Sequence[str], found: Sequence[Any]) -> list[Any]:
-        scored = []
-        for text, hits in zip(texts, found, strict=True):
-            documents = self.collection.document_texts(hits.rows)
-            started = time.perf_counter()
-            scored.append(self.score(text, self.collection.doc_ids(hits.rows), documents))
-            self.rates.append(len(documents) / (time.perf_counter() - started))
-        return scored
-
-    def pairs_per_second(self) -> float:
-        """The median: the first query loads the models."""
-        return round(float(np.median(self.rates)), 1)
-
-
-def model_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers, each tensor once; 0 for what is no torch module."""
-    if not hasattr(model, "parameters"):
-        return 0
-    held = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(held.values())
-
-
-def model_parameters(model: Any) -> int | None:
-    """Parameters of a torch module; 0 for an inference-free query side, which has a table alone; None for the rest."""
-    if hasattr(model, "parameters"):
-        return sum(parameter.numel() for parameter in model.parameters())
-    return 0 if getattr(model, "inference_free", False) else None
 
 
 def measure_costs(
@@ -166,7 +55,7 @@ def measure_costs(
     are optional. A ready run has none of these, and no figures here.
 
     Args:
-        rows: the measured rows (`evaluate.Row`): quality, bytes and queries a second are taken from them.
+        rows: the measured rows (`results.Row`): quality, bytes and queries a second are taken from them.
         query_ids: of the split; as many of them as `queries` are drawn, the same for every system.
         depth: documents asked for, as when the quality was measured: a deeper search is slower and finds more.
         seconds: measured at most for one system, as long as it answered LEAST_QUERIES.
@@ -175,8 +64,7 @@ def measure_costs(
         what is written to cost.json; milliseconds, bytes; None where something was not measured.
     """
     order = np.random.default_rng(SEED).permutation(len(query_ids))
-    drawn = [query_ids[row] for row in order[: queries + WARM_UP]]
-    texts = collection.query_texts(drawn)
+    texts = collection.query_texts([query_ids[row] for row in order[: queries + WARM_UP]])
     measured, others = texts[:queries], texts[queries:] or texts
     documents = getattr(collection, "document_count", None)
     costs: dict[str, dict[str, Any]] = {}
@@ -188,37 +76,32 @@ def measure_costs(
             system = getattr(systems[row.system], "served", None) or systems[row.system]
             steps = system.steps(depth) if hasattr(system, "steps") else {}
             times = _latencies(steps, measured, others, seconds) if steps else {}
-            total = np.sum(list(times.values()), axis=0) if times else None
-            rate = row.queries_per_second
-            if rate is None and total is not None:
-                rate = round(1000 / max(float(total.mean()), 1e-6), 4)  # a re-ranker's batch is one query's documents
-            size = row.bytes if row.bytes is not None else getattr(system, "bytes", None)
+            rate, size = row.queries_per_second, row.bytes
+            if times:
+                totals[row.system] = total = np.sum(list(times.values()), axis=0)
+                devices.add(device_name(getattr(system, "device", "cpu")))
+                if rate is None:  # a re-ranker's batch is one query's documents
+                    rate = round(1000 / max(float(total.mean()), 1e-6), 4)
+                if "rerank" in steps:
+                    rerankers.append(row.system)
+            size = getattr(system, "bytes", None) if size is None else size
             costs[row.system] = {
                 "encode_ms": None,
                 "search_ms": None,
                 **{f"{name}_ms": percentiles(values) for name, values in times.items()},
-                "total_ms": percentiles(total) if total is not None else None,
-                "queries_measured": len(total) if total is not None else 0,
+                "total_ms": percentiles(total) if times else None,
+                "queries_measured": len(total) if times else 0,
                 "batch_queries_per_second": rate,
                 "bytes": size,
                 "bytes_a_document": round(size / documents, 2) if size is not None and documents else None,
                 "memory_bytes": getattr(system, "memory_bytes", None),
                 "parameters": getattr(system, "parameters", None),
-                "pairs_per_second": system.pairs_per_second() if isinstance(system, Reranking) and times else None,
+                "pairs_per_second": getattr(system, "pairs_per_second", None),
                 "quality": row.means.get(metric),
             }
-            if total is not None:
-                totals[row.system] = total
-                devices.add(device_name(getattr(system, "device", "cpu")))
-            if "rerank" in steps:
-                rerankers.append(row.system)
             bar.advance()
     points = {
-        name: {
-            "quality": cost["quality"],
-            "latency": cost["total_ms"]["p50"] if cost["total_ms"] else None,
-            "bytes": cost["bytes"],
-        }
+        name: {"quality": cost["quality"], "latency": (cost["total_ms"] or {}).get("p50"), "bytes": cost["bytes"]}
         for name, cost in costs.items()
     }
     return {
@@ -241,29 +124,26 @@ def _latencies(
     steps: Mapping[str, Step], texts: Sequence[str], others: Sequence[str], seconds: float
 ) -> dict[str, np.ndarray]:
     """step → milliseconds of each query [as many as the seconds allowed], one query at a time."""
-    times: list[list[float]] = []
-    started = time.perf_counter()
-    for text in others[:WARM_UP]:
-        _answer(steps, [text])
-        if time.perf_counter() - started > WARM_UP_SECONDS:
-            break
-    started = time.perf_counter()
-    for text in texts:
-        times.append(_answer(steps, [text]))
-        if len(times) >= LEAST_QUERIES and time.perf_counter() - started > seconds:
-            break
-    return {name: np.array(column) * 1000 for name, column in zip(steps, zip(*times, strict=True), strict=True)}
 
+    def answer(text: str) -> list[float]:
+        result: Any = None
+        clock = [time.perf_counter()]
+        for step in steps.values():
+            result = step([text], result)
+            synchronise()
+            clock.append(time.perf_counter())
+        return [1000 * (after - before) for before, after in pairwise(clock)]
 
-def _answer(steps: Mapping[str, Step], texts: Sequence[str]) -> list[float]:
-    """Seconds of each step."""
-    made: Any = None
-    clock = [time.perf_counter()]
-    for step in steps.values():
-        made = step(texts, made)
-        synchronise()
-        clock.append(time.perf_counter())
-    return [after - before for before, after in pairwise(clock)]
+    def answers(texts: Sequence[str], seconds: float, least: int) -> list[list[float]]:
+        times, started = [], time.perf_counter()
+        for text in texts:
+            times.append(answer(text))
+            if len(times) >= least and time.perf_counter() - started > seconds:
+                break
+        return times
+
+    answers(others[:WARM_UP], WARM_UP_SECONDS, 1)
+    return dict(zip(steps, np.array(answers(texts, seconds, LEAST_QUERIES)).T, strict=True))
 
 
 def _on_the_same_queries(teacher: str, totals: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -274,13 +154,8 @@ def _on_the_same_queries(teacher: str, totals: Mapping[str, np.ndarray]) -> dict
         "teacher": teacher,
         "queries": count,
         "mean_ms": {name: round(mean, 4) for name, mean in means.items()},
-        "teacher_takes_times": {
-            name: round(means[teacher] / mean, 2) for name, mean in means.items() if name != teacher
-        },
+        "teacher_takes_times": {n: round(means[teacher] / mean, 2) for n, mean in means.items() if n != teacher},
     }
-
-
-# -- what is worth its cost -------------------------------------------------------------------------------------------
 
 
 def pareto_front(
@@ -294,13 +169,13 @@ def pareto_front(
         points: name → key → value.
         maximise, minimise: keys of which more, or less, is better. Names come best first by these keys, ties by name.
     """
-    lower: dict[Name, tuple[float, ...]] = {}  # what is maximised is turned round: less is better in every place
+    signs = dict.fromkeys(maximise, -1.0) | dict.fromkeys(minimise, 1.0)  # less is better in every place
+    lower: dict[Name, tuple[float, ...]] = {}
     for name, values in points.items():
-        known = [values.get(key) for key in (*maximise, *minimise)]
-        signs = [-1.0] * len(maximise) + [1.0] * len(minimise)
-        numbers = [sign * value for sign, value in zip(signs, known, strict=True) if value is not None]
-        if len(numbers) == len(known) and not any(map(math.isnan, numbers)):
-            lower[name] = tuple(numbers)
+        known = [math.nan if (value := values.get(key)) is None else value for key in signs]
+        numbers = tuple(sign * value for sign, value in zip(signs.values(), known, strict=True))
+        if not any(map(math.isnan, numbers)):
+            lower[name] = numbers
     front: list[Name] = []
     # In this order a point can only be dominated by one before it, and then by one of the front.
     for name, mine in sorted(lower.items(), key=lambda item: (item[1], item[0])):

@@ -10,13 +10,11 @@ Files in the folder of an evaluation: `runs/SYSTEM.trec` (Parquet where ids hold
 from __future__ import annotations
 
 import itertools
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +23,7 @@ from rankdistill.artifacts import disk_errors, write_atomically, write_json, wri
 from rankdistill.collections import Collection, open_collection
 from rankdistill.collections.passages import best_passages, document_of
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.cost import Footprint, Step, encoders, engine_steps, measuring_environment
+from rankdistill.evaluation.cost import measuring_environment
 from rankdistill.evaluation.extrapolation import QuerySplit, measure_split
 from rankdistill.evaluation.fidelity import measure_fidelity
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, evaluate_run, parse_metric
@@ -36,146 +34,19 @@ from rankdistill.evaluation.suites import (
     EvaluationSet,
     Missing,
     Suite,
+    folder_name,
     load_references,
     locate,
     set_title,
 )
+from rankdistill.evaluation.systems import System
 from rankdistill.evaluation.tables import markdown
 from rankdistill.indexes.mining import same_text
 from rankdistill.progress import progress, warn
-from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, trec_order, write_trec
+from rankdistill.runs import Ranking, Run, RunWriter, WhiteSpaceError, read_run, write_trec
 
 QUERY_BATCH = 256  # queries handed to a system at once
-LISTS_AT_ONCE = 32  # queries handed to a teacher together
 TEACHER = "teacher"  # the row that others' agreement is measured with
-
-
-@runtime_checkable
-class System(Protocol):
-    """Anything that ranks documents for queries.
-
-    Optional attributes: `bytes` (what is kept to search, on disk), `parameters`, `note` (shown below the table),
-    `timed` (False: the ranking was made elsewhere, its speed is not measured), `part` (the queries it can rank, where
-    they are not all: its row is of those, and not tested against others), and what `measure_costs` reads.
-    """
-
-    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterable[Ranking]:
-        """Rank at most `depth` documents for each query: (query id, document ids, scores), higher is better."""
-
-
-class Searches(Protocol):
-    """What `EngineSystem` needs of an engine (`rankdistill.indexes.Engine`)."""
-
-    def search(self, queries: Sequence[str], k: int) -> Sequence[Any]:
-        """For each query, an object with `rows` and `scores`."""
-
-
-@dataclass
-class EngineSystem(Footprint):
-    """An engine that searches the collection's rows."""
-
-    engine: Searches
-    bytes: int | None = None
-    note: str = ""
-
-    def models(self) -> list[Any]:
-        return encoders(self.engine)
-
-    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
-        for query_id, hits in zip(query_ids, self.engine.search(texts, depth), strict=True):
-            yield query_id, collection.doc_ids(hits.rows), hits.scores
-
-    def steps(self, depth: int) -> dict[str, Step]:
-        return engine_steps(self.engine, depth)
-
-
-class RerankList(NamedTuple):
-    """What a teacher scores: the fields of `rankdistill.teachers.TextList`."""
-
-    query_id: str
-    query: str
-    doc_ids: list[str]
-    documents: list[str]
-    collection: Any = None
-
-
-@dataclass
-class RerankSystem:
-    """A teacher over a first stage: its top `depth` documents are scored again and put first.
-
-    Documents below, and those the teacher has no score for, follow in the first stage's order, as they would be
-    served: recall beyond `depth` is the first stage's.
-
-    Args:
-        scores: a teacher's `score`: lists in, (query id, document ids, scores) out, in any order, of any subset.
-        base: the first stage's ranking, a run or the path of one.
-        depth: documents scored for each query.
-        timed, served: whether speed is measured while ranking; else how it is measured live, see `measure_costs`.
-        part: the queries that there are scores for, where they are not all.
-        first_stage_weight: the first stage's own score, times this, is added to each score.
-    """
-
-    scores: Callable[[Sequence[Any]], Iterable[tuple[str, Sequence[str], Any]]]
-    base: Run | str | Path
-    depth: int = 100
-    bytes: int | None = None
-    note: str = ""
-    timed: bool = True
-    served: Any = None
-    part: set[str] | None = None
-    first_stage_weight: float = 0.0
-    lowest: dict[str, float] = field(default_factory=dict)  # of each query run so far: the teacher's least score
-
-    def __post_init__(self) -> None:
-        self._base = self.base if isinstance(self.base, Run) else read_run(self.base)
-        self._row_of = {query_id: row for row, query_id in enumerate(self._base.query_ids)}
-
-    def run(self, collection: Any, query_ids: Sequence[str], texts: Sequence[str], depth: int) -> Iterator[Ranking]:
-        for start in range(0, len(query_ids), LISTS_AT_ONCE):
-            part = slice(start, start + LISTS_AT_ONCE)
-            lists = [self._list(collection, *query) for query in zip(query_ids[part], texts[part], strict=True)]
-            scored = {query_id: (ids, scores) for query_id, ids, scores in self.scores([x for x in lists if x.doc_ids])}
-            for item in lists:
-                yield self._merge(item.query_id, *scored.get(item.query_id, ([], [])), depth)
-
-    def _first(self, query_id: str, depth: int) -> list[str]:
-        return list(self._first_scores(query_id, depth))
-
-    def _first_scores(self, query_id: str, depth: int) -> dict[str, float]:
-        """Document id → score of the first stage, best first."""
-        row = self._row_of.get(query_id)
-        if row is None:
-            return {}
-        start, end = self._base.offsets[row], self._base.offsets[row + 1]
-        top = slice(start, min(end, start + depth))
-        return dict(zip(self._base.doc_ids[top].to_pylist(), self._base.scores[top].tolist(), strict=True))
-
-    def _list(self, collection: Any, query_id: str, query: str) -> RerankList:
-        doc_ids = self._first(query_id, self.depth)
-        rows = np.asarray(collection.doc_rows(doc_ids))
-        known = [doc_id for doc_id, row in zip(doc_ids, rows, strict=True) if row >= 0]
-        return RerankList(query_id, query, known, collection.document_texts(rows[rows >= 0]))
-
-    def _merge(self, query_id: str, doc_ids: Sequence[str], scores: Any, depth: int) -> Ranking:
-        scores = np.asarray(scores, np.float32)
-        if self.first_stage_weight:
-            first = self._first_scores(query_id, self.depth)
-            scores = scores + np.float32(self.first_stage_weight) * np.array([first[x] for x in doc_ids], np.float32)
-        finite = np.isfinite(scores)
-        ids, scores = list(itertools.compress(doc_ids, finite)), scores[finite]
-        if len(scores):
-            self.lowest[query_id] = float(scores.min())
-        order, scored = trec_order(scores, ids), set(ids)
-        rest = [doc_id for doc_id in self._first(query_id, max(depth, self.depth)) if doc_id not in scored]
-        below = scores_below(scores.min() if len(scores) else np.float32(0), len(rest))
-        return query_id, ([ids[i] for i in order] + rest)[:depth], np.concatenate([scores[order], below])[:depth]
-
-
-def scores_below(lowest: np.float32, count: int) -> np.ndarray:
-    """Falling float32 scores [count] below the lowest, for documents that follow the re-ranked ones."""
-    # Steps as wide as float32 keeps apart at this size, so that the rest neither ties nor reorders.
-    step = max(np.float32(1.0), np.spacing(np.abs(lowest)) * 2)
-    return np.asarray(lowest - step * np.arange(1, count + 1, dtype=np.float32), np.float32)
 
 
 Systems = Mapping[str, System | Run | str | Path]
@@ -253,26 +124,38 @@ def evaluate_systems(
         run, dropped, rate = _run(system, system_name, collection, ids, depth, drop_self_hits, file)
         judged = qrels if part is None else {query_id: qrels[query_id] for query_id in ids}
         measured = evaluate_run(run, judged, metrics, relevance_level=relevance_level)
-        measured.notes |= {"self_hits_dropped": dropped, "self_documents": itself}
-        evaluation.rows.append(
-            Row(
-                system=system_name,
-                means=measured.means,
-                notes=measured.notes,
-                run=_as_trec(run, file).relative_to(out).as_posix(),
-                bytes=getattr(system, "bytes", None),
-                queries_per_second=rate,
-                parameters=getattr(system, "parameters", None),
-                note=getattr(system, "note", ""),
-            )
+        row = Row(
+            system=system_name,
+            means=measured.means,
+            notes=measured.notes | {"self_hits_dropped": dropped, "self_documents": itself},
+            run=_as_trec(run, file).relative_to(out).as_posix(),
+            bytes=getattr(system, "bytes", None),
+            queries_per_second=rate,
+            parameters=getattr(system, "parameters", None),
+            note=getattr(system, "note", ""),
         )
+        evaluation.rows.append(row)
         if part is None:
             evaluation.per_query[system_name] = measured.per_query
     evaluation.compare_rows(baseline=baseline, correction=correction, alpha=alpha, seed=seed)
     if split_by is not None:
         evaluation.extrapolation = measure_split(split_by, evaluation.per_query, qrels, relevance_level)
     if TEACHER in systems and len(evaluation.rows) > 1:
-        _measure_fidelity(evaluation, out, getattr(systems[TEACHER], "lowest", None), qrels)
+        lowest = getattr(systems[TEACHER], "lowest", None)
+        if lowest is not None and not lowest.keys() & qrels.keys():
+            warn("the teacher has no score for any query here: agreement with it is not measured")
+        else:
+            runs: dict[str, Run | str | Path] = {row.system: out / row.run for row in evaluation.rows}
+            evaluation.fidelity = measure_fidelity(
+                runs.pop(TEACHER),
+                runs,
+                qrels,
+                name=TEACHER,
+                metric=metrics[0],
+                relevance_level=relevance_level,
+                lowest=lowest,
+                values={system: by_metric[metrics[0]] for system, by_metric in evaluation.per_query.items()},
+            )
     if latency_queries:
         evaluation.measure_cost(systems, collection, query_ids, latency_queries)
     _write(evaluation, out)
@@ -287,25 +170,6 @@ def _own_documents(collection: Collection, query_ids: list[str]) -> int:
     at = np.flatnonzero(rows >= 0)
     documents, texts = collection.documents(rows[at]), collection.query_texts([query_ids[place] for place in at])
     return sum(same_text(text, document) for text, document in zip(texts, documents, strict=True))
-
-
-def _measure_fidelity(evaluation: Evaluation, out: Path, lowest: Mapping[str, float] | None, qrels: Any) -> None:
-    """Fill in the agreement of all rows with the teacher's, from the runs on disk."""
-    if lowest is not None and not lowest.keys() & qrels.keys():
-        warn("the teacher has no score for any query here: agreement with it is not measured")
-        return
-    metric = evaluation.metrics[0]
-    runs: dict[str, Run | str | Path] = {row.system: out / row.run for row in evaluation.rows}
-    evaluation.fidelity = measure_fidelity(
-        runs.pop(TEACHER),
-        runs,
-        qrels,
-        name=TEACHER,
-        metric=metric,
-        relevance_level=evaluation.relevance_level,
-        lowest=lowest,
-        values={system: by_metric[metric] for system, by_metric in evaluation.per_query.items()},
-    )
 
 
 def _run(
@@ -325,7 +189,7 @@ def _run(
     passages = bool(getattr(collection, "passages", None))
     if isinstance(system, Run | str | Path):
         run = copy(system) if isinstance(system, Run) else read_run(system)
-        run = by_best_passages(run, file) if passages else run
+        run = _written(map(_of_documents, run), file, name) if passages else run
         run = run.first(depth + drop_self_hits)
         itself = run.self_hits if drop_self_hits else np.zeros(len(run.scores), bool)
         run = run.keep(~itself).first(depth)
@@ -333,6 +197,7 @@ def _run(
         return run, int(np.count_nonzero(itself)), None
     timed, seconds, dropped = getattr(system, "timed", True), 0.0, 0
     batch = QUERY_BATCH if timed else max(len(query_ids), 1)  # what was made elsewhere is gone through once
+    asked = collection.reach(depth + drop_self_hits) if passages else depth + drop_self_hits
     if timed:
         list(system.run(collection, query_ids[:1], collection.query_texts(query_ids[:1]), depth))
     with progress(f"evaluate {name}", len(query_ids), "queries") as bar, RunWriter(file) as writer:
@@ -340,8 +205,7 @@ def _run(
             ids = query_ids[start : start + batch]
             texts = collection.query_texts(ids)
             started = time.perf_counter()
-            asked = depth + drop_self_hits
-            rankings = system.run(collection, ids, texts, collection.reach(asked) if passages else asked)
+            rankings = system.run(collection, ids, texts, asked)
             rankings = list(rankings) if timed else rankings
             seconds += time.perf_counter() - started
             for query_id, doc_ids, scores in map(_of_documents, rankings) if passages else rankings:
@@ -361,12 +225,11 @@ def _of_documents(ranking: Ranking) -> Ranking:
     return query_id, [document_of(ids[at]) for at in best], np.asarray(scores)[best]
 
 
-def by_best_passages(run: Run, file: Path) -> Run:
-    """The same of a run, written to `file`."""
+def _written(rankings: Iterable[Ranking], file: Path, name: str) -> Run:
     with RunWriter(file) as writer:
-        for ranking in run:
-            writer.add(*_of_documents(ranking))
-    return read_run(file, run.name)
+        for ranking in rankings:
+            writer.add(*ranking)
+    return read_run(file, name)
 
 
 def _as_trec(run: Run, file: Path) -> Path:
@@ -377,25 +240,20 @@ def _as_trec(run: Run, file: Path) -> Path:
     except WhiteSpaceError as error:
         warn(f"{error.what}: {file} stays Parquet")
         if not file.is_file():
-            with RunWriter(file) as writer:
-                for ranking in run:
-                    writer.add(*ranking)
+            _written(run, file, run.name)
         return file
     file.unlink(missing_ok=True)
     return trec
 
 
 def _file_names(names: Iterable[str]) -> list[str]:
-    """Of each system a file name: letters, digits, dots and dashes; different for different systems."""
+    """Of each system a file name; different for different systems, also where capitals do not tell files apart."""
     files: list[str] = []
     for name in names:
-        stem = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "system"
+        stem = folder_name(name).strip("-.") or "system"
         taken = {file.lower() for file in files}
-        offered = (
-            f"{stem}{ending}.parquet"
-            for ending in itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        )
-        files.append(next(file for file in offered if file.lower() not in taken))
+        endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        files.append(next(file for end in endings if (file := f"{stem}{end}.parquet").lower() not in taken))
     return files
 
 
@@ -464,7 +322,7 @@ def evaluate_suite(
             continue
         collection, split = located
         name = set_title(collection.name if entry.collection == "own" else entry.name, split)
-        folder = out / re.sub(r"[^\w.+-]+", "-", name)
+        folder = out / folder_name(name)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         evaluations.append(

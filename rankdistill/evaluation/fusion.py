@@ -12,7 +12,7 @@ Ranks are those of a member's own order, in which ties are decided by row (engin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +23,11 @@ from pydantic import Field, model_validator
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.cost import Step, encoder_and_index
+from rankdistill.evaluation.systems import EngineSystem, Step, encoder_and_index
 from rankdistill.indexes.base import Engine, Hits, ranked
 from rankdistill.plain import Section
-from rankdistill.recipe import check_values
+from rankdistill.progress import warn
+from rankdistill.recipe import check_values, nearest
 from rankdistill.runs import Run, read_run
 
 
@@ -49,9 +50,8 @@ class Fusion(Section):
         unused = {"rrf": "normalisation", "weighted_sum": "k"}[self.method]
         if unused in self.model_fields_set:
             raise ValueError(f"{unused} has no meaning with method: {self.method}")
-        if self.weights is not None and not (
-            all(0 <= weight < float("inf") for weight in self.weights) and any(self.weights)
-        ):
+        weights = [1.0] if self.weights is None else self.weights
+        if not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
             raise ValueError("weights are finite, not negative and not all 0")
         return self
 
@@ -71,7 +71,10 @@ class Fusion(Section):
             members: (documents [n], scores [n]) of each, best first; documents as numbers, none twice in a member. A
                 member may have none.
         """
-        weights = self._weights(len(members))
+        weights = self.weights or [1.0] * len(members)
+        if len(weights) != len(members):
+            what = f"{len(weights)} weights for {len(members)} rankings"
+            raise UsageError(what, where="weights", fix="one for each")
         documents, places = np.unique(np.concatenate([found for found, _ in members]), return_inverse=True)
         total, start = np.zeros(len(documents)), 0
         for weight, (found, scores) in zip(weights, members, strict=True):
@@ -95,11 +98,6 @@ class Fusion(Section):
             return ((scores - scores.min()) / span if span > 0 else np.ones(len(scores))), 0.0
         values = (scores - scores.mean()) / max(float(scores.std()), 1e-9)
         return values, float(values.min())
-
-    def _weights(self, members: int) -> list[float]:
-        if self.weights is not None and len(self.weights) != members:
-            raise UsageError(f"{len(self.weights)} weights for {members} rankings", where="weights", fix="one for each")
-        return self.weights or [1.0] * members
 
 
 def fuse(
@@ -127,13 +125,8 @@ def fuse(
         UsageError: no run, a wrong weight, a setting that the method has not.
         RankdistillError: a run file cannot be read.
     """
-    settings = {
-        "method": method,
-        "weights": None if weights is None else list(weights),
-        "k": k,
-        "normalisation": normalisation,
-    }
-    fusion = check_values(Fusion, {key: value for key, value in settings.items() if value is not None}, "fusion")
+    given = {"method": method, "weights": weights and list(weights), "k": k, "normalisation": normalisation}
+    fusion = check_values(Fusion, {key: value for key, value in given.items() if value is not None}, "fusion")
     if not runs:
         raise UsageError("there is nothing to fuse", fix="give at least one run")
     opened = [run if isinstance(run, Run) else read_run(run) for run in runs]
@@ -213,3 +206,87 @@ class FusedEngine:
         """Of the members, each once."""
         parts = [encoder_and_index(member) for member in self.members.values()]
         return list({id(part[0]): part[0] for part in parts if part is not None}.values())
+
+
+# -- rows of a suite ---------------------------------------------------------------------------------------------------
+
+# What a suite may call a row whose name depends on the recipe; a run need not have it.
+ALIASES = ("bm25", "student", "untrained", "first_stage")
+
+
+class FusedRow(Fusion):
+    """A row made of others: their rankings fused."""
+
+    name: str
+    members: list[str] = Field(
+        min_length=2,
+        description="Rows of the table by their names or as bm25, student, untrained, first_stage (the first dense"
+        " source), the name of a baseline or index; or the folder of another run, for its student.",
+    )
+    depth: int | None = Field(None, ge=1, description="Documents of each that are fused; default the suite's depth.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> FusedRow:
+        if len(set(self.members)) < len(self.members):
+            raise ValueError("a member is named twice: give it a weight instead")
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
+        return self
+
+    def system(self, members: Mapping[str, EngineSystem]) -> EngineSystem:
+        """The row, of those that it fuses."""
+        engine = FusedEngine({name: system.engine for name, system in members.items()}, self, self.depth)
+        sizes = [system.bytes for system in members.values() if system.bytes is not None]
+        note = engine.name + (f"; the first {self.depth} of each" if self.depth else "")
+        note += "; the weights are the suite's, nothing was fitted here" if self.weights else ""
+        return EngineSystem(engine, sum(sizes) if len(sizes) == len(members) else None, note)
+
+
+def fused_rows(
+    fusion: list[FusedRow], rows: Mapping[str, Any], open_run: Callable[[Path], EngineSystem]
+) -> dict[str, EngineSystem]:
+    """A suite's fused rows. One whose `bm25`, `student` ... the table has no row for is left out, with a warning.
+
+    Args:
+        rows: row → system.
+        open_run: the student of another run's folder, over the same collection.
+
+    Raises:
+        UsageError: a member that is neither a row nor a run, is no search, or is meant twice; a name that is taken.
+    """
+    fused: dict[str, EngineSystem] = {}
+    for row in fusion:
+        where = f"fusion: {row.name}"
+        if row.name in rows:
+            raise UsageError("there is a row of this name", where=where, fix="another name")
+        meant = {member: _row_of(member, rows, where) for member in row.members}
+        known = {member: name for member, name in meant.items() if name is not None}
+        if lacking := ", ".join(meant.keys() - known.keys()):
+            warn(f"{row.name} is left out: this table has no row for {lacking}")
+            continue
+        if len(set(known.values())) < len(known):
+            raise UsageError("two members are the same row", where=where, fix="a weight for one of them")
+        members = {name: rows[name] if name in rows else open_run(Path(member)) for member, name in known.items()}
+        for name, system in members.items():
+            if not isinstance(system, EngineSystem):
+                raise UsageError(f"the row {name!r} is no search", where=where, fix="fuse what it re-ranks")
+        fused[row.name] = row.system(members)
+    return fused
+
+
+def _row_of(member: str, rows: Mapping[str, Any], where: str) -> str | None:
+    """The row that a suite means, or the folder of a run; None for an alias that the table has no row for."""
+    meant = {
+        "bm25": ["BM25"],
+        "student": ["student", "student, distilled"],
+        "first_stage": [row for row in rows if row.startswith("first stage: ")],
+    }.get(member, [member, f"student, {member}"])
+    for row in (member, *meant):
+        if row in rows:
+            return row
+    if member in ALIASES:
+        return None
+    if Path(member).is_dir():
+        return member
+    known = nearest(member, [*rows, *ALIASES])
+    raise UsageError(f"{member!r} is neither a row of this table nor the folder of a run", where=where, fix=known)

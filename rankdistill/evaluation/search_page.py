@@ -21,9 +21,8 @@ from rankdistill.collections import Collection
 from rankdistill.collections.collection import GENERATED, GENERATED_TEST
 from rankdistill.collections.passages import best_passages, document_of
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.cost import encoder_and_index
-from rankdistill.evaluation.evaluate import RerankList, Searches
 from rankdistill.evaluation.metrics import evaluate_run
+from rankdistill.evaluation.systems import RerankList, encoder_and_index
 from rankdistill.runs import Run
 
 LONGEST_QUERY = 1000  # characters
@@ -54,7 +53,7 @@ class Column:
     """
 
     name: str
-    engine: Searches
+    engine: Any
     bytes: int | None = None
     note: str = ""
     kind: str = ""

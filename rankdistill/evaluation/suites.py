@@ -13,7 +13,7 @@ from rankdistill.collections import Collection, open_collection
 from rankdistill.collections.collection import GENERATED, GENERATED_DEV, GENERATED_TEST
 from rankdistill.collections.text_files import plain_or_gzip
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.evaluation.fusion import Fusion
+from rankdistill.evaluation.fusion import FusedRow
 from rankdistill.evaluation.metrics import DEFAULT_METRICS, parse_metric
 from rankdistill.plain import Name, Section, read_yaml
 from rankdistill.recipe import check_values, declarations, find_declaration
@@ -38,26 +38,6 @@ class EvaluationSet(Section):
     relevance_level: int = Field(1, ge=1, description="Least judgment that counts in binary metrics (TREC DL: 2).")
     drop_self_hits: bool = Field(False, description="Leave out documents whose id is the query's (ArguAna).")
     group: str | None = Field(None, description="Sets of one group count as one in the macro average (CQADupStack).")
-
-
-class FusedRow(Fusion):
-    """A row made of others: their rankings fused."""
-
-    name: str
-    members: list[str] = Field(
-        min_length=2,
-        description="Rows of the table by their names or as bm25, student, untrained, first_stage (the first dense"
-        " source), the name of a baseline or index; or the folder of another run, for its student.",
-    )
-    depth: int | None = Field(None, ge=1, description="Documents of each that are fused; default the suite's depth.")
-
-    @model_validator(mode="after")
-    def _fits(self) -> FusedRow:
-        if len(set(self.members)) < len(self.members):
-            raise ValueError("a member is named twice: give it a weight instead")
-        if self.weights is not None and len(self.weights) != len(self.members):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
-        return self
 
 
 class Suite(Section):
@@ -96,20 +76,13 @@ class Suite(Section):
             parse_metric(metric)
         return metrics
 
-    @field_validator("sets")
-    @classmethod
-    def _named_once(cls, sets: list[EvaluationSet]) -> list[EvaluationSet]:
-        folders = {re.sub(r"[^\w.+-]+", "-", entry.name).lower() for entry in sets}
-        if len(folders) < len(sets):
+    @model_validator(mode="after")
+    def _named_once(self) -> Suite:
+        if len({folder_name(entry.name).lower() for entry in self.sets}) < len(self.sets):
             raise ValueError("two sets have the same name, or names that differ in signs alone")
-        return sets
-
-    @field_validator("fusion")
-    @classmethod
-    def _fused_once(cls, fusion: list[FusedRow]) -> list[FusedRow]:
-        if len({row.name for row in fusion}) < len(fusion):
+        if len({row.name for row in self.fusion}) < len(self.fusion):
             raise ValueError("two fused rows have the same name")
-        return fusion
+        return self
 
     def __repr__(self) -> str:
         return f"Suite({self.name}: {', '.join(entry.name for entry in self.sets)}; {', '.join(self.metrics)})"
@@ -132,6 +105,11 @@ class Reference(Section):
     set: str = Field(description="The name of the set in suites, or `macro:NAME` for an average.")
     title: str = ""
     figures: list[ReferenceFigure] = Field(min_length=1)
+
+
+def folder_name(name: str) -> str:
+    """What the files of a set or a system are called: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def load_suite(source: str | Path) -> Suite:

@@ -15,15 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankdistill.evaluation.cost import (
-    LEAST_QUERIES,
-    measure_costs,
-    model_bytes,
-    model_parameters,
-    pareto_front,
-)
-from rankdistill.evaluation.evaluate import EngineSystem
+from rankdistill.evaluation.cost import LEAST_QUERIES, measure_costs, pareto_front
 from rankdistill.evaluation.results import Row
+from rankdistill.evaluation.systems import EngineSystem, model_bytes, model_parameters
 from rankdistill.stages import Workspace
 
 # -- Pareto fronts ----------------------------------------------------------------------------------------------------

@@ -14,15 +14,10 @@ import pytest
 
 from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError
-from rankdistill.evaluation.evaluate import (
-    EngineSystem,
-    Evaluation,
-    RerankSystem,
-    evaluate_suite,
-    evaluate_systems,
-)
+from rankdistill.evaluation.evaluate import Evaluation, evaluate_suite, evaluate_systems
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.suites import EvaluationSet, Suite
+from rankdistill.evaluation.systems import EngineSystem, RerankSystem
 from rankdistill.evaluation.tables import bytes_text, markdown, plain_table, print_tables
 from rankdistill.runs import Run, read_run, write_trec
 

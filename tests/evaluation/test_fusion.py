@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.evaluate import EngineSystem, RerankSystem, evaluate_systems
-from rankdistill.evaluation.fusion import FusedEngine, Fusion, fuse
-from rankdistill.evaluation.hybrid import fused_rows
+from rankdistill.evaluation.evaluate import evaluate_systems
+from rankdistill.evaluation.fusion import FusedEngine, FusedRow, Fusion, fuse, fused_rows
 from rankdistill.evaluation.metrics import evaluate_run
-from rankdistill.evaluation.suites import FusedRow, load_suite
+from rankdistill.evaluation.suites import load_suite
+from rankdistill.evaluation.systems import EngineSystem, RerankSystem
 from rankdistill.evaluation.tables import plain_table
 from rankdistill.indexes.base import Hits, no_hits, ranked
 from rankdistill.runs import Run, write_trec

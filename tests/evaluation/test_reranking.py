@@ -12,7 +12,7 @@ import pytest
 
 from rankdistill.collections import Collection
 from rankdistill.evaluation.evaluate import evaluate_systems
-from rankdistill.evaluation.reranking import StudentReranking
+from rankdistill.evaluation.systems import StudentReranking
 from rankdistill.indexes.base import Hits
 from rankdistill.indexes.bm25 import BM25
 from rankdistill.indexes.dense import ExactIndex

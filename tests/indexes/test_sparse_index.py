@@ -67,7 +67,7 @@ def test_scores_of_rows_are_those_of_the_search(vectors: Artifact) -> None:
 
 
 def test_a_student_re_ranks_what_bm25_found(collection: Collection, vectors: Artifact, tmp_path: Path) -> None:
-    from rankdistill.evaluation.reranking import StudentReranking
+    from rankdistill.evaluation.systems import StudentReranking
 
     BM25(language="none").build(collection, tmp_path / "bm25")
     encoder = WordCounts(seed=0)

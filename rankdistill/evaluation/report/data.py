@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from rankdistill.evaluation.extrapolation import Extrapolation
 from rankdistill.evaluation.fidelity import Fidelity
 from rankdistill.evaluation.results import Columns, Evaluation, Row, SuiteEvaluation, agreement_table
 from rankdistill.evaluation.significance import Significance
+from rankdistill.evaluation.suites import folder_name
 from rankdistill.evaluation.tables import Cell, Table, is_number, make_table, number
 from rankdistill.recipe import Recipe, check_values, read_yaml
 from rankdistill.students.provenance import check_student
@@ -199,7 +199,7 @@ def _suite(folder: Path) -> SuiteEvaluation:
         sets = []
         for each in values["sets"]:
             rows = [Row(**_known(Row, row)) for row in each["rows"]]
-            place = folder / re.sub(r"[^\w.+-]+", "-", each["name"])  # as `evaluate_suite` names it
+            place = folder / folder_name(each["name"])
             sets.append(Evaluation(**{**_known(Evaluation, each), "rows": rows, "path": place}))
         return SuiteEvaluation(**{**_known(SuiteEvaluation, values), "sets": sets, "path": folder})
     except (OSError, ValueError, KeyError, TypeError) as error:
