@@ -11,9 +11,8 @@ chosen setting will be measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -59,6 +58,13 @@ class OperatingPoint:
     queries_per_second: float
     single_ms: dict[str, float]
     bytes_a_document: float
+
+    def is_below(self, other: OperatingPoint) -> bool:
+        """Whether no setting of the same index is higher, and one is lower."""
+        alike = self.index == other.index and self.settings.keys() == other.settings.keys()
+        return (
+            alike and self.settings != other.settings and all(v <= other.settings[n] for n, v in self.settings.items())
+        )
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:g}" for name, value in self.settings.items()) or "–"
@@ -117,7 +123,7 @@ class Sweep:
                 where=best.index,
                 fix="a lower target, or an index that keeps more bytes (a refine stage, sq8, hnsw, flat)",
             )
-        lowest = [point for point in good if not any(_lower(other, point) for other in good)]
+        lowest = [point for point in good if not any(other.is_below(point) for other in good)]
         return max(lowest, key=lambda point: point.queries_per_second)
 
     def to_json(self) -> dict[str, Any]:
@@ -128,20 +134,16 @@ class Sweep:
 
     def tables(self, *, intervals: bool = False) -> list[Table]:
         """The front as a table, most quality first."""
-
-        def mean(metric: str, point: OperatingPoint) -> Cell:
-            return number(point.metrics.get(metric))
-
+        front, environment = self.front, self.environment
         columns: dict[str, Callable[[OperatingPoint], Cell | str]] = {
             "index": lambda point: point.index,
             "settings": str,
             f"recall@{self.k}": lambda point: number(point.recall),
-            **{metric: partial(mean, metric) for metric in self.points[0].metrics},
+            **{metric: lambda point, m=metric: number(point.metrics.get(m)) for metric in self.points[0].metrics},
             "queries/s": lambda point: number(point.queries_per_second, rate_text),
             "one query ms": lambda point: number(point.single_ms["p50"], latency_text),
             "bytes/doc": lambda point: number(point.bytes_a_document, "{:,.1f}".format),
         }
-        front, environment = self.front, self.environment
         notes = [
             f"{len(front)} of {len(self.points)} settings tried: none of the others is as good in {self.quality}, as "
             "fast in a batch and as small",
@@ -155,11 +157,6 @@ class Sweep:
 
     def __repr__(self) -> str:
         return plain_table(self)
-
-
-def _lower(a: OperatingPoint, b: OperatingPoint) -> bool:
-    comparable = a.index == b.index and a.settings.keys() == b.settings.keys() and a.settings != b.settings
-    return comparable and all(a.settings[name] <= b.settings[name] for name in a.settings)
 
 
 # -- sweeping ---------------------------------------------------------------------------------------------------------
@@ -229,15 +226,18 @@ def sweep(
         raise UsageError(f"recall of the {k} best documents cannot be counted", fix="k of at least 1")
     if not len(queries) or len(exact) != len(queries):
         raise UsageError(f"{len(queries)} queries and {len(exact)} exact results", fix="one result for each query")
-    ids, metrics = list(query_ids or ()), list(metrics) if qrels else []
-    judged = {query_id: (qrels or {})[query_id] for query_id in ids if query_id in (qrels or {})}
-    if qrels and len(ids) != len(queries):
-        raise UsageError("judged queries need their ids", fix="query_ids: one for each query")
-    if qrels and not judged:
-        raise UsageError("none of the queries is judged", where=f"query {ids[0]!r}")
+    ids, judged = list(query_ids or ()), {}
+    if qrels:
+        if len(ids) != len(queries):
+            raise UsageError("judged queries need their ids", fix="query_ids: one for each query")
+        judged = {query_id: qrels[query_id] for query_id in ids if query_id in qrels}
+        if not judged:
+            raise UsageError("none of the queries is judged", where=f"query {ids[0]!r}")
+    metrics = list(metrics) if judged else []
     depth = max([k, *(parse_metric(metric).cutoff or k for metric in metrics)])
     trial, vectors = index.clone(), np.ascontiguousarray(queries, np.float32)
     expected = [_expected(hits, k) for hits in exact]
+    alone = [vectors[row : row + 1] for row in range(min(len(vectors), SINGLE_QUERIES))]
 
     def measure(settings: Mapping[str, float]) -> OperatingPoint:
         trial.set_search(**settings)
@@ -249,22 +249,17 @@ def sweep(
         ]
         means: dict[str, float] = {}
         if metrics:
-            ranking = {
-                query_id: dict(zip(trial.doc_ids(hits.rows), hits.scores.tolist(), strict=True))
-                for query_id, hits in zip(ids, results, strict=True)
-            }
+            scored = ((trial.doc_ids(hits.rows), hits.scores.tolist()) for hits in results)
+            ranking = {query_id: dict(zip(*found, strict=True)) for query_id, found in zip(ids, scored, strict=True)}
             means = evaluate_run(Run.from_dict(ranking), judged, metrics).means
-        batch = _seconds(trial, [vectors] * BATCH_RUNS, depth, BATCH_SECONDS)
-        single = _seconds(
-            trial, [vectors[row : row + 1] for row in range(len(vectors))][:SINGLE_QUERIES], depth, SINGLE_SECONDS
-        )
+        batch = min(_seconds(trial, [vectors] * BATCH_RUNS, depth, BATCH_SECONDS))
         return OperatingPoint(
             index=trial.name,
             settings=dict(settings),
             recall=float(np.mean(recall)) if recall else 0.0,
             metrics=means,
-            queries_per_second=len(vectors) / min(batch),
-            single_ms=percentiles([1000 * seconds for seconds in single]),
+            queries_per_second=len(vectors) / batch,
+            single_ms=percentiles([1000 * seconds for seconds in _seconds(trial, alone, depth, SINGLE_SECONDS)]),
             bytes_a_document=trial.bytes_per_document,
         )
 
@@ -349,19 +344,11 @@ def save_settings(index: FaissIndex, settings: Mapping[str, float], tuned: Mappi
     values = index.specification.model_dump()
     specification = index.specification.model_validate({**values, "search": {**values["search"], **settings}})
     manifest = {name: value for name, value in index.manifest.items() if name != "specification"}
-
-    def ids() -> Iterator[str]:
-        for start in range(0, index.document_count, 65_536):
-            yield from index.doc_ids(range(start, min(start + 65_536, index.document_count)))
-
+    manifest["tuned"] = dict(tuned)
+    count, step = index.document_count, 65_536
+    ids = (doc_id for at in range(0, count, step) for doc_id in index.doc_ids(range(at, min(at + step, count))))
     with locked(index.path):
-        return publish_index(
-            index.index,
-            ids(),
-            index.path,
-            specification=specification,
-            manifest={**manifest, "tuned": dict(tuned)},
-        )
+        return publish_index(index.index, ids, index.path, specification=specification, manifest=manifest)
 
 
 class TuningQueries(NamedTuple):
@@ -380,10 +367,9 @@ def tuning_queries(collection: Collection, *, seed: int = 42, most: int = MOST_Q
     """
     generator = np.random.default_rng(seed)
 
-    def some(ids: Sequence[Any]) -> list[Any]:
-        if len(ids) <= most:
-            return list(ids)
-        return [ids[row] for row in np.sort(generator.choice(len(ids), most, replace=False))]
+    def drawn(count: int) -> list[int]:
+        rows = np.arange(count)
+        return (rows if count <= most else np.sort(generator.choice(count, most, replace=False))).tolist()
 
     for split in ("dev", "train"):
         try:
@@ -391,19 +377,19 @@ def tuning_queries(collection: Collection, *, seed: int = 42, most: int = MOST_Q
         except RankdistillError:
             continue
         if ids:
-            ids = some(ids)
+            ids = [ids[row] for row in drawn(len(ids))]
             held_out = split == "dev" and set(ids) <= set(collection.query_ids("train"))
             judged = collection.qrels("train" if held_out else split, missing=True)
             origin = "held out of train" if held_out else split
             return TuningQueries(ids, collection.query_texts(ids), {i: judged[i] for i in ids if i in judged}, origin)
-    rows = np.sort(generator.choice(collection.document_count, min(most, collection.document_count), replace=False))
-    words = [(document.title or document.text).split()[:16] for document in collection.documents(rows)]
+    words = [
+        (document.title or document.text).split()[:16] for document in collection.documents(drawn(len(collection)))
+    ]
     texts = [" ".join(first) for first in words if first]
     if not texts:
         raise RankdistillError("there are no queries, and the documents drawn are empty", where=collection.name)
-    return TuningQueries(
-        [f"document {n}" for n in range(len(texts))], texts, None, "titles or first words of documents"
-    )
+    names = [f"document {n}" for n in range(len(texts))]
+    return TuningQueries(names, texts, None, "titles or first words of documents")
 
 
 def sweep_student(
