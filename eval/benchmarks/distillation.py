@@ -260,9 +260,9 @@ def as_run(query_ids: list[str], hits: list[tuple[Any, Any]]) -> Run:
 
 
 def per_query(run: Run, qrels: Any, query_ids: list[str]) -> dict[str, Any]:
-    table = evaluate_run(run, qrels, METRICS).to_table().to_pydict()
-    at = {query_id: place for place, query_id in enumerate(table["query_id"])}
-    return {metric: [float(table[metric][at[query_id]]) for query_id in query_ids] for metric in METRICS}
+    measured = evaluate_run(run, qrels, METRICS)
+    at = [measured.query_ids.index(query_id) for query_id in query_ids]
+    return {metric: measured.per_query[metric][at].tolist() for metric in METRICS}
 
 
 def speeds(bench: Benchmark, rounds: int = 5) -> list[str]:

@@ -496,9 +496,9 @@ def means(values: dict[str, Any]) -> dict[str, float]:
 
 
 def per_query(run: Run, qrels: Any, query_ids: list[str]) -> dict[str, Any]:
-    found = evaluate_run(run, qrels, METRICS).to_table().to_pydict()
-    at = {query_id: place for place, query_id in enumerate(found["query_id"])}
-    return {metric: [float(found[metric][at[query_id]]) for query_id in query_ids] for metric in METRICS}
+    measured = evaluate_run(run, qrels, METRICS)
+    at = [measured.query_ids.index(query_id) for query_id in query_ids]
+    return {metric: measured.per_query[metric][at].tolist() for metric in METRICS}
 
 
 def main() -> None:

@@ -127,10 +127,8 @@ def show(evaluation: Evaluation, form: str = "text", out: str | Path | None = No
     if form == "json":
         values = evaluation.to_json() | {"significance": significance.to_json() if significance else None}
         text = json.dumps(values, indent=2) + "\n"
-    elif form == "text":
-        text = plain_table(tables) + "\n"
     else:
-        text = (markdown if form == "markdown" else latex)(tables)
+        text = plain_table(tables) + "\n" if form == "text" else (markdown if form == "markdown" else latex)(tables)
     if out is not None:
         reads = [evaluation.collection["spec"], *(row.run for row in evaluation.rows)]
         check_file(out, reads=reads, mark=SIGNED.get(form, '{\n  "name"').strip())
@@ -161,41 +159,37 @@ def _sources(runs: Sequence[Run | str | Path] | Mapping[str, Run | str | Path]) 
 
 def _folder(folder: Path) -> Iterator[_Source]:
     """The runs of an evaluation, which may lie deeper (a suite's folder, a run's), or every run file in a folder."""
-    evaluations = [path.parent for path in sorted(folder.rglob(RESULTS)) if (path.parent / "runs").is_dir()]
+    evaluations = [path for path in sorted(folder.rglob(RESULTS)) if (path.parent / "runs").is_dir()]
     if len(evaluations) > 1:
         raise UsageError(
             f"the folder holds {len(evaluations)} evaluated sets",
             where=str(folder),
-            fix="give one of them: " + ", ".join(str(path) for path in evaluations[:5]),
+            fix="give one of them: " + ", ".join(str(path.parent) for path in evaluations[:5]),
         )
-    if evaluations:
-        yield from _evaluated(evaluations[0])
-        return
     files = data_files(folder, "*", RUN_FILES)
-    if not files:
+    if not evaluations and not files:
         raise UsageError(
             "the folder holds neither an evaluation nor run files",
             where=str(folder),
             fix=f"the names of run files end in {', '.join(RUN_FILES)}",
         )
-    for path in files:
-        yield _Source(file_stem(path), path, folder)
-
-
-def _evaluated(folder: Path) -> Iterator[_Source]:
+    if not evaluations:
+        yield from (_Source(file_stem(path), path, folder) for path in files)
+        return
+    file = evaluations[0]
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        rows = [(str(row["system"]), folder / str(row["run"])) for row in results["rows"]]
+        results = json.loads(file.read_text(encoding="utf-8"))
+        rows = [(str(row["system"]), file.parent / str(row["run"])) for row in results["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RankdistillError(
             f"this is no evaluation ({type(error).__name__}: {error})",
-            where=str(folder / RESULTS),
+            where=str(file),
             fix="evaluate again, or give the run files themselves",
         ) from None
     for system, path in rows:
-        if folder.resolve() not in path.resolve().parents:
-            raise RankdistillError(f"the run of {system!r} lies outside the evaluation", where=str(folder / RESULTS))
-        yield _Source(system, path, folder, results)
+        if not path.resolve().is_relative_to(file.parent.resolve()):
+            raise RankdistillError(f"the run of {system!r} lies outside the evaluation", where=str(file))
+        yield _Source(system, path, file.parent, results)
 
 
 def _names(sources: Sequence[_Source]) -> list[str]:
@@ -225,12 +219,12 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
 def _settings(sources: Sequence[_Source]) -> dict[str, Any]:
     """What the evaluations among the runs agree on."""
     evaluated = [(source.folder, source.results) for source in sources if source.results is not None]
-
-    def key(results: dict[str, Any]) -> tuple[Any, ...]:
-        return (results.get("collection", {}).get("fingerprint"), results.get("split"), results.get("relevance_level"))
-
-    for folder, results in evaluated[1:]:
-        if key(results) != key(evaluated[0][1]):
+    keys = [
+        (results.get("collection", {}).get("fingerprint"), results.get("split"), results.get("relevance_level"))
+        for _, results in evaluated
+    ]
+    for (folder, _), key in zip(evaluated, keys, strict=True):
+        if key != keys[0]:
             raise UsageError(
                 "these evaluations are of different sets",
                 where=f"{evaluated[0][0]} and {folder}",
@@ -254,14 +248,13 @@ def _judgments(
     if qrels is not None:
         return qrels, "", {"name": "judgments", "spec": "", "fingerprint": ""}
     recorded = settings.get("collection", {}) if collection is None else {}
-    collection = collection if collection is not None else recorded.get("spec")
-    if not collection:
+    source = collection or recorded.get("spec")
+    if not source:
         raise UsageError(
             "there is nothing to judge the runs with",
             fix="give --qrels FILE, or --collection COLLECTION with --split, or the folder of an evaluation",
         )
-    if isinstance(collection, str):
-        collection = open_collection(collection)
+    collection = open_collection(source) if isinstance(source, str) else source
     if recorded and collection.fingerprint != recorded.get("fingerprint"):
         raise RankdistillError(
             "the collection has changed since these runs were evaluated",
@@ -290,14 +283,13 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
     if not path.is_file():
         raise RankdistillError("there is no such file of judgments", where=str(path))
     with open(path, "rb") as stream:
-        parquet = stream.read(4) == b"PAR1"
+        rows = _parquet_rows(path) if stream.read(4) == b"PAR1" else _text_rows(path)
     qrels: dict[str, dict[str, int]] = {}
     repeated = 0
-    for query_id, doc_id, relevance, where in _parquet_rows(path) if parquet else _text_rows(path):
+    for query_id, doc_id, relevance, where in rows:
         judged = qrels.setdefault(query_id, {})
         repeated += doc_id in judged
-        before = judged.setdefault(doc_id, relevance)
-        if before != relevance:
+        if (before := judged.setdefault(doc_id, relevance)) != relevance:
             raise RankdistillError(
                 f"document {doc_id!r} is judged {before} and {relevance} for query {query_id!r}",
                 where=where,
@@ -319,8 +311,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, int, str]]:
     columns = ["query_id", "doc_id", "relevance"]
     try:
         table = pq.read_table(path)
-        missing = ", ".join(sorted(set(columns) - set(table.column_names)))
-        if missing:
+        if missing := ", ".join(sorted(set(columns) - set(table.column_names))):
             has = ", ".join(table.column_names)
             raise RankdistillError(f"the judgments have no column {missing} (they have {has})", where=str(path))
         if any(table[name].null_count for name in columns[:2]):

@@ -55,13 +55,9 @@ def measure_costs(
     are optional. A ready run has none of these, and no figures here.
 
     Args:
-        rows: the measured rows (`results.Row`): quality, bytes and queries a second are taken from them.
         query_ids: of the split; as many of them as `queries` are drawn, the same for every system.
         depth: documents asked for, as when the quality was measured: a deeper search is slower and finds more.
         seconds: measured at most for one system, as long as it answered LEAST_QUERIES.
-
-    Returns:
-        what is written to cost.json; milliseconds, bytes; None where something was not measured.
     """
     order = np.random.default_rng(SEED).permutation(len(query_ids))
     texts = collection.query_texts([query_ids[row] for row in order[: queries + WARM_UP]])

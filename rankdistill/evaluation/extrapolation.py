@@ -149,9 +149,6 @@ def spherical_kmeans(vectors: Vectors, buckets: int, seed: int) -> Vectors:
     """Unit centroids [buckets, d] that the vectors have the greatest cosine with: k-means++ starts, the best of four.
 
     The same seed and vectors give the same result, whatever the number of threads.
-
-    Raises:
-        RankdistillError: fewer different vectors than buckets.
     """
     random = generator(seed, 4)
     if len(vectors) > SAMPLE:
@@ -215,11 +212,7 @@ def embed_queries(
 def hold_out(
     collection: Collection, training: list[str], dev: list[str], recipe: Recipe, folder: Path
 ) -> tuple[list[str], list[str]]:
-    """The training and dev queries that a recipe does not hold out; dev queries too, for they choose the checkpoint.
-
-    Raises:
-        RankdistillError: nothing is left.
-    """
+    """The training and dev queries that a recipe does not hold out; dev queries too, for they choose the checkpoint."""
     settings, seed = recipe.candidates.hold_out, recipe.seed
     if settings is None:
         return training, dev

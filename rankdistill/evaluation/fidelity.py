@@ -54,9 +54,8 @@ class Fidelity:
         depth: length of the longest of the teacher's lists.
         cutoff: the k of `overlap@k`, `unscored@k`, lost and won.
         systems: system → mean figures and counts.
-        table: one row a system and query of the qrels: system, query_id, the figures, student_metric, teacher_metric,
-            difference (student − teacher), and lists: lost, lost_teacher_ranks, lost_student_ranks, won and the same.
-            Null where there is no figure, and for the rank of a document that was not retrieved.
+        table: one row a system and query of the qrels, null where there is no figure, and for the rank of a document
+            that was not retrieved.
     """
 
     teacher: str
@@ -87,17 +86,13 @@ def measure_fidelity(
     lowest: Mapping[str, float] | None = None,
     values: Mapping[str, Floats] | None = None,
 ) -> Fidelity:
-    """Compare the rankings of students with a teacher's, by the rules of this module's docstring.
+    """Compare the rankings of students (name → run) with a teacher's, by the rules of this module's docstring.
 
     Memory: the teacher's run and one student's at a time.
 
     Args:
-        teacher: its run.
-        students: name → run.
-        qrels: the queries compared, and what is relevant.
         name: of the teacher, also in `values`.
         metric: the effectiveness shown beside agreement; its cutoff is the k of overlap, lost and won (10 without one).
-        relevance_level: least judgment that makes a document lost or won.
         lowest: query id → least score the teacher gave; documents of its run below it only fill it up and are not in
             its list, nor has a query without one a list. Without this the whole run is the teacher's.
         values: name → the metric of each query [queries of the qrels]; computed here unless given.
@@ -105,16 +100,14 @@ def measure_fidelity(
     Raises:
         RankdistillError: the teacher has no list for any query of the qrels.
     """
-    values = values or {}
     query_ids = list(qrels)
 
     def effectiveness(system: str, run: Run) -> Floats:
-        if system in values:
+        if values is not None and system in values:
             return np.asarray(values[system], np.float64)
         return evaluate_run(run, qrels, [metric], relevance_level=relevance_level).per_query[metric]
 
-    run = (teacher if isinstance(teacher, Run) else read_run(teacher, name)).for_queries(query_ids)
-    lists = run
+    run = lists = (teacher if isinstance(teacher, Run) else read_run(teacher, name)).for_queries(query_ids)
     if lowest is not None:
         least = np.array([lowest.get(query_id, np.inf) for query_id in query_ids], np.float32)
         lists = run.keep(run.scores >= least[run.query_rows])
@@ -152,19 +145,16 @@ def measure_fidelity(
             "won": len(changes["won"].values),
             "lost": len(changes["lost"].values),
         }
-        tables.append(
-            pa.table(
-                {
-                    "system": pa.array([system] * len(query_ids), pa.string()),
-                    "query_id": pa.array(query_ids, pa.string()),
-                    **{key: pa.array(column, from_pandas=True) for key, column in columns.items()},
-                    "student_metric": student_values,
-                    "teacher_metric": teacher_values,
-                    "difference": difference,
-                    **changes,
-                }
-            )
-        )
+        of_queries = {
+            "system": [system] * len(query_ids),
+            "query_id": query_ids,
+            **{key: pa.array(column, from_pandas=True) for key, column in columns.items()},
+            "student_metric": student_values,
+            "teacher_metric": teacher_values,
+            "difference": difference,
+            **changes,
+        }
+        tables.append(pa.table(of_queries))
     counts = np.diff(lists.offsets)
     notes = {
         "queries": len(query_ids),
@@ -202,14 +192,13 @@ def _agreement(
         return np.bincount(query[rows], minlength=len(lengths))
 
     student_first = shared & (rank <= cutoff)
-    overlap = _divide(count(student_first & (lists.ranks <= cutoff)), np.minimum(lengths, cutoff))
     scored = _divide(count(student_first), np.minimum(retrieved, cutoff))
     margins, pooled = margin_correlation(
         score[shared], lists.scores[shared].astype(np.float64), query[shared], len(lengths)
     )
     columns = {
         "kendall_tau": tau,
-        f"overlap@{cutoff}": overlap,
+        f"overlap@{cutoff}": _divide(count(student_first & (lists.ranks <= cutoff)), np.minimum(lengths, cutoff)),
         "rbo": rank_biased_overlap(lists.ranks, rank, query, lengths, np.minimum(retrieved, lengths)),
         "margin_correlation": margins,
     }
@@ -240,13 +229,9 @@ def kendall_tau_b(left: NDArray[Any], right: NDArray[Any], offsets: Ints) -> Flo
     """
     from scipy.stats import kendalltau
 
-    return np.array(
-        [
-            kendalltau(left[start:end], right[start:end]).statistic if end - start > 1 else np.nan
-            for start, end in itertools.pairwise(offsets)
-        ],
-        np.float64,
-    )
+    groups = (slice(start, end) for start, end in itertools.pairwise(offsets))
+    taus = [kendalltau(left[g], right[g]).statistic if g.stop - g.start > 1 else np.nan for g in groups]
+    return np.array(taus, np.float64)
 
 
 def rank_biased_overlap(
@@ -254,14 +239,11 @@ def rank_biased_overlap(
 ) -> Floats:
     """RBO_ext of two rankings without ties for each query: float64 [queries], NaN where the longer one is empty.
 
-    Webber, Moffat and Zobel, A similarity measure for indefinite rankings (2010), equation 32.
-
     Args:
         teacher: [N] ranks from 1 of all documents of the longer ranking.
         student: [N] their ranks in the other one, 0 where they are not in it.
         query: [N] to which query a document belongs.
         longer, shorter: [queries] lengths; the other ranking is cut to `shorter`, which is at most `longer`.
-        p: persistence.
     """
     depths = np.arange(1, int(longer.max(initial=0)) + 1)
     over = np.concatenate([[0.0], np.cumsum(p**depths / depths)])  # Σ p^d / d

@@ -247,12 +247,8 @@ def fused_rows(
 ) -> dict[str, EngineSystem]:
     """A suite's fused rows. One whose `bm25`, `student` ... the table has no row for is left out, with a warning.
 
-    Args:
-        rows: row → system.
-        open_run: the student of another run's folder, over the same collection.
-
-    Raises:
-        UsageError: a member that is neither a row nor a run, is no search, or is meant twice; a name that is taken.
+    `open_run` gives the student of another run's folder, over the same collection. UsageError: a member that is neither
+    a row nor a run, is no search, or is meant twice; a name that is taken.
     """
     fused: dict[str, EngineSystem] = {}
     for row in fusion:

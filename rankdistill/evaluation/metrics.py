@@ -48,6 +48,16 @@ METRICS = {  # name → what it is
     "bpref": "share of the pairs of relevant and judged not relevant documents in the right order",
     "rbp": "rank-biased precision; `rbp.80` has the persistence .8",
 }
+NOTES = {  # what is said of a count that is not 0
+    "missing_queries": "{:,} queries without a retrieved document count 0",
+    "queries_without_relevant": "{:,} queries without a relevant document count 0",
+    "ignored_queries": "{:,} queries of the run have no judgments and are left out",
+    "tied_share": "{:.1%} of scores tied (order: document id descending)",
+    "self_hits_dropped": "{:,} self hits dropped",
+    "self_documents": "{:,} queries are documents of the collection and are not left out (drop_self_hits)",
+    "rank_contradictions": "{:,} queries whose ranks contradict their scores (scores decide)",
+    "numeric_ids": "{:,} ids were numbers and are taken as text",
+}
 GRADED = ("ndcg", "dcg", "dcg_burges", "ndcg_burges", "rbp")
 UNJUDGED = np.iinfo(np.int32).min
 
@@ -92,15 +102,11 @@ class Metrics:
     """What `evaluate_run` found.
 
     Attributes:
-        name: of the run.
         means: metric → mean over all queries of the qrels.
         query_ids: the queries of the qrels, in their order.
         per_query: metric → float64 [queries].
-        notes: what decides how far the means can be trusted, as counts and shares:
-            queries, missing_queries (count 0), queries_without_relevant (count 0), ignored_queries (not in the
-            qrels, left out), judged@10 (share of the first ten documents that have a judgment), tied_share (scores that
-            equal another of the query, so that ids decide), self_hits_dropped, rank_contradictions, numeric_ids (of
-            the run or the qrels, taken as text).
+        notes: what decides how far the means can be trusted, as counts and shares: `queries`, `judged@10` (share of the
+            first ten documents that have a judgment) and those of NOTES.
     """
 
     name: str
@@ -115,22 +121,8 @@ class Metrics:
 
     def describe_notes(self) -> str:
         """The notes in words; counts that are 0 are left out."""
-        words = {
-            "missing_queries": "{:,} queries without a retrieved document count 0",
-            "queries_without_relevant": "{:,} queries without a relevant document count 0",
-            "ignored_queries": "{:,} queries of the run have no judgments and are left out",
-            "tied_share": "{:.1%} of scores tied (order: document id descending)",
-            "self_hits_dropped": "{:,} self hits dropped",
-            "self_documents": "{:,} queries are documents of the collection and are not left out (drop_self_hits)",
-            "rank_contradictions": "{:,} queries whose ranks contradict their scores (scores decide)",
-            "numeric_ids": "{:,} ids were numbers and are taken as text",
-        }
         said = [f"{self.notes['queries']:,} queries", f"judged@10 {self.notes['judged@10']:.1%}"]
-        return ", ".join(said + [text.format(self.notes[key]) for key, text in words.items() if self.notes.get(key)])
-
-    def to_table(self) -> pa.Table:
-        """Columns query_id and one for each metric."""
-        return pa.table({"query_id": pa.array(self.query_ids, pa.string()), **self.per_query})
+        return ", ".join(said + [text.format(self.notes[key]) for key, text in NOTES.items() if self.notes.get(key)])
 
 
 def evaluate_run(

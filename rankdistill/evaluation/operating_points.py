@@ -135,11 +135,15 @@ class Sweep:
     def tables(self, *, intervals: bool = False) -> list[Table]:
         """The front as a table, most quality first."""
         front, environment = self.front, self.environment
+
+        def mean(metric: str) -> Callable[[OperatingPoint], Cell]:
+            return lambda point: number(point.metrics.get(metric))
+
         columns: dict[str, Callable[[OperatingPoint], Cell | str]] = {
             "index": lambda point: point.index,
             "settings": str,
             f"recall@{self.k}": lambda point: number(point.recall),
-            **{metric: lambda point, m=metric: number(point.metrics.get(m)) for metric in self.points[0].metrics},
+            **{metric: mean(metric) for metric in self.points[0].metrics},
             "queries/s": lambda point: number(point.queries_per_second, rate_text),
             "one query ms": lambda point: number(point.single_ms["p50"], latency_text),
             "bytes/doc": lambda point: number(point.bytes_a_document, "{:,.1f}".format),

@@ -133,11 +133,7 @@ class PageServer:
     def run(self, page: SearchPage, ready: Callable[[str], None] | None = None) -> None:
         """Answer until Ctrl-C or SIGTERM; answers in the making are finished first, a second signal ends at once.
 
-        Args:
-            ready: called with the address once it answers.
-
-        Raises:
-            RankdistillError: another program took the port meanwhile.
+        `ready` is called with the address once it answers. RankdistillError: another program took the port meanwhile.
         """
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -325,11 +321,7 @@ def _written(answer: _Answer, head_alone: bool) -> bytes:
 
 
 def _parameters(query: str, known: tuple[str, ...]) -> dict[str, str]:
-    """The parameters of an address.
-
-    Raises:
-        UsageError: an unknown one, one given twice, or bytes that are not UTF-8.
-    """
+    """The parameters of an address; none that is unknown, given twice, or not UTF-8."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=16)
     except ValueError as error:

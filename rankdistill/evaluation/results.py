@@ -25,6 +25,7 @@ from rankdistill.evaluation.tables import (
     Table,
     bytes_text,
     count_text,
+    counted,
     figure_text,
     latency_text,
     make_table,
@@ -110,19 +111,17 @@ class Evaluation:
 
     def tables(self, *, intervals: bool = False, short: bool = False) -> list[Table]:
         """`short`: the systems alone, without notes."""
-        name, verdicts = self.name, [f"{self.metrics[0]}: {line}" for line in verdict([self])]
+        verdicts = [f"{self.metrics[0]}: {line}" for line in verdict([self])]
         notes = [] if short else row_notes(self)
         results = results_table(self, notes=[*verdicts, *notes, *legend(self.significance)])
-        if short:
-            return [results]
-        parts = [
+        apart = [
             cost_table(self),
             agreement_table(self),
-            *(extrapolation_table(entry, self.metrics[0], name) for entry in self.protocols),
+            *(extrapolation_table(entry, self.metrics[0], self.name) for entry in self.protocols),
             intervals_table(self) if intervals else None,
-            published_table(name, self.metrics, self.published),
+            published_table(self.name, self.metrics, self.published),
         ]
-        return [results, *(part for part in parts if part is not None)]
+        return [results, *(table for table in apart if table is not None and not short)]
 
     @property
     def protocols(self) -> list[dict[str, Any]]:
@@ -161,9 +160,8 @@ class Evaluation:
         )
         for row in self.rows:
             cost = self.cost["systems"][row.system]
-            row.queries_per_second = cost["batch_queries_per_second"]
+            row.queries_per_second, row.pairs_per_second = cost["batch_queries_per_second"], cost["pairs_per_second"]
             row.bytes, row.parameters = cost["bytes"], cost["parameters"]
-            row.pairs_per_second = cost["pairs_per_second"]
 
 
 @dataclass
@@ -248,17 +246,20 @@ def outcomes(evaluation: Evaluation) -> dict[str, tuple[str, float, float]]:
 
 def verdict(evaluations: Sequence[Evaluation]) -> list[str]:
     """One sentence an outcome, the worst first; over several sets, on how many of them."""
-    every = [outcomes(evaluation) for evaluation in evaluations]
+    every: dict[str, list[tuple[str, float, float]]] = {}
+    for evaluation in evaluations:
+        for name, outcome in outcomes(evaluation).items():
+            every.setdefault(name, []).append(outcome)
     sentences = []
     for kind, words in WORDS.items():
         parts = []
-        for name in dict.fromkeys(name for of_set in every for name in of_set):
-            known = [of_set[name] for of_set in every if name in of_set]
-            hits = [outcome for outcome in known if outcome[0] == kind]
-            if hits and len(every) == 1:
-                parts.append(f"“{name}” ({hits[0][1]:.4f} against {hits[0][2]:.4f})")
-            elif hits:
-                parts.append(f"“{name}” (on {len(hits)} of {len(known)} sets)")
+        for name, known in every.items():
+            hits = [(ours, theirs) for key, ours, theirs in known if key == kind]
+            if hits:
+                figures = "{:.4f} against {:.4f}".format(*hits[0])
+                parts.append(
+                    f"“{name}” ({figures if len(evaluations) == 1 else f'on {len(hits)} of {len(known)} sets'})"
+                )
         if parts:
             sentences.append(f"The student is {words} {', '.join(parts)}.")
     return sentences
@@ -281,15 +282,13 @@ def results_table(
     whole = [row for row in rows if row.notes.get("queries", 0) == most]  # a row of some of the queries is no best one
 
     # As printed: what looks equal is equally bold.
-    best = {
-        metric: max((figure_text(row.means.get(metric)) for row in whole), default="") for metric in evaluation.metrics
-    }
+    best = {name: max((figure_text(row.means.get(name)) for row in whole), default="") for name in evaluation.metrics}
 
     def figure(metric: str, row: Row) -> Cell:
-        value, ends = row.means.get(metric), row.intervals.get(metric)
-        strong = len(rows) > 1 and row in whole and figure_text(value) == best[metric]
+        text = figure_text(row.means.get(metric))
+        strong = len(rows) > 1 and row in whole and text == best[metric]
         sign = tests.mark(row.system, metric, against) if tests is not None else 0
-        return number(value, below=figure_text(ends), sign=sign, strong=strong)
+        return number(row.means.get(metric), below=figure_text(row.intervals.get(metric)), sign=sign, strong=strong)
 
     columns: Columns = {
         "system": lambda row: row.system,
@@ -318,26 +317,30 @@ def agreement_table(evaluation: Evaluation, page: bool = False) -> Table | None:
         return None
     cutoff, counts = fidelity.cutoff, fidelity.notes
     overlap, unscored = f"overlap@{cutoff}", f"unscored@{cutoff}"
-    measures = {"Kendall τ": "kendall_tau", overlap: overlap, "RBO": "rbo", "margins r": "margin_correlation"}
-    shares = {unscored: unscored}
-    means = {row.system: row.means.get(evaluation.metrics[0]) for row in evaluation.rows}
-    columns: Columns = {"system": lambda system: system}
-    if page:
-        columns[evaluation.metrics[0]] = lambda system: number(means.get(system))
-        measures["margins r, pooled"] = "margin_correlation_pooled"
-        shares["not retrieved"] = "not_retrieved"
 
-    def measure(key: str, text: Callable[[Any], str], system: str) -> Cell:
-        return number(fidelity.systems[system][key], text)
+    def measure(key: str, text: Callable[[Any], str] = figure_text) -> Callable[[str], Cell]:
+        return lambda system: number(fidelity.systems[system][key], text)
 
-    def together(keys: Sequence[str], system: str) -> Cell:
-        values = [fidelity.systems[system][key] for key in keys]
-        return Cell("/".join(f"{value:,}" for value in values), values[0])
+    def together(*keys: str) -> Callable[[str], Cell]:
+        return lambda system: counted([fidelity.systems[system][key] for key in keys])
 
-    columns |= {name: partial(measure, key, figure_text) for name, key in measures.items()}
-    columns |= {name: partial(measure, key, "{:.1%}".format) for name, key in shares.items()}
-    columns["win/tie/loss"] = partial(together, ("student_better", "equal", "teacher_better"))
-    columns["won/lost"] = partial(together, ("won", "lost"))
+    def mean(system: str) -> Cell:
+        row = evaluation.row(system)
+        return number(row.means.get(evaluation.metrics[0]) if row else None)
+
+    columns: Columns = {
+        "system": lambda system: system,
+        **({evaluation.metrics[0]: mean} if page else {}),
+        "Kendall τ": measure("kendall_tau"),
+        overlap: measure(overlap),
+        "RBO": measure("rbo"),
+        "margins r": measure("margin_correlation"),
+        **({"margins r, pooled": measure("margin_correlation_pooled")} if page else {}),
+        unscored: measure(unscored, "{:.1%}".format),
+        **({"not retrieved": measure("not_retrieved", "{:.1%}".format)} if page else {}),
+        "win/tie/loss": together("student_better", "equal", "teacher_better"),
+        "won/lost": together("won", "lost"),
+    }
     queries = counts["queries"] - counts["queries_without_teacher_list"]
     title = f"{evaluation.name}: agreement with the teacher ({queries:,} queries, at most {fidelity.depth:,} documents)"
     notes = [
@@ -422,9 +425,8 @@ def intervals_table(evaluation: Evaluation) -> Table | None:
         return number(row.intervals.get(metric), lambda ends: f"{ends[0]:.4f} to {ends[1]:.4f}")
 
     intervals = {metric: partial(interval, metric) for metric in evaluation.metrics}
-    columns: Columns = {"system": lambda row: row.system, **intervals}
     title = f"{evaluation.name}: 95% intervals of the means (BCa bootstrap over queries)"
-    return make_table(title, evaluation.rows, columns)
+    return make_table(title, evaluation.rows, {"system": lambda row: row.system, **intervals})
 
 
 def cost_table(evaluation: Evaluation) -> Table | None:
@@ -435,10 +437,9 @@ def cost_table(evaluation: Evaluation) -> Table | None:
     systems: dict[str, dict[str, Any]] = cost["systems"]
 
     def step(name: str, system: str) -> Cell:
-        median, *rest = (latency(evaluation, system, name, level) for level in ("p50", "p95", "p99"))
-        return number(
-            median, latency_text, below=" / ".join(latency_text(value) for value in rest if value is not None)
-        )
+        known = [latency(evaluation, system, name, level) for level in ("p50", "p95", "p99")]
+        rest = " / ".join(latency_text(value) for value in known[1:] if value is not None)
+        return number(known[0], latency_text, below=rest)
 
     def whole(level: str, system: str) -> Cell:
         return number(latency(evaluation, system, level=level), latency_text)
@@ -490,9 +491,7 @@ def comparisons_table(significance: Significance, title: str, student: str | Non
             pairs = pairs[:PAIR_ROWS]
 
     def interval(pair: Comparison) -> Cell:
-        if pair.low is None or pair.high is None:
-            return Cell("")
-        return Cell(f"{signed(pair.low)} to {signed(pair.high)}", pair.low)
+        return number([pair.low, pair.high], lambda ends: f"{signed(ends[0])} to {signed(ends[1])}")
 
     def corrected(p: float) -> str:
         return p_text(p) + (" *" if p < significance.alpha else "  ")
@@ -504,19 +503,18 @@ def comparisons_table(significance: Significance, title: str, student: str | Non
         "difference": lambda pair: number(pair.difference, signed),
         "95%": interval,
         "d": lambda pair: number(pair.effect_size, lambda value: signed(value, 2)),
-        "win/tie/loss": lambda pair: Cell(f"{pair.wins:,}/{pair.ties:,}/{pair.losses:,}", pair.wins),
+        "win/tie/loss": lambda pair: counted([pair.wins, pair.ties, pair.losses]),
         "t-test": lambda pair: number(pair.p_t, p_text),
         "randomisation": lambda pair: number(pair.p_randomisation, p_text),
         "t corrected": lambda pair: number(pair.p_t_corrected, p_text),
         "corrected": lambda pair: number(pair.p_randomisation_corrected, corrected),
     }
-    notes.insert(
-        0,
+    how = (
         f"difference: system − the one against it, with its BCa bootstrap interval; d: Cohen's, paired; p-values of "
         f"{significance.permutations:,} permutations (exact where few queries differ); corrected: "
-        f"{CORRECTIONS[significance.correction]}; * below {significance.alpha:g}",
+        f"{CORRECTIONS[significance.correction]}; * below {significance.alpha:g}"
     )
-    return make_table(title, pairs, columns, notes)
+    return make_table(title, pairs, columns, [how, *notes])
 
 
 def row_notes(evaluation: Evaluation) -> list[str]:
@@ -536,19 +534,17 @@ def row_notes(evaluation: Evaluation) -> list[str]:
 
 
 def macro_table(suite: SuiteEvaluation) -> Table:
+    best = {m: max((figure_text(means[m]) for means in suite.macro.values()), default="") for m in suite.metrics}
+
     def figure(metric: str, system: str) -> Cell:
-        best = max(figure_text(means[metric]) for means in suite.macro.values())
         value = suite.macro[system][metric]
-        return number(value, strong=len(suite.macro) > 1 and figure_text(value) == best)
+        return number(value, strong=len(suite.macro) > 1 and figure_text(value) == best[metric])
 
     notes = [f"{len(suite.missing)} sets are missing from this average"] if suite.missing else []
-    elsewhere = sorted({row.system for of_set in suite.sets for row in of_set.rows} - set(suite.macro))
+    elsewhere = sorted({system for of_set in suite.sets for system in of_set.systems} - set(suite.macro))
     if elsewhere:
         notes.append(f"not measured on every set, so not averaged: {', '.join(elsewhere)}")
-    columns: Columns = {
-        "system": lambda system: system,
-        **{metric: partial(figure, metric) for metric in suite.metrics},
-    }
+    columns: Columns = {"system": lambda system: system, **{m: partial(figure, m) for m in suite.metrics}}
     return make_table(f"{suite.suite}: macro average over {suite.macro_sets} sets", list(suite.macro), columns, notes)
 
 

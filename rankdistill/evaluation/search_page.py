@@ -37,16 +37,15 @@ ALL_COLUMNS = "all"  # what the teacher re-ranks: the first of every column in t
 METRIC = "ndcg@10"
 
 
-Encoded = dict[int, tuple[Any, float]]  # of each encoder: its vector [1, dimension] of a query, and milliseconds
+Times = dict[str, float]  # milliseconds of each step
+Encoded = dict[int, tuple[Any, Times]]  # of each encoder: its vector [1, dimension] of a query
 
 
 @dataclass
 class Column:
-    """A system that searches.
+    """A system that searches: `search(queries, k)`; one made of an `encoder` and an `index` is timed in two parts.
 
     Args:
-        name: shown above the column.
-        engine: `search(queries, k)`; one made of an `encoder` and an `index` is timed in two parts.
         bytes: what is kept to search, on disk.
         note: shown with the name.
         kind: bm25, student, index or another word; a page may colour by it.
@@ -59,21 +58,17 @@ class Column:
     kind: str = ""
     key: str = ""
 
-    def search(self, query: str, k: int, encoded: Encoded) -> tuple[Any, dict[str, float]]:
-        """Hits (rows and scores, best first) and milliseconds; columns of one student share its vector and time."""
+    def search(self, query: str, k: int, encoded: Encoded) -> tuple[Any, Times]:
+        """Hits (rows and scores, best first); columns of one student share its vector and time."""
         parts = encoder_and_index(self.engine)
         if parts is None:
-            started = time.perf_counter()
-            hits = self.engine.search([query], k)[0]
-            return hits, {"search_ms": _milliseconds(started)}
+            return _timed("search_ms", lambda: self.engine.search([query], k)[0])
         encoder, index = parts
         if id(encoder) not in encoded:
-            started = time.perf_counter()
-            encoded[id(encoder)] = encoder.encode_queries([query]), _milliseconds(started)
-        vectors, encode_ms = encoded[id(encoder)]
-        started = time.perf_counter()
-        hits = index.search(vectors, k)[0]
-        return hits, {"encode_ms": encode_ms, "search_ms": _milliseconds(started)}
+            encoded[id(encoder)] = _timed("encode_ms", lambda: encoder.encode_queries([query]))
+        vectors, encoding = encoded[id(encoder)]
+        hits, searching = _timed("search_ms", lambda: index.search(vectors, k)[0])
+        return hits, encoding | searching
 
 
 @dataclass
@@ -91,7 +86,7 @@ class _Ranking:
 
     rows: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    times: dict[str, float] = field(default_factory=dict)
+    times: Times = field(default_factory=dict)
     note: str = ""
     error: str = ""
 
@@ -103,14 +98,10 @@ class SearchPage:
     """The columns over one collection.
 
     Not for several threads at once (encoders are not): whoever serves it lets one search through at a time.
-
     In memory: texts and labels of the queries that are offered as examples (of test, dev, or any split but train).
 
     Args:
-        collection: what is searched.
         columns: systems, left to right; the first is the one that moves are counted against.
-        teacher: the last column, or None.
-        name: of the run.
         depth: documents a column shows unless asked for another number.
         no_teacher: why there is none, shown in its place.
 
@@ -131,26 +122,19 @@ class SearchPage:
         if not columns:
             raise UsageError("a search page needs at least one system")
         self.collection, self.columns, self.teacher = collection, list(columns), teacher
-        self.name, self.no_teacher = name, no_teacher
-        self.depth = _count(depth, "--depth")
+        self.name, self.no_teacher, self.depth = name, no_teacher, _count(depth, "--depth")
         taken = {TEACHER, ALL_COLUMNS}
         for column in self.columns:
             column.key = _key(column.name, taken)
             taken.add(column.key)
-        splits = [
-            name for name in collection.splits if name not in ("train", GENERATED)
-        ]  # training queries may be half a million
+        # Training queries may be half a million.
+        splits = [name for name in collection.splits if name not in ("train", GENERATED)]
         self.split = next((name for name in ("test", "dev", GENERATED_TEST, *splits) if name in splits), "")
         self.qrels = collection.found_qrels(self.split) if self.split else {}
-        ids = list(self.qrels)
-        texts = collection.query_texts(ids) if ids else []
-        self._query_ids: dict[str, str] = {}
-        for query_id, text in zip(ids, texts, strict=True):
-            self._query_ids.setdefault(_plain(text), query_id)  # of queries with one text, the first
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """The first calls of every engine load and compile (encoders for each length): not what a query costs."""
+        ids = list(self.qrels)[::-1]  # of queries with one text, the first stays
+        texts = map(_plain, collection.query_texts(ids) if ids else [])
+        self._query_ids = dict(reversed(dict(zip(texts, ids, strict=True)).items()))
+        # The first calls of every engine load and compile (encoders for each length): not what a query costs.
         for query in [*list(self._query_ids)[:WARM_UP], "warm up"]:
             encoded: Encoded = {}
             rankings = [self._rank(column, query[:LONGEST_QUERY], encoded, {}) for column in self.columns]
@@ -165,7 +149,8 @@ class SearchPage:
             "name": self.name,
             "collection": {"name": self.collection.name, "documents": self.collection.document_count},
             "columns": [
-                {name: getattr(one, name) for name in ("key", "name", "kind", "note", "bytes")} for one in self.columns
+                {name: getattr(column, name) for name in ("key", "name", "kind", "note", "bytes")}
+                for column in self.columns
             ],
             "teacher": {"depth": self.teacher.depth, "note": self.teacher.note} if self.teacher else None,
             "no_teacher": self.no_teacher,
@@ -180,14 +165,13 @@ class SearchPage:
         """Search with every column.
 
         Args:
-            query: any text; control characters count as spaces.
             k: documents a column shows, 1 to MOST_DOCUMENTS; the page's depth unless given.
             teacher: ask the teacher too: to re-rank the first of this column (by key), or of `all` columns in turn.
 
         Returns:
-            query, k, judged (the query's labels, None for one that is not judged), columns (key, name, hits, times in
-            milliseconds, nDCG@10 where judged, error) and documents: doc id → title, text, relevance and the rank in
-            each column (None: not within the FOLLOWED first; for the teacher, not among the re-ranked).
+            query, k, judged (the query's labels, None for one that is not judged), columns and documents: doc id →
+            title, text, relevance and the rank in each column (None: not within the FOLLOWED first; for the teacher,
+            not among the re-ranked).
 
         Raises:
             UsageError: an empty or too long query, a wrong k, no such column to re-rank, no teacher.
@@ -208,14 +192,25 @@ class SearchPage:
         if teacher is not None:
             base = rankings.values() if teacher == ALL_COLUMNS else [rankings[teacher]]
             rankings[TEACHER] = self._rerank(query, query_id, list(base))
-        shown = list(dict.fromkeys(row for one in rankings.values() for row in one.rows[:k]))
+        shown = list(dict.fromkeys(row for ranking in rankings.values() for row in ranking.rows[:k]))
         ids = dict(zip(shown, self.collection.found_ids(shown), strict=True)) if shown else {}
+        documents = zip(ids.items(), self.collection.documents(shown) if shown else [], strict=True)
+        labels = self.qrels.get(str(query_id), {})
         return {
             "query": query,
             "k": k,
             "judged": self._judged(query_id),
-            "columns": [self._column(key, one, ids, k, query_id) for key, one in rankings.items()],
-            "documents": self._documents(ids, rankings, query_id),
+            "columns": [self._column(key, ranking, ids, k, query_id) for key, ranking in rankings.items()],
+            "documents": {
+                doc_id: {
+                    "title": document.title[:LONGEST_TEXT],
+                    "text": document.text[:LONGEST_TEXT],
+                    "characters": len(document.text),
+                    "relevance": labels.get(doc_id),
+                    "ranks": {key: ranking.rank_of.get(row) for key, ranking in rankings.items()},
+                }
+                for (row, doc_id), document in documents
+            },
         }
 
     def _rank(self, column: Column, query: str, encoded: Encoded, shown_at: dict[str, int]) -> _Ranking:
@@ -234,27 +229,22 @@ class SearchPage:
 
     def _rerank(self, query: str, query_id: str | None, base: list[_Ranking]) -> _Ranking:
         assert self.teacher is not None
-        started = time.perf_counter()
-        rows = in_turn([one.rows for one in base], self.teacher.depth)
+        rows = in_turn([ranking.rows for ranking in base], self.teacher.depth)
         if not rows:
             return _Ranking(note="nothing to re-rank")
         item = RerankList(query_id or "", query, self.collection.doc_ids(rows), self.collection.document_texts(rows))
+        ask = self.teacher.scores
         try:
-            scores = np.asarray(self.teacher.scores(item), np.float64)
+            scores, times = _timed("teacher_ms", lambda: np.asarray(ask(item), np.float64))
         except RankdistillError as error:
             return _Ranking(error=error.what)
         known = np.flatnonzero(np.isfinite(scores))
         # Stable: of equal scores the document that the first stage had higher.
-        order = known[np.argsort(-scores[known], kind="stable")]
+        order = known[np.argsort(-scores[known], kind="stable")].tolist()
         note = f"{len(rows)} documents re-ranked"
         if len(known) < len(rows):
             note = f"scores of {len(known)} of {len(rows)} documents" if len(known) else "no score for this query"
-        return _Ranking(
-            [rows[at] for at in order],
-            [float(scores[at]) for at in order],
-            {"teacher_ms": _milliseconds(started)},
-            note=note,
-        )
+        return _Ranking([rows[at] for at in order], scores[order].tolist(), times, note)
 
     def _column(self, key: str, ranking: _Ranking, ids: dict[int, str], k: int, query_id: str | None) -> dict[str, Any]:
         first = [
@@ -295,23 +285,6 @@ class SearchPage:
             "relevant_missing": missing,  # judged relevant, but not in the collection: cannot be found
         }
 
-    def _documents(
-        self, ids: dict[int, str], rankings: dict[str, _Ranking], query_id: str | None
-    ) -> dict[str, dict[str, Any]]:
-        labels = self.qrels.get(query_id, {}) if query_id is not None else {}
-        return {
-            doc_id: {
-                "title": document.title[:LONGEST_TEXT],
-                "text": document.text[:LONGEST_TEXT],
-                "characters": len(document.text),
-                "relevance": labels.get(doc_id),
-                "ranks": {key: one.rank_of.get(row) for key, one in rankings.items()},
-            }
-            for (row, doc_id), document in zip(
-                ids.items(), self.collection.documents(list(ids)) if ids else [], strict=True
-            )
-        }
-
 
 def clean_query(text: str) -> str:
     """A query as it is searched: control characters and broken code points as spaces, white space folded.
@@ -332,7 +305,7 @@ def clean_query(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join("".join(" " if unicodedata.category(one) in ("Cc", "Cs") else one for one in text).split())
+    return " ".join("".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text).split())
 
 
 def in_turn(lists: Sequence[Sequence[int]], count: int) -> list[int]:
@@ -353,6 +326,6 @@ def _key(name: str, taken: set[str]) -> str:
     return next(key for key in (stem, *(f"{stem}-{number}" for number in range(2, len(taken) + 3))) if key not in taken)
 
 
-def _milliseconds(started: float) -> float:
-    """... since then."""
-    return (time.perf_counter() - started) * 1000
+def _timed(step: str, work: Callable[[], Any]) -> tuple[Any, Times]:
+    started = time.perf_counter()
+    return work(), {step: (time.perf_counter() - started) * 1000}

@@ -136,14 +136,6 @@ def _validated(model: type[M], values: Any, path: Path) -> M:
         raise UsageError(error.what, where=where, fix=error.fix) from None
 
 
-class Missing(NamedTuple):
-    """A set that could not be evaluated, and why; `unjudged`: it is the run's own, and lacks the judgments."""
-
-    name: str
-    reason: str
-    unjudged: bool = False
-
-
 def set_title(name: str, split: str) -> str:
     """What a set is called wherever figures of it stand."""
     return f"{name}: synthetic queries, one document each counts as relevant" if split in SYNTHETIC else name
@@ -156,6 +148,14 @@ class Found(NamedTuple):
     split: str
 
 
+class Missing(NamedTuple):
+    """A set that could not be evaluated, and why; `unjudged`: it is the run's own, and lacks the judgments."""
+
+    name: str
+    reason: str
+    unjudged: bool = False
+
+
 def locate(
     entry: EvaluationSet,
     *,
@@ -164,23 +164,21 @@ def locate(
     fetch: bool = True,
     opener: Callable[[str], Any] = open_collection,
 ) -> Found | Missing:
-    """Find a set: a folder of its name below `local`, the run's own collection, then the declared collection.
-
-    Args:
-        own: the run's collection; used for `collection: own`, and for a set of its name or specification.
-        local: a folder whose sub-folders are sets in BEIR or MS MARCO layout, or clones of data sets of the hub.
-        fetch: open a declared collection that may have to be downloaded.
-        opener: opens a specification.
-    """
-    candidate: Any = None
+    """Find a set: a folder of its name below `local` (in BEIR or MS MARCO layout, or a clone of a data set of the hub),
+    the run's `own` collection (for `collection: own`, and for a set of its name or specification), then the declared
+    one, which may have to be downloaded unless `fetch` is off. `opener` opens a specification."""
     folder = local / entry.name if local is not None else None
+    layouts = {
+        "beir": folder is not None and plain_or_gzip(folder, "corpus.jsonl"),
+        "msmarco": folder is not None and plain_or_gzip(folder, "collection.tsv"),
+        "hf": folder is not None
+        and any(path for place in ("corpus*", "corpus/*") for path in folder.glob(f"{place}.parquet")),
+    }
+    kind = next((kind for kind, there in layouts.items() if there), None)
+    candidate: Any = None
     try:
-        if folder is not None and plain_or_gzip(folder, "corpus.jsonl"):
-            candidate = opener(f"beir:{folder}")
-        elif folder is not None and plain_or_gzip(folder, "collection.tsv"):
-            candidate = opener(f"msmarco:{folder}")
-        elif folder is not None and (any(folder.glob("corpus*.parquet")) or any(folder.glob("corpus/*.parquet"))):
-            candidate = opener(f"hf:{folder}")
+        if kind is not None:
+            candidate = opener(f"{kind}:{folder}")
         elif own is not None and (entry.collection in (OWN, own.spec) or entry.name == own.name):
             candidate = own
         elif entry.collection == OWN:
@@ -192,14 +190,13 @@ def locate(
             candidate = opener(entry.collection)
     except (RankdistillError, OSError) as error:
         return Missing(entry.name, error.what if isinstance(error, RankdistillError) else str(error))
-    split = entry.split or ("test" if "test" in candidate.splits or len(candidate.splits) != 1 else candidate.splits[0])
-    is_own = own is not None and candidate is own
-    if is_own and split not in candidate.splits and GENERATED_TEST in candidate.splits:
+    splits, is_own = candidate.splits, own is not None and candidate is own
+    split = entry.split or ("test" if "test" in splits or len(splits) != 1 else splits[0])
+    if is_own and split not in splits and GENERATED_TEST in splits:
         split = GENERATED_TEST
-    if not candidate.splits:
+    if split in splits:
+        return Found(candidate, split)
+    reason = f"has no judgments for the split {split!r} (it has {', '.join(splits)})"
+    if not splits:
         reason = "has no judgments to measure with: write some, or let `rankdistill generate` make queries"
-        return Missing(entry.name, f"{candidate.spec} {reason}", is_own)
-    if split not in candidate.splits:
-        has = ", ".join(candidate.splits)
-        return Missing(entry.name, f"{candidate.spec} has no judgments for the split {split!r} (it has {has})", is_own)
-    return Found(candidate, split)
+    return Missing(entry.name, f"{candidate.spec} {reason}", is_own)

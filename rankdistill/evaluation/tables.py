@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TextIO, TypeGuard, TypeVar
 
 from rich.console import Console
@@ -96,6 +96,11 @@ def figure_text(value: float | Sequence[float] | None) -> str:
     return "–".join(f"{part:.3f}" for part in value)
 
 
+def counted(counts: Sequence[int]) -> Cell:
+    """`3/1/2`, sorted by the first."""
+    return Cell("/".join(f"{count:,}" for count in counts), counts[0])
+
+
 def signed(value: float, decimals: int = 4) -> str:
     """With a plus or a minus; what rounds to nothing has neither."""
     text = f"{abs(value):.{decimals}f}"
@@ -153,25 +158,22 @@ def _plain(table: Table, width: int | None) -> str:
     if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
         label = max((len(name) for name in table.header[1:]), default=0)
         for row in texts:
-            lines.append(row[0])
             named = zip(table.header[1:], row[1:], strict=True)
-            lines += [f"  {name:<{label}}  {cell}".rstrip() for name, cell in named if cell.strip()]
+            lines += [row[0], *(f"  {name:<{label}}  {cell}".rstrip() for name, cell in named if cell.strip())]
     else:
-        numeric = [table.is_numeric(at) for at in range(len(widths))]
+        sides = [">" if table.is_numeric(at) else "<" for at in range(len(widths))]
         for row in [table.header, *texts]:
-            cells = zip(row, widths, numeric, strict=True)
-            lines.append("  ".join(c.rjust(wide) if right else c.ljust(wide) for c, wide, right in cells).rstrip())
+            cells = (f"{cell:{side}{wide}}" for cell, side, wide in zip(row, sides, widths, strict=True))
+            lines.append("  ".join(cells).rstrip())
     return "\n".join(lines + table.notes)
 
 
 def _stressed(table: Table, escape: Callable[[str], str], bold: str) -> list[list[str]]:
     """Escaped cells; `bold` is how the best figures are written."""
+    rows = zip(table.rows, table.texts(), strict=True)
     return [
-        [
-            bold.format(escape(text.rstrip())) if cell.strong else escape(text.rstrip())
-            for cell, text in zip(*pair, strict=True)
-        ]
-        for pair in zip(table.rows, table.texts(), strict=True)
+        [(bold if cell.strong else "{}").format(escape(text.rstrip())) for cell, text in zip(cells, texts, strict=True)]
+        for cells, texts in rows
     ]
 
 
@@ -240,12 +242,11 @@ SIGNED = {
 def _clean(table: Table) -> Table:
     """Without control characters: names of runs, sets and collections are others' words."""
 
-    def clean(text: str) -> str:
-        return shown(text, len(text))
+    def clean(*texts: str) -> list[str]:
+        return [shown(text, len(text)) for text in texts]
 
-    rows = [[cell._replace(text=clean(cell.text)) for cell in row] for row in table.rows]
-    texts = {"header": list(map(clean, table.header)), "notes": list(map(clean, table.notes))}
-    return replace(table, title=clean(table.title), rows=rows, **texts)
+    rows = [[cell._replace(text=shown(cell.text, len(cell.text))) for cell in row] for row in table.rows]
+    return Table(clean(table.title)[0], clean(*table.header), rows, clean(*table.notes))
 
 
 def print_tables(source: HasTables | Sequence[Table], stream: TextIO | None = None, width: int | None = None) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,6 +21,9 @@ from rankdistill.recipe import load_recipe
 from rankdistill.stages import Workspace
 from rankdistill.teachers.bi_encoder import BiEncoderTeacher
 from rankdistill.teachers.scoring import score_list
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 # What a page must show as text: markup in a title and in a text, other scripts, an empty document.
 HOSTILE = {
@@ -139,3 +142,26 @@ def served(search_page: SearchPage) -> Iterator[PageServer]:
     server.start(search_page)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Open a page by its address; at the end nothing may have gone wrong in it, and nothing been asked elsewhere."""
+    trouble: list[str] = []
+    contexts = []
+
+    def start(address: str, **context: Any) -> Page:
+        contexts.append(browser.new_context(**context))
+        contexts[-1].set_default_timeout(180_000)  # a busy machine is slow, not wrong
+        page, own = contexts[-1].new_page(), address.partition("?")[0]
+        page.on("console", lambda message: trouble.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: trouble.append(f"dialog {dialog.message}"))
+        page.on("request", lambda sent: None if sent.url.startswith(own) else trouble.append(f"asked {sent.url}"))
+        page.goto(address)
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert trouble == []

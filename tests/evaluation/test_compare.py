@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,6 @@ def test_the_result_does_not_depend_on_the_form_of_the_run(tmp_path: Path) -> No
     assert found.significance is not None and all(one.ties == 3 for one in found.significance.comparisons)
 
 
-def test_nothing_to_compare_or_to_judge_with() -> None:
-    with pytest.raises(UsageError, match="no run to compare"):
-        compare([], QRELS)
-    with pytest.raises(RankdistillError, match="no judgments"):
-        compare([Run.from_dict({"q": {"a": 1.0}})], {})
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -82,11 +76,14 @@ def test_nothing_to_compare_or_to_judge_with() -> None:
         ({"correction": "bonferroni"}, "choose holm or tukey"),
         ({"alpha": 5}, "between 0 and 1"),
         ({"collection": "python-docs"}, "both judgments and a collection"),
+        ({"runs": []}, "no run to compare"),
+        ({"qrels": {}}, "no judgments"),
     ],
 )
 def test_wrong_settings_teach(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        compare([Run.from_dict({"q1": {"a": 1.0}})], QRELS, **settings)
+    given: dict[str, Any] = {"runs": [Run.from_dict({"q1": {"a": 1.0}})], "qrels": QRELS, **settings}
+    with pytest.raises(RankdistillError, match=message):
+        compare(**given)
 
 
 # -- judgments --------------------------------------------------------------------------------------------------------
@@ -106,36 +103,38 @@ def test_judgments_in_trec_and_beir_form(tmp_path: Path, text: str) -> None:
 
 def test_judgments_as_parquet_of_text_or_numbers(tmp_path: Path) -> None:
     path = tmp_path / "qrels.parquet"
-    rows = [(q, d, level) for q, docs in QRELS.items() for d, level in docs.items()]
-    pq.write_table(pa.table(dict(zip(("query_id", "doc_id", "relevance"), zip(*rows, strict=True), strict=True))), path)
-    assert read_judgments(path) == QRELS
-    pq.write_table(pa.table({"query_id": [7], "doc_id": [8], "relevance": [1]}), path)
-    assert read_judgments(path) == {"7": {"8": 1}}
-    pq.write_table(pa.table({"query_id": ["q"], "document": ["d"], "relevance": [1]}), path)
-    with pytest.raises(RankdistillError, match="no column doc_id"):
-        read_judgments(path)
-    pq.write_table(pa.table({"query_id": ["q", None], "doc_id": ["d", "e"], "relevance": [1, 1]}), path)
-    with pytest.raises(RankdistillError, match="empty cells"):
-        read_judgments(path)
+    rows = [{"query_id": q, "doc_id": d, "relevance": level} for q, docs in QRELS.items() for d, level in docs.items()]
+    for written, expected in ((rows, QRELS), ([{"query_id": 7, "doc_id": 8, "relevance": 1}], {"7": {"8": 1}})):
+        pq.write_table(pa.Table.from_pylist(written), path)
+        assert read_judgments(path) == expected
+    lacking = {"query_id": ["q"], "document": ["d"], "relevance": [1]}
+    empty = {"query_id": ["q", None], "doc_id": ["d", "e"], "relevance": [1, 1]}
+    for columns, words in ((lacking, "no column doc_id"), (empty, "empty cells")):
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(RankdistillError, match=words):
+            read_judgments(path)
 
 
-def test_judgments_that_repeat_are_counted_and_those_that_contradict_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "qrels"
-    path.write_text("q 0 a 1\nq 0 b 0\nq 0 a 1\nq 0 a 1\n")
-    assert read_judgments(path) == {"q": {"a": 1, "b": 0}}
+def test_judgments_that_repeat_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "qrels").write_text("q 0 a 1\nq 0 b 0\nq 0 a 1\nq 0 a 1\n")
+    assert read_judgments(tmp_path / "qrels") == {"q": {"a": 1, "b": 0}}
     assert "2 judgments are repeated and count once" in capsys.readouterr().err
-    path.write_text("q 0 a 1\nq 0 b 0\nq 0 a 2\n")
-    with pytest.raises(RankdistillError, match="judged 1 and 2") as caught:
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("q 0 a 1\nq 0 b 0\nq 0 a 2\n", "judged 1 and 2", ":3"),
+        ("\n", "holds no judgments", ""),
+        ("q 0 a 1\nq 0 b high\n", "not a whole number", ":2"),
+    ],
+)
+def test_wrong_judgments_are_refused(tmp_path: Path, text: str, message: str, line: str) -> None:
+    path = tmp_path / "qrels"
+    path.write_text(text)
+    with pytest.raises(RankdistillError, match=message) as caught:
         read_judgments(path)
-    assert caught.value.where == f"{path}:3"
-    path.write_text("\n")
-    with pytest.raises(RankdistillError, match="holds no judgments"):
-        read_judgments(path)
-    path.write_text("q 0 a 1\nq 0 b high\n")
-    with pytest.raises(RankdistillError, match="not a whole number"):
-        read_judgments(path)
+    assert str(caught.value.where).startswith(f"{path}{line}")
 
 
 # -- runs made elsewhere ----------------------------------------------------------------------------------------------
@@ -177,33 +176,19 @@ def test_numbers_as_keys_in_python_meet_text() -> None:
     assert found.means == {"mrr@10": 1.0} and found.notes["numeric_ids"] == 3
     qrels: Any = {np.int64(1): {10: 1}}
     assert evaluate_run(Run.from_dict({"1": {"10": 1.0}}), qrels, ["mrr@10"]).notes["numeric_ids"] == 2
-    mixed: Any = {"q": {1: 2.0, "1": 1.0}}
-    with pytest.raises(RankdistillError, match="same as text"):
-        Run.from_dict(mixed)
-    wrong: Any = {"q": {1.5: 2.0}}
-    with pytest.raises(RankdistillError, match="is a float, not text"):
-        Run.from_dict(wrong)
-
-
-class OneQuery:
-    """A collection with three judged queries, for `evaluate_systems`."""
-
-    name, spec, fingerprint, splits = "mine", "memory", "0", ("test",)
-
-    def query_ids(self, split: str | None = None) -> list[str]:
-        return list(QRELS)
-
-    def query_texts(self, ids: Any) -> list[str]:
-        return list(ids)
-
-    def found_qrels(self, split: str) -> dict[str, dict[str, int]]:
-        return QRELS
+    wrong: Any
+    for wrong, words in (({1: 2.0, "1": 1.0}, "same as text"), ({1.5: 2.0}, "is a float, not text")):
+        with pytest.raises(RankdistillError, match=words):
+            Run.from_dict({"q": wrong})
 
 
 def test_what_was_wrong_with_a_file_is_told_in_the_evaluation_of_it(tmp_path: Path) -> None:
     """The run that is written is in order; the note on the ranks of the one that was read must not get lost."""
     (tmp_path / "run.trec").write_text("q1 Q0 a 2 2.0 x\nq1 Q0 b 1 1.0 x\nq2 Q0 q2 1 1.0 x\nq2 Q0 a 2 0.5 x\n")
-    collection: Any = OneQuery()
+    collection: Any = SimpleNamespace(
+        name="mine", spec="memory", fingerprint="0", splits=("test",),
+        query_ids=lambda split: list(QRELS), query_texts=list, found_qrels=lambda split: QRELS,
+    )  # fmt: skip
     found = evaluate_systems({"mine": tmp_path / "run.trec"}, collection, "test", ["mrr@10"], 1, tmp_path / "out",
                              drop_self_hits=True)  # fmt: skip
     notes = found["mine"].notes

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,25 +77,24 @@ def test_scores_are_those_of_ranx() -> None:
         runs, whole = random_runs(3, ties), random_runs(4, ties, everything=True)
         given, all_documents = ([Run.from_dict(run) for run in some] for some in (runs, whole))
         ordered = [run.to_dict() for run in given]  # ranx ranks in the order it is given: trec_eval's, where scores tie
-        asked += [
-            (ordered, None, "rrf", None),
-            (ordered, None, "rrf", {"k": 10}),
-            (runs, "min-max", "wsum", {"weights": weights}),
-            (whole, None, "wsum", {"weights": weights}),
-            (whole, "zmuv", "wsum", {"weights": weights}),
-        ]
-        ours += [
-            fuse(given),
-            fuse(given, k=10),
-            fuse(given, "weighted_sum", weights=weights),
-            fuse(all_documents, "weighted_sum", weights=weights, normalisation="none"),
-            fuse(all_documents, "weighted_sum", weights=weights, normalisation="z_score"),
-        ]
-    for fused, theirs in zip(ours, by_ranx(asked), strict=True):
-        found = fused.to_dict()
-        assert found.keys() == theirs.keys()
-        for query, documents in found.items():
-            assert documents == pytest.approx(theirs[query], rel=1e-5, abs=1e-5)
+        for theirs, mine in (
+            ((ordered, None, "rrf", None), fuse(given)),
+            ((ordered, None, "rrf", {"k": 10}), fuse(given, k=10)),
+            ((runs, "min-max", "wsum", {"weights": weights}), fuse(given, "weighted_sum", weights=weights)),
+            *(
+                (
+                    (whole, norm, "wsum", {"weights": weights}),
+                    fuse(all_documents, "weighted_sum", weights=weights, normalisation=normalisation),
+                )
+                for norm, normalisation in ((None, "none"), ("zmuv", "z_score"))
+            ),
+        ):
+            asked.append(theirs)
+            ours.append(mine)
+    for fused, found in zip(ours, by_ranx(asked), strict=True):
+        assert fused.to_dict().keys() == found.keys()
+        for query, documents in fused.to_dict().items():
+            assert documents == pytest.approx(found[query], rel=1e-5, abs=1e-5)
 
 
 def test_a_query_or_a_member_that_is_missing_leaves_the_others() -> None:
@@ -129,12 +129,9 @@ def test_a_document_that_a_member_lacks_gains_nothing_by_it(normalisation: Any) 
     second = Run.from_dict({"q": {"top": 3.0, "high": 2.9, "both": -1.0, "last": -2.0}})
     found = fuse([one, second], "weighted_sum", **settings).to_dict()["q"]
     assert found["both"] > found["lacking"]
-
-
-def test_a_members_only_hit_counts() -> None:
-    one = Run.from_dict({"q": {"x": 3.0, "y": 2.0, "z": 0.0}})
-    only = Run.from_dict({"q": {"y": 7.0}})
-    assert fuse([one, only], "weighted_sum").to_dict()["q"] == pytest.approx({"y": 2 / 3 + 1, "x": 1.0, "z": 0.0})
+    if normalisation == "min_max":  # a member's only hit counts
+        one, only = Run.from_dict({"q": {"x": 3.0, "y": 2.0, "z": 0.0}}), Run.from_dict({"q": {"y": 7.0}})
+        assert fuse([one, only], "weighted_sum").to_dict()["q"] == pytest.approx({"y": 2 / 3 + 1, "x": 1.0, "z": 0.0})
 
 
 def test_run_files_and_depth(tmp_path: Path) -> None:
@@ -149,6 +146,7 @@ def test_run_files_and_depth(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({}, "nothing to fuse"),
         ({"weights": [1.0]}, "1 weights for 2 rankings"),
         ({"weights": [1.0, -1.0]}, "not negative"),
         ({"weights": [0.0, 0.0]}, "not all 0"),
@@ -160,11 +158,9 @@ def test_run_files_and_depth(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    run = Run.from_dict({"q": {"x": 1.0}})
+    runs = [Run.from_dict({"q": {"x": 1.0}})] * 2 if settings else []
     with pytest.raises(UsageError, match=message):
-        fuse([run, run], **settings)
-    with pytest.raises(UsageError, match="nothing to fuse"):
-        fuse([])
+        fuse(runs, **settings)
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------
@@ -259,23 +255,23 @@ def test_a_wrong_fusion_in_a_suite_is_named(tmp_path: Path, fusion: str, message
         load_suite(path)
 
 
-def test_members_that_cannot_be_fused_are_named() -> None:
+@pytest.mark.parametrize(
+    ("name", "members", "message"),
+    [
+        ("x", ["bm25", "studnet"], "(?s)'studnet' is neither a row.*did you mean 'student'"),
+        ("x", ["student", "student, distilled"], "two members are the same row"),
+        ("x", ["bm25", "teacher"], "the row 'teacher' is no search"),
+        ("BM25", ["bm25", "flat"], "there is a row of this name"),
+        ("x", ["bm25", "flat"], ""),
+    ],
+)
+def test_members_that_cannot_be_fused_are_named(name: str, members: list[str], message: str) -> None:
     system = EngineSystem(Fixed(np.ones((1, 3), np.float32)))
     teacher = RerankSystem(lambda lists: [], Run.from_dict({}), 3)
     rows = {"BM25": system, "student, distilled": system, "student, flat": system, "teacher": teacher}
-
-    def fused(*members: str, name: str = "x") -> Any:
-        return fused_rows([FusedRow(name=name, members=list(members))], rows, pytest.fail)
-
-    with pytest.raises(UsageError, match=r"(?s)'studnet' is neither a row.*did you mean 'student'"):
-        fused("bm25", "studnet")
-    with pytest.raises(UsageError, match="two members are the same row"):
-        fused("student", "student, distilled")
-    with pytest.raises(UsageError, match="the row 'teacher' is no search"):
-        fused("bm25", "teacher")
-    with pytest.raises(UsageError, match="there is a row of this name"):
-        fused("bm25", "flat", name="BM25")
-    assert list(fused("bm25", "flat")["x"].engine.members) == ["BM25", "student, flat"]
+    with pytest.raises(UsageError, match=message) if message else nullcontext():
+        fused = fused_rows([FusedRow(name=name, members=members)], rows, pytest.fail)
+    assert message or list(fused["x"].engine.members) == ["BM25", "student, flat"]
 
 
 def test_fused_rows_are_measured_like_the_others(tiny_collection: Collection, tmp_path: Path) -> None:
@@ -291,25 +287,19 @@ def test_fused_rows_are_measured_like_the_others(tiny_collection: Collection, tm
         def search(self, queries: Sequence[str], k: int) -> list[Hits]:
             return super().search([str(texts.index(query)) for query in queries], k)
 
-    rows: dict[str, Any] = {
-        "BM25": EngineSystem(bm25, bytes=bm25.bytes),
-        "student": EngineSystem(Random(scores), bytes=10),
-    }
+    rows: dict[str, Any] = {"BM25": EngineSystem(bm25, bm25.bytes), "student": EngineSystem(Random(scores), 10)}
     fusion = [FusedRow(name="both", members=["bm25", "student"], method="weighted_sum", weights=[0.5, 2.0])]
     systems = {**rows, **fused_rows(fusion, rows, pytest.fail)}
     found = evaluate_systems(systems, tiny_collection, "train", ["mrr@10"], 10, tmp_path / "out", latency_queries=4)
-    members = [tmp_path / "out" / found[row].run for row in rows]
-    expected = evaluate_run(
-        fuse(members, "weighted_sum", weights=[0.5, 2.0]), tiny_collection.qrels("train"), ["mrr@10"]
-    )
-    assert found["both"].means["mrr@10"] == pytest.approx(expected.means["mrr@10"], abs=1e-6)
-    assert found["BM25"].means["mrr@10"] > found["both"].means["mrr@10"] > found["student"].means["mrr@10"]
+    fused = fuse([tmp_path / "out" / found[row].run for row in rows], "weighted_sum", weights=[0.5, 2.0])
+    expected = evaluate_run(fused, tiny_collection.qrels("train"), ["mrr@10"]).means["mrr@10"]
+    means = {row.system: row.means["mrr@10"] for row in found.rows}
+    assert means["both"] == pytest.approx(expected, abs=1e-6) and means["BM25"] > means["both"] > means["student"]
     assert found["both"].bytes == bm25.bytes + 10
     assert found.significance is not None and "both" in found.significance.intervals
     assert found.cost is not None
-    cost = found.cost["systems"]["both"]
-    assert cost["search_ms"]["p50"] > 0 and cost["fuse_ms"]["p50"] > 0
-    assert cost["total_ms"]["p50"] >= max(cost["search_ms"]["p50"], cost["fuse_ms"]["p50"])
+    search, fusing, total = (found.cost["systems"]["both"][f"{step}_ms"]["p50"] for step in ("search", "fuse", "total"))
+    assert search > 0 and fusing > 0 and total >= max(search, fusing)
     text = plain_table(found)
     assert "weighted sum of min-max scores of BM25, student, weights 0.5, 2; the weights are the suite's" in text
     assert "fuse ms" in text

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,47 +16,32 @@ from rankdistill.evaluation.search_page import SearchPage
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-Open = Callable[..., "Page"]
+Start = Callable[..., "Page"]
+QUERY, COLUMNS = "which gas do balloons need", ("bm25", "student", "student-sq8", "teacher")
 
 
 @pytest.fixture
-def open_page(browser: Browser, served: PageServer) -> Iterator[Open]:
-    """Open the page; at the end nothing may have gone wrong in it and nothing been asked of another host."""
-    said: list[str] = []
-    contexts = []
+def start(open_page: Start, served: PageServer) -> Start:
+    """The page, ready to be asked."""
 
-    def start(query: str = "", **context: Any) -> Page:
-        contexts.append(browser.new_context(**context))
-        contexts[-1].set_default_timeout(60_000)
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
-        page.on(
-            "request",
-            lambda request: (
-                said.append(f"asked {request.url}")
-                if urlsplit(request.url).netloc != urlsplit(served.url).netloc
-                else None
-            ),
-        )
-        page.goto(served.url + query)
+    def begin(query: str = "", **context: Any) -> Page:
+        page = open_page(served.url + query, **context)
         page.wait_for_selector("#status:not(:empty)")
         return page
 
-    yield start
-    for context in contexts:
-        context.close()
-    assert said == []
+    return begin
 
 
-def ask(page: Page, query: str) -> None:
+def ask(page: Page, query: str, column: str = "") -> None:
     page.fill("#q", query)
     page.press("#q", "Enter")
-    settled(page)
+    settled(page, column)
 
 
-def settled(page: Page) -> None:
+def settled(page: Page, column: str = "") -> None:
+    """Nothing is on its way, and a column shows documents."""
+    if column:
+        page.wait_for_selector(f"#column-{column} ol .hit")
     until(
         page,
         "document.querySelector('#status').textContent.match(/udged|empty|answer/) "
@@ -81,11 +65,11 @@ def overflow(page: Page) -> int:
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
-def test_typing_a_query_shows_every_column_with_times_and_moves(open_page: Open, search_page: SearchPage) -> None:
-    page = open_page()
+def test_typing_a_query_shows_every_column_with_times_and_moves(start: Start, search_page: SearchPage) -> None:
+    page = start()
     assert page.title() == "facts · rankdistill"
-    ask(page, "which gas do balloons need")
-    expected = search_page.search("which gas do balloons need")
+    ask(page, QUERY)
+    expected = search_page.search(QUERY)
     assert page.locator("#columns h2").all_inner_texts() == ["BM25", "student", "student, sq8", "teacher bi_encoder"]
     for column in expected["columns"]:
         assert shown(page, column["key"]) == [hit["doc_id"] for hit in column["hits"]]
@@ -111,14 +95,13 @@ def test_typing_a_query_shows_every_column_with_times_and_moves(open_page: Open,
     assert page.locator("#column-student-sq8 .move").count() >= 5
 
 
-def test_the_teacher_is_asked_on_demand(open_page: Open, search_page: SearchPage) -> None:
-    page = open_page()
-    ask(page, "which gas do balloons need")
+def test_the_teacher_is_asked_on_demand(start: Start, search_page: SearchPage) -> None:
+    page = start()
+    ask(page, QUERY)
     assert shown(page, "teacher") == []
     page.click(".ask")
-    page.wait_for_selector("#column-teacher ol .hit")
-    settled(page)
-    expected = search_page.search("which gas do balloons need", teacher="all")["columns"][-1]
+    settled(page, "teacher")
+    expected = search_page.search(QUERY, teacher="all")["columns"][-1]
     assert shown(page, "teacher") == [hit["doc_id"] for hit in expected["hits"]]
     assert "8 documents re-ranked" in page.inner_text("#column-teacher .facts")
     page.select_option("#reference", "teacher")
@@ -126,29 +109,25 @@ def test_the_teacher_is_asked_on_demand(open_page: Open, search_page: SearchPage
     assert titles and all("teacher" in title or "→" in title for title in titles)
     page.check("#always")
     until(page, "location.search.includes('teacher=all')")
-    ask(page, "desert plant")
-    page.wait_for_selector("#column-teacher ol .hit")
-    settled(page)
+    ask(page, "desert plant", "teacher")
     page.reload()  # the address holds it all
     page.wait_for_selector("#column-teacher ol .hit")
     assert page.input_value("#q") == "desert plant" and page.input_value("#reference") == "teacher"
 
 
-def test_a_judged_query_is_picked_and_its_labels_are_shown(open_page: Open) -> None:
-    page = open_page()
+def test_a_judged_query_is_picked_and_its_labels_are_shown(start: Start) -> None:
+    page = start()
     page.select_option("#example", "star that heats the earth")
-    page.wait_for_selector("#column-bm25 ol .hit")
-    settled(page)
+    settled(page, "bm25")
     assert page.inner_text("#status") == ("Judged query q-sun of test: 3 judged, 2 relevant (1 not in the collection).")
     assert "✓ relevant 1" in page.inner_text("#column-bm25 ol .hit[data-doc='d-sun']")
     assert "judged 0" in page.inner_text("#column-bm25 ol .hit[data-doc='d-moon']")
     assert "nDCG@10" in page.inner_text("#column-student")
 
 
-def test_hostile_documents_are_text(open_page: Open) -> None:
-    page = open_page("?q=zirconium+%3Cscript%3Ewindow.hacked%3D1%3C%2Fscript%3E")
-    page.wait_for_selector("#column-bm25 ol .hit")
-    settled(page)
+def test_hostile_documents_are_text(start: Start) -> None:
+    page = start("?q=zirconium+%3Cscript%3Ewindow.hacked%3D1%3C%2Fscript%3E")
+    settled(page, "bm25")
     hit = page.locator("#column-bm25 ol .hit").first
     assert hit.locator(".open").inner_text() == '<img src="x" onerror="window.hacked = 1">'
     assert hit.locator(".text").text_content() == (
@@ -160,15 +139,14 @@ def test_hostile_documents_are_text(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_columns_are_tabs_and_nothing_overflows(open_page: Open, scheme: str) -> None:
-    page = open_page(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
+def test_on_a_phone_columns_are_tabs_and_nothing_overflows(start: Start, scheme: str) -> None:
+    page = start(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
     assert overflow(page) == 0
     ask(page, "zirconium " + "unbreakable" * 30)
     page.click("#tabs button:last-child")
     page.click(".ask")
-    page.wait_for_selector("#column-teacher ol .hit")
-    settled(page)
-    for number, key in enumerate(["bm25", "student", "student-sq8", "teacher"]):
+    settled(page, "teacher")
+    for number, key in enumerate(COLUMNS):
         page.click(f"#tabs button:nth-child({number + 1})")
         assert page.locator(".column:visible").evaluate_all("all => all.map(one => one.dataset.key)") == [key]
         page.locator(f"#column-{key} ol .open").first.click()
@@ -177,10 +155,10 @@ def test_on_a_phone_columns_are_tabs_and_nothing_overflows(open_page: Open, sche
     assert (sum(map(int, dark[4:-1].split(","))) < 200) == (scheme == "dark")
 
 
-def test_side_by_side_on_a_desk_and_marked_in_every_column(open_page: Open) -> None:
-    page = open_page(viewport={"width": 1280, "height": 800})
-    ask(page, "which gas do balloons need")
-    boxes = [page.locator(f"#column-{key}").bounding_box() for key in ("bm25", "student", "student-sq8", "teacher")]
+def test_side_by_side_on_a_desk_and_marked_in_every_column(start: Start) -> None:
+    page = start(viewport={"width": 1280, "height": 800})
+    ask(page, QUERY)
+    boxes = [page.locator(f"#column-{key}").bounding_box() for key in COLUMNS]
     assert all(a and b and a["x"] + a["width"] <= b["x"] and a["y"] == b["y"] for a, b in pairwise(boxes))
     assert overflow(page) == 0 and not page.is_visible("#tabs")
     both = next(one for one in shown(page, "bm25") if one in shown(page, "student"))
@@ -194,13 +172,12 @@ def test_side_by_side_on_a_desk_and_marked_in_every_column(open_page: Open) -> N
     assert page.locator(".marked").count() == 0
 
 
-def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
-    page = open_page()
+def test_the_keyboard_alone_is_enough(start: Start) -> None:
+    page = start()
     assert page.evaluate("document.activeElement.id") == "q"
-    page.keyboard.type("which gas do balloons need")
+    page.keyboard.type(QUERY)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#column-student ol .hit")
-    settled(page)
+    settled(page, "student")
     hit = "document.activeElement.closest('.hit')"
     focused = f"[{hit}?.closest('.column').dataset.key, {hit}?.dataset.doc]"
     page.keyboard.press("ArrowDown")
@@ -215,11 +192,11 @@ def test_the_keyboard_alone_is_enough(open_page: Open) -> None:
     assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "q" and page.input_value("#q") == "which gas do balloons need"
+    assert page.evaluate("document.activeElement.id") == "q" and page.input_value("#q") == QUERY
 
 
-def test_going_back_shows_the_query_before_and_an_empty_one_asks_for_words(open_page: Open) -> None:
-    page = open_page()
+def test_going_back_shows_the_query_before_and_an_empty_one_asks_for_words(start: Start) -> None:
+    page = start()
     ask(page, "desert plant")
     ask(page, "which planet is red")
     page.go_back()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from rankdistill.evaluation.report.findings import ratio_interval
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+Start = Callable[..., "Page"]
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
 
 
@@ -30,25 +31,9 @@ def written(run: Path) -> Path:
     return report(run)
 
 
-def opened(browser: Browser, path: Path, trouble: list[str] | None = None, **options: Any) -> Page:
-    """Notes in `trouble` errors of the console, and any request but that of the file."""
-    page = browser.new_page(**options)
-    page.set_default_timeout(180_000)  # a busy machine is slow, not wrong
-    noted = [] if trouble is None else trouble
-    page.on("console", lambda message: noted.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: noted.append(str(error)))
-    page.on("request", lambda sent: None if sent.url == path.as_uri() else noted.append(sent.url))
-    page.goto(path.as_uri())
-    return page
-
-
 @pytest.fixture
-def page(browser: Browser, written: Path) -> Iterator[Page]:
-    trouble: list[str] = []
-    page = opened(browser, written, trouble, viewport={"width": 1280, "height": 900})
-    yield page
-    assert trouble == []
-    page.close()
+def page(open_page: Start, written: Path) -> Page:
+    return open_page(written.as_uri(), viewport={"width": 1280, "height": 900})
 
 
 def per_query(run: Path, system: str, metric: str = "ndcg@10") -> dict[str, float]:
@@ -65,13 +50,13 @@ def test_every_section_is_there_with_the_runs_figures(page: Page, run: Path) -> 
     assert all(page.locator(f"section#{name}").count() == 1 for name in targets)
     assert page.locator("#results tbody tr").first.inner_text().startswith("BM25")
     results = json.loads(next(run.glob("evaluation/*/results.json")).read_text())
-    (one,) = results["sets"]
+    (of_set,) = results["sets"]
     table = page.locator("#results table.sortable").first
-    for row in one["rows"]:
+    for row in of_set["rows"]:
         line = table.locator("tbody tr", has=page.locator("th", has_text=re.compile(f"^{re.escape(row['system'])}$")))
         for metric, value in row["means"].items():
             assert f"{value:.4f}" in line.inner_text(), (row["system"], metric)
-    means = {row["system"]: row["means"]["ndcg@10"] for row in one["rows"]}
+    means = {row["system"]: row["means"]["ndcg@10"] for row in of_set["rows"]}
     kept = f"{100 * means['student, distilled'] / means['teacher']:.1f}\u00a0%"
     assert kept in page.locator(".headline").inner_text()
 
@@ -103,7 +88,8 @@ def test_nothing_of_the_page_may_fetch_or_run(page: Page, browser: Browser, writ
     # The second line of defence: even markup that was smuggled in runs nothing.
     smuggled = tmp_path / "smuggled.html"
     smuggled.write_text(written.read_text().replace("<footer>", f"<footer>{SCRIPT}"))
-    other = opened(browser, smuggled)
+    other = browser.new_page()
+    other.goto(smuggled.as_uri())
     assert other.title() == "tiny: distillation report"
     other.close()
 
@@ -134,12 +120,10 @@ def test_queries_are_sorted_by_click_and_by_keyboard(page: Page, run: Path) -> N
 
 def test_tables_are_sorted_by_click_and_by_keyboard(page: Page) -> None:
     table = page.locator("#results table.sortable").first
-    head = table.locator("th", has_text="nDCG@10")
+    head, cells = table.locator("th", has_text="nDCG@10"), table.locator("tbody tr td:nth-child(2)")
 
     def values() -> list[float]:
-        return [
-            float(v) for v in table.locator("tbody tr td:nth-child(2)").evaluate_all("c => c.map(x => x.dataset.value)")
-        ]
+        return [float(value) for value in cells.evaluate_all("c => c.map(x => x.dataset.value)")]
 
     head.locator("button").click()
     assert values() == sorted(values(), reverse=True) and len(set(values())) > 1
@@ -189,9 +173,9 @@ def brightness(page: Page) -> float:
     return float(np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]))
 
 
-def test_dark_and_light_follow_the_system_and_the_button(browser: Browser, written: Path) -> None:
+def test_dark_and_light_follow_the_system_and_the_button(open_page: Start, written: Path) -> None:
     for scheme in ("light", "dark"):
-        page = opened(browser, written, color_scheme=scheme)
+        page = open_page(written.as_uri(), color_scheme=scheme)
         assert (brightness(page) > 128) == (scheme == "light")
         button = page.locator("#theme")
         button.click()
@@ -200,17 +184,15 @@ def test_dark_and_light_follow_the_system_and_the_button(browser: Browser, writt
         assert "dark" in button.inner_text() and brightness(page) < 128
         page.emulate_media(media="print", color_scheme=scheme)  # type: ignore[arg-type]
         assert brightness(page) == 255
-        page.close()
 
 
-def test_a_phone_scrolls_down_only(browser: Browser, written: Path) -> None:
-    page = opened(browser, written, viewport={"width": 375, "height": 812}, has_touch=True)
+def test_a_phone_scrolls_down_only(open_page: Start, written: Path) -> None:
+    page = open_page(written.as_uri(), viewport={"width": 375, "height": 812}, has_touch=True)
     page.locator("#queries button.open").first.click()
     for box in page.locator("details").all():
         box.evaluate("box => box.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") == 375
     assert page.locator("tr.opened .inner").first.bounding_box()["width"] <= 375  # type: ignore[index]
-    page.close()
 
 
 def test_the_keyboard_and_those_who_listen_reach_all_of_it(page: Page, run: Path) -> None:
@@ -258,15 +240,8 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
     (bare / "times.json").write_text("{")
     text = report(bare).read_text()
     missing = text[text.index('<section id="missing"') :]
-    for what in (
-        "significance",
-        "agreement",
-        "extrapolation",
-        "cost",
-        "values of each query",
-        "manifest",
-        "times.json",
-    ):
+    apart = ["significance", "agreement", "extrapolation", "cost"]
+    for what in [*apart, "values of each query", "manifest", "times.json"]:
         assert what in missing, what
     assert "no interval" in text
 
@@ -297,19 +272,20 @@ def test_a_collection_that_is_gone_costs_the_texts_and_no_path_leaves_the_folder
 
 
 def test_wrong_folders_and_names(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RankdistillError, match="no run"):
-        report(tmp_path)
-    with pytest.raises(UsageError, match="no evaluation 'beir'"):
-        report(run, suite="beir")
-    with pytest.raises(UsageError, match="there is a folder here"):
-        report(run, tmp_path)
     bare = copy_of(run, tmp_path)
     shutil.rmtree(bare / "evaluation")
-    with pytest.raises(RankdistillError, match="not been evaluated"):
-        report(bare)
+    refused: list[tuple[tuple[Path, ...], dict[str, Any], type[Exception], str]] = [
+        ((tmp_path,), {}, RankdistillError, "no run"),
+        ((run,), {"suite": "beir"}, UsageError, "no evaluation 'beir'"),
+        ((run, tmp_path), {}, UsageError, "there is a folder here"),
+        ((bare,), {}, RankdistillError, "not been evaluated"),
+    ]
+    for arguments, options, kind, words in refused:
+        with pytest.raises(kind, match=words):
+            report(*arguments, **options)
 
 
-def test_several_sets_have_a_macro_table_and_a_choice(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_several_sets_have_a_macro_table_and_a_choice(open_page: Start, run: Path, tmp_path: Path) -> None:
     several = copy_of(run, tmp_path)
     path = next(several.glob("evaluation/*/results.json"))
     results: dict[str, Any] = json.loads(path.read_text())
@@ -319,13 +295,12 @@ def test_several_sets_have_a_macro_table_and_a_choice(browser: Browser, run: Pat
     results["macro_sets"] = 2
     results["missing"] = [{"set": "scifact", "reason": "no <network>"}]
     path.write_text(json.dumps(results))
-    page = opened(browser, report(several))
+    page = open_page(report(several).as_uri())
     assert "macro average over 2 sets" in page.locator("#results").inner_text()
     assert page.locator("#queries .of-set:visible .set-name").all_inner_texts() == [first["name"]]
     page.locator("#set-choice").select_option(label="other")
     assert page.locator("#queries .of-set:visible .set-name").all_inner_texts() == ["other"]
     assert "no <network>" in page.locator("#missing").inner_text()
-    page.close()
 
 
 def test_the_ratio_has_the_interval_of_a_bootstrap(run: Path) -> None:

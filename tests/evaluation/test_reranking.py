@@ -56,13 +56,11 @@ def test_the_top_is_the_students_and_the_rest_the_first_stages(tiny_collection: 
 
 def test_re_ranking_everything_found_ranks_as_exact_search_does(tiny_collection: Collection, engines: Engines) -> None:
     first, student = engines
-    query = "gas"
-    ((_, doc_ids, _),) = StudentReranking(first, student, 100).run(tiny_collection, ["q"], [query], 100)
-    exact = student.index.search(student.encoder.encode_queries([query]), tiny_collection.document_count)[0]
+    system = StudentReranking(first, student, 100)
+    ((_, doc_ids, _), (_, none, _)) = system.run(tiny_collection, ["q", "r"], ["gas", "zzz"], 100)
+    exact = student.index.search(student.encoder.encode_queries(["gas"]), tiny_collection.document_count)[0]
     found = set(doc_ids)
-    assert doc_ids == [doc_id for doc_id in tiny_collection.doc_ids(exact.rows) if doc_id in found]
-    ((_, none, _),) = StudentReranking(first, student, 100).run(tiny_collection, ["q"], ["zzz"], 100)
-    assert none == []
+    assert doc_ids == [doc_id for doc_id in tiny_collection.doc_ids(exact.rows) if doc_id in found] and none == []
 
 
 def test_it_is_a_row_with_size_speed_and_a_note(tiny_collection: Collection, engines: Engines, tmp_path: Path) -> None:

@@ -67,14 +67,11 @@ def test_the_table_and_the_headline_begin_with_it(gap: float, tested: bool, word
     assert "of the teacher’s nDCG@10" in kept
 
 
-def test_over_several_sets_it_is_counted() -> None:
+def test_over_several_sets_it_is_counted_and_without_a_student_nothing_is_said() -> None:
     sets = [evaluated({"BM25": gap}, name=f"set {gap}") for gap in (-0.1, -0.2, 0.1)]
     assert verdict(sets) == [
         "The student is significantly worse than “BM25” (on 2 of 3 sets).",
         "The student is significantly better than “BM25” (on 1 of 3 sets).",
     ]
-
-
-def test_without_a_student_or_anything_to_hold_it_against_nothing_is_said() -> None:
     assert verdict([evaluated({"teacher": 0.1})]) == []
     assert reference_rows(["BM25", "run.trec", "encoder: m", "teacher"]) == ["encoder: m", "BM25"]

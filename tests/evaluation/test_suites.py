@@ -23,7 +23,7 @@ from rankdistill.recipe import declarations, shipped
 
 
 class Opened:
-    """A collection's name and splits; `opener` below records what was opened."""
+    """A collection's name and splits."""
 
     def __init__(self, spec: str, name: str = "facts", splits: tuple[str, ...] = ("test",)) -> None:
         self.spec, self.name, self.splits = spec, name, splits
@@ -85,48 +85,35 @@ def test_a_wrong_suite_names_the_key_and_the_nearest_right_one(tmp_path: Path, t
     path.write_text(text)
     with pytest.raises(UsageError, match=f"(?s){message}"):
         load_suite(path)
-
-
-def test_an_unknown_suite_offers_the_nearest() -> None:
     with pytest.raises(UsageError, match="beir"):
         load_suite("bier")
 
 
-def test_a_local_folder_comes_before_the_own_collection_and_the_declared_one(tmp_path: Path) -> None:
-    opened: list[str] = []
-
-    def opener(spec: str) -> Any:
-        opened.append(spec)
-        return Opened(spec)
-
-    (tmp_path / "facts").mkdir()
-    (tmp_path / "facts" / "corpus.jsonl").touch()
-    (tmp_path / "passages").mkdir()
-    (tmp_path / "passages" / "collection.tsv.gz").touch()
-    own = Opened("beir:/elsewhere/facts")
-    facts = EvaluationSet(name="facts", collection="ir_datasets:beir/facts")
-    locate(facts, own=own, local=tmp_path, opener=opener)
-    assert opened == [f"beir:{tmp_path / 'facts'}"]
-    found = locate(facts, own=own, opener=opener)
-    assert isinstance(found, Found) and found.collection is own
-    locate(EvaluationSet(name="passages", collection="own"), local=tmp_path, opener=opener)
-    assert opened[-1] == f"msmarco:{tmp_path / 'passages'}"
-    locate(facts, opener=opener)
-    assert opened[-1] == "ir_datasets:beir/facts"
-
-
-@pytest.mark.parametrize("file", ["corpus/train-00000-of-00001.parquet", "corpus.parquet"])
-def test_a_clone_of_a_data_set_of_the_hub_is_a_local_folder_too(tmp_path: Path, file: str) -> None:
-    path = tmp_path / "NanoFacts" / file
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("corpus.jsonl", "beir"),
+        ("collection.tsv.gz", "msmarco"),
+        ("corpus/train-00000-of-00001.parquet", "hf"),
+        ("corpus.parquet", "hf"),
+    ],
+)
+def test_a_local_folder_comes_before_the_own_collection_and_the_declared_one(
+    tmp_path: Path, file: str, kind: str
+) -> None:
+    path = tmp_path / "facts" / file
     path.parent.mkdir(parents=True)
     path.touch()
-    found = locate(
-        EvaluationSet(name="NanoFacts", collection="hf:nobody/NanoFacts"),
-        local=tmp_path,
-        opener=lambda spec: Opened(spec, splits=("train",)),
-    )
-    assert isinstance(found, Found) and found.split == "train"
-    assert found.collection.spec == f"hf:{tmp_path / 'NanoFacts'}"
+    own, facts = Opened("beir:/elsewhere/facts"), EvaluationSet(name="facts", collection="ir_datasets:beir/facts")
+
+    def place(**options: Any) -> Any:
+        found = locate(facts, opener=lambda spec: Opened(spec, splits=("train",)), **options)
+        assert isinstance(found, Found)
+        return found.collection.spec, found.split
+
+    assert place(own=own, local=tmp_path) == (f"{kind}:{tmp_path / 'facts'}", "train")
+    assert place(own=own) == (own.spec, "test")
+    assert place() == ("ir_datasets:beir/facts", "train")
 
 
 def test_missing_sets_have_a_reason(tmp_path: Path) -> None:

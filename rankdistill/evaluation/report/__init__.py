@@ -18,7 +18,7 @@ from rankdistill import __version__
 from rankdistill.artifacts import check_file, disk_errors, write_atomically
 from rankdistill.evaluation import results
 from rankdistill.evaluation.report import charts, data, figures, findings
-from rankdistill.evaluation.report.queries import collect_queries
+from rankdistill.evaluation.report.queries import Queries
 from rankdistill.evaluation.tables import SIGNED, latex, markdown
 
 __all__ = ["report"]
@@ -68,7 +68,7 @@ def report(
 
 
 def _page(run: data.RunData, pasted: dict[str, str]) -> str:
-    queries = [collect_queries(run, test_set) for test_set in run.sets]
+    queries = [Queries(run, test_set) if test_set.per_query else None for test_set in run.sets]
     notes = [
         f"{test_set.name}: {note}" if len(run.sets) > 1 else note
         for test_set, of_set in zip(run.sets, queries, strict=True)

@@ -31,17 +31,6 @@ SHAPES = {
 Element = tuple[str, dict[str, Any], str]  # its name, attributes and text
 
 
-@dataclass
-class Chart:
-    """A drawing of WIDTH × height."""
-
-    title: str
-    description: str
-    parts: list[Element]
-    height: int = HEIGHT
-    width: int = WIDTH
-
-
 class Point(NamedTuple):
     """A mark: where, what it is called, the kind of system it stands for, what a pointer over it shows."""
 
@@ -69,6 +58,19 @@ class Line(NamedTuple):
     marks: list[tuple[float, str, str]]
     ends: Sequence[float] | None
     style: str
+
+
+@dataclass
+class Chart:
+    """A drawing of WIDTH × height, with its caption, and the lines it has where there are several."""
+
+    title: str
+    description: str
+    parts: list[Element]
+    height: int = HEIGHT
+    width: int = WIDTH
+    caption: str = ""
+    lines: Sequence[Series] = ()
 
 
 @dataclass
@@ -175,14 +177,14 @@ def _upwards(y: Axis, name: str) -> list[Element]:
 
 
 def trade_off(
-    points: Sequence[Point], title: str, x_label: str, y_label: str, text: Callable[[float], str] = number
+    points: Sequence[Point], title: str, x_label: str, y_label: str, text: Callable[[float], str], caption: str
 ) -> Chart:
     """Quality (up) against a cost (right, logarithmic); the front is joined by steps."""
     x = _axis([point.x for point in points], LEFT, WIDTH - RIGHT, log=True)
     y = _axis([point.y for point in points], HEIGHT - BOTTOM, TOP, pad=0.12)
-    values = {str(row): {"quality": point.y, "cost": point.x} for row, point in enumerate(points)}
-    on_front = pareto_front(values, maximise=["quality"], minimise=["cost"])
-    front = sorted((points[int(row)] for row in on_front), key=lambda point: (point.x, point.y))
+    values = {row: {"quality": point.y, "cost": point.x} for row, point in enumerate(points)}
+    on_front = [points[row] for row in pareto_front(values, maximise=["quality"], minimise=["cost"])]
+    front = sorted(on_front, key=lambda point: (point.x, point.y))
     way = f"M{x(front[0].x):g},{y(front[0].y):g}"
     way += "".join(f"H{x(point.x):g}V{y(point.y):g}" for point in front[1:])
     described = "; ".join(f"{point.label}: {text(point.x)}, {point.y:.4f}" for point in points)
@@ -194,7 +196,8 @@ def trade_off(
         *(mark(p.kind, x(p.x), y(p.y), p.hint) for p in sorted(points, key=lambda p: p.kind == "student")),
         *_labels([(x(p.x), y(p.y), p.label, p in front) for p in points]),
     ]
-    return Chart(title, f"Front: {', '.join(point.label for point in front)}. {described}.", parts)
+    described = f"Front: {', '.join(point.label for point in front)}. {described}."
+    return Chart(title, described, parts, caption=caption)
 
 
 def _labels(marks: Sequence[tuple[float, float, str, bool]]) -> list[Element]:
@@ -223,7 +226,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def lines(series: Sequence[Series], title: str, x_label: str, y_label: str) -> Chart:
+def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, caption: str) -> Chart:
     """Lines over steps; the stressed point of a line has a ring and its name."""
     height = 260
     steps = [step for each in series for step in each.xs]
@@ -245,35 +248,36 @@ def lines(series: Sequence[Series], title: str, x_label: str, y_label: str) -> C
             parts.append(_element("circle", style, cx=x(step), cy=y(value), r=6 if best else 3, data_hint=hint))
         kept = "" if each.marked is None else f", kept: step {each.marked:,.0f}"
         described.append(f"{each.label} from {number(each.ys[0])} to {number(each.ys[-1])}{kept}")
-    return Chart(title, "; ".join(described), parts, height)
+    return Chart(title, "; ".join(described), parts, height, caption=caption, lines=series)
 
 
 def cloud(
     points: Sequence[tuple[float, float, str, str, int]],
     title: str,
-    x_label: str,
-    y_label: str,
+    names: tuple[str, str],
     description: str,
+    caption: str,
     *,
     equal: bool = True,
 ) -> Chart:
-    """Many small marks (x, y, hint, key, how many: its area), with the diagonal where both axes have one scale."""
+    """Many small marks (x, y, hint, key, how many: its area) over two named axes, with the diagonal where both have one
+    scale."""
     xs, ys = [point[0] for point in points], [point[1] for point in points]
     pad = 0.0 if equal else 0.04
     x = _axis(xs + ys if equal else xs, LEFT, WIDTH - RIGHT, pad=pad)
     y = _axis(xs + ys if equal else ys, HEIGHT - BOTTOM, TOP, pad=pad)
-    parts = [*_upwards(y, y_label), *_across(x, x_label, HEIGHT)]
+    parts = [*_upwards(y, names[1]), *_across(x, names[0], HEIGHT)]
     if equal:
         parts.append(_line("diagonal", x(x.low), x(x.high), y(y.low), y(y.high)))
     for a, b, hint, key, count in points:
         side = "even" if not equal or a == b else "above" if b > a else "below"
         radius = round(min(13.0, 3.4 * count**0.5), 1)
         parts.append(_element("circle", f"speck {side}", cx=x(a), cy=y(b), r=radius, data_hint=hint, data_query=key))
-    return Chart(title, description, parts)
+    return Chart(title, description, parts, caption=caption)
 
 
-def by_system(rows: Sequence[Line], title: str, x_label: str, description: str, legend: Sequence[str] = ()) -> Chart:
-    """One line a system. `legend`: kinds of marks that are named above the chart."""
+def by_system(rows: Sequence[Line], title: str, x_label: str, caption: str, legend: Sequence[str] = ()) -> Chart:
+    """One line a system, described by the hints of its marks. `legend`: kinds of marks that are named above."""
     top = 8 + 20 * bool(legend)
     height = 27 * len(rows) + top + BOTTOM
     values = [value for row in rows for value in [*(value for value, _, _ in row.marks), *(row.ends or ())]]
@@ -290,4 +294,5 @@ def by_system(rows: Sequence[Line], title: str, x_label: str, description: str, 
         if line.ends:
             parts.append(_line(line.style, x(line.ends[0]), x(line.ends[1]), at, at))
         parts += [mark(kind, x(value), at, hint) for value, kind, hint in line.marks]
-    return Chart(title, description, parts, height)
+    described = "; ".join(hint for row in rows for _, _, hint in row.marks)
+    return Chart(title, described, parts, height, caption=caption)

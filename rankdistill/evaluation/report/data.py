@@ -107,10 +107,7 @@ class RunData:
 
 
 def read_run_data(folder: str | Path, suite: str | None = None) -> RunData:
-    """Read everything a run left that a report can show.
-
-    Args:
-        suite: the name of an evaluation; default the recipe's, else the one written last.
+    """Read everything a run left that a report can show; `suite`: default the recipe's, else the one written last.
 
     Raises:
         RankdistillError: this is no run, it has not been evaluated, or its students are not its recipe's or those that

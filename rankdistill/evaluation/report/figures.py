@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rankdistill.evaluation.report import charts
 from rankdistill.evaluation.report.charts import Chart, Line, Point, Series
@@ -16,32 +16,23 @@ from rankdistill.evaluation.tables import bytes_text
 LINES = ("student", "baseline", "teacher", "first-stage", "index", "bm25", "untrained", "other")
 
 
-class Figure(NamedTuple):
-    """A chart with its caption, and its lines where there are several."""
-
-    chart: Chart
-    caption: str
-    lines: Sequence[Series] = ()
-
-
-def intervals(run: RunData, test_set: Evaluation) -> Figure | None:
-    metric, rows, hints = metric_name(run.metric), [], []
+def intervals(run: RunData, test_set: Evaluation) -> Chart | None:
+    metric, rows = metric_name(run.metric), []
     for row in test_set.rows:
         value, ends, kind = row.means.get(run.metric), row.intervals.get(run.metric), run.kind(row.system)
         if value is not None:
-            hints.append(f"{row.system}: {value:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else ""))
-            rows.append(Line(short(row.system), [(value, kind, hints[-1])], ends, f"whisker {kind}"))
+            hint = f"{row.system}: {value:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else "")
+            rows.append(Line(short(row.system), [(value, kind, hint)], ends, f"whisker {kind}"))
     if all(row.ends is None for row in rows):
         return None
-    title = f"{metric} of each system with its 95\u00a0% interval"
-    return Figure(
-        charts.by_system(rows, title, metric, "; ".join(hints)),
+    caption = (
         "Intervals are of each mean alone. Systems share their queries, so that two overlapping intervals may still "
-        "differ significantly: the tests of pairs decide.",
+        "differ significantly: the tests of pairs decide."
     )
+    return charts.by_system(rows, f"{metric} of each system with its 95\u00a0% interval", metric, caption)
 
 
-def trade_offs(run: RunData, test_set: Evaluation) -> Iterator[Figure | str]:
+def trade_offs(run: RunData, test_set: Evaluation) -> Iterator[Chart | str]:
     """Quality against latency and against size; in words why one is not drawn."""
     metric, rows = metric_name(run.metric), test_set.rows
     times = {row.system: latency(test_set, row.system) for row in rows}
@@ -66,10 +57,10 @@ def trade_offs(run: RunData, test_set: Evaluation) -> Iterator[Figure | str]:
             points.append(Point(value, scores[name], short(name), run.kind(name), hint))
         without = ", ".join(name for name in scores if name not in known)
         caption = f"{metric} against {word}.{f' Without a {word}: {without}.' if without else ''}"
-        yield Figure(charts.trade_off(points, f"{metric} against {word}", axis, metric, text), caption)
+        yield charts.trade_off(points, f"{metric} against {word}", axis, metric, text, caption)
 
 
-def clouds(run: RunData, of: Queries) -> Iterator[Figure]:
+def clouds(run: RunData, of: Queries) -> Iterator[Chart]:
     """Teacher against student: each query a point, then the scores of the pairs that both scored."""
     data = of.data
     a, b = (data["systems"][at] for at in data["pair"])
@@ -92,10 +83,8 @@ def clouds(run: RunData, of: Queries) -> Iterator[Figure]:
     same = sum(map(len, places.values())) - better - worse
     described = f"{better} queries above the diagonal ({a} better), {worse} below, {same} on it."
     title = f"{metric_name(metric)} of each query"
-    yield Figure(
-        charts.cloud(points, f"{title}: {a} against {b}", b, a, described),
-        f"{title}; larger points are several. {described} Choose a point to find it in the table.",
-    )
+    caption = f"{title}; larger points are several. {described} Choose a point to find it in the table."
+    yield charts.cloud(points, f"{title}: {a} against {b}", (b, a), described, caption)
     if not of.scores:
         return
     specks = [
@@ -106,13 +95,11 @@ def clouds(run: RunData, of: Queries) -> Iterator[Figure]:
         f"Scores of the pairs that the teacher re-ranked and the student retrieved ({drawn}), less each query’s mean."
     )
     text += "" if of.correlation is None else f" Correlation {of.correlation:.3f}."
-    across, upwards = (f"{name}, score less its query’s mean" for name in (b, a))
-    yield Figure(
-        charts.cloud(specks, f"Scores of the same pairs, {a} against {b}", across, upwards, text, equal=False), text
-    )
+    axes = f"{b}, score less its query’s mean", f"{a}, score less its query’s mean"
+    yield charts.cloud(specks, f"Scores of the same pairs, {a} against {b}", axes, text, text, equal=False)
 
 
-def curves(run: RunData) -> Iterator[Figure]:
+def curves(run: RunData) -> Iterator[Chart]:
     """The dev metric and agreement with the teacher of every student; then each one's loss, on a scale of its own."""
     keys = {key for each in run.students for entry in each.log for key in entry if key.startswith("dev_")}
     dev_metric = next((f": {m}" for each in run.students if (m := each.manifest.get("dev_metric"))), "")
@@ -126,8 +113,8 @@ def curves(run: RunData) -> Iterator[Figure]:
         if series:
             name = key.removeprefix("dev_")
             title = "agreement with the teacher" if name == "agreement" else metric_name(name.replace("_", " "))
-            chart = charts.lines(series, f"Dev {title} over training", "step", title)
-            yield Figure(chart, f"Dev {title}{'' if name.startswith('agreement') else dev_metric}.", series)
+            caption = f"Dev {title}{'' if name.startswith('agreement') else dev_metric}."
+            yield charts.lines(series, f"Dev {title} over training", "step", title, caption)
     for at, each in enumerate(run.students):
         parts = sorted({key for entry in each.log for key in entry if key.startswith("loss/")})
         series = []
@@ -138,8 +125,8 @@ def curves(run: RunData) -> Iterator[Figure]:
                 series.append(Series(key.removeprefix("loss/"), steps, values, kind))
         if series:
             named = f" ({parts[0].removeprefix('loss/')})" if len(parts) == 1 else ""
-            chart = charts.lines(series, f"Training loss, {each.name}", "step", "loss")
-            yield Figure(chart, f"Training loss of “{each.name}”{named}.", series)
+            caption = f"Training loss of “{each.name}”{named}."
+            yield charts.lines(series, f"Training loss, {each.name}", "step", "loss", caption)
 
 
 def _line_kind(at: int, name: str) -> str:
@@ -147,7 +134,7 @@ def _line_kind(at: int, name: str) -> str:
     return LINES[(at if at or name == "student" else 1) % len(LINES)]
 
 
-def extrapolation(run: RunData, test_set: Evaluation, protocol: Mapping[str, Any], title: str) -> Figure | None:
+def extrapolation(run: RunData, test_set: Evaluation, protocol: Mapping[str, Any], title: str) -> Chart | None:
     """Two values of each system: on queries near the training queries and far from them."""
     parts, metric, rows = protocol["parts"], metric_name(run.metric), []
     for name in test_set.systems:
@@ -157,6 +144,4 @@ def extrapolation(run: RunData, test_set: Evaluation, protocol: Mapping[str, Any
             rows.append(Line(short(name), marks, list(means.values()), "way"))
     if not rows:
         return None
-    described = "; ".join(hint for row in rows for _, _, hint in row.marks)
-    chart = charts.by_system(rows, f"{metric}, {title}", metric, described, legend=list(parts))
-    return Figure(chart, f"{metric} in the two parts.")
+    return charts.by_system(rows, f"{metric}, {title}", metric, f"{metric} in the two parts.", legend=list(parts))

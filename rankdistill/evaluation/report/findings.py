@@ -60,9 +60,8 @@ def describe_model(settings: Mapping[str, Any] | None) -> str:
     name = str(settings.get("model") or settings.get("file") or "").rstrip("/").rsplit("/", 1)[-1]
     article = "an" if kind[:1] in "aeiou" else "a"
     cut = f", {len(settings['layers'])} of its layers" if settings.get("layers") else ""
-    return (
-        f"{article} {kind}{f' {name}' if name else ''}{cut}{' fine-tuned in the run' if settings.get('train') else ''}"
-    )
+    tuned = " fine-tuned in the run" if settings.get("train") else ""
+    return f"{article} {kind}{f' {name}' if name else ''}{cut}{tuned}"
 
 
 def ratio_interval(run: RunData, a: str, b: str, seed: int = 0) -> tuple[float, float] | None:
