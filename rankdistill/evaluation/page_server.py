@@ -177,8 +177,9 @@ class PageServer:
 
     def _serve(self) -> None:
         async def serve() -> None:
-            async with await asyncio.start_server(self._connected, sock=self._socket):
-                await self._end.wait()
+            server = await asyncio.start_server(self._connected, sock=self._socket)
+            await self._end.wait()
+            server.close()  # and no `wait_closed`: idle connections are cut off
             _, unfinished = await asyncio.wait(self._answering, timeout=self.grace) if self._answering else ((), ())
             if unfinished:
                 warn(f"{len(unfinished)} requests were not finished after {self.grace:.0f} s")
