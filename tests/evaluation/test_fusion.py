@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,30 +23,12 @@ from rankdistill.runs import Run, write_trec
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-# ranx in a process of its own with its compiler switched off: the same functions, without 27 s of compiling them.
-RANX = """
-import json, sys
-from ranx import Run, fuse
-asked = json.load(sys.stdin)
-found = []
+BY_RANX = """
+answer = []
 for runs, norm, method, params in asked:
-    fused = fuse(runs=[Run(run) for run in runs], norm=norm, method=method, params=params)
-    found.append({q: {d: float(s) for d, s in docs.items()} for q, docs in fused.run.items()})
-json.dump(found, sys.stdout)
+    fused = ranx.fuse(runs=[ranx.Run(run) for run in runs], norm=norm, method=method, params=params)
+    answer.append({q: {d: float(s) for d, s in docs.items()} for q, docs in fused.run.items()})
 """
-
-
-def by_ranx(asked: Sequence[tuple[list[dict[str, dict[str, float]]], str | None, str, dict[str, Any] | None]]) -> Any:
-    pytest.importorskip("ranx")
-    done = subprocess.run(
-        [sys.executable, "-c", RANX],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
-    )
-    return json.loads(done.stdout)
 
 
 def random_runs(seed: int, ties: bool, everything: bool = False) -> list[dict[str, dict[str, float]]]:
@@ -69,7 +47,7 @@ def random_runs(seed: int, ties: bool, everything: bool = False) -> list[dict[st
     return runs
 
 
-def test_scores_are_those_of_ranx() -> None:
+def test_scores_are_those_of_ranx(ranx: Callable[[str, Any], Any]) -> None:
     asked: list[Any] = []
     ours: list[Run] = []
     weights = [0.2, 0.5, 0.3]
@@ -91,7 +69,7 @@ def test_scores_are_those_of_ranx() -> None:
         ):
             asked.append(theirs)
             ours.append(mine)
-    for fused, found in zip(ours, by_ranx(asked), strict=True):
+    for fused, found in zip(ours, ranx(BY_RANX, asked), strict=True):
         assert fused.to_dict().keys() == found.keys()
         for query, documents in fused.to_dict().items():
             assert documents == pytest.approx(found[query], rel=1e-5, abs=1e-5)
