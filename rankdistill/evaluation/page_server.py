@@ -38,14 +38,9 @@ from rankdistill.progress import warn
 
 PAGE = Path(__file__).parent / "page"
 JSON = "application/json; charset=utf-8"
-ASSETS = {
-    "/": ("search.html", "text/html; charset=utf-8"),
-    "/base.css": ("base.css", "text/css; charset=utf-8"),
-    "/base.js": ("base.js", "text/javascript; charset=utf-8"),
-    "/search.css": ("search.css", "text/css; charset=utf-8"),
-    "/search.js": ("search.js", "text/javascript; charset=utf-8"),
-    "/search.svg": ("search.svg", "image/svg+xml"),
-}
+FILES = ("base.css", "base.js", "search.css", "search.js", "search.svg")
+ASSETS = {"/": "search.html", **{f"/{name}": name for name in FILES}}
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 PARAMETERS = {"/api/about": (), "/api/search": ("q", "k", "teacher")}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -95,7 +90,7 @@ class PageServer:
             raise UsageError(f"there is no port {port}", where="--port", fix="0 to 65535; 0 picks a free one")
         self.host = host
         self.page: SearchPage | None = None
-        self.assets = {path: (200, (PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
+        self.assets = {path: _asset(PAGE / name) for path, name in ASSETS.items()}
         self._loop, self._end = asyncio.new_event_loop(), asyncio.Event()
         self._turn, self._asked, self._open = asyncio.Lock(), 0, 0
         self._answering: set[asyncio.Task[Any]] = set()
@@ -240,7 +235,7 @@ class PageServer:
         if not address.startswith("/"):
             return _refused(400, "this is no address", fix="percent-encode it as UTF-8")
         if path in self.assets:
-            return _Answer(*self.assets[path])
+            return self.assets[path]
         if path not in PARAMETERS:
             return _refused(404, "there is nothing here", path[:100], ", ".join([*ASSETS, *PARAMETERS]))
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
@@ -280,6 +275,10 @@ class PageServer:
             return not self.loopback and (name == socket.gethostname().lower() or bool(ipaddress.ip_address(name)))
         except ValueError:
             return False
+
+
+def _asset(path: Path) -> _Answer:
+    return _Answer(200, path.read_bytes(), f"{KINDS[path.suffix]}; charset=utf-8")
 
 
 async def _read(reader: asyncio.StreamReader) -> h11.Request | _Answer | None:

@@ -151,7 +151,6 @@ class Found(NamedTuple):
 class Missing(NamedTuple):
     """A set that could not be evaluated, and why; `unjudged`: it is the run's own, and lacks the judgments."""
 
-    name: str
     reason: str
     unjudged: bool = False
 
@@ -182,14 +181,14 @@ def locate(
         elif own is not None and (entry.collection in (OWN, own.spec) or entry.name == own.name):
             candidate = own
         elif entry.collection == OWN:
-            return Missing(entry.name, "the run names no collection of its own")
+            return Missing("the run names no collection of its own")
         elif not fetch and not entry.collection.startswith(("beir:", "msmarco:", "python-docs")):
             where = f"there is no folder {folder}" if folder is not None else "no folder of local sets was given"
-            return Missing(entry.name, f"{where}, and fetching is off")
+            return Missing(f"{where}, and fetching is off")
         else:
             candidate = opener(entry.collection)
     except (RankdistillError, OSError) as error:
-        return Missing(entry.name, error.what if isinstance(error, RankdistillError) else str(error))
+        return Missing(error.what if isinstance(error, RankdistillError) else str(error))
     splits, is_own = candidate.splits, own is not None and candidate is own
     split = entry.split or ("test" if "test" in splits or len(splits) != 1 else splits[0])
     if is_own and split not in splits and GENERATED_TEST in splits:
@@ -199,4 +198,4 @@ def locate(
     reason = f"has no judgments for the split {split!r} (it has {', '.join(splits)})"
     if not splits:
         reason = "has no judgments to measure with: write some, or let `rankdistill generate` make queries"
-    return Missing(entry.name, f"{candidate.spec} {reason}", is_own)
+    return Missing(f"{candidate.spec} {reason}", is_own)

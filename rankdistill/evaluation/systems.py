@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,7 +19,6 @@ LISTS_AT_ONCE = 32  # queries handed to a teacher together
 Step = Callable[[Sequence[str], Any], Any]
 
 
-@runtime_checkable
 class System(Protocol):
     """Anything that ranks documents for queries.
 

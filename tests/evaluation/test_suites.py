@@ -121,7 +121,7 @@ def test_missing_sets_have_a_reason(tmp_path: Path) -> None:
         raise RankdistillError(f"{spec} cannot be reached")
 
     facts = EvaluationSet(name="facts", collection="ir_datasets:beir/facts")
-    assert locate(facts, opener=offline) == Missing("facts", "ir_datasets:beir/facts cannot be reached")
+    assert locate(facts, opener=offline) == Missing("ir_datasets:beir/facts cannot be reached")
     found = locate(facts, local=tmp_path, fetch=False, opener=offline)
     assert isinstance(found, Missing) and "no folder" in found.reason and "fetching is off" in found.reason
     assert isinstance(locate(EvaluationSet(name="mine", collection="own"), opener=offline), Missing)
