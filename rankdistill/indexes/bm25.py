@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rankdistill.artifacts import Artifact, fingerprint, obtain, open_artifact
+from rankdistill.artifacts import MANIFEST, Artifact, fingerprint, obtain, open_artifact
 from rankdistill.collections import Collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.indexes.base import Hits
@@ -43,7 +43,6 @@ LONG_TERM = 15  # characters: where half of a collection's terms have as many, t
 # Thai, Lao, Tibetan, Burmese and Khmer are written without spaces too, and no rule of characters parts their words.
 UNSPACED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]")
 VOCABULARY, PARAMETERS = "vocab.index.json", "params.index.json"
-FILES = (DATA, INDICES, INDPTR, VOCABULARY, PARAMETERS)
 
 
 class LexicalEngine(ABC):
@@ -117,9 +116,12 @@ class LexicalEngine(ABC):
         return engine
 
     @property
-    @abstractmethod
     def bytes(self) -> int:
-        """Size of the opened index."""
+        """Of the opened index's files."""
+        if self.artifact is None:
+            return 0
+        files = (path for path in self.artifact.path.rglob("*") if path.is_file() and path.name != MANIFEST)
+        return sum(path.stat().st_size for path in files)
 
     @abstractmethod
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
@@ -142,11 +144,6 @@ class BM25(LexicalEngine):
     """BM25 over bm25s's files; `language` is one of Snowball's names."""
 
     kind = name = "bm25"
-
-    @property
-    def bytes(self) -> int:
-        """Postings, offsets and vocabulary."""
-        return sum(self.artifact.path.joinpath(file).stat().st_size for file in FILES) if self.artifact else 0
 
     # -- building -----------------------------------------------------------------------------------------------------
 

@@ -128,11 +128,8 @@ def open_index(path: str | Path, *, memory_map: bool = False) -> FaissIndex | sp
     """A FAISS file, or the folder of a sparse student's index, which cannot be memory-mapped."""
     if Path(path).is_dir():
         if memory_map:
-            raise UsageError(
-                "only a FAISS file can be left on disk; a sparse student's index has its own way of being read",
-                where=str(path),
-                fix="leave out --memory-map",
-            )
+            what = "only a FAISS file can be left on disk; a sparse student's index has its own way of being read"
+            raise UsageError(what, where=str(path), fix="leave out --memory-map")
         return sparse.open_sparse_index(path)
     return FaissIndex.open(path, memory_map=memory_map)
 

@@ -53,11 +53,6 @@ class LuceneBM25(LexicalEngine):
             what = f"Lucene has no analyzer for the language {language!r}"
             raise UsageError(what, where=f"{self.kind}.language", fix=fix)
 
-    @property
-    def bytes(self) -> int:
-        """Lucene's files, document ids among them."""
-        return self._reader.bytes if self.artifact else 0
-
     def _write(self, collection: Collection, folder: Path) -> dict[str, Any]:
         jvm.start()
         with (

@@ -83,9 +83,8 @@ def load_specification(source: str | Path | dict[str, Any] | IndexSpecification)
     """A specification of vectors from a YAML file, a shipped name ("ivf_pq") or a mapping; not of a learned index."""
     specification = any_specification(source)
     if isinstance(specification, QuantizerSpecification):
-        raise UsageError(
-            f"{specification.name} is learned, not built", fix="rankdistill quantize, or the indexes of a recipe"
-        )
+        fix = "rankdistill quantize, or the indexes of a recipe"
+        raise UsageError(f"{specification.name} is learned, not built", fix=fix)
     if isinstance(specification, SparseSpecification):
         raise UsageError(f"{specification.name} is an index of term weights, for a sparse student, not of vectors")
     return specification

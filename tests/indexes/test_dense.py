@@ -50,13 +50,17 @@ def test_text_in_hits_out_with_and_without_a_file(make_collection: Any, word_enc
 def test_vectors_and_indexes_of_another_student_are_refused(
     make_collection: Any, word_encoder: Any, tmp_path: Path
 ) -> None:
-    collection = make_collection(TEXTS)
+    """By the check that the exact indexes of all kinds of vectors have."""
+    collection, flat = make_collection(TEXTS), load_specification("flat")
     vectors = encode_documents(word_encoder, collection, tmp_path / "v")
-    export_index(word_encoder, collection, vectors, load_specification("flat"), tmp_path / "x.faiss")
+    export_index(word_encoder, collection, vectors, flat, tmp_path / "x.faiss")
     other = type(word_encoder)(seed=1)
-    with pytest.raises(RankdistillError, match="another student"):
-        DenseEngine.over(other, vectors)
-    with pytest.raises(RankdistillError, match="another student"):
-        DenseEngine(other, FaissIndex.open(tmp_path / "x.faiss"))
+    for index in (ExactIndex.open(vectors), FaissIndex.open(tmp_path / "x.faiss")):
+        with pytest.raises(RankdistillError, match="another student"):
+            DenseEngine(other, index)
+    wide = type(word_encoder)(dimension=32)
+    wide.fingerprint = word_encoder.fingerprint
+    with pytest.raises(RankdistillError, match="vectors of 16 dimensions, a student of 32"):
+        DenseEngine.over(wide, vectors)
     with pytest.raises(RankdistillError, match="another collection"):
-        export_index(word_encoder, make_collection(["a"]), vectors, load_specification("flat"), tmp_path / "y.faiss")
+        export_index(word_encoder, make_collection(["a"]), vectors, flat, tmp_path / "y.faiss")

@@ -76,7 +76,7 @@ def check(kind: str, path: Path, log: Path) -> None:
         np.testing.assert_array_equal(open_postings(path).matrix.toarray(), expected.toarray().T)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "terms"])  # with one entry a text, and with offsets
 def test_after_kill_9_no_finished_shard_is_encoded_again(make_collection: Any, tmp_path: Path, kind: str) -> None:
     collection: Collection = make_collection(TEXTS)
     log, kills = tmp_path / "log", 0
@@ -138,6 +138,38 @@ def test_a_stop_after_the_last_shard_loses_nothing(
     encode_document_terms(encoder, collection, tmp_path / "v")
     assert len(encoder.log.read_text().splitlines()) == 100
     check("terms", tmp_path / "v", tmp_path / "other log")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        *(("dense", value) for value in (np.nan, np.inf)),
+        *(("tokens", value) for value in (np.nan, np.inf, 1e6)),  # fp16 ends at 65,504
+        *(("terms", value) for value in (np.nan, np.inf, -0.5)),
+    ],
+)
+def test_values_that_are_no_numbers_are_refused_with_the_document(
+    make_collection: Any, tmp_path: Path, kind: str, value: float
+) -> None:
+    encoder: Any = Words(kind, tmp_path / "log")
+    encode = encoder.encode_documents
+
+    def diverged(texts: Any) -> Any:
+        encoded = encode(texts)
+        if len(encoder.log.read_text().splitlines()) == 40:  # the shard of rows 30 to 39
+            if kind == "dense":
+                encoded[3, 5] = value
+            elif kind == "tokens":
+                encoded = TokenVectors(encoded.vectors.astype(np.float32), encoded.offsets)
+                encoded.vectors[encoded.offsets[3], 1] = value
+            else:
+                encoded.data[encoded.indptr[3]] = value
+        return encoded
+
+    encoder.encode_documents = diverged
+    with pytest.raises(RankdistillError, match="NaN") as caught:
+        KINDS[kind](encoder, make_collection(TEXTS), tmp_path / "v", shard_size=10)
+    assert "'d33'" in str(caught.value) and not (tmp_path / "v").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
