@@ -362,7 +362,7 @@ class RunFolder:
 
     def train(self, name: str = STUDENT) -> Artifact:
         """Train the student, or a baseline, on the scored lists."""
-        from rankdistill.training.diagnostics import Agreement
+        from rankdistill.training.dev import Agreement
         from rankdistill.training.trainer import fit_student, obtain_student, training_fingerprint_values
 
         self.save_recipe()

@@ -29,6 +29,7 @@ class Loss(Scheduled, ABC):
 
     weight: Schedule = field(default=1.0, kw_only=True)
 
+    type: ClassVar[str]  # type: ignore[assignment]  # the recipe's word; hides nn.Module.type, which casts
     needs_labels = False
     needs_teacher = True
     needs_batch_teacher = False
@@ -47,17 +48,12 @@ class Loss(Scheduled, ABC):
 class ListLoss(Loss):
     """A loss that reads each list alone: the weighted mean of its terms over all lists of a batch."""
 
-    type: ClassVar[str]  # type: ignore[assignment]  # the recipe's word; hides nn.Module.type, which casts
-
     @abstractmethod
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums and counts.
 
         Args:
-            student_scores: [lists, documents], float32.
-            teacher_scores: [lists, documents], float32, raw.
+            student, teacher: scores [lists, documents], float32; the teacher's are raw.
             labels: [lists, documents], int: relevance, -1 where unjudged.
             mask: [lists, documents], bool: False pads lists of unequal length.
 
@@ -67,19 +63,14 @@ class ListLoss(Loss):
         """
 
     def forward(
-        self,
-        student_scores: Tensor,
-        teacher_scores: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        weights: Tensor | None = None,
+        self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """The loss of a batch of scored lists (see `terms`), each list counting by its weight: [lists], 1 unless given.
 
         Returns:
             A scalar; 0 (with a gradient of 0) when no list has what the loss needs.
         """
-        sums, counts = self.terms(student_scores, teacher_scores, labels, mask)
+        sums, counts = self.terms(student, teacher, labels, mask)
         if weights is not None:
             sums, counts = sums * weights, counts * weights
         total = counts.sum()
@@ -89,20 +80,15 @@ class ListLoss(Loss):
 class BatchLoss(Loss):
     """A loss over the scores of every query with every document of the batch (in-batch negatives)."""
 
-    type: ClassVar[str]  # type: ignore[assignment]
-
     @abstractmethod
-    def forward(
-        self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor
-    ) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """The loss of a batch.
 
         Args:
-            student_scores: [lists, distinct documents], float32; a document of several lists is one column.
-            teacher_scores: the same of the batch teacher where `needs_batch_teacher`, else None.
+            student: scores [lists, distinct documents], float32; a document of several lists is one column.
+            teacher: the same of the batch teacher where `needs_batch_teacher`, else None.
             index: [lists, documents], int: columns of each query's own list.
-            labels: [lists, documents], int: relevance, -1 where unjudged.
-            mask: [lists, documents], bool: False pads lists of unequal length (their `index` names any column).
+            labels, mask: [lists, documents], as a ListLoss has them; the `index` of padding names any column.
 
         Returns:
             A scalar; 0 (with a gradient of 0) when nothing in the batch has what the loss needs.
@@ -112,7 +98,6 @@ class BatchLoss(Loss):
 class VectorLoss(Loss):
     """A loss between the student's embeddings and a batch teacher's of the same texts; its mean over `sides`."""
 
-    type: ClassVar[str]  # type: ignore[assignment]
     needs_teacher = False
     needs_batch_teacher = True
     sides: ClassVar[tuple[Literal["query", "document"], ...]]
@@ -128,7 +113,6 @@ class VectorLoss(Loss):
 class Regulariser(Loss):
     """A penalty on the embeddings of one side of a batch, whatever they score."""
 
-    type: ClassVar[str]  # type: ignore[assignment]
     needs_teacher = False
     needs_idf = False
     side: Literal["query", "document"]  # said by each
@@ -169,6 +153,16 @@ def sums_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         values, where: [lists, ...]
     """
     return values.masked_fill(~where, 0.0).flatten(1).sum(dim=1), where.flatten(1).sum(dim=1).to(values.dtype)
+
+
+def margins(scores: Tensor) -> Tensor:
+    """s_i - s_j of every two documents of a list: [lists, documents i, documents j]."""
+    return scores[:, :, None] - scores[:, None, :]
+
+
+def ordered(scores: Tensor, mask: Tensor) -> Tensor:
+    """Pairs of a list with s_i > s_j that the mask keeps: bool [lists, documents i, documents j]."""
+    return (margins(scores) > 0) & mask[:, :, None] & mask[:, None, :]
 
 
 def comparable(mask: Tensor) -> Tensor:

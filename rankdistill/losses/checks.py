@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +22,28 @@ FLAT = 0.995  # entropy, of the greatest possible, from which a softmax says nex
 OFF_SCALE = 10.0  # one side's spread, in that of the other, from which a loss is about scale before it is about order
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """What the first batch's lists of two documents or more show."""
+class _Look(NamedTuple):
+    """What the scores of the first batch's lists of two documents or more show."""
 
     lowest: float
     highest: float
     spread: float  # median over lists of highest less lowest
     widest: float  # the greatest
     tied: float  # share of the lists whose scores are all the same
+
+    @classmethod
+    def at(cls, scores: Tensor, mask: Tensor) -> _Look:
+        top = scores.double().masked_fill(~mask, -math.inf).amax(dim=1)
+        low = scores.double().masked_fill(~mask, math.inf).amin(dim=1)
+        spreads = top - low
+        tied = (spreads == 0).double().mean()
+        return cls(*map(float, (low.min(), top.max(), spreads.median(), spreads.max(), tied)))
+
+    def __str__(self) -> str:
+        """The range, and what scores in it usually are."""
+        least = 0 if self.lowest >= 0 else -1
+        kind = "" if self.lowest < least or self.highest > 1 else " (cosines?)" if least else " (probabilities?)"
+        return f"between {self.lowest:.3g} and {self.highest:.3g}{kind}"
 
 
 @torch.no_grad()
@@ -62,8 +75,7 @@ def check_scale(
     readers = {name: loss for name, loss in losses.items() if loss.needs_teacher}
     if not kept.any() or not readers:
         return []
-    student_scores, teacher_scores, mask = student_scores[kept], teacher_scores[kept], mask[kept]
-    student, teacher = _look(student_scores, mask), _look(teacher_scores, mask)
+    student, teacher = (_Look.at(scores[kept], mask[kept]) for scores in (student_scores, teacher_scores))
     warnings = []
     if teacher.tied > 0.5:
         warnings.append(
@@ -74,104 +86,79 @@ def check_scale(
         reach = 2 * abs(scale) if similarity == "cos" and not learn_scale else math.inf
         least = 0.0 if learn_scale else 1 / OFF_SCALE  # of the student's spread in the teacher's
         for name, loss in readers.items():
+            told = ""
             if loss.matches == "margins":
-                warnings += _margins(name, student, teacher, reach, least)
+                told = _margins(student, teacher, reach, least)
             elif (schedule := getattr(loss, "teacher_temperature", None)) is not None:
-                even = evenness(teacher_scores.double() / loss.now(schedule), mask)
-                warnings += _softmax(name, loss, schedule, student, teacher, float(even.median()), reach, least)
+                even = evenness(teacher_scores[kept].double() / loss.now(schedule), mask[kept])
+                told = _softmax(loss, schedule, student, teacher, float(even.median()), reach, least)
+            warnings += [f"{name}: {told}"] if told else []
     for text in warnings:
         warn(text)
     return warnings
 
 
-def _look(scores: Tensor, mask: Tensor) -> _Scores:
-    scores = scores.double()
-    top = scores.masked_fill(~mask, -math.inf).amax(dim=1)
-    low = scores.masked_fill(~mask, math.inf).amin(dim=1)
-    spreads = top - low
-    return _Scores(
-        float(low.min()),
-        float(top.max()),
-        float(spreads.median()),
-        float(spreads.max()),
-        float((spreads == 0).double().mean()),
-    )
-
-
-def _margins(name: str, student: _Scores, teacher: _Scores, reach: float, least: float) -> list[str]:
+def _margins(student: _Look, teacher: _Look, reach: float, least: float) -> str:
     if teacher.widest > reach:
-        return [
-            f"{name}: the teacher's margins go up to {teacher.widest:.3g}, and a cosine student of scale "
+        return (
+            f"the teacher's margins go up to {teacher.widest:.3g}, and a cosine student of scale "
             f"{reach / 2:.3g} reaches {reach:.3g} at most: set student.scale to {_round(teacher.widest)} or more, "
             "student.learn_scale: true, or student.similarity: dot"
-        ]
+        )
     ratio = student.spread / teacher.spread
     if ratio > OFF_SCALE:
-        return [
-            f"{name}: the teacher's scores lie between {teacher.lowest:.3g} and {teacher.highest:.3g}{_kind(teacher)}; "
+        return (
+            f"the teacher's scores lie {teacher}; "
             f"a list of its spans {teacher.spread:.3g}, one of the student's {student.spread:.3g}: the student would "
             f"shrink its scores before it learns an order. Give the teacher's logits, scale its scores by about "
             f"{_round(ratio)} (an ensemble of this one teacher has `scale`), or take a loss that reads the order alone "
             "(ranknet) or has a teacher_temperature (kl)"
-        ]
+        )
     if ratio < least:
-        return [
-            f"{name}: a list of the teacher's spans {teacher.spread:.3g}, one of the student's {student.spread:.3g}: "
+        return (
+            f"a list of the teacher's spans {teacher.spread:.3g}, one of the student's {student.spread:.3g}: "
             "the student would stretch its scores before it learns an order. Set student.scale to about "
             f"{_round(1 / ratio)} times what it is, or student.learn_scale: true"
-        ]
-    return []
+        )
+    return ""
 
 
 def _softmax(
-    name: str,
-    loss: Loss,
-    schedule: Schedule,  # of the teacher's temperature
-    student: _Scores,
-    teacher: _Scores,
-    even: float,
-    reach: float,
-    least: float,
-) -> list[str]:
+    loss: Loss, schedule: Schedule, student: _Look, teacher: _Look, even: float, reach: float, least: float
+) -> str:
+    """`schedule` is of the teacher's temperature, `even` the evenness of its softmax."""
     temperature = loss.now(schedule)
     coldest = min(temperature, value_at(schedule, loss.steps, loss.steps))
     key = "teacher_temperature" if "teacher_temperature" in signature(type(loss)).parameters else "temperature"
     if teacher.spread / coldest > UNDERFLOW:
-        return [
-            f"{name}: a list of the teacher's spans {teacher.spread:.3g}, {teacher.spread / coldest:.3g} times its "
+        return (
+            f"a list of the teacher's spans {teacher.spread:.3g}, {teacher.spread / coldest:.3g} times its "
             f"temperature {coldest:.3g}: in float32 the softmax is 0 beyond the first documents. Set {key} to about "
             f"{_round(teacher.spread / 10)}"
-        ]
+        )
     if loss.matches != "softmax":
-        return []
+        return ""
     if even > FLAT:
-        return [
-            f"{name}: the teacher's scores lie between {teacher.lowest:.3g} and {teacher.highest:.3g}{_kind(teacher)}; "
+        return (
+            f"the teacher's scores lie {teacher}; "
             f"at temperature {temperature:.3g} their softmax is flat (entropy {even:.3f} of 1) and says next to "
             f"nothing. Give the teacher's logits, or set {key} to about {_round(teacher.spread / 5)}"
-        ]
-    own = value_at(getattr(loss, "temperature", 1.0), loss.step, loss.steps)
-    wanted, ratio = teacher.spread / temperature, (student.spread / own) / (teacher.spread / temperature)
-    if wanted > reach / own:
-        return [
-            f"{name}: a list of the teacher's spans {wanted:.3g} temperatures, and a cosine student of scale "
-            f"{reach / 2:.3g} reaches {reach / own:.3g} at most: set student.scale to {_round(wanted * own)} or more, "
+        )
+    own = loss.now(getattr(loss, "temperature", 1.0))
+    due, ratio = teacher.spread / temperature, (student.spread / own) / (teacher.spread / temperature)
+    if due > reach / own:
+        return (
+            f"a list of the teacher's spans {due:.3g} temperatures, and a cosine student of scale "
+            f"{reach / 2:.3g} reaches {reach / own:.3g} at most: set student.scale to {_round(due * own)} or more, "
             f"or raise {key}"
-        ]
+        )
     if not least <= ratio <= OFF_SCALE:
-        return [
-            f"{name}: a list of the teacher's spans {wanted:.3g} temperatures, one of the student's "
+        return (
+            f"a list of the teacher's spans {due:.3g} temperatures, one of the student's "
             f"{student.spread / own:.3g}: one softmax is sharp where the other is flat. Multiply the student's "
             f"temperature or divide student.scale by about {_round(ratio)}"
-        ]
-    return []
-
-
-def _kind(scores: _Scores) -> str:
-    """What scores in this range usually are."""
-    if scores.lowest >= 0 and scores.highest <= 1:
-        return " (probabilities?)"
-    return " (cosines?)" if scores.lowest >= -1 and scores.highest <= 1 else ""
+        )
+    return ""
 
 
 def _round(value: float) -> str:

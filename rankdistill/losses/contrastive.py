@@ -27,16 +27,19 @@ class InfoNCE(ListLoss):
     needs_teacher = False
     temperature: Temperature = 1.0
 
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        first = torch.zeros_like(mask)
-        first[:, 0] = True
-        competing = mask & (first | (labels <= 0))
-        logits = (student_scores / self.now(self.temperature)).masked_fill(~competing, float("-inf"))
-        counted = mask[:, 0] & (labels[:, 0] > 0) & comparable(competing)
-        logits = logits.masked_fill(~counted[:, None], 0.0)  # a list that counts nothing must give no NaN
-        return sums_where(-logits.log_softmax(dim=1)[:, :1], counted[:, None])
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        competing = mask & (labels <= 0)
+        competing[:, 0] = mask[:, 0]
+        first = torch.zeros_like(labels[:, :1], dtype=torch.int64)
+        return _against(student / self.now(self.temperature), first, competing, mask[:, 0] & (labels[:, 0] > 0))
+
+
+def _against(logits: Tensor, positive: Tensor, competing: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax of the column `positive` [lists, 1] among those that compete, and whether a list counts: [lists]."""
+    counted = (labelled & comparable(competing))[:, None]
+    # A list that counts nothing must give no NaN.
+    logits = logits.masked_fill(~competing, float("-inf")).masked_fill(~counted, 0.0)
+    return sums_where(-logits.log_softmax(dim=1).gather(1, positive), counted)
 
 
 class LCE(ListLoss):
@@ -57,12 +60,10 @@ class LCE(ListLoss):
         gains = (labels.clamp(min=0).double().exp2() - 1).masked_fill(~mask, 0.0)
         return (gains / gains.sum(dim=1, keepdim=True).clamp(min=1.0)).float()
 
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         targets = self.targets(labels, mask)
         counted = (targets.sum(dim=1) > 0) & comparable(mask)
-        entropy = -(targets * log_softmax_where(student_scores, mask)).sum(dim=1, keepdim=True)
+        entropy = -(targets * log_softmax_where(student, mask)).sum(dim=1, keepdim=True)
         return sums_where(entropy, counted[:, None])
 
 
@@ -83,14 +84,9 @@ class InBatchInfoNCE(BatchLoss):
     needs_teacher = False
     temperature: Temperature = 1.0
 
-    def forward(
-        self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor
-    ) -> Tensor:
-        relevant = torch.zeros_like(student_scores).scatter_add_(1, index, (mask & (labels > 0)).to(student_scores))
-        positive = index[:, :1]
-        competing = (relevant == 0).scatter(1, positive, True)
-        counted = mask[:, 0] & (labels[:, 0] > 0) & comparable(competing)
-        logits = (student_scores / self.now(self.temperature)).masked_fill(~competing, float("-inf"))
-        logits = logits.masked_fill(~counted[:, None], 0.0)  # a query that counts nothing must give no NaN
-        sums, counts = sums_where(-logits.log_softmax(dim=1).gather(1, positive), counted[:, None])
+    def forward(self, student: Tensor, teacher: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        relevant = torch.zeros_like(student).scatter_add_(1, index, (mask & (labels > 0)).to(student))
+        competing = (relevant == 0).scatter(1, index[:, :1], True)
+        logits = student / self.now(self.temperature)
+        sums, counts = _against(logits, index[:, :1], competing, mask[:, 0] & (labels[:, 0] > 0))
         return sums.sum() / counts.sum().clamp(min=1.0)

@@ -1,4 +1,5 @@
-"""Divergences between the student's and the teacher's distributions: over a list, or over a whole batch."""
+"""Divergences between the student's and the teacher's distributions: over a list, over a whole batch, and on the way
+(TAID: the target starts near the student and moves to the teacher while the student learns)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from rankdistill.losses.base import BatchLoss, ListLoss, Softmaxes, comparable, log_softmax_where
@@ -20,21 +21,22 @@ class Divergence(Softmaxes, ListLoss):
     The power keeps the size of the gradient as the temperature changes (Hinton et al. 2015, arXiv:1503.02531).
     """
 
-    type: ClassVar[str]
     power: ClassVar[int] = 2
 
     @abstractmethod
     def between(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Each document's share of the divergence, from log probabilities: [lists, documents] all three."""
 
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         temperature, teacher_temperature = self.temperatures()
-        student = log_softmax_where(student_scores / temperature, mask)
-        teacher = log_softmax_where(teacher_scores / teacher_temperature, mask)
-        divergence = self.between(teacher, student).masked_fill(~mask, 0.0).sum(dim=1)
-        return temperature**self.power * divergence, comparable(mask).to(divergence.dtype)
+        sums, counts = self.compare(teacher / teacher_temperature, student / temperature, mask)
+        return temperature**self.power * sums, counts
+
+    def compare(self, teacher: Tensor, student: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Each list's divergence of the softmaxes of scores, and 1 where it counts."""
+        shares = self.between(log_softmax_where(teacher, mask), log_softmax_where(student, mask))
+        sums = shares.masked_fill(~mask, 0.0).sum(dim=1)
+        return sums, comparable(mask).to(sums.dtype)
 
 
 class KLDivergence(Divergence):
@@ -123,10 +125,79 @@ class InBatchKL(Softmaxes, BatchLoss):
         super().__post_init__()
         self.of_lists = KLDivergence(self.temperature, self.teacher_temperature)
 
-    def forward(
-        self, student_scores: Tensor, teacher_scores: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor
-    ) -> Tensor:
-        assert teacher_scores is not None
+    def forward(self, student: Tensor, teacher: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        assert teacher is not None
         self.of_lists.at_step(self.step, self.steps)
-        queries = mask.any(dim=1, keepdim=True).expand_as(student_scores)
-        return self.of_lists(student_scores, teacher_scores, labels, queries)
+        queries = mask.any(dim=1, keepdim=True).expand_as(student)
+        return self.of_lists(student, teacher, labels, queries)
+
+
+@dataclass(eq=False)
+class TAID(KLDivergence):
+    """tau_s^2 * KL(p || softmax(s / tau_s)), p = softmax((1 - lambda) * stop_grad(s / tau_s) + lambda * t / tau_t).
+
+    Shing et al. 2025, arXiv:2501.16937. lambda rises with the steps from `start` to `end`; where `adaptive`, also by
+    rate * sigmoid(m) * (1 - lambda) a step, m the momentum of the loss's relative fall (a rise counts as -1 at most).
+    It never falls. At lambda = 1 this is `kl`.
+
+    lambda and m move once an optimiser step, by the mean loss over all batches of the step before (all lists alike);
+    every process of a training sees the whole batch, so they stay the same in all. They are kept in buffers: part of a
+    checkpoint. 0 for a perfect student.
+
+    Args:
+        start: lambda of the first step.
+        end: of the last.
+        adaptive: faster where the loss falls.
+        rate: of the adaptive part (the paper's alpha).
+        momentum: share of m that a step keeps (the paper's beta).
+    """
+
+    type = "taid"
+    start: float = 0.4
+    end: float = 1.0
+    adaptive: bool = True
+    rate: float = 5e-4
+    momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.share = nn.Buffer(torch.tensor(float(self.start)))  # lambda
+        self.trend = nn.Buffer(torch.tensor(0.0))  # m
+        self.previous = nn.Buffer(torch.tensor(-1.0))  # the loss of the step before the last; -1: none yet
+        self.loss_sum: Tensor = nn.Buffer(torch.tensor(0.0))  # over the lists of the last step ...
+        self.loss_count: Tensor = nn.Buffer(torch.tensor(0.0))  # ... and how many
+        self._told = -1  # the last step that was told: batches of one step move lambda once
+
+    @torch.no_grad()
+    def at_step(self, step: int, steps: int) -> None:
+        super().at_step(step, steps)
+        if step == self._told:
+            return
+        self._told = step
+        share = self.share.clamp(min=self.start + (self.end - self.start) * min(step / steps, 1.0))
+        counted = self.loss_count > 0
+        loss = self.loss_sum / self.loss_count.clamp(min=1.0)
+        if self.adaptive:
+            known = counted & (self.previous >= 0)
+            fall = ((self.previous - loss) / self.previous.clamp(min=1e-12)).clamp(min=-1.0)
+            trend = self.momentum * self.trend + (1 - self.momentum) * fall
+            self.trend.copy_(torch.where(known, trend, self.trend))
+            moved = self.share + self.rate * self.trend.sigmoid() * (1 - self.share)
+            share = torch.where(known, torch.maximum(share, moved), share)
+        self.share.copy_(torch.maximum(self.share, share.clamp(max=self.end)))
+        self.previous.copy_(torch.where(counted, loss, self.previous))
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        temperature, teacher_temperature = self.temperatures()
+        student = student / temperature
+        teacher = teacher / teacher_temperature
+        # s + lambda * (t - s), so that a perfect student is its own target to the last digit.
+        target = student.detach() + self.share.to(student.dtype) * (teacher - student.detach())
+        sums, counts = self.compare(target, student, mask)
+        sums = temperature**2 * sums
+        if self.training:
+            self.loss_sum += sums.detach().sum()
+            self.loss_count += counts.sum()
+        return sums, counts

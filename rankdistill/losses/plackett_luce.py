@@ -28,15 +28,13 @@ class PLD(ListLoss):
     temperature: Temperature = 1.0
     teacher_temperature: Temperature = 1.0
 
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        key = teacher_scores.masked_fill(~mask, float("-inf"))
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        key = teacher.masked_fill(~mask, float("-inf"))
         first = mask[:, 0] & (labels[:, 0] > 0)
         key[:, 0] = key[:, 0].masked_fill(first, float("inf"))
         order = key.argsort(dim=1, descending=True, stable=True)  # padding last
-        weights = log_softmax_where(teacher_scores / self.now(self.teacher_temperature), mask).exp().gather(1, order)
-        scores = (student_scores / self.now(self.temperature)).masked_fill(~mask, -1e30).gather(1, order)
+        weights = log_softmax_where(teacher / self.now(self.teacher_temperature), mask).exp().gather(1, order)
+        scores = (student / self.now(self.temperature)).masked_fill(~mask, -1e30).gather(1, order)
         remaining = scores.flip(1).logcumsumexp(dim=1).flip(1)
         counted = comparable(mask)
         choices = (weights * (remaining - scores)).masked_fill(~(mask.gather(1, order) & counted[:, None]), 0.0)

@@ -38,22 +38,18 @@ class Sinkhorn(Softmaxes, ListLoss):
     iterations: int = 20
     debias: bool = True
 
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         counted = comparable(mask)
-        tau, teacher_tau = self.temperatures()
-        student = log_softmax_where(student_scores / tau, mask)
-        teacher = log_softmax_where(teacher_scores / teacher_tau, mask)
-        order = teacher_scores.masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        order = teacher.masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
         shown = mask.gather(1, order)
-        student, teacher = (
-            scores.exp().gather(1, order).masked_fill(~shown, 0.0)[counted] for scores in (student, teacher)
+        own, theirs = (
+            log_softmax_where(scores / tau, mask).exp().gather(1, order).masked_fill(~shown, 0.0)[counted]
+            for scores, tau in zip((student, teacher), self.temperatures(), strict=True)
         )
-        costs = self._costs(student, teacher)
+        costs = self._costs(own, theirs)
         if self.debias:
-            costs = costs - self._costs(student, student) / 2 - self._costs(teacher, teacher) / 2
-        sums = torch.zeros_like(student_scores[:, 0]).masked_scatter(counted, costs)
+            costs = costs - self._costs(own, own) / 2 - self._costs(theirs, theirs) / 2
+        sums = torch.zeros_like(student[:, 0]).masked_scatter(counted, costs)
         return sums, counted.to(sums.dtype)
 
     def _costs(self, left: Tensor, right: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from rankdistill.errors import RankdistillError
 from rankdistill.progress import warn
 from rankdistill.students.base import Features, split_rows
-from rankdistill.students.token_batches import free_memory, out_of_memory
+from rankdistill.students.token_batches import out_of_memory
 
 
 class GradientCache:
@@ -65,40 +64,3 @@ class GradientCache:
                 " gradient, and smaller ones where it must be"
             )
         self.on = self._said = True
-
-
-class StepAgain:
-    """Mixed into a transformers Trainer, before it: where the memory gives out, a step's batches are done again."""
-
-    state: Any
-    _begun = -1  # the step whose batches so far are `_batches`
-
-    def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
-        """`GradientCache.shrink` of what computes this batch."""
-        raise NotImplementedError
-
-    def remember(self) -> None:
-        """Called before a step's first batch: what the step changes but weights."""
-
-    def restore(self) -> None:
-        """Called before a step is done again."""
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
-        """As the base class does; where the memory gives out, the step's batches are done again in smaller parts."""
-        if self._begun != self.state.global_step:
-            self._begun, self._batches = self.state.global_step, list[dict[str, Any]]()
-            self.remember()
-        self._batches.append(inputs)
-        waiting = [inputs]
-        while True:
-            try:
-                for batch in waiting:
-                    loss: Tensor = super().training_step(model, batch, *rest, **options)  # type: ignore[misc]
-                return loss
-            except RuntimeError as error:
-                self.use_less_memory(error, inputs)
-            # A backward pass that was cut short has left part of its gradients.
-            model.zero_grad()
-            free_memory()
-            self.restore()
-            waiting = self._batches

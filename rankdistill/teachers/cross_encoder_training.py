@@ -23,7 +23,7 @@ from rankdistill.errors import RankdistillError
 from rankdistill.losses.base import ListLoss
 from rankdistill.losses.contrastive import LCE
 from rankdistill.losses.divergence import ListNet
-from rankdistill.losses.lambda_loss import LambdaLoss
+from rankdistill.losses.pairwise import LambdaLoss
 from rankdistill.plain import Section
 from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator

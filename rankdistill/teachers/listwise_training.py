@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError, require
-from rankdistill.losses.ranknet import RankNet
+from rankdistill.losses.pairwise import RankNet
 from rankdistill.progress import quiet_transformers, say, warn
 from rankdistill.runs import iter_run
 from rankdistill.scores.lists import ScoredLists

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from rankdistill.errors import RankdistillError
@@ -24,15 +26,17 @@ if TYPE_CHECKING:
     from rankdistill.training.batch_teacher import BatchTeacher
 
 
+# Numbers of a list's documents, as a batch has them.
+KINDS: dict[str, Any] = {"rows": np.int64, "teacher_scores": np.float32, "relevance": np.int32, "mask": bool}
+KINDS["disagreement"] = np.float32
+
+
 class BatchStream(Dataset[dict[str, Any]]):
     """Batches of scored lists, tokenised.
 
     Args:
-        lists: the scored lists.
-        collection: where the texts are.
         student: tokenises.
-        batches: chooses which queries share a batch.
-        documents: chooses the documents of each list.
+        batches, documents: choose which queries share a batch, and the documents of each list.
         seed: of all choices.
         length: batches in the whole training, over all epochs.
         token_budget: padded tokens a part of the batch's documents.
@@ -83,26 +87,19 @@ class BatchStream(Dataset[dict[str, Any]]):
         if not 0 <= number < self.length:
             raise IndexError(number)
         epoch, members = self.locate(number)
-        queries, columns = self._lists(members, epoch)
-        rows, mask = columns["rows"], columns["mask"]
+        queries, batch = self._lists(members, epoch)
+        rows, mask = batch.pop("rows").numpy(), batch["mask"].numpy()
         texts = self.collection.query_texts(queries)
         rows = np.where(mask, rows, rows[:, :1])  # padding points at a document that is there anyway
         distinct, index, documents = self._documents(members, texts, rows)
         parts = split_by_length(documents, self.token_budget)
         order = np.concatenate([places for places, _ in parts])
-        place_of = np.empty(len(distinct), dtype=np.int64)
-        place_of[order] = np.arange(len(distinct))
-        batch = {
+        batch |= {
             "queries": self.student.preprocess(texts, "query"),
             "documents": [part for _, part in parts],
             "rows": torch.from_numpy(distinct[order]),
-            "index": torch.from_numpy(place_of[index.reshape(rows.shape)]),
-            "teacher_scores": torch.from_numpy(columns["teacher"]),
-            "relevance": torch.from_numpy(columns["relevance"]),
-            "mask": torch.from_numpy(mask),
+            "index": torch.from_numpy(order.argsort()[index.reshape(rows.shape)]),
         }
-        if "disagreement" in columns:
-            batch["disagreement"] = torch.from_numpy(columns["disagreement"])
         if self.batch_teacher is not None:
             batch["teacher_features"] = self.batch_teacher.features(queries, texts, distinct[order])
         return batch
@@ -126,28 +123,23 @@ class BatchStream(Dataset[dict[str, Any]]):
         texts = self.collection.document_texts(documents)
         return distinct, index, self.student.preprocess_pairs(queries, texts, pairs, self.document_length)
 
-    def _lists(self, members: NDArray[np.int64], epoch: int) -> tuple[list[str], dict[str, NDArray[Any]]]:
-        """Query ids, and [lists, documents] arrays of the chosen documents, padded to the longest list."""
-        queries, chosen = [], []
+    def _lists(self, members: NDArray[np.int64], epoch: int) -> tuple[list[str], dict[str, Any]]:
+        """Query ids, and [lists, documents] tensors of the chosen documents, padded to the longest list."""
+        queries: list[str] = []
+        chosen: dict[str, list[Tensor]] = {}
         for member in members.tolist():
             query_id, rows, scores, relevance = self.lists[member]
             places = self.documents.choose(scores, relevance, generator(self.seed, epoch, member))
-            disagreement = self.lists.disagreement_of(member)
-            extra = {} if disagreement is None else {"disagreement": disagreement[places]}
+            values = {"rows": rows, "teacher_scores": scores, "relevance": relevance, "mask": np.ones(len(rows), bool)}
+            if (disagreement := self.lists.disagreement_of(member)) is not None:
+                values["disagreement"] = disagreement
             queries.append(query_id)
-            chosen.append({"rows": rows[places], "teacher": scores[places], "relevance": relevance[places], **extra})
-        kinds = {"rows": (0, np.int64), "teacher": (0, np.float32), "relevance": (-1, np.int32)}
-        if "disagreement" in chosen[0]:
-            kinds["disagreement"] = (0, np.float32)
-        shape = (len(chosen), max(len(item["rows"]) for item in chosen))
-        columns: dict[str, NDArray[Any]] = {name: np.full(shape, fill, kind) for name, (fill, kind) in kinds.items()}
-        columns["mask"] = np.zeros(shape, dtype=bool)
-        for place, item in enumerate(chosen):
-            count = len(item["rows"])
-            columns["mask"][place, :count] = True
-            for name, values in item.items():
-                columns[name][place, :count] = values
-        return queries, columns
+            for name, value in values.items():
+                chosen.setdefault(name, []).append(torch.from_numpy(value[places].astype(KINDS[name])))
+        return queries, {
+            name: pad_sequence(values, batch_first=True, padding_value=-1 if name == "relevance" else 0)
+            for name, values in chosen.items()
+        }
 
 
 def usable_lists(lists: ScoredLists, documents: DocumentSampler) -> NDArray[np.int64]:

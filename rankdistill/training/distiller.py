@@ -56,37 +56,21 @@ class Distiller(nn.Module):
 
     def at_step(self, step: int, steps: int) -> None:
         """How many of the training's optimiser steps are done."""
-        for loss in self._losses().values():
-            loss.at_step(step, steps)
-        if self.weighting is not None:
-            self.weighting.at_step(step, steps)
+        for scheduled in (*self._losses().values(), *([self.weighting] if self.weighting is not None else [])):
+            scheduled.at_step(step, steps)
 
     def forward(
         self,
         queries: Features,
         documents: list[Features],
-        rows: Tensor,
-        index: Tensor,
-        teacher_scores: Tensor,
-        relevance: Tensor,
-        mask: Tensor,
-        disagreement: Tensor | None = None,
         teacher_features: dict[str, Any] | None = None,
+        **lists: Tensor,
     ) -> dict[str, Any]:
         """See training/batches.py for the batch.
 
         Returns `loss`, each part before its weight under its name, and `figures`: what else belongs in the log.
         """
-        batch = Batch(
-            queries=self._embed([queries], "query"),
-            documents=self._embed(documents, "document"),
-            rows=rows,
-            index=index,
-            teacher_scores=teacher_scores,
-            relevance=relevance,
-            mask=mask,
-            disagreement=disagreement,
-        )
+        batch = Batch(self._embed([queries], "query"), self._embed(documents, "document"), **lists)
         teacher = self._batch_teacher[0]
         if teacher is not None:
             assert teacher_features is not None
@@ -125,12 +109,11 @@ class Distiller(nn.Module):
         )
 
     def _embed(self, parts: Sequence[Features], side: Side) -> Tensor:
-        embedded = self.cache.run(lambda part: self._embed_part(part, side), parts)
-        return self.student.join(embedded).float()
+        def embed(part: Features) -> Tensor:
+            with training_attention(part):
+                return self.student.embed(part, side)
 
-    def _embed_part(self, part: Features, side: Side) -> Any:
-        with training_attention(part):
-            return self.student.embed(part, side)
+        return self.student.join(self.cache.run(embed, parts)).float()
 
     def _parts(self, batch: Batch) -> dict[str, Tensor]:
         """Each loss of the batch, before its weight."""

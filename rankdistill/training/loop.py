@@ -19,16 +19,16 @@ from transformers.trainer_callback import PrinterCallback
 
 from rankdistill.devices import place_training
 from rankdistill.progress import Progress, quiet_transformers, say
-from rankdistill.students.less_memory import StepAgain
+from rankdistill.students.token_batches import free_memory
 from rankdistill.training.checkpoints import SafeCheckpoints, last_checkpoint
 
 LOG = "log.jsonl"
 BEST = "best"
 
 
-class TrainingLoop(StepAgain, SafeCheckpoints, Trainer):
+class TrainingLoop(SafeCheckpoints, Trainer):
     """A training in the folder `args.output_dir`. A subclass has `compute_loss` and `use_less_memory`; one that is
-    judged has `metric`, `judge` and `save_model_to`, and leaves its best model in `best`.
+    judged has `metric`, `judge` and `save_best`, and leaves its best model in `best`.
 
     Args:
         title: of the bar on the terminal.
@@ -36,6 +36,7 @@ class TrainingLoop(StepAgain, SafeCheckpoints, Trainer):
     """
 
     metric = ""  # the dev metric's key in the log; "": the last weights are kept
+    _begun = -1  # the step whose batches so far are `_batches`
 
     def __init__(self, model: nn.Module, args: TrainingArguments, data: Any, collate: Any, title: str) -> None:
         # The eval_dataset is only asked for by the base class: `evaluate` calls `judge`.
@@ -69,6 +70,16 @@ class TrainingLoop(StepAgain, SafeCheckpoints, Trainer):
         """Learning rates of parameters that do not learn at that of the settings."""
         return {}
 
+    def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
+        """`GradientCache.shrink` of what computes this batch."""
+        raise NotImplementedError
+
+    def remember(self) -> None:
+        """Called before a step's first batch: what the step changes but weights."""
+
+    def restore(self) -> None:
+        """Called before a step is done again."""
+
     def judge(self) -> dict[str, float]:
         """`metric`, and what else is measured beside it for the log."""
         raise NotImplementedError
@@ -101,6 +112,26 @@ class TrainingLoop(StepAgain, SafeCheckpoints, Trainer):
                 group["params"] = [parameter for parameter in group["params"] if parameter is not apart]
                 optimizer.add_param_group({**group, "params": [apart], "lr": rates[apart]})
         return optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> torch.Tensor:
+        """As the base class does; where the memory gives out, the step's batches are done again in smaller parts."""
+        if self._begun != self.state.global_step:
+            self._begun, self._batches = self.state.global_step, list[dict[str, Any]]()
+            self.remember()
+        self._batches.append(inputs)
+        waiting = [inputs]
+        while True:
+            try:
+                for batch in waiting:
+                    loss = super().training_step(model, batch, *rest, **options)
+                return loss
+            except RuntimeError as error:
+                self.use_less_memory(error, inputs)
+            # A backward pass that was cut short has left part of its gradients.
+            model.zero_grad()
+            free_memory()
+            self.restore()
+            waiting = self._batches
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The dev metric, once a step (a resumed training starts at one that was judged); the best model is kept."""

@@ -66,15 +66,9 @@ def gather(tensor: Tensor, fill: float = 0) -> list[Tensor]:
     largest = torch.stack(shapes).amax(dim=0).tolist()
     padding = [size for have, want in zip(reversed(tensor.shape), reversed(largest)) for size in (0, want - have)]
     padded = torch.nn.functional.pad(tensor, padding, value=fill) if any(padding) else tensor
-    whole = _Gather.apply(padded) if tensor.is_floating_point() else _gather_plain(padded)
-    return [part[: int(shape[0])] for part, shape in zip(whole, shapes, strict=True)]
-
-
-def _gather_plain(tensor: Tensor) -> Tensor:
     kind = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
-    parts = [torch.empty_like(tensor, dtype=kind) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, tensor.to(kind).contiguous())
-    return torch.stack(parts).to(tensor.dtype)
+    whole = _Gather.apply(padded.to(kind)).to(tensor.dtype)
+    return [part[: int(shape[0])] for part, shape in zip(whole, shapes, strict=True)]
 
 
 def whole_batch(batch: Batch) -> Batch:
@@ -89,24 +83,13 @@ def whole_batch(batch: Batch) -> Batch:
     first = torch.full_like(distinct, len(column))
     first.scatter_reduce_(0, column, torch.arange(len(column), device=column.device), reduce="amin")
 
-    def joined(tensor: Tensor | None, fill: float = 0) -> Any:
-        return None if tensor is None else torch.cat(gather(tensor, fill))
-
-    def kept(tensor: Tensor | None) -> Any:
-        return None if tensor is None else joined(tensor)[first]
-
-    return Batch(
-        queries=joined(batch.queries),
-        documents=kept(batch.documents),
-        rows=distinct,
-        index=column[index],
-        teacher_scores=joined(batch.teacher_scores),
-        relevance=joined(batch.relevance, -1),
-        mask=joined(batch.mask),
-        disagreement=joined(batch.disagreement),
-        teacher_queries=joined(batch.teacher_queries),
-        teacher_documents=kept(batch.teacher_documents),
-    )
+    whole: dict[str, Tensor] = {}
+    for name, tensor in vars(batch).items():
+        if tensor is not None and name not in ("rows", "index"):
+            whole[name] = torch.cat(gather(tensor, -1 if name == "relevance" else 0))
+            if name in ("documents", "teacher_documents"):
+                whole[name] = whole[name][first]
+    return Batch(rows=distinct, index=column[index], **whole)
 
 
 def run_together(processes: int, arguments: Sequence[str]) -> None:

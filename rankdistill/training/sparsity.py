@@ -56,20 +56,19 @@ class SparsityWatch:
             return
         full = {name: torch.stack([*seen]).mean() for name, seen in self.seen.items() if len(seen) == WINDOW}
         self.means = dict(zip(full, torch.stack([*full.values()]).tolist())) if full else {}
-        for side in ("document", "query"):
-            if self._mean(f"empty/{side}") > MOST_EMPTY:
+        for side, texts in (("document", "documents"), ("query", "queries")):
+            if (empty := self._mean(f"empty/{side}")) > MOST_EMPTY:
                 raise RankdistillError(
-                    f"the student has collapsed: {self._mean(f'empty/{side}'):.0%} of the {_plural(side)} have no term "
-                    f"left, the mean of {WINDOW} batches",
+                    f"the student has collapsed: {empty:.0%} of the {texts} have no term left, the mean of {WINDOW} "
+                    "batches",
                     where=f"step {step}",
                     fix=f"a smaller weight of the {side} regulariser, a longer ramp, or a target for a controller",
                 )
         if step < EARLY:
             return
-        if self._mean("common_terms/document") > MOST_COMMON:
+        if (common := self._mean("common_terms/document")) > MOST_COMMON:
             raise RankdistillError(
-                f"the student has collapsed: {self._mean('common_terms/document'):.0%} of a document's terms are in "
-                "nearly every document",
+                f"the student has collapsed: {common:.0%} of a document's terms are in nearly every document",
                 where=f"step {step}",
                 fix="a lower training.learning_rate, or the regulariser df_flops, which presses on such terms",
             )
@@ -85,9 +84,7 @@ class SparsityWatch:
             )
         if not self.warned:
             self.warned = True
-            warn(
-                f"step {step}: {told}" + ("" if self.regularised else ", and no regulariser makes them fewer"),
-            )
+            warn(f"step {step}: {told}" + ("" if self.regularised else ", and no regulariser makes them fewer"))
 
     def _mean(self, name: str) -> float:
         return self.means.get(name, 0.0)
@@ -100,7 +97,3 @@ def _end(loss: Sparsity, steps: int) -> float:
     ramp = Ramp.model_validate(loss.weight)
     delay = ramp.delay * steps if ramp.delay < 1 else ramp.delay
     return delay + (ramp.over * steps if ramp.over <= 1 else ramp.over)
-
-
-def _plural(side: str) -> str:
-    return {"query": "queries", "document": "documents"}[side]

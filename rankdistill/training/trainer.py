@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,7 @@ from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
 from rankdistill.training.checkpoints import last_checkpoint
-from rankdistill.training.dev import DevPool
-from rankdistill.training.diagnostics import AGREEMENT, Agreement, last_alarm
+from rankdistill.training.dev import AGREEMENT, Agreement, DevPool, last_alarm
 from rankdistill.training.distiller import Distiller
 from rankdistill.training.loop import BEST, TrainingLoop, curve, loop_arguments
 from rankdistill.training.mixing import copy_of, mixes
@@ -79,8 +79,7 @@ class StudentTrainer(TrainingLoop):
         self.overflows = 0  # batches in a row whose loss is not finite
         self.part_sums: dict[str, torch.Tensor] = {}  # on the device: a transfer a part would be a wait a part
         self.part_count = 0
-        # Before this step.
-        self.course: tuple[dict[nn.Module, dict[str, Any]], dict[str, torch.Tensor], int] = ({}, {}, 0)
+        self.course = self._course()  # before this step
 
     @property
     def student(self) -> StudentModel:
@@ -92,23 +91,24 @@ class StudentTrainer(TrainingLoop):
 
     def remember(self) -> None:
         self.learner.at_step(self.state.global_step, self.state.max_steps)
-        self.course = (self._learned(), dict(self.part_sums), self.part_count)
+        self.course = self._course()
 
     def restore(self) -> None:
-        for module, known in self.course[0].items():
+        buffers, self.part_sums, self.part_count = self.course
+        for module, known in buffers.items():
             module._buffers.update(known)
-        self.part_sums, self.part_count = dict(self.course[1]), self.course[2]
-        self.course = (self._learned(), *self.course[1:])  # those are in use now
+        self.course = self._course()  # those are in use now
 
-    def _learned(self) -> dict[nn.Module, dict[str, torch.Tensor | None]]:
-        """Copies of what losses and weighting keep of the course; some are not there before the first batch."""
-        distiller: Distiller = self.learner
-        parts = nn.ModuleList([distiller.losses, *([distiller.weighting] if distiller.weighting else [])])
-        return {
+    def _course(self) -> tuple[dict[nn.Module, dict[str, Any]], dict[str, torch.Tensor], int]:
+        """Copies of what losses and weighting keep of the course (some is not there before the first batch), and of the
+        log's sums."""
+        parts = [part for part in (self.learner.losses, self.learner.weighting) if part is not None]
+        copies = {
             module: {name: None if value is None else value.clone() for name, value in module._buffers.items()}
             for part in parts
             for module in part.modules()
         }
+        return copies, dict(self.part_sums), self.part_count
 
     def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
         self.learner.use_less_memory(error, inputs)
@@ -179,8 +179,7 @@ def train_student(
 
     What is there already is not trained again; an interrupted training goes on from its last checkpoint, exactly. The
     artifact holds `model/` (loads in plain sentence-transformers, with a model card), `log.jsonl`, and the manifest:
-    the dev curve, that of `agreement` (the teacher's lists of dev queries) where it is given, and `teacher_hacking`
-    where the alarm rang.
+    the dev curve, that of `agreement` (the teacher's lists of dev queries), and `teacher_hacking` where it rang.
 
     Args:
         inputs: what else decides the student, beside the lists: its name → a fingerprint.
@@ -241,7 +240,7 @@ def fit_student(
     """What `train_student` does, into an artifact's unfinished folder.
 
     Args:
-        start: folder of the model to start from, which the inputs name (a warmed-up one); else the settings make it.
+        start: folder of the warmed-up model to start from; the settings make it unless given.
         encoded: where vectors of the collection may lie already, and go.
     """
     settings, work = recipe.training, writer.path
@@ -252,36 +251,26 @@ def fit_student(
     student = maker.create(device) if start is None else maker.open(start, device)
     prepare_student(student, collection, prepared, encoded)
     prepare_losses(losses, student, collection, prepared)
-    batch_teacher = None
+    teacher = None
     if settings.batch_teacher is not None:
-        batch_teacher = _batch_teacher(settings, losses, student, collection)
-        batch_teacher.prepare(lists, prepared, encoded)
+        teacher = _batch_teacher(settings, losses, student, collection)
+        teacher.prepare(lists, prepared, encoded)
         for loss in losses.values():
             if isinstance(loss, VectorLoss):
-                loss.fit(student.dimension, batch_teacher.model.dimension)
-    documents = build("sampler", settings.lists.settings())
+                loss.fit(student.dimension, teacher.model.dimension)
+    documents, batches = (build("sampler", method.settings()) for method in (settings.lists, settings.batches))
     members = usable_lists(lists, documents)
-    batches = build("sampler", settings.batches.settings())
     batches.prepare(lists, members, collection, prepared)
     share = settings.accumulation * launched()[1]  # batches a step
     steps = settings.steps
     if steps is None:
         per_epoch = max(1, len(batches.epoch(len(members), recipe.seed, 0)))
         steps = max(1, math.ceil(settings.epochs * per_epoch / share))
+    seed, length, budget = recipe.seed, steps * share, settings.token_budget
     stream = BatchStream(
-        lists,
-        collection,
-        student,
-        batches,
-        documents,
-        recipe.seed,
-        steps * share,
-        settings.token_budget,
-        members,
-        batch_teacher,
-        settings.document_length,
+        lists, collection, student, batches, documents, seed, length, budget, members, teacher, settings.document_length
     )
-    distiller = Distiller(student, losses, weighting, batch_teacher, settings.gradient_cache, settings.token_budget)
+    distiller = Distiller(student, losses, weighting, teacher, settings.gradient_cache, budget)
     watch = SparsityWatch(losses.values(), steps, student.dimension) if student.sparse else None
     trainer = StudentTrainer(distiller, stream, dev, training_arguments(recipe, steps, work), agreement, watch)
     origin = copy_of(student) if settings.average > 1 or settings.interpolate else None
@@ -384,7 +373,7 @@ def _finish(trainer: StudentTrainer, recipe: Recipe, writer: ArtifactWriter) -> 
         writer.notes[AGREEMENT] = curve(history, AGREEMENT)
         alarm = last_alarm(history, trainer.metric)
         if alarm is not None:
-            writer.notes["teacher_hacking"] = alarm.to_json()
+            writer.notes["teacher_hacking"] = asdict(alarm)
     writer.device = str(student.device)
     for leftover in [best, *writer.path.glob("checkpoint-*")]:
         shutil.rmtree(leftover, ignore_errors=True)

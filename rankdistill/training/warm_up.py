@@ -66,14 +66,13 @@ class WarmUpTraining:
                 where=WHERE,
                 fix="student.layers, a teacher to take after, or no warm-up",
             )
-        training = settings.model_dump(mode="json", exclude={"teacher", "documents", "batch_size"})
-        batches = {"type": "random_batches", "size": settings.batch_size}
-        training |= {
+        training = {
+            **settings.model_dump(mode="json", exclude={"teacher", "documents", "batch_size"}),
+            **{key: getattr(recipe.training, key) for key in ("processes", "precision", "token_budget")},
             "losses": [{"type": "vector_mse"}],
             "batch_teacher": teacher,
-            "batches": batches,
+            "batches": {"type": "random_batches", "size": settings.batch_size},
             "lists": {"type": "random_documents", "size": DOCUMENTS},
-            **{key: getattr(recipe.training, key) for key in ("processes", "precision", "token_budget")},
         }
         self.recipe = check_recipe(
             {"name": f"{recipe.name}: warm-up", "seed": 0, "collection": recipe.collection}

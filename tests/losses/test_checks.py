@@ -9,13 +9,11 @@ from torch import Tensor
 from rankdistill.losses.base import Loss
 from rankdistill.losses.checks import check_scale
 from rankdistill.losses.contrastive import InfoNCE
-from rankdistill.losses.divergence import KLDivergence, ListNet
-from rankdistill.losses.margin_mse import MarginMSE
+from rankdistill.losses.divergence import TAID, KLDivergence, ListNet
+from rankdistill.losses.margin_mse import MarginMSE, PointwiseMSE
+from rankdistill.losses.pairwise import RankNet
 from rankdistill.losses.plackett_luce import PLD
-from rankdistill.losses.pointwise import PointwiseMSE
-from rankdistill.losses.ranknet import RankNet
 from rankdistill.losses.schedules import Ramp
-from rankdistill.losses.taid import TAID
 from rankdistill.losses.transport import Sinkhorn
 
 

@@ -17,10 +17,6 @@ def values(ramp: dict[str, Any], steps: int = 100) -> list[float]:
     return [value_at(Ramp(**ramp), step, steps) for step in (0, 10, 25, 50, 75, 100, 200)]
 
 
-def test_a_number_stays_what_it_is() -> None:
-    assert value_at(3, 0, 10) == value_at(3.0, 10, 10) == 3.0
-
-
 @pytest.mark.parametrize(
     ("ramp", "expected"),
     [
@@ -34,7 +30,7 @@ def test_a_number_stays_what_it_is() -> None:
     ],
 )
 def test_ramps(ramp: dict[str, Any], expected: list[float]) -> None:
-    assert values(ramp) == pytest.approx(expected)
+    assert values(ramp) == pytest.approx(expected) and value_at(3, 0, 10) == value_at(3.0, 10, 10) == 3.0
     assert [value_at(ramp, step, 100) for step in (0, 10)] == pytest.approx(expected[:2])  # as a recipe holds it
 
 

@@ -132,17 +132,10 @@ def test_lists_that_teachers_agree_on_count_more() -> None:
     weights = Agreement(1.0)(**values)
     expected = torch.tensor([0.0, -1.0, -2.0]).exp()
     torch.testing.assert_close(weights, expected / expected.mean())
-    # In another unit they are the same.
-    values["disagreement"] = values["disagreement"] * 100
-    torch.testing.assert_close(Agreement(1.0)(**values), weights)
-
-
-def test_unknown_disagreement_is_the_mean_one() -> None:
-    values = batch(lists=3, documents=2)
+    # In another unit they are the same; what is not known is the mean one.
     unknown = float("nan")
-    values["disagreement"] = torch.tensor([[0.0, unknown], [unknown, unknown], [2.0, 2.0]])
-    expected = torch.tensor([0.0, -1.0, -2.0]).exp()
-    torch.testing.assert_close(Agreement(1.0)(**values), expected / expected.mean())
+    for other in (values["disagreement"] * 100, torch.tensor([[0.0, unknown], [unknown, unknown], [2.0, 2.0]])):
+        torch.testing.assert_close(Agreement(1.0)(**{**values, "disagreement": other}), weights)
 
 
 def test_lists_without_that_column_are_refused() -> None:

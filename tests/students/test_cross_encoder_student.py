@@ -195,7 +195,7 @@ def test_a_batchs_scores_are_those_of_its_pairs(done: Workspace, small: Callable
 def test_it_learns_its_teachers_order(done: Workspace, small: Callable[..., Any], tmp_path: Path, loss: str) -> None:
     """Of another teacher than the encoder it starts as: what is learned is in the scores."""
     from rankdistill.scores.lists import build_lists
-    from rankdistill.training.diagnostics import Agreement
+    from rankdistill.training.dev import Agreement
     from rankdistill.training.trainer import train_student
 
     collection, random = done.collection, np.random.default_rng(5)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.losses.ranknet import RankNet
+from rankdistill.losses.pairwise import RankNet
 from rankdistill.recipe import build
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.listwise_settings import ListwiseTraining

@@ -17,8 +17,7 @@ from trainings import assert_same_weights, log
 from rankdistill.recipe import build, load_recipe
 from rankdistill.scores.lists import build_lists
 from rankdistill.stages import Workspace
-from rankdistill.training.dev import DevPool
-from rankdistill.training.diagnostics import AGREEMENT, Agreement, find_hacking, last_alarm, trend_p
+from rankdistill.training.dev import AGREEMENT, Agreement, DevPool, find_hacking, last_alarm, trend_p
 from rankdistill.training.trainer import train_student
 
 if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from rankdistill.recipe import build, check_recipe
 from rankdistill.training import trainer as trainer_module
 from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import last_checkpoint
-from rankdistill.training.dev import DevPool
-from rankdistill.training.diagnostics import AGREEMENT, Agreement
+from rankdistill.training.dev import AGREEMENT, Agreement, DevPool
 from rankdistill.training.distiller import Distiller
 from rankdistill.training.trainer import train_student
 

@@ -35,10 +35,8 @@ class HuberMargins(ListLoss):
         super().__init__(weight)
         self.knee = knee
 
-    def terms(
-        self, student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        error = (student_scores[:, :1] - student_scores) - (teacher_scores[:, :1] - teacher_scores)
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        error = (student[:, :1] - student) - (teacher[:, :1] - teacher)
         error = torch.where(mask, error, 0.0)
         terms = torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=self.knee)
         return terms.sum(dim=1), mask.sum(dim=1)
