@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -65,65 +64,3 @@ def test_a_recipe_s_device_is_followed_and_decides_nothing(tmp_path: Path, tiny_
 def test_a_student_s_scale_lies_where_its_encoder_does(tiny_encoder: Path) -> None:
     model = build("student", {"type": "dense", "model": str(tiny_encoder)}).create(torch.device("meta"))
     assert {one.device.type for one in model.parameters()} == {"meta"} and model.device.type == "meta"
-
-
-STUDENTS: dict[str, dict[str, Any]] = {
-    "dense": {"learn_scale": True},
-    "static": {"start": "words"},
-    "multi_vector": {"projection": "random"},
-    "splade": {},
-    "inference_free": {},
-    "query_tower": {"document_model": ""},
-    "cross_encoder": {},
-}
-
-
-def test_every_kind_of_student_is_tried_below() -> None:
-    from rankdistill.recipe import method_names
-
-    assert set(STUDENTS) == set(method_names("student"))
-
-
-@pytest.mark.parametrize("kind", STUDENTS)
-def test_every_tensor_of_a_student_follows_its_device(kind: str, tiny_encoder: Path) -> None:
-    """On a stand-in that refuses what CUDA does: made there, it encodes and learns, and gives the CPU's numbers."""
-    from standin_gpu import GPU, standin_gpu
-
-    from rankdistill.students.base import to_device
-    from rankdistill.training.distiller import Distiller
-
-    settings = {"type": kind, "model": str(tiny_encoder), "precision": "fp32", **STUDENTS[kind]}
-    settings |= {"document_model": str(tiny_encoder)} if kind == "query_tower" else {}
-    texts = ["iron rusts in water", "gold", "the blue whale is large"]
-
-    def losses(model: Any, device: torch.device) -> float:
-        model.start = None
-        if model.reads_pairs:
-            documents = model.preprocess_pairs(texts, texts, np.array([[0, 1], [1, 2], [2, 2]]))
-        else:
-            documents = model.preprocess(texts, "document")
-        parts = [to_device(features, device) for features in (model.preprocess(texts, "query"), documents)]
-        loss = build("loss", {"type": "infonce"})
-        distiller = Distiller(model, {"kl": build("loss", {"type": "kl"}), "infonce": loss}).to(device)
-        batch = {
-            "rows": torch.arange(3),
-            "index": torch.tensor([[0, 1], [1, 2], [2, 0]]),
-            "teacher_scores": torch.tensor([[2.0, 1.0], [3.0, 0.0], [1.0, 0.5]]),
-            "relevance": torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.int32),
-            "mask": torch.ones(3, 2, dtype=torch.bool),
-        }
-        made = distiller(queries=parts[0], documents=[parts[1]], **to_device(batch, device))["loss"]
-        if made.requires_grad:
-            made.backward()
-        return float(made.detach())
-
-    torch.manual_seed(0)
-    expected = losses(build("student", settings).create("cpu").eval(), torch.device("cpu"))
-    with standin_gpu() as seen:
-        torch.manual_seed(0)
-        model = build("student", settings).create(GPU).eval()
-        tensors = [*model.parameters(), *model.buffers()]
-        assert tensors and {one.device for one in tensors} == {GPU} and model.device == GPU
-        assert losses(model, GPU) == pytest.approx(expected, rel=1e-4)
-        print(f"{kind}: {len(tensors)} parameters and buffers, {seen[0]} tensors in operations")
-        assert seen[0] > 20

@@ -90,7 +90,7 @@ def _rule() -> Iterator[None]:
 
 def learn(parts: Parts, device: torch.device, loss: dict[str, Any], **others: Any) -> list[Any]:
     """Two steps of a training with a loss or a weighting, then a third by one that goes on from its state on disk."""
-    kind = "splade" if loss["type"] in PENALTIES else "dense"
+    kind = others.get("student", "splade" if loss["type"] in PENALTIES else "dense")
     asks = build("loss", loss).needs_batch_teacher
     made: list[Any] = []
 
@@ -110,14 +110,20 @@ def learn(parts: Parts, device: torch.device, loss: dict[str, Any], **others: An
         model.student.eval()
         model.at_step(number, 4)
         rows = np.arange(4)
+        index = np.array([[0, 1, 2], [2, 1, 0], [3, 0, 0]])
+        if model.student.reads_pairs:
+            pairs = np.stack([np.repeat(np.arange(3), 3), index.ravel()], axis=1)
+            documents, index = model.student.preprocess_pairs(QUERIES, DOCUMENTS, pairs), np.arange(9).reshape(3, 3)
+        else:
+            documents = model.student.preprocess(DOCUMENTS, "document")
         batch: dict[str, Any] = {
             "queries": to_device(model.student.preprocess(QUERIES, "query"), device),
-            "documents": [to_device(model.student.preprocess(DOCUMENTS, "document"), device)],
+            "documents": [to_device(documents, device)],
         }
         batch |= to_device(
             {
                 "rows": torch.from_numpy(rows),
-                "index": torch.tensor([[0, 1, 2], [2, 1, 0], [3, 0, 0]]),
+                "index": torch.from_numpy(index),
                 "teacher_scores": torch.tensor([[2.0, 1.0, 0.1], [3.0, 0.0, 1.0], [1.0, 0.5, 0.0]]),
                 "relevance": torch.tensor([[1, 0, -1], [1, -1, 0], [1, 0, -1]], dtype=torch.int32),
                 "mask": torch.tensor([[True, True, True], [True, True, True], [True, True, False]]),
@@ -145,12 +151,14 @@ def learn(parts: Parts, device: torch.device, loss: dict[str, Any], **others: An
     return made
 
 
-def encode(parts: Parts, device: torch.device, kind: str) -> list[Any]:
+def encode_and_learn(parts: Parts, device: torch.device, kind: str) -> list[Any]:
     model = parts.student(kind, device)
-    rows = np.arange(4)
+    assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device} == {model.device}
+    learnt, rows = learn(parts, device, {"type": "kl"}, student=kind), np.arange(4)
     if model.reads_pairs:
-        return [model.similarities(QUERIES, DOCUMENTS)]
+        return [*learnt, model.similarities(QUERIES, DOCUMENTS)]
     return [
+        *learnt,
         *(_plain(model.encode_queries(QUERIES)), _plain(model.encode_documents(DOCUMENTS))),
         _plain(model.pool_similarities(QUERIES, parts.collection.document_texts(rows), rows)),
     ]
@@ -250,7 +258,7 @@ CASES: dict[str, Case] = {
         for name in method_names("weighting")
     },
     **{
-        f"student {name}": lambda parts, device, name=name: encode(parts, device, name)
+        f"student {name}": lambda parts, device, name=name: encode_and_learn(parts, device, name)
         for name in method_names("student")
     },
     **{

@@ -89,7 +89,7 @@ class StudentModel(nn.Module, ABC):
 
     def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         """[queries, documents] similarities, as an index over this student would give them."""
-        return self.encode_queries(queries) @ self.encode_documents(documents).T
+        return np.asarray(self.encode_queries(queries) @ self.encode_documents(documents).T)
 
     def pool_similarities(
         self, queries: Sequence[str], documents: Sequence[str], rows: NDArray[np.int64]
@@ -112,15 +112,15 @@ class StudentModel(nn.Module, ABC):
         """Of encoding."""
         return TokenBudget(self.device, ENCODE_BUDGET)
 
-    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[texts, dimension] float32."""
+    def encode_queries(self, texts: Sequence[str]) -> Any:
+        """[texts, dimension] float32; TokenVectors of a multi-vector student, a csr_matrix of a sparse one."""
         return self._encode(texts, "query")
 
-    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[texts, dimension] float32."""
+    def encode_documents(self, texts: Sequence[str]) -> Any:
+        """As `encode_queries`."""
         return self._encode(texts, "document")
 
-    def _encode(self, texts: Sequence[str], side: Side) -> NDArray[np.float32]:
+    def _encode(self, texts: Sequence[str], side: Side) -> Any:
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
 
         def take(rows: NDArray[np.int64], embeddings: Tensor) -> None:

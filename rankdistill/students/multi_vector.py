@@ -117,16 +117,7 @@ class MultiVectorModel(EncoderModel):
     def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         return maxsim(self.encode_queries(queries), self.encode_documents(documents), self.device)
 
-    # One vector a text is what the base class promises; everything that needs it asks for dense students.
-    def encode_queries(self, texts: Sequence[str]) -> TokenVectors:  # type: ignore[override]
-        """The vectors of each text's tokens, float32."""
-        return self._encode_tokens(texts, "query")
-
-    def encode_documents(self, texts: Sequence[str]) -> TokenVectors:  # type: ignore[override]
-        """The vectors of each text's tokens, float32."""
-        return self._encode_tokens(texts, "document")
-
-    def _encode_tokens(self, texts: Sequence[str], side: Side) -> TokenVectors:
+    def _encode(self, texts: Sequence[str], side: Side) -> TokenVectors:
         vectors: list[NDArray[np.float32]] = [np.empty((0, self.dimension), np.float32)] * len(texts)
 
         def take(rows: NDArray[np.int64], embeddings: Tensor) -> None:
@@ -259,16 +250,14 @@ class MultiVectorStudent(EncoderStudent):
         return MultiVectorEncoder(modules=modules, device=str(resolve_device(device)), similarity_fn_name="maxsim")
 
     def _set_lengths(self, transformer: Any, ready: bool, prompts: dict[str, Any]) -> None:
-        limit = text_limit(transformer)
-        expansion = transformer.query_expansion if ready else None
+        limit, expansion = text_limit(transformer), transformer.query_expansion if ready else None
         transformer.query_expansion = None  # it refuses a query length below its own
-        query_length = expansion["length"] if expansion else transformer.query_length
-        for side, length, came, usual in (
-            ("query", self.query_length, query_length, QUERY_LENGTH),
-            ("document", self.document_length, transformer.document_length, DOCUMENT_LENGTH),
-        ):
-            if ready and came and length is None:
-                tokens = min(came, limit)  # a model's own lengths count its prompts
+        came = {"query": (expansion or {}).get("length") or transformer.query_length}
+        came["document"] = transformer.document_length
+        for side, usual in (("query", QUERY_LENGTH), ("document", DOCUMENT_LENGTH)):
+            length = getattr(self, f"{side}_length")
+            if ready and came[side] and length is None:
+                tokens = min(came[side], limit)  # a model's own lengths count its prompts
             else:
                 tokens = side_length(transformer, side, length or usual, prompts.get(side))
             setattr(transformer, f"{side}_length", tokens)

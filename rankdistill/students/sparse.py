@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,7 +80,12 @@ class SparseModel(EncoderModel):
         self.most_terms = {"query": 0, "document": 0, **(most_terms or {})}
         self.start = start
         self._routes = {side: route(model, side) for side in ("query", "document")}
-        self.dimension = self._vocabulary()
+        self.dimension, queries = (_width(self._routes[side]) for side in ("document", "query"))
+        if queries != self.dimension:
+            raise RankdistillError(
+                f"the query side has {queries:,} terms and the document side {self.dimension:,}",
+                fix="two encoders of one vocabulary",
+            )
         self._heads = {side: _term_head(modules) for side, modules in self._routes.items()}
         self._query_tokenizer: Tokenizer | None = None
         self._source = source
@@ -94,16 +98,6 @@ class SparseModel(EncoderModel):
             settings = [self.precision, self.most_terms, list(warm_ups)]
             self.document_fingerprint = fingerprint(["sparse documents", documents, settings])
             self.fingerprint = fingerprint(["sparse", queries, documents, settings, idf])
-
-    def _vocabulary(self) -> int:
-        """Terms of both sides, which must be as many."""
-        sizes = {side: _width(modules) for side, modules in self._routes.items()}
-        if sizes["query"] != sizes["document"]:
-            raise RankdistillError(
-                f"the query side has {sizes['query']:,} terms and the document side {sizes['document']:,}",
-                fix="two encoders of one vocabulary",
-            )
-        return sizes["document"]
 
     @property
     def static(self) -> SparseStaticEmbedding | None:
@@ -166,10 +160,8 @@ class SparseModel(EncoderModel):
 
     def learning_rates(self) -> dict[nn.Parameter, float]:
         """That of the table of query weights, where it is trained: they are thousands of times as large as others."""
-        static = self.static
-        if self.idf_learning_rate is None or static is None or not static.weight.requires_grad:
-            return {}
-        return {static.weight: self.idf_learning_rate}
+        static, rate = self.static, self.idf_learning_rate
+        return {static.weight: rate} if static is not None and rate is not None and static.weight.requires_grad else {}
 
     def _check_table(self) -> None:
         if self.start is not None and self.start.idf:
@@ -215,18 +207,12 @@ class SparseModel(EncoderModel):
     def similarities(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         return np.asarray((self.encode_queries(queries) @ self.encode_documents(documents).T).toarray(), np.float32)
 
-    # One dense vector a text is what the base class promises; everything that needs it asks for dense students.
-    def encode_queries(self, texts: Sequence[str]) -> csr_matrix:
+    def _encode(self, texts: Sequence[str], side: Side) -> csr_matrix:
         """[texts, vocabulary] float32; sorted indices, weights above 0 only."""
-        self._check_table()
-        weights = self.token_weights
-        return self._encode_terms(texts, "query") if weights is None else weights.encode_queries(texts)
-
-    def encode_documents(self, texts: Sequence[str]) -> csr_matrix:
-        """[texts, vocabulary] float32; sorted indices, weights above 0 only."""
-        return self._encode_terms(texts, "document")
-
-    def _encode_terms(self, texts: Sequence[str], side: Side) -> csr_matrix:
+        if side == "query":
+            self._check_table()
+            if (weights := self.token_weights) is not None:
+                return weights.encode_queries(texts)
         parts, places = [csr_matrix((0, self.dimension), dtype=np.float32)], [np.empty(0, np.int64)]
 
         def take(rows: NDArray[np.int64], embeddings: Tensor) -> None:
@@ -240,8 +226,12 @@ class SparseModel(EncoderModel):
 
     def save(self, folder: Path) -> None:
         """As the base class does; query weights below 0 are saved as 0."""
-        with self._without_negative_weights():
+        weights = self.static.weight if self.static is not None else nn.Parameter(torch.empty(0))
+        trained, weights.data = weights.data, weights.data.clamp(min=0)
+        try:
             super().save(folder)
+        finally:
+            weights.data = trained
 
     def settings(self, folder: Path) -> dict[str, Any]:
         whole, documents = sparse_fingerprints(folder, [self.precision, self.most_terms])
@@ -253,20 +243,6 @@ class SparseModel(EncoderModel):
             "fingerprint": whole,
             "document_fingerprint": documents,
         }
-
-    @contextmanager
-    def _without_negative_weights(self) -> Iterator[None]:
-        static = self.static
-        if static is None:
-            yield
-            return
-        kept = static.weight.detach().clone()
-        with torch.no_grad():
-            static.weight.clamp_(min=0)
-            try:
-                yield
-            finally:
-                static.weight.copy_(kept)
 
 
 class TermHead(SmallHead):
@@ -399,8 +375,8 @@ class SparseStudent(EncoderStudent):
                 fix="a model whose similarity_fn_name is dot",
             )
         model = SparseModel(encoder, scale, self.learn_scale, None, self.precision, most)
-        names = sparse_fingerprints(folder, [self.precision, model.most_terms])
-        model.fingerprint, model.document_fingerprint = names
+        settings = [self.precision, model.most_terms]
+        model.fingerprint, model.document_fingerprint = sparse_fingerprints(folder, settings)
         return model
 
     def _encoder(self, name: str) -> tuple[list[Any], Any, bool]:

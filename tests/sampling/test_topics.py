@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.scores.lists import ScoredLists
 
+SubjectLists = tuple["ScoredLists", "Collection", NDArray[np.int64]]
 SUBJECTS = (
     "iron copper gold metal rusts",
     "whale bat penguin animal swim",
@@ -59,15 +60,9 @@ def test_an_epoch_covers_all_queries_but_the_last_few_and_none_twice(
     assert mixed <= len(set(topics))
 
 
-def test_batches_are_pure() -> None:
-    """12 clusters of 100 in batches of 10: every batch is of one cluster."""
+def test_clusters_of_whole_batches_give_no_mixed_one() -> None:
     topics = np.random.default_rng(0).permutation(np.repeat(np.arange(12), 100))
-    for batch in sampler(topics, 10).epoch(1200, 1, 0):
-        assert len(set(topics[batch])) == 1
-    # 104 do not divide by 10: at most one mixed batch a cluster, far fewer than the 9 of 10 of random batches.
-    topics = np.random.default_rng(0).permutation(np.repeat(np.arange(12), 104))
-    mixed = [len(set(topics[batch])) > 1 for batch in sampler(topics, 10).epoch(len(topics), 1, 0)]
-    assert sum(mixed) <= 12 < 0.11 * len(mixed)
+    assert all(len(set(topics[batch])) == 1 for batch in sampler(topics, 10).epoch(1200, 1, 0))
 
 
 def test_a_small_cluster_is_topped_up_from_the_nearest() -> None:
@@ -104,18 +99,6 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     # Asked for in another order, by another sampler: the same epochs.
     assert np.array_equal(sampler(topics, 8).epoch(100, 1, 0), first)
     assert np.array_equal(made.epoch(100, 1, 0), first)
-
-
-def test_every_query_is_used_over_the_epochs() -> None:
-    made = sampler(np.repeat([0, 1, 2], [1, 9, 20]), 8)
-    assert {int(place) for epoch in range(12) for place in made.epoch(30, 1, epoch).ravel()} == set(range(30))
-
-
-def test_clusters_of_one_query_make_batches_of_neighbours() -> None:
-    """As many clusters as queries: a batch is a query and those whose centroids are nearest."""
-    made = sampler(np.arange(30), 3)
-    for batch in made.epoch(30, 1, 0)[:1]:
-        assert np.ptp(batch) <= 4
 
 
 def test_what_is_not_clustered_is_refused() -> None:
@@ -170,7 +153,7 @@ def test_vectors_that_are_alike_or_nothing_are_no_trouble() -> None:
 
 
 @pytest.fixture(scope="module")
-def subject_lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoredLists, Collection, NDArray[np.int64]]:
+def subject_lists(tmp_path_factory: pytest.TempPathFactory) -> SubjectLists:
     """Lists of 48 queries about four subjects; and the subject of each."""
     from rankdistill.collections import open_collection
     from rankdistill.scores.lists import build_lists
@@ -195,44 +178,38 @@ def subject_lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoredLists
     return lists, collection, subjects
 
 
-def test_queries_of_one_subject_meet(
-    subject_lists: tuple[ScoredLists, Collection, NDArray[np.int64]], tiny_encoder: Path, tmp_path: Path
+def test_queries_of_one_subject_meet_and_the_clustering_is_made_once(
+    subject_lists: SubjectLists, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     """The whole way from texts to batches; only some of the lists are trained on."""
     lists, collection, subjects = subject_lists
-    made = TopicBatches(4, clusters=4, model=str(tiny_encoder))
     members = np.flatnonzero(np.arange(len(lists)) % 6 != 0)
-    made.prepare(lists, members, collection, tmp_path)
-    batches = members[made.epoch(len(members), 1, 0)]
-    same = [np.bincount(subjects[batch]).max() / 4 for batch in batches]
-    assert np.mean(same) > 0.85  # of random batches: 0.47
-    manifest = json.loads((tmp_path / "topics" / "manifest.json").read_text())
-    assert manifest["counts"]["queries"] == 48 and manifest["counts"]["clusters"] == 4
-    assert manifest["device"] in ("cpu", "cuda") and manifest["inputs"]["collection"] == collection.fingerprint
 
+    def manifest(name: str) -> Path:
+        return tmp_path / name / "manifest.json"
 
-def test_the_clustering_is_made_once(
-    subject_lists: tuple[ScoredLists, Collection, NDArray[np.int64]], tiny_encoder: Path, tmp_path: Path
-) -> None:
-    lists, collection, _ = subject_lists
-    members = np.arange(len(lists))
-
-    def made(**settings: int) -> tuple[TopicBatches, int]:
+    def prepared(**settings: int) -> TopicBatches:
         batches = TopicBatches(model=str(tiny_encoder), **settings)
         batches.prepare(lists, members, collection, tmp_path)
-        return batches, (tmp_path / "topics" / "manifest.json").stat().st_mtime_ns
+        return batches
 
-    first, written = made(clusters=3)
-    other_size, found = made(clusters=3, size=8)
-    assert found == written and np.array_equal(first.topics, other_size.topics)  # type: ignore[arg-type]
-    vectors = (tmp_path / "query_vectors" / "manifest.json").stat().st_mtime_ns
-    more, anew = made(clusters=6)
-    assert anew != written and more.topics is not None and more.topics.max() == 5
-    assert (tmp_path / "query_vectors" / "manifest.json").stat().st_mtime_ns == vectors  # encoded once for both
+    first = prepared(size=4, clusters=4)
+    batches = members[first.epoch(len(members), 1, 0)]
+    assert np.mean([np.bincount(subjects[batch]).max() / 4 for batch in batches]) > 0.85  # of random batches: 0.47
+    written = json.loads(manifest("topics").read_text())
+    assert written["counts"]["queries"] == 48 and written["counts"]["clusters"] == 4
+    assert written["device"] in ("cpu", "cuda") and written["inputs"]["collection"] == collection.fingerprint
+    times = [manifest(name).stat().st_mtime_ns for name in ("topics", "query_vectors")]
+    other_size = prepared(size=8, clusters=4)
+    assert manifest("topics").stat().st_mtime_ns == times[0]
+    assert np.array_equal(first.topics, other_size.topics)  # type: ignore[arg-type]
+    more = prepared(clusters=6)
+    assert manifest("topics").stat().st_mtime_ns != times[0] and more.topics is not None and more.topics.max() == 5
+    assert manifest("query_vectors").stat().st_mtime_ns == times[1]  # encoded once for both
 
 
 def test_processes_that_come_at_once_have_the_same_clusters(
-    subject_lists: tuple[ScoredLists, Collection, NDArray[np.int64]], tiny_encoder: Path, tmp_path: Path
+    subject_lists: SubjectLists, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     lists, collection, _ = subject_lists
     made = [TopicBatches(4, clusters=5, model=str(tiny_encoder)) for _ in range(3)]
@@ -247,7 +224,7 @@ def test_processes_that_come_at_once_have_the_same_clusters(
 
 
 def test_fewer_queries_than_clusters(
-    subject_lists: tuple[ScoredLists, Collection, NDArray[np.int64]],
+    subject_lists: SubjectLists,
     tiny_encoder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

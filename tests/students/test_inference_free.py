@@ -123,10 +123,7 @@ def test_a_table_from_a_file(
         ("[1]", "JSON object"),
         ('{"iron": -1}', "negative or no finite numbers, such as 'iron'"),
         ('{"iron": "much"}', "no finite numbers"),
-        (
-            '{"iron": 1.0, "nowhere": 2.0}',
-            r"another vocabulary: \d+ of the tokenizer's \d+ tokens have no weight, and 1 of",
-        ),
+        ('{"iron": 1.0, "nowhere": 2.0}', r"another vocabulary: \d+ of .* \d+ tokens have no weight, and 1 of"),
     ],
 )
 def test_wrong_tables(tiny_encoder: Path, tmp_path: Path, content: str | None, message: str) -> None:

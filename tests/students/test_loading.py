@@ -15,7 +15,7 @@ from small_models import LONG, WORDS, make_model
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.students.dense import DenseStudent, StaticStudent
-from rankdistill.students.loading import opening, position_limit
+from rankdistill.students.loading import opening
 from rankdistill.students.multi_vector import MultiVectorStudent
 from rankdistill.students.query_tower import QueryTowerStudent
 from rankdistill.students.sparse import SpladeStudent
@@ -209,16 +209,20 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_folder_made_elsewhere_is_cut_to_its_positions_too(roberta: Path, tmp_path: Path, kind: str) -> None:
+    """... or refused, where it compares vectors otherwise than by products."""
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
-    if kind == "splade":
-        make_model(tmp_path / "start", "roberta", "ForMaskedLM")
+    start = make_model(tmp_path / "start", "roberta", "ForMaskedLM") if kind == "splade" else roberta
     peers: Any = {"dense": SentenceTransformer, "splade": SparseEncoder, "multi_vector": MultiVectorEncoder}
-    start = str(tmp_path / "start" if kind == "splade" else roberta)
-    peers[kind](start, device="cpu").save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    peer = peers[kind](str(start), device="cpu")
+    peer.save_pretrained(str(tmp_path / "model"), create_model_card=False)
     model = MAKERS[kind]().open(tmp_path / "model", "cpu")
     assert tokens(model) == 64
     model.encode_documents([LONG])
+    if kind == "splade":
+        edit_json(tmp_path / "model" / "config_sentence_transformers.json", similarity_fn_name="cosine")
+        with pytest.raises(UsageError, match="compares vectors by cosine"):
+            SpladeStudent().open(tmp_path / "model", "cpu")
 
 
 def test_a_bi_encoder_teacher_without_a_stated_length_reads_whole_texts(tmp_path: Path) -> None:
@@ -230,17 +234,6 @@ def test_a_bi_encoder_teacher_without_a_stated_length_reads_whole_texts(tmp_path
     peer = SentenceTransformer(str(folder), device="cpu")
     wanted = peer.similarity(peer.encode(["w1 w2"]), peer.encode([LONG, f"{LONG} w7 w7 w7"])).numpy()[0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-
-
-def test_the_limit_of_each_architecture(roberta: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
-    limits = {"roberta": 64, "t5": 10**9, "gpt2": 40}
-    for kind, limit in limits.items():
-        folder = roberta if kind == "roberta" else make_model(tmp_path / kind, kind)  # type: ignore[arg-type]
-        model: Any = DenseStudent(str(folder)).create("cpu").model[0] if kind == "t5" else None
-        model = model.model if model is not None else AutoModel.from_pretrained(str(folder))
-        assert position_limit(model) == limit, kind
 
 
 def test_words_of_a_model_that_marks_ends_alone_become_a_table(tmp_path: Path) -> None:
@@ -306,23 +299,23 @@ def test_a_cut_of_dimensions_is_honoured(tiny_encoder: Path, tmp_path: Path, sim
     )
     peer.save_pretrained(str(tmp_path / "model"), create_model_card=False)
     queries, documents = ["which metal rusts", "oak"], ["iron is a metal", "the oak is a tree", "gold"]
-    wanted = peer.similarity(peer.encode(queries), peer.encode(documents)).numpy()
+    expected = peer.similarity(peer.encode(queries), peer.encode(documents)).numpy()
     student = DenseStudent(str(tmp_path / "model"), precision="fp32")
     for model in (student.create("cpu"), student.open(tmp_path / "model", "cpu")):
         assert model.dimension == 8 and model.encode_documents(documents).shape == (3, 8)
-        np.testing.assert_allclose(model.similarities(queries, documents), wanted, atol=1e-5)
+        np.testing.assert_allclose(model.similarities(queries, documents), expected, atol=1e-5)
     teacher = BiEncoderTeacher(str(tmp_path / "model"), precision="fp32", device="cpu")
-    pairs = np.array([[q, d] for q in range(2) for d in range(3)])
-    np.testing.assert_allclose(teacher.score_pairs(queries, documents, pairs), wanted.ravel(), atol=1e-5)
+    pairs = np.indices((2, 3)).reshape(2, -1).T
+    np.testing.assert_allclose(teacher.score_pairs(queries, documents, pairs), expected.ravel(), atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_a_query_tower_of_and_for_a_cut_model(tiny_encoder: Path, tmp_path: Path, width: int) -> None:
-    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
-    edit_json(folder / "config_sentence_transformers.json", truncate_dim=8)
-    other = shutil.copytree(tiny_encoder, tmp_path / "other")
-    edit_json(other / "config_sentence_transformers.json", truncate_dim=width)
-    model = QueryTowerStudent(str(other), document_model=str(folder), precision="fp32").create("cpu")
+    folders = []
+    for name, dimension in (("large", 8), ("small", width)):
+        folders.append(str(shutil.copytree(tiny_encoder, tmp_path / name)))
+        edit_json(tmp_path / name / "config_sentence_transformers.json", truncate_dim=dimension)
+    model = QueryTowerStudent(folders[1], document_model=folders[0], precision="fp32").create("cpu")
     assert model.encode_queries(["gold"]).shape == model.encode_documents(["gold"]).shape == (1, 8)
     if width == 8:  # the projection starts from the cut itself
         np.testing.assert_allclose(model.encode_queries(["gold"]), model.encode_documents(["gold"]), atol=1e-5)
@@ -342,13 +335,3 @@ def test_a_distance_is_refused_unless_the_recipe_says_how_to_compare(
         with pytest.raises(UsageError, match=f"by their {name} distance"):
             attempt()
     assert BiEncoderTeacher(str(folder), similarity="dot", device="cpu").load().similarity == "dot"
-
-
-def test_a_sparse_encoder_compared_otherwise_than_by_products_is_refused(tmp_path: Path) -> None:
-    from sentence_transformers import SparseEncoder
-
-    make_model(tmp_path / "start", "roberta", "ForMaskedLM")
-    peer = SparseEncoder(str(tmp_path / "start"), device="cpu", similarity_fn_name="cosine")
-    peer.save_pretrained(str(tmp_path / "model"), create_model_card=False)
-    with pytest.raises(UsageError, match="compares vectors by cosine"):
-        SpladeStudent().open(tmp_path / "model", "cpu")

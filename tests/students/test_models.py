@@ -16,21 +16,27 @@ from rankdistill.errors import RankdistillError
 from rankdistill.students.models import folder_revision, resolve_model
 
 
-def test_a_folder_is_found_by_its_path(tiny_encoder: Path) -> None:
+def test_a_model_is_found_by_folder_or_packaged_name(tiny_encoder: Path, packaged_encoder: str) -> None:
     source = resolve_model(str(tiny_encoder))
-    assert source.path == tiny_encoder.resolve()
-    assert source.revision == folder_revision(tiny_encoder)
-
-
-def test_the_packaged_encoder_is_found_by_its_name(packaged_encoder: str) -> None:
+    assert (source.path, source.revision) == (tiny_encoder.resolve(), folder_revision(tiny_encoder))
     source = resolve_model(packaged_encoder)
     assert (source.path / "config.json").is_file() and source.name == packaged_encoder
 
 
-@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a/b/c"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_a_hub(name: str) -> None:
-    with pytest.raises(RankdistillError, match="no model folder"):
-        resolve_model(name)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "no model folder") for name in ("./no/such/folder", "/no/such/folder", "a/b/c")),  # no hub is asked
+        ("FOLDER", "there is no model in this folder"),
+    ],
+)
+def test_what_is_no_model_is_refused_before_it_is_read(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text("{}")
+    with pytest.raises(RankdistillError, match=words):
+        resolve_model(name.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "package.json").rename(tmp_path / "package.md")
+    with pytest.raises(RankdistillError, match="no model files"):
+        folder_revision(tmp_path)
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["told to be offline", "no network"])
@@ -53,55 +59,39 @@ def test_a_hub_name_without_a_network_is_said_quickly(offline: bool) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_the_revision_depends_on_content_and_not_on_place_or_card(tiny_encoder: Path, tmp_path: Path) -> None:
-    here = tmp_path / "moved"
-    shutil.copytree(tiny_encoder, here)
-    original = folder_revision(tiny_encoder)
-    (here / "README.md").write_text("another card")
-    (here / ".cache").mkdir()
-    assert folder_revision(here) == original
-    weights = here / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1  # one bit of one weight
-    weights.write_bytes(content)
-    changed = folder_revision(here)
-    assert changed != original
-    (here / "1_Pooling" / "config.json").rename(here / "1_Pooling" / "other.json")
-    assert folder_revision(here) not in (original, changed)
-
-
-def test_a_folder_without_model_files_has_no_revision(tmp_path: Path) -> None:
-    with pytest.raises(RankdistillError, match="no model files"):
-        folder_revision(tmp_path)
+IDLE = (
+    *(
+        "checkpoint-10/trainer_state.json",
+        "checkpoint-10/model.safetensors",
+        "old/config.json",
+        "runs/a.txt",
+        "LICENSE",
+    ),
+    *(".cache/huggingface/x.json", "onnx/config.json", "training_args.bin", "pytorch_model.bin", "eval.csv"),
+    *("README.md", "LICENSE", "all_results.json"),
+)
+LOADED = (
+    *("spiece.spm", "bpe.codes", "vocab.bpe", "qwen.tiktoken", "chat_template.jinja", "new.json"),
+    *("1_Pooling/model.safetensors", "additional_chat_templates/tool.jinja"),
+)
 
 
 def test_only_what_is_loaded_decides_the_revision(tiny_encoder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_encoder, tmp_path / "model")
-    before = folder_revision(folder)
-    for name in (
-        *("checkpoint-10/trainer_state.json", "checkpoint-10/model.safetensors", "old/config.json", "runs/a.txt"),
-        *(
-            ".cache/huggingface/x.json",
-            "onnx/config.json",
-            "training_args.bin",
-            "pytorch_model.bin",
-            "eval.csv",
-            "LICENSE",
-            "all_results.json",
-        ),
-    ):
+    seen = {folder_revision(tiny_encoder)}
+    for name in (*IDLE, *LOADED):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
-        assert folder_revision(folder) == before, name
-    for name in (
-        *("spiece.spm", "bpe.codes", "vocab.bpe", "qwen.tiktoken", "chat_template.jinja", "new.json"),
-        *("1_Pooling/model.safetensors", "additional_chat_templates/tool.jinja"),
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
-        after = folder_revision(folder)
-        assert after != before, name
-        before = after
+        assert (folder_revision(folder) in seen) == (name in IDLE), name
+        seen.add(folder_revision(folder))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    weights.write_bytes(content)
+    assert folder_revision(folder) not in seen
+    seen.add(folder_revision(folder))
+    (folder / "1_Pooling" / "config.json").rename(folder / "1_Pooling" / "other.json")
+    assert folder_revision(folder) not in seen
 
 
 def test_a_part_outside_the_folder_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -129,9 +119,3 @@ def test_the_base_model_of_an_adapter_decides_its_revision(tiny_encoder: Path, t
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter)}))
     with pytest.raises(RankdistillError, match="names itself"):
         resolve_model(str(adapter))
-
-
-def test_a_folder_of_anything_else_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    (tmp_path / "package.json").write_text("{}")
-    with pytest.raises(RankdistillError, match="there is no model in this folder"):
-        resolve_model(str(tmp_path))

@@ -23,6 +23,7 @@ from rankdistill.students.query_tower import QueryTowerModel, QueryTowerStudent
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
+FP32 = {"precision": "fp32"}
 QUERIES = ["which metal rusts in water", "bird that swims and cannot fly", "what goes round the earth in a month"]
 
 
@@ -155,25 +156,19 @@ def write_unlabelled(folder: Path, beir: Path) -> Path:
 
 
 def recipe_for(collection: Path, small: Path, large: Path, **training: Any) -> Any:
-    model = {"model": str(large), "document_length": 32, "precision": "fp32"}
+    short = {"document_length": 32, **FP32}
+    model = {"model": str(large), **short}
     return load_recipe(
         {
             "name": "tower",
             "collection": f"beir:{collection}",
             "candidates": {"depth": 8, "unlabelled": "queries", "sources": [{"type": "dense", **model}]},
-            "teacher": {
-                "type": "bi_encoder",
-                "model": str(large),
-                "precision": "fp32",
-                "max_length": 32,
-                "scale": 300.0,
-            },
+            "teacher": {"type": "bi_encoder", "model": str(large), **FP32, "max_length": 32, "scale": 300.0},
             "student": {
                 "type": "query_tower",
                 "model": str(small),
                 "document_model": str(large),
-                "document_length": 32,
-                "precision": "fp32",
+                **short,
                 "scale": 300.0,
             },
             "training": {
@@ -193,18 +188,10 @@ def recipe_for(collection: Path, small: Path, large: Path, **training: Any) -> A
     )
 
 
-@pytest.mark.parametrize("loss", ["query_mse", "kl"])
+@pytest.mark.parametrize("changes", [{}, {"losses": [{"type": "kl"}], "batch_teacher": None}], ids=["query_mse", "kl"])
 def test_it_learns_from_queries_alone(
-    loss: str,
-    tiny_beir: Path,
-    tiny_encoder: Path,
-    narrow_encoder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], tiny_beir: Path, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {}
-    if loss == "kl":
-        changes = {"losses": [{"type": "kl"}], "batch_teacher": None}
     recipe = recipe_for(write_unlabelled(tmp_path / "facts", tiny_beir), narrow_encoder, tiny_encoder, **changes)
     run = Workspace(tmp_path / "run", recipe, tmp_path / "store")
     train, dev, judged = run.queries

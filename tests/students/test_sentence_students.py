@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from small_models import TEXTS
 
-from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.errors import UsageError
 from rankdistill.indexes.vectors import encode_documents
 from rankdistill.students.base import split_by_length
 from rankdistill.students.dense import DenseModel, DenseStudent, StaticStudent
@@ -21,32 +23,16 @@ from rankdistill.teachers.bi_encoder import BiEncoderTeacher
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-TEXTS = [
-    "Iron is a metal that rusts when it meets water and oxygen.",
-    "gold",
-    "",
-    "Bats are mammals that fly at night and find insects by echo. " * 20,  # longer than the encoder's 64 positions
-    "Honey bees gather nectar; ünïcödé 蜜蜂 \x00 too",
-]
-
 
 def dense(encoder: Path, **settings: Any) -> DenseModel:
     return DenseStudent(str(encoder), **{"precision": "fp32", **settings}).create("cpu")
 
 
-def test_lengths_cut_each_side_to_its_own(tiny_encoder: Path) -> None:
+def test_lengths_cut_each_side_to_its_own_and_prompts_are_put_before_the_text(tiny_encoder: Path) -> None:
     student = dense(tiny_encoder, query_length=5, document_length=9)
     assert student.preprocess(TEXTS, "query")["input_ids"].shape == (5, 5)
     assert student.preprocess(TEXTS, "document")["input_ids"].shape == (5, 9)
-    # Beyond the encoder's positions nothing is to be had.
-    long = dense(tiny_encoder, document_length=4096)
-    assert long.preprocess(TEXTS, "document")["input_ids"].shape[1] == 64
-    assert np.isfinite(long.encode_documents(TEXTS)).all()
-
-
-def test_prompts_are_put_before_the_text(tiny_encoder: Path) -> None:
-    student = dense(tiny_encoder, query_prompt="metal ", document_prompt="gas ")
-    plain = dense(tiny_encoder)
+    student, plain = dense(tiny_encoder, query_prompt="metal ", document_prompt="gas "), dense(tiny_encoder)
     np.testing.assert_allclose(student.encode_queries(["gold"]), plain.encode_queries(["metal gold"]), atol=1e-6)
     np.testing.assert_allclose(student.encode_documents(["gold"]), plain.encode_documents(["gas gold"]), atol=1e-6)
     assert student.fingerprint != plain.fingerprint
@@ -114,12 +100,6 @@ def test_a_static_table_holds_each_token_through_the_encoder(tiny_encoder: Path)
     np.testing.assert_allclose(student.encode_documents(["metal"]), encoder.encode(["metal"]), atol=2e-2)
 
 
-def test_a_static_table_cuts_long_texts(tiny_encoder: Path) -> None:
-    student = StaticStudent(str(tiny_encoder), document_length=4).create("cpu")
-    first, second = student.encode_documents(["gold does not tarnish and is used", "gold does not tarnish"])
-    np.testing.assert_array_equal(first, second)
-
-
 def test_a_saved_table_is_a_start_too_but_has_no_layers(tiny_encoder: Path, tmp_path: Path) -> None:
     table = StaticStudent(str(tiny_encoder), similarity="dot").create("cpu")
     table.save(tmp_path / "static")
@@ -127,12 +107,6 @@ def test_a_saved_table_is_a_start_too_but_has_no_layers(tiny_encoder: Path, tmp_
     np.testing.assert_allclose(again.encode_documents(TEXTS), table.encode_documents(TEXTS), atol=1e-5)
     with pytest.raises(UsageError, match=r"no transformer whose layers(?s:.*)student\.layers"):
         dense(tmp_path / "static", layers=[0])
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RankdistillError, match="no model"):
-        dense(tmp_path)
 
 
 def test_a_folder_of_plain_sentence_transformers_opens_with_its_own_similarity(
@@ -158,13 +132,6 @@ def test_encoding_does_not_depend_on_what_else_is_encoded(tiny_encoder: Path) ->
     assert student.encode_documents([]).shape == (0, 32)
 
 
-def test_encoding_leaves_the_training_mode_as_it_was(tiny_encoder: Path) -> None:
-    student = dense(tiny_encoder).train()
-    first, second = student.encode_queries(TEXTS), student.encode_queries(TEXTS)
-    np.testing.assert_array_equal(first, second)  # no dropout while encoding
-    assert student.training and student.model.training
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_parts_of_like_length_cover_every_text_once(side: str) -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 60)
@@ -184,8 +151,6 @@ def test_parts_of_like_length_cover_every_text_once(side: str) -> None:
 
 
 def test_the_fingerprint_names_weights_and_settings_but_no_path(tiny_encoder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(tiny_encoder, tmp_path / "elsewhere")
     original = dense(tiny_encoder).fingerprint
     assert dense(tmp_path / "elsewhere").fingerprint == original
@@ -193,20 +158,19 @@ def test_the_fingerprint_names_weights_and_settings_but_no_path(tiny_encoder: Pa
         assert dense(tiny_encoder, **settings).fingerprint != original
 
 
-def test_dropout_is_set_everywhere(tiny_encoder: Path) -> None:
-    import torch
-
-    student = DenseStudent(model=str(tiny_encoder), dropout=0.0, precision="fp32").create("cpu")
-    student.train()
+def test_dropout_is_set_everywhere_and_is_off_while_encoding(tiny_encoder: Path) -> None:
+    student, other = dense(tiny_encoder, dropout=0.0).train(), dense(tiny_encoder).train()
     features = student.preprocess(["which metal rusts in water"], "query")
-    first, second = (student.embed(features, "query") for _ in range(2))
-    assert torch.equal(first, second)
-    other = DenseStudent(model=str(tiny_encoder), precision="fp32").create("cpu").train()
+    assert torch.equal(student.embed(features, "query"), student.embed(features, "query"))
     assert not torch.equal(other.embed(features, "query"), other.embed(features, "query"))
+    np.testing.assert_array_equal(other.encode_queries(TEXTS), other.encode_queries(TEXTS))
+    assert other.training and other.model.training
 
 
 def test_texts_that_a_static_student_cuts_are_counted(tiny_encoder: Path) -> None:
     model = StaticStudent(model=str(tiny_encoder), document_length=3).create("cpu")
+    np.testing.assert_array_equal(*model.encode_documents(["gold does not tarnish", "gold does not"]))
+    model.take_cut()
     model.encode_queries(["iron iron iron", "iron", "iron iron iron iron", ""])
     model.encode_documents(["gold gold gold gold gold", "iron iron iron iron"])
     assert model.cut == {"query": 1, "document": 2}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
     from rankdistill.scores.lists import ScoredLists
@@ -102,3 +103,19 @@ def make_recipe(tiny_encoder: Path) -> Callable[..., Recipe]:
         return load_recipe(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def train(
+    lists: ScoredLists, tiny_collection: Collection, make_recipe: Callable[..., Recipe]
+) -> Callable[..., Artifact]:
+    """A training of `make_recipe`'s in a folder; `on=`, `dev=` and `agreement=` are of the training, the rest is the
+    recipe's."""
+    from rankdistill.training.trainer import train_student
+
+    def run(
+        out: Path, *, on: ScoredLists = lists, dev: DevPool | None = None, agreement: Any = None, **changes: Any
+    ) -> Artifact:
+        return train_student(make_recipe(**changes), on, tiny_collection, dev, out, agreement=agreement)
+
+    return run

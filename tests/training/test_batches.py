@@ -114,10 +114,15 @@ def test_the_stream_is_the_same_in_any_order_and_for_any_number_of_workers(
     assert not same(make_stream(seed=2, size=2, topics=topics)[0], in_order[0])
 
 
-def test_epochs_follow_each_other(make_stream: MakeStream, lists: ScoredLists) -> None:
-    stream = make_stream(size=4)
-    an_epoch = len(lists) // 4
-    places = [stream.locate(number) for number in range(3 * an_epoch)]
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("topics", [False, True])
+def test_epochs_follow_each_other_and_no_query_comes_twice_in_one(
+    make_stream: MakeStream, lists: ScoredLists, processes: int, topics: bool
+) -> None:
+    """Process r of W has the batches i·W + r, each from a stream of its own: together they are the one stream."""
+    streams = [make_stream(size=4, topics=topics) for _ in range(processes)]
+    stream, an_epoch = streams[0], len(lists) // 4
+    places = [streams[number % processes].locate(number) for number in range(3 * an_epoch)]
     assert [epoch for epoch, _ in places] == [epoch for epoch in range(3) for _ in range(an_epoch)]
     for epoch in range(3):
         used = np.concatenate([members for at, members in places if at == epoch])

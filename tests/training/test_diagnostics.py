@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from itertools import permutations
@@ -18,14 +17,15 @@ from rankdistill.recipe import build, load_recipe
 from rankdistill.scores.lists import build_lists
 from rankdistill.stages import Workspace
 from rankdistill.training.dev import AGREEMENT, Agreement, DevPool, find_hacking, last_alarm, trend_p
-from rankdistill.training.trainer import train_student
 
 if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
     from rankdistill.scores.lists import ScoredLists
 
 MakeRecipe = Callable[..., "Recipe"]
+Train = Callable[..., "Artifact"]
 
 
 # -- the alarm --------------------------------------------------------------------------------------------------------
@@ -58,7 +58,6 @@ def test_the_alarm_rings_where_agreement_rises_and_the_metric_falls() -> None:
     assert alarm is not None and (alarm.from_step, alarm.to_step, alarm.evaluations) == (500, 900, 5)
     assert alarm.agreement_slope == pytest.approx(0.3) and alarm.metric_slope == pytest.approx(-0.1)
     assert alarm.fall == pytest.approx(0.04) and "teacher hacking: from step 500 to 900" in str(alarm)
-    assert json.loads(json.dumps(alarm.to_json()))["fall"] == alarm.fall
 
 
 @pytest.mark.parametrize(
@@ -151,15 +150,10 @@ def test_lists_the_teacher_ties_say_nothing(
 
 
 def test_it_is_logged_and_changes_nothing(
-    lists: ScoredLists,
-    tiny_collection: Collection,
-    dev_pool: DevPool,
-    dev_agreement: Agreement,
-    make_recipe: MakeRecipe,
-    tmp_path: Path,
+    train: Train, dev_pool: DevPool, dev_agreement: Agreement, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    with_it = train_student(make_recipe(), lists, tiny_collection, dev_pool, tmp_path / "with", agreement=dev_agreement)
-    without = train_student(make_recipe(), lists, tiny_collection, dev_pool, tmp_path / "without")
+    with_it = train(tmp_path / "with", dev=dev_pool, agreement=dev_agreement)
+    without = train(tmp_path / "without", dev=dev_pool)
     assert_same_weights(with_it, without)
     assert with_it.fingerprint == without.fingerprint
     assert with_it.manifest["dev"] == without.manifest["dev"]
@@ -176,7 +170,7 @@ def test_it_is_logged_and_changes_nothing(
 
 
 def test_a_student_that_learns_a_wrong_teacher_rings_the_alarm(
-    tiny_collection: Collection, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A student taught the labels first, then by a teacher who gives the relevant document the least score."""
     query_ids = tiny_collection.query_ids("train")
@@ -192,18 +186,12 @@ def test_a_student_that_learns_a_wrong_teacher_rings_the_alarm(
 
     dev = DevPool.build(tiny_collection, "train", query_ids, [[] for _ in query_ids], 32, 42, "ndcg@10")
     settings: dict[str, Any] = {"lists": {"type": "random_documents", "size": 8}, "log_every": 50}
-    right = train_student(
-        make_recipe(steps=120, checkpoints=1, **settings), lists_of(1, "right"), tiny_collection, None, tmp_path / "one"
-    )
-    student = {"model": str(right.path / "model")}
+    right = train(tmp_path / "one", on=lists_of(1, "right"), steps=120, checkpoints=1, **settings)
+    settings |= {"student": {"model": str(right.path / "model")}, "schedule": "constant", "warmup": 0.0}
     wrong = lists_of(-1, "wrong")
-    recipe = make_recipe(
-        student=student, steps=48, checkpoints=12, learning_rate=1e-3, schedule="constant", warmup=0.0, **settings
-    )
-    hacked = train_student(
-        recipe, wrong, tiny_collection, dev, tmp_path / "two", agreement=Agreement(wrong, tiny_collection)
-    )
-    print("curves", hacked.manifest["dev"], hacked.manifest[AGREEMENT])
+    agreement = Agreement(wrong, tiny_collection)
+    settings |= {"steps": 48, "checkpoints": 12, "learning_rate": 1e-3}
+    hacked = train(tmp_path / "two", on=wrong, dev=dev, agreement=agreement, **settings)
     assert hacked.manifest["teacher_hacking"]["fall"] > 0.005
     assert capsys.readouterr().err.count("warning: teacher hacking") == 1
 

@@ -15,9 +15,10 @@ from rankdistill.training.batches import BatchStream
 from rankdistill.training.checkpoints import STATE, WEIGHTS
 from rankdistill.training.dev import DevPool
 from rankdistill.training.mixing import averaged, copy_of, load_mix
-from rankdistill.training.trainer import fit_scale, train_student
+from rankdistill.training.trainer import fit_scale
 
 if TYPE_CHECKING:
+    from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
     from rankdistill.scores.lists import ScoredLists
@@ -52,10 +53,9 @@ def test_the_average_is_that_of_the_last_checkpoints_student(tmp_path: Path) -> 
 
 
 def test_the_best_on_dev_is_published_be_it_a_mix(
-    lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
+    train: Callable[..., Artifact], dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    recipe = make_recipe(average=3, interpolate=[0.5], learning_rate=2e-2)
-    artifact = train_student(recipe, lists, tiny_collection, dev_pool, tmp_path / "student")
+    artifact = train(tmp_path / "student", dev=dev_pool, average=3, interpolate=[0.5], learning_rate=2e-2)
     manifest = artifact.manifest
     assert set(manifest["mixes"]) == {"1", "0.5"}
     best = max([*manifest["dev"].values(), *manifest["mixes"].values()])

@@ -1,4 +1,4 @@
-"""Several processes and the gradient cache: the same training as one process with the whole batch."""
+"""Several processes: the same training as one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -113,13 +113,6 @@ def test_nproc_starts_the_processes(recipe: Path, alone: Path, tmp_path: Path) -
     made = (out / "student" / "manifest.json").stat().st_mtime_ns
     assert train(recipe, out, "--nproc", "2").wait().code == 0  # finished: nothing is started
     assert (out / "student" / "manifest.json").stat().st_mtime_ns == made
-
-
-def test_the_gradient_cache_changes_rounding_only(recipe: Path, alone: Path, tmp_path: Path) -> None:
-    options = ["training.batches.size=4", "training.gradient_cache=true", "training.token_budget=64"]
-    ending = train(recipe, tmp_path / "cached", *(word for one in options for word in ("--set", one))).wait()
-    assert ending.code == 0, ending.err
-    assert_same_training(tmp_path / "cached", alone, 1e-4)
 
 
 def test_a_process_that_fails_is_an_error_that_says_so() -> None:

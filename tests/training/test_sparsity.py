@@ -36,34 +36,28 @@ def watched(steps: int, regulariser: dict[str, Any] | None = None, **figures: fl
 
 
 FLOPS = {"type": "flops", "ramp": 0.3}
+DENSE = {"active_terms/document": 400.0}
 
 
-def test_a_healthy_student_is_left_alone() -> None:
-    assert watched(1000, FLOPS) is None
-
-
-@pytest.mark.parametrize("side", ["query", "document"])
-def test_empty_vectors_stop_it_at_once(side: str) -> None:
-    assert watched(1000, FLOPS, **{f"empty/{side}": 0.6}) == WINDOW - 1
-    assert watched(1000, FLOPS, **{f"empty/{side}": 0.4}) is None
-
-
-def test_documents_that_are_all_alike_stop_it_within_the_first_hundreds_of_steps() -> None:
-    assert watched(1000, FLOPS, **{"common_terms/document": 0.99}) == 109
-
-
-def test_a_dense_student_is_stopped_once_the_regulariser_counts_in_full(capsys: pytest.CaptureFixture[str]) -> None:
-    assert watched(1000, FLOPS, **{"active_terms/document": 400.0}) == 309
-    assert "400 active terms of 1,000" in capsys.readouterr().err  # told at step 109
-    assert watched(1000, {**FLOPS, "ramp": 0}, **{"active_terms/document": 400.0}) == 109
-    assert (
-        watched(1000, {**FLOPS, "weight": {"end": 1.0, "over": 500, "delay": 50}}, **{"active_terms/document": 400.0})
-        == 559
-    )
-
-
-def test_without_a_regulariser_a_dense_student_is_the_recipes_will() -> None:
-    assert watched(1000, None, **{"active_terms/document": 400.0}) is None
+@pytest.mark.parametrize(
+    ("figures", "regulariser", "step"),
+    [
+        ({}, FLOPS, None),  # a healthy student is left alone
+        ({"empty/query": 0.6}, FLOPS, WINDOW - 1),
+        ({"empty/document": 0.6}, FLOPS, WINDOW - 1),
+        ({"empty/query": 0.4, "empty/document": 0.4}, FLOPS, None),
+        ({"common_terms/document": 0.99}, FLOPS, 109),
+        (DENSE, FLOPS, 309),  # once the regulariser counts in full
+        (DENSE, {**FLOPS, "ramp": 0}, 109),
+        (DENSE, {**FLOPS, "weight": {"end": 1.0, "over": 500, "delay": 50}}, 559),
+        (DENSE, None, None),  # without a regulariser it is the recipe's will
+    ],
+)
+def test_the_step_at_which_a_training_is_stopped(
+    figures: dict[str, float], regulariser: Any, step: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert watched(1000, regulariser, **figures) == step
+    assert ("400 active terms of 1,000" in capsys.readouterr().err) == (figures is DENSE and step != 109)
 
 
 def test_one_bad_batch_is_no_collapse() -> None:
@@ -71,9 +65,5 @@ def test_one_bad_batch_is_no_collapse() -> None:
     for step in range(200):
         values = HEALTHY | {"empty/document": 1.0 if step % 3 == 0 else 0.0}
         watch.see(step, {name: torch.tensor(value) for name, value in values.items()})
-
-
-def test_students_without_figures_are_not_watched() -> None:
-    watch = SparsityWatch([], 1000, TERMS)
-    for step in range(300):
-        watch.see(step, {})
+    for step in range(300):  # a student without figures is not watched
+        SparsityWatch([], 1000, TERMS).see(step, {})

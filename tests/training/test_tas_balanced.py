@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import MultiVectorEncoder
 from trainings import logged
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.recipe import build
-from rankdistill.training.batches import BatchStream, usable_lists
-from rankdistill.training.trainer import train_student
+from rankdistill.scores.lists import ScoredLists, build_lists
+from rankdistill.students.multi_vector import MultiVectorStudent
+from rankdistill.training.batch_teacher import BatchTeacher
 
 if TYPE_CHECKING:
     from rankdistill.artifacts import Artifact
     from rankdistill.collections import Collection
-    from rankdistill.recipe import Recipe
-    from rankdistill.scores.lists import ScoredLists
 
 Train = Callable[..., "Artifact"]
 
@@ -43,55 +43,6 @@ def dual(tas_balanced: dict[str, Any], tiny_encoder: Path) -> dict[str, Any]:
         "losses": [{"type": "margin_mse"}, {"type": "in_batch_margin_mse"}],
         "batch_teacher": teacher,
     }
-
-
-@pytest.fixture
-def train(lists: ScoredLists, tiny_collection: Collection, make_recipe: Callable[..., Recipe]) -> Train:
-    def run(out: Path, *, on: ScoredLists = lists, **changes: Any) -> Artifact:
-        return train_student(make_recipe(**changes), on, tiny_collection, None, out)
-
-    return run
-
-
-@pytest.fixture
-def make_stream(
-    lists: ScoredLists,
-    tiny_collection: Collection,
-    tiny_encoder: Path,
-    tas_balanced: dict[str, Any],
-    tmp_path: Path,
-) -> Callable[..., BatchStream]:
-    student = build("student", {"type": "dense", "model": str(tiny_encoder), "similarity": "dot"}).create("cpu").eval()
-
-    def make(size: int = 2, seed: int = 1, length: int = 20) -> BatchStream:
-        batches = build("sampler", {**tas_balanced["batches"], "size": size})
-        documents = build("sampler", tas_balanced["lists"])
-        members = usable_lists(lists, documents)
-        batches.prepare(lists, members, tiny_collection, tmp_path)
-        return BatchStream(lists, tiny_collection, student, batches, documents, seed, length, 4096, members)
-
-    return make
-
-
-# -- the stream -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_no_query_comes_twice_in_an_epoch_whatever_the_processes(
-    make_stream: Callable[..., BatchStream], lists: ScoredLists, processes: int
-) -> None:
-    """Process r of W has the batches i·W + r, each from a stream of its own: together they are the one stream."""
-    streams = [make_stream() for _ in range(processes)]
-    by_epoch: dict[int, list[int]] = {}
-    for number in range(18):
-        epoch, members = streams[number % processes].locate(number)
-        by_epoch.setdefault(epoch, []).extend(members.tolist())
-    for used in by_epoch.values():
-        assert len(set(used)) == len(used)
-    assert all(len(by_epoch[epoch]) == len(lists) // 2 * 2 for epoch in sorted(by_epoch)[:-1])
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,13 +78,6 @@ def test_the_batch_teachers_own_student_has_no_in_batch_loss(
     assert first == pytest.approx(0, abs=1e-6) and second > 1e-4  # the pair's teacher has moved it by then
 
 
-@pytest.mark.parametrize("part", ["batches", "lists"])
-def test_each_sampler_works_alone(train: Train, tas_balanced: dict[str, Any], part: str, tmp_path: Path) -> None:
-    artifact = train(tmp_path / "student", **{part: tas_balanced[part]}, steps=2)
-    assert np.isfinite(logged(artifact)).all() and len(logged(artifact)) == 2
-    assert (tmp_path / "prepared" / "topics").exists() == (part == "batches")
-
-
 def test_lists_with_fewer_than_two_pairs_are_dropped_and_counted(
     train: Train,
     tas_balanced: dict[str, Any],
@@ -141,28 +85,23 @@ def test_lists_with_fewer_than_two_pairs_are_dropped_and_counted(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from rankdistill.scores.lists import build_lists
+    qrels, others = tiny_collection.qrels("train"), tiny_collection.doc_ids(range(6))
 
-    qrels = tiny_collection.qrels("train")
-    others = tiny_collection.doc_ids(range(6))
-    candidates = []
-    for number, (query_id, relevant) in enumerate(qrels.items()):
-        doc_ids = [*relevant, *(doc_id for doc_id in others if doc_id not in relevant)]
-        candidates.append((query_id, doc_ids[: 2 if number < 3 else 5], np.zeros(5)))
-    lists = build_lists(candidates, lambda q, d: np.arange(len(d)) + 0.5, tiny_collection, "train", tmp_path / "lists")
+    def lists_of(name: str, short: int) -> ScoredLists:
+        """So many with a pair alone, the others with four."""
+        candidates = [
+            (query_id, list(dict.fromkeys([*relevant, *others]))[: 2 if number < short else 5], np.zeros(5))
+            for number, (query_id, relevant) in enumerate(qrels.items())
+        ]
+        scores = lambda _, doc_ids: np.arange(len(doc_ids)) + 0.5  # noqa: E731
+        return build_lists(candidates, scores, tiny_collection, "train", tmp_path / name)
+
+    lists = lists_of("some", 3)
     artifact = train(tmp_path / "student", on=lists, **tas_balanced, steps=2)
     assert artifact.manifest["counts"]["lists"] == len(lists) - 3
     assert f"3 of {len(lists)} lists" in capsys.readouterr().err
-    none = build_lists(
-        [(query_id, doc_ids[:2], zeros) for query_id, doc_ids, zeros in candidates],
-        lambda q, d: np.arange(len(d)) + 0.5,
-        tiny_collection,
-        "train",
-        tmp_path / "none",
-    )
-    with pytest.raises(RankdistillError, match="balanced_pairs") as caught:
-        train(tmp_path / "nothing", on=none, **tas_balanced)
-    assert "depth" in str(caught.value)
+    with pytest.raises(RankdistillError, match=r"balanced_pairs[\s\S]*depth"):
+        train(tmp_path / "nothing", on=lists_of("none", len(lists)), **tas_balanced)
 
 
 def test_a_loss_over_the_batch_without_a_batch_teacher_is_refused(
@@ -175,3 +114,22 @@ def test_a_loss_over_the_batch_without_a_batch_teacher_is_refused(
     assert not list(tmp_path.iterdir())  # before anything is paid for
     with pytest.raises(UsageError, match="no loss reads the batch teacher"):
         train(tmp_path / "student", **{**dual, "losses": [{"type": "margin_mse"}]})
+
+
+def test_a_multi_vector_teachers_scores_of_a_batch_are_the_plain_librarys(
+    tiny_encoder: Path, lists: ScoredLists, tiny_collection: Collection, tmp_path: Path
+) -> None:
+    settings = {"precision": "fp32", "scale": 3.0, "query_expansion": True, "query_length": 12, "document_length": 24}
+    model = MultiVectorStudent(str(tiny_encoder), **settings).create("cpu")
+    model.save(tmp_path / "model")
+    plain = MultiVectorEncoder(str(tmp_path / "model"), device="cpu", local_files_only=True)
+    query_ids = lists.query_ids[:3]
+    rows = np.unique(lists.doc_rows)[:7]
+    queries, texts = tiny_collection.query_texts(query_ids), tiny_collection.document_texts(rows)
+    expected = 3 * np.asarray(plain.similarity(plain.encode_query(queries), plain.encode_document(texts)))
+    for vectors, tolerance in (("live", 1e-4), ("precomputed", 0.02)):  # the latter in float16
+        teacher = BatchTeacher(model, tiny_collection, vectors)  # type: ignore[arg-type]
+        teacher.prepare(lists, tmp_path / vectors)
+        with torch.no_grad():
+            scores = teacher.score_all(*teacher.embed(teacher.features(query_ids, queries, rows)))
+        np.testing.assert_allclose(scores.numpy(), expected, atol=tolerance)

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from forked import Forked
-from scipy.stats import kendalltau
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_full_backward_hook
 from trainings import Stop, assert_same_weights, log, logged, resumed, stop_at, weights
@@ -40,25 +39,10 @@ MakeRecipe = Callable[..., "Recipe"]
 Train = Callable[..., "Artifact"]
 
 
-@pytest.fixture
-def train(lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe) -> Train:
-    def run(out: Path, *, dev: DevPool | None = dev_pool, on: ScoredLists = lists, **changes: Any) -> Artifact:
-        return train_student(make_recipe(**changes), on, tiny_collection, dev, out)
-
-    return run
-
-
 @pytest.fixture(scope="module")
-def undisturbed(
-    lists: ScoredLists,
-    tiny_collection: Collection,
-    dev_pool: DevPool,
-    make_recipe: MakeRecipe,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Artifact:
+def undisturbed(train: Train, dev_pool: DevPool, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The training of these tests, run through: 12 steps, a checkpoint every 3, dropout on."""
-    out = tmp_path_factory.mktemp("undisturbed") / "student"
-    artifact = train_student(make_recipe(), lists, tiny_collection, dev_pool, out)
+    artifact = train(tmp_path_factory.mktemp("undisturbed") / "student", dev=dev_pool)
     values = artifact.manifest["dev"]
     assert int(max(values, key=values.get)) >= 6  # a trained student, or the tests below would compare little
     return artifact
@@ -67,8 +51,10 @@ def undisturbed(
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_trainings_are_the_same_bit_for_bit(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
-    assert_same_weights(train(tmp_path / "student"), undisturbed)
+def test_two_trainings_are_the_same_bit_for_bit(
+    undisturbed: Artifact, train: Train, dev_pool: DevPool, tmp_path: Path
+) -> None:
+    assert_same_weights(train(tmp_path / "student", dev=dev_pool), undisturbed)
     # Dropout is on: another seed of the same data takes another way.
     other = weights(train(tmp_path / "other", seed=43))
     assert any((other[name] != value).any() for name, value in weights(undisturbed).items())
@@ -78,41 +64,38 @@ RAMPS = {"weight": {"end": 1.0, "over": 0.5}, "temperature": {"start": 4.0, "end
 # What is kept of the course of a training beside weights: TAID's lambda and momentum, weights by difficulty, ramps;
 # λ of regularisers that reach for a target; samplers, the batch teacher, averages, mixes; a table of query weights.
 COURSES: dict[str, dict[str, Any]] = {
-    "plain": {},
     "course": {
         "losses": [{"type": "taid", "rate": 0.2, "momentum": 0.5}, {"type": "kl", **RAMPS}],
         "weighting": {"type": "difficulty"},
         "accumulation": 2,
-        "dev": None,
     },
     "batch teacher": {
         "batches": {"type": "topic_batches", "size": 3, "clusters": 2, "model": "ENCODER"},
         "lists": {"type": "balanced_pairs", "size": 3},
         "losses": [{"type": "margin_mse"}, {"type": "in_batch_margin_mse"}],
         "batch_teacher": {"type": "dense", "model": "ENCODER", "similarity": "cos", "precision": "fp32"},
-        "dev": None,
     },
     "mixes": {"average": 3, "interpolate": [0.5, 0.75]},
-    **{
-        name: {
-            "losses": [{"type": "margin_mse"}, {"type": name, "side": "document", "target": 20, "ramp": 0.5}],
-            "accumulation": 2,
-            "student": {"type": "splade", "dropout": 0.0},
-            "dev": None,
-        }
-        for name in ("flops", "df_flops", "idf_flops")
+    "regularisers": {
+        "losses": [
+            {"type": "margin_mse"},
+            *({"type": name, "side": "document", "target": 20, "ramp": 0.5} for name in ("df_flops", "idf_flops")),
+        ],
+        "accumulation": 2,
+        "student": {"type": "splade", "dropout": 0.0},
     },
 }
 
 
 @pytest.mark.parametrize("course", COURSES)
 def test_a_stopped_training_goes_on_exactly(
-    course: str, train: Train, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    course: str, train: Train, dev_pool: DevPool, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped before the first checkpoint, and at two random steps: the same weights, log and figures."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     changes = json.loads(json.dumps(COURSES[course]).replace("ENCODER", str(tiny_encoder)))
+    changes["dev"] = dev_pool if course == "mixes" else None
     whole = train(tmp_path / "whole" / "student", **changes)
     steps = {2, *random.Random(seed).sample(range(4, 12), 2)}
     stopped = resumed(lambda: train(tmp_path / "stopped" / "student", **changes), monkeypatch, steps)
@@ -130,8 +113,8 @@ def test_a_stopped_training_goes_on_exactly(
         entries = [entry for entry in log(whole) if "loss" in entry]
         assert entries[0]["loss"] == pytest.approx(entries[0]["loss/taid"], abs=1e-6)
         assert entries[-1]["loss"] == pytest.approx(entries[-1]["loss/taid"] + entries[-1]["loss/kl"], rel=1e-4)
-    if course.endswith("flops"):
-        assert len(set(logged(whole, f"weight/{course}_document"))) > 5  # λ is moving
+    if course == "regularisers":
+        assert len(set(logged(whole, "weight/df_flops_document"))) > 5  # λ is moving
 
 
 def test_the_gradient_cache_keeps_the_activations_of_one_part(
@@ -158,7 +141,7 @@ def test_the_gradient_cache_keeps_the_activations_of_one_part(
         kept = found
         student.zero_grad()
         loss.backward()
-        gradient = torch.cat([one.grad.flatten() for one in student.parameters() if one.grad is not None])
+        gradient = torch.cat([each.grad.flatten() for each in student.parameters() if each.grad is not None])
         return kept, gradient
 
     plain, cached = held(False), held(True)
@@ -193,39 +176,30 @@ def test_a_killed_training_goes_on_exactly(
 
 
 def test_a_torn_checkpoint_is_passed_over(
-    undisturbed: Artifact, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Artifact, train: Train, dev_pool: DevPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its state, which is written last, ends in the middle: the checkpoint before counts."""
-    stop_at(monkeypatch, {8})
-    with pytest.raises(Stop):
-        train(tmp_path / "student")
-    (work,) = tmp_path.glob(".student.*.partial")
-    newest, older = work / "checkpoint-6", work / "checkpoint-3"
-    assert last_checkpoint(work) == newest and older.is_dir()
-    state = newest / "trainer_state.json"
-    state.write_bytes(state.read_bytes()[:-20])
-    assert last_checkpoint(work) == older
-    assert_same_weights(train(tmp_path / "student"), undisturbed)
-    shutil.rmtree(work, ignore_errors=True)
-    assert last_checkpoint(work) is None
+    """Its state, which is written last, ends in the middle: the checkpoint before counts. None holds a pickle."""
 
-
-def test_checkpoints_hold_no_pickle(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a pickle was written or read")
 
     for module, name in ((torch, "save"), (torch, "load"), (np, "save")):
         monkeypatch.setattr(module, name, refuse)
-    stop_at(monkeypatch, {7})
+    stop_at(monkeypatch, {8})
     with pytest.raises(Stop):
-        train(tmp_path / "student")
-    checkpoints = list(tmp_path.glob(".student.*.partial/checkpoint-*/*"))
-    assert {path.suffix for path in checkpoints} == {".json", ".safetensors"}
-    artifact = train(tmp_path / "student")  # reads the checkpoint
-    assert {path.suffix for path in artifact.path.rglob("*") if path.is_file()} <= {
-        ".json", ".jsonl", ".safetensors", ".md", ".txt",
-    }  # fmt: skip
-    assert not list(artifact.path.glob("checkpoint-*"))
+        train(tmp_path / "student", dev=dev_pool)
+    (work,) = tmp_path.glob(".student.*.partial")
+    newest, older = work / "checkpoint-6", work / "checkpoint-3"
+    assert last_checkpoint(work) == newest and older.is_dir()
+    assert {path.suffix for path in [*newest.iterdir(), *older.iterdir()]} == {".json", ".safetensors"}
+    state = newest / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:-20])
+    assert last_checkpoint(work) == older
+    artifact = train(tmp_path / "student", dev=dev_pool)
+    assert_same_weights(artifact, undisturbed)
+    left = [path for path in artifact.path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in left} <= {".json", ".jsonl", ".safetensors", ".md", ".txt"}
+    assert not list(artifact.path.glob("checkpoint-*")) and last_checkpoint(artifact.path) is None
 
 
 # -- what a step is ---------------------------------------------------------------------------------------------------
@@ -241,19 +215,28 @@ def no_dropout(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_two_batches_of_four_accumulated_are_one_of_eight(train: Train, no_dropout: Path, tmp_path: Path) -> None:
-    """Holds for the first epoch: the same lists and documents meet, all lists have as many pairs, and nothing is
-    random. Compared are the loss and the gradient's norm; Adam would blow up the rounding of gradients near 0."""
+EXPANDED = {"query_expansion": True, "query_length": 16, "learn_scale": True}
+# Ways to make a step that differ by rounding alone. Compared are the loss and the gradient's norm: Adam would blow up
+# the rounding of gradients near 0. (Accumulation: in the first epoch the same lists and documents meet, all lists have
+# as many pairs, and nothing is random.)
+ONE_STEP: dict[str, list[dict[str, Any]]] = {
+    "two batches of four accumulated are one of eight": [
+        {"batches": {"type": "random_batches", "size": 8 // count}, "accumulation": count} for count in (1, 2)
+    ],
+    "parts of a batch": [{"token_budget": budget} for budget in (64, 4096)],
+    "gradient cache": [
+        {"student": {"type": "multi_vector", **EXPANDED}, "gradient_cache": cached, "token_budget": 64}
+        for cached in (False, True)
+    ],
+}
+
+
+@pytest.mark.parametrize("way", ONE_STEP)
+def test_the_way_of_a_step_changes_rounding_only(way: str, train: Train, no_dropout: Path, tmp_path: Path) -> None:
     entries = []
-    for name, size, accumulation in (("one", 8, 1), ("two", 4, 2)):
-        artifact = train(
-            tmp_path / name,
-            student={"model": str(no_dropout)},
-            batches={"type": "random_batches", "size": size},
-            accumulation=accumulation,
-            steps=1,
-            dev=None,
-        )
+    for number, changes in enumerate(ONE_STEP[way]):
+        student = {**changes.get("student", {}), "model": str(no_dropout)}
+        artifact = train(tmp_path / str(number), **{**changes, "student": student}, steps=1)
         entries.append(next(entry for entry in log(artifact) if "loss" in entry))
     for key in ("loss", "grad_norm", "loss/margin_mse"):
         assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4), key
@@ -261,7 +244,12 @@ def test_two_batches_of_four_accumulated_are_one_of_eight(train: Train, no_dropo
 
 @pytest.mark.parametrize("threads", ["false", "true"])  # of the tokenizers: a fork leaves them behind
 def test_the_number_of_loader_processes_changes_nothing(
-    undisturbed: Artifact, train: Train, tmp_path: Path, threads: str, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Artifact,
+    train: Train,
+    dev_pool: DevPool,
+    tmp_path: Path,
+    threads: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", threads)
 
@@ -271,26 +259,14 @@ def test_the_number_of_loader_processes_changes_nothing(
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(120)  # a loader that waits for lost threads waits for ever
     try:
-        artifact = train(tmp_path / "student", loader_processes=1)
+        artifact = train(tmp_path / "student", dev=dev_pool, loader_processes=1)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     assert_same_weights(artifact, undisturbed)
 
 
-def test_the_token_budget_changes_rounding_only(train: Train, no_dropout: Path, tmp_path: Path) -> None:
-    """The documents of a batch go through the student in parts; the gradient is that of the whole."""
-    norms = []
-    for budget in (64, 4096):
-        artifact = train(
-            tmp_path / str(budget), student={"model": str(no_dropout)}, token_budget=budget, steps=1, dev=None
-        )
-        norms.append(next(entry["grad_norm"] for entry in log(artifact) if "loss" in entry))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("fails", ["forward", "backward"])
+@pytest.mark.parametrize(("fails", "accumulation"), [("forward", 1), ("backward", 2)])
 def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
     train: Train, no_dropout: Path, tmp_path: Path, fails: str, accumulation: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +310,7 @@ def test_a_batch_that_comes_a_text_at_a_time_and_does_not_fit_is_refused(train: 
     handle = register_module_forward_pre_hook(check)
     try:
         with pytest.raises(RankdistillError, match="the memory does not hold a batch"):
-            train(tmp_path / "student", dev=None)
+            train(tmp_path / "student")
     finally:
         handle.remove()
 
@@ -342,7 +318,7 @@ def test_a_batch_that_comes_a_text_at_a_time_and_does_not_fit_is_refused(train: 
 def test_bf16_runs_and_stays_near_fp32(undisturbed: Artifact, train: Train, tmp_path: Path) -> None:
     artifact = train(tmp_path / "student", precision="bf16", checkpoints=1)
     assert artifact.manifest["precision"] == "bf16"
-    first, half = (next(e["loss"] for e in log(one) if "loss" in e) for one in (undisturbed, artifact))
+    first, half = (logged(artifact)[0] for artifact in (undisturbed, artifact))
     assert half == pytest.approx(first, rel=0.05) and half != first
     assert all(value.dtype == np.float32 for value in weights(artifact).values())
 
@@ -366,24 +342,13 @@ def test_the_best_checkpoint_is_the_one_saved(
     train: Train, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     # A learning rate that ruins the student: the best is the one before training, or an early one.
-    artifact = train(tmp_path / "student", learning_rate=0.2, schedule="constant")
+    artifact = train(tmp_path / "student", dev=dev_pool, learning_rate=0.2, schedule="constant")
     values = {entry["step"]: entry["dev_ndcg@10"] for entry in log(artifact) if "dev_ndcg@10" in entry}
     assert len(set(values.values())) > 1
     student = build("student", make_recipe().student.settings()).open(artifact.path / "model", "cpu")
     assert dev_pool.evaluate(student) == pytest.approx(max(values.values()), abs=1e-9)
     assert values[12] < max(values.values())
     assert not (artifact.path / "best").exists()
-
-
-def test_the_student_loads_in_plain_sentence_transformers(
-    undisturbed: Artifact, make_recipe: MakeRecipe, tiny_collection: Collection
-) -> None:
-    folder = undisturbed.path / "model"
-    texts = tiny_collection.document_texts(range(6))
-    plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    own = build("student", make_recipe().student.settings()).open(folder, "cpu")
-    np.testing.assert_allclose(plain.encode_document(texts), own.encode_documents(texts), atol=1e-5)
-    assert plain.similarity_fn_name == "dot"
 
 
 def test_the_model_card_is_written_from_the_run(undisturbed: Artifact) -> None:
@@ -396,9 +361,11 @@ def test_the_model_card_is_written_from_the_run(undisturbed: Artifact) -> None:
     assert settings["training"]["learning_rate"] == 5e-3
 
 
+LOADERS = {"dense": SentenceTransformer, "static": SentenceTransformer, "multi_vector": MultiVectorEncoder}
 FLOPS = [{"type": "flops", "side": side, "weight": 0.01} for side in ("query", "document")]
-EXPANDED = {"query_expansion": True, "query_length": 16, "learn_scale": True}
 KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "dense": ({"similarity": "dot"}, [{"type": "margin_mse"}]),
+    "static": ({"learn_scale": True}, [{"type": "margin_mse"}]),
     "multi_vector": ({"scale": 2.0}, [{"type": "margin_mse"}]),
     "multi_vector, expanded": ({"scale": 2.0, **EXPANDED}, [{"type": "kl"}]),
     "splade": ({}, [{"type": "margin_mse"}, *FLOPS]),
@@ -408,25 +375,21 @@ KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_student_learns(
-    kind: str,
-    lists: ScoredLists,
-    tiny_collection: Collection,
-    dev_pool: DevPool,
-    make_recipe: MakeRecipe,
-    tmp_path: Path,
+    kind: str, train: Train, lists: ScoredLists, tiny_collection: Collection, dev_pool: DevPool, tmp_path: Path
 ) -> None:
     """And what is saved is what a user of plain sentence-transformers gets."""
     settings, losses = KINDS[kind]
     student = {"type": kind.partition(",")[0], "dropout": 0.0, **settings}
-    recipe, agreement = make_recipe(student, steps=24, losses=losses), Agreement(lists, tiny_collection)
-    artifact = train_student(recipe, lists, tiny_collection, dev_pool, tmp_path / "out", agreement=agreement)
+    settings = {"student": student, "steps": 24, "losses": losses, "learning_rate": 0.02 if kind == "static" else 5e-3}
+    agreement = Agreement(lists, tiny_collection)
+    artifact = train(tmp_path / "out", dev=dev_pool, agreement=agreement, **settings)
     course = logged(artifact, f"loss/{losses[0]['type']}")
     assert np.mean(course[-6:]) < 0.75 * np.mean(course[:6]), course
     dev, agreed = (list(artifact.manifest[name].values()) for name in ("dev", AGREEMENT))
     assert max(dev[1:]) > dev[0] and max(agreed) > agreed[0]
     model = artifact.path / "model"
     opened = build("student", {"type": student["type"], "precision": "fp32"}).open(model, "cpu")
-    loader = MultiVectorEncoder if student["type"] == "multi_vector" else SparseEncoder
+    loader: Any = LOADERS.get(student["type"], SparseEncoder)
     plain = loader(str(model), device="cpu", local_files_only=True)
     scores = plain.similarity(plain.encode_query(dev_pool.queries), plain.encode_document(dev_pool.documents))
     ours = opened.similarities(dev_pool.queries, dev_pool.documents)
@@ -435,26 +398,7 @@ def test_each_kind_of_student_learns(
     assert f'{loader.__name__}("PATH' in (model / "README.md").read_text()
 
 
-def test_a_static_student_trains_too(train: Train, tmp_path: Path) -> None:
-    student = {"type": "static", "similarity": "cos", "learn_scale": True}
-    artifact = train(tmp_path / "student", student=student, steps=20, learning_rate=0.02)
-    losses = [entry["loss"] for entry in log(artifact) if "loss" in entry]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-    plain = SentenceTransformer(str(artifact.path / "model"), device="cpu", local_files_only=True)
-    np.testing.assert_allclose(np.linalg.norm(plain.encode_document(["iron and gold"]), axis=1), 1, atol=1e-5)
-
-
 # -- learning ---------------------------------------------------------------------------------------------------------
-
-
-def agreement(artifact: Artifact, lists: ScoredLists, collection: Collection, recipe: Recipe) -> float:
-    """Kendall's tau between the student's and the teacher's scores, mean over the lists."""
-    student = build("student", recipe.student.settings()).open(artifact.path / "model", "cpu")
-    taus = []
-    for query_id, rows, scores, _ in (lists[number] for number in range(len(lists))):
-        own = student.similarities(collection.query_texts([query_id]), collection.document_texts(rows))[0]
-        taus.append(float(kendalltau(own, scores).statistic))
-    return float(np.mean(taus))
 
 
 def test_a_student_learns_its_teachers_order(
@@ -465,46 +409,36 @@ def test_a_student_learns_its_teachers_order(
     make_recipe: MakeRecipe,
     tmp_path: Path,
 ) -> None:
-    """From the teacher's scores the agreement rises above 0.6; from the same scores shuffled within each list it
-    stays below 0.3. Only the right pairing of scores and documents teaches."""
-    training = {
-        "steps": 150,
-        "learning_rate": 5e-3,
-        "checkpoints": 1,
-        "lists": {"type": "random_documents", "size": 8},
-        "log_every": 50,
-    }
-    learned = agreement(train(tmp_path / "true", dev=None, **training), lists, tiny_collection, make_recipe())
-    shuffled = make_lists(tiny_collection, tmp_path / "shuffled", shuffle=True)
-    misled = train(tmp_path / "false", dev=None, on=shuffled, **training)
-    not_learned = agreement(misled, lists, tiny_collection, make_recipe())
-    print(f"agreement {learned:.3f}, shuffled {not_learned:.3f}")
-    assert learned > 0.6
-    assert not_learned < 0.3
+    """From the teacher's scores Kendall's tau rises above 0.6; from the same scores shuffled within each list it stays
+    below 0.3. Only the right pairing of scores and documents teaches."""
+    training = {"steps": 150, "checkpoints": 1, "lists": {"type": "random_documents", "size": 8}, "log_every": 50}
+
+    def agreement(on: ScoredLists, name: str) -> float:
+        artifact = train(tmp_path / name, on=on, **training)
+        student = build("student", make_recipe().student.settings()).open(artifact.path / "model", "cpu")
+        return Agreement(lists, tiny_collection).evaluate(student)
+
+    assert agreement(lists, "true") > 0.6
+    assert agreement(make_lists(tiny_collection, tmp_path / "shuffled", shuffle=True), "false") < 0.3
 
 
 # -- what cannot be trained -------------------------------------------------------------------------------------------
 
 
 def test_lists_without_a_positive_are_refused_where_a_loss_needs_one(
-    tiny_collection: Collection, dev_pool: DevPool, make_recipe: MakeRecipe, tmp_path: Path
+    train: Train, tiny_collection: Collection, tmp_path: Path
 ) -> None:
     from rankdistill.scores.lists import build_lists
 
     query_id = tiny_collection.query_ids("train")[0]
     relevant = tiny_collection.qrels("train")[query_id]
     others = [doc_id for doc_id in tiny_collection.doc_ids(range(8)) if doc_id not in relevant]
-    lists = build_lists(
-        [(query_id, others, np.zeros(len(others)))],
-        lambda q, docs: np.arange(len(docs)),
-        tiny_collection,
-        "train",
-        tmp_path / "lists",
-    )
+    candidates = [(query_id, others, np.zeros(len(others)))]
+    lists = build_lists(candidates, lambda q, d: np.arange(len(d)), tiny_collection, "train", tmp_path / "lists")
     with pytest.raises(RankdistillError, match=r"margin_mse needs a labelled positive(?s:.*)all_pairs"):
-        train_student(make_recipe(), lists, tiny_collection, dev_pool, tmp_path / "student")
-    all_pairs = make_recipe(losses=[{"type": "margin_mse", "pairs": "all_pairs"}], steps=2)
-    assert train_student(all_pairs, lists, tiny_collection, dev_pool, tmp_path / "student").counts["steps"] == 2
+        train(tmp_path / "student", on=lists)
+    losses = [{"type": "margin_mse", "pairs": "all_pairs"}]
+    assert train(tmp_path / "student", on=lists, losses=losses, steps=2).counts["steps"] == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -512,7 +446,7 @@ def test_a_training_that_diverges_says_so(train: Train, tmp_path: Path, precisio
     """In fp16 a batch may overflow, and its step is skipped; not each."""
     beyond: dict[str, Any] = {"learning_rate": 1e30, "max_gradient_norm": 1e9, "schedule": "constant", "warmup": 0.0}
     with pytest.raises(RankdistillError, match=r"the loss is (nan|inf) at step(?s:.*)learning_rate"):
-        train(tmp_path / "student", dev=None, precision=precision, **beyond)
+        train(tmp_path / "student", precision=precision, **beyond)
 
 
 def test_the_settings_that_decide_nothing_are_not_in_the_fingerprint(make_recipe: MakeRecipe) -> None:
