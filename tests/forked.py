@@ -37,7 +37,7 @@ PRELOAD = [
     "rankdistill.collections.beir",
     "rankdistill.losses.contrastive",
     "rankdistill.losses.margin_mse",
-    "rankdistill.sampling.uniform",
+    "rankdistill.sampling.base",
     "sentence_transformers.cross_encoder",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert_fast",

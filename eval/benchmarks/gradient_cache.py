@@ -22,7 +22,7 @@ from training import make_lists
 
 from rankdistill.collections import open_collection
 from rankdistill.recipe import build
-from rankdistill.sampling.uniform import RandomBatches, RandomDocuments
+from rankdistill.sampling.base import RandomBatches, RandomDocuments
 from rankdistill.scores.lists import ScoredLists
 from rankdistill.students.token_batches import autocast
 from rankdistill.training.batches import BatchStream

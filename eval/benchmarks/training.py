@@ -27,8 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from rankdistill.collections import Collection, open_collection
 from rankdistill.losses.margin_mse import MarginMSE
 from rankdistill.recipe import build, check_recipe
-from rankdistill.sampling.base import generator
-from rankdistill.sampling.uniform import RandomBatches
+from rankdistill.sampling.base import RandomBatches, generator
 from rankdistill.scores.lists import ScoredLists, build_lists
 from rankdistill.students.models import resolve_model
 from rankdistill.training.batches import BatchStream

@@ -131,8 +131,7 @@ def fine_tune(
     import torch
     from torch.nn import functional
 
-    from rankdistill.students.less_memory import GradientCache
-    from rankdistill.students.token_batches import resolve_precision
+    from rankdistill.students.token_batches import GradientCache, resolve_precision
     from rankdistill.teachers.llm.local import abilities, load_causal_lm
     from rankdistill.training.loop import TrainingLoop, loop_arguments
 

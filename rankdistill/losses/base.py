@@ -29,7 +29,6 @@ class Loss(Scheduled, ABC):
 
     weight: Schedule = field(default=1.0, kw_only=True)
 
-    type: ClassVar[str]  # type: ignore[assignment]  # the recipe's word; hides nn.Module.type, which casts
     needs_labels = False
     needs_teacher = True
     needs_batch_teacher = False
@@ -47,6 +46,8 @@ class Loss(Scheduled, ABC):
 
 class ListLoss(Loss):
     """A loss that reads each list alone: the weighted mean of its terms over all lists of a batch."""
+
+    type: ClassVar[str]  # type: ignore[assignment]  # the recipe's word; hides nn.Module.type, which casts
 
     @abstractmethod
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,8 @@ class ListLoss(Loss):
 class BatchLoss(Loss):
     """A loss over the scores of every query with every document of the batch (in-batch negatives)."""
 
+    type: ClassVar[str]  # type: ignore[assignment]
+
     @abstractmethod
     def forward(self, student: Tensor, teacher: Tensor | None, index: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """The loss of a batch.
@@ -98,6 +101,7 @@ class BatchLoss(Loss):
 class VectorLoss(Loss):
     """A loss between the student's embeddings and a batch teacher's of the same texts; its mean over `sides`."""
 
+    type: ClassVar[str]  # type: ignore[assignment]
     needs_teacher = False
     needs_batch_teacher = True
     sides: ClassVar[tuple[Literal["query", "document"], ...]]
@@ -113,6 +117,7 @@ class VectorLoss(Loss):
 class Regulariser(Loss):
     """A penalty on the embeddings of one side of a batch, whatever they score."""
 
+    type: ClassVar[str]  # type: ignore[assignment]
     needs_teacher = False
     needs_idf = False
     side: Literal["query", "document"]  # said by each

@@ -21,6 +21,7 @@ class Divergence(Softmaxes, ListLoss):
     The power keeps the size of the gradient as the temperature changes (Hinton et al. 2015, arXiv:1503.02531).
     """
 
+    type: ClassVar[str]
     power: ClassVar[int] = 2
 
     @abstractmethod

@@ -46,6 +46,7 @@ class Sparsity(Regulariser):
             with to the target over the ramp, evenly in logarithms, and stays there.
     """
 
+    type: ClassVar[str]
     usual: ClassVar[float] = 0.08  # λ of FLOPS on documents
     _: KW_ONLY
     weight: Schedule | None = None  # type: ignore[assignment]  # there is one from the constructor's end on

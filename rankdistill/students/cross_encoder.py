@@ -35,9 +35,10 @@ from rankdistill.students.base import (
     StudentModel,
     evaluating,
     in_parts,
+    keep_layers,
+    set_dropout,
     to_device,
 )
-from rankdistill.students.encoders import keep_layers, set_dropout
 from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_cross_encoder, position_limit
 from rankdistill.students.models import folder_revision, resolve_model
 from rankdistill.students.pair_encoder import PairEncoder, encoder_folder, open_pair_encoder, pair_encoder
@@ -241,11 +242,7 @@ class PairModel(StudentModel):
         return dict.fromkeys(heads, self.rates[1]) | dict.fromkeys(gates, self.rates[0])
 
     def save(self, folder: Path, max_length: int | None = None) -> None:
-        """Whole or not at all.
-
-        Args:
-            max_length: tokens a pair when it scores, where that is not what it was trained with.
-        """
+        """Whole or not at all; to score pairs of `max_length` tokens, where that is not what it was trained with."""
         model = self.model
         new = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
@@ -310,11 +307,8 @@ def open_cross_encoder(folder: Path, max_length: int | None, device: torch.devic
 def starting_cross_encoder(
     folder: Path, start: Literal["encoder", "head"], max_length: int | None, device: torch.device
 ) -> CrossEncoder:
-    """The cross-encoder before its first step: as it is, or made of an encoder.
-
-    Args:
-        start: of an encoder: rank as it does (see students/pair_encoder.py), or a new head, which starts at random.
-    """
+    """The cross-encoder before its first step: as it is, or made of an encoder, to rank as that does (`start`: see
+    students/pair_encoder.py) or with a new head, which starts at random."""
     if is_cross_encoder(folder):
         return open_cross_encoder(folder, max_length, device)
     if start == "encoder":

@@ -19,8 +19,7 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import Alignment
-from rankdistill.students.base import Device, Features, Side, Student
-from rankdistill.students.encoders import QUERY_LENGTH, EncoderModel, EncoderStudent
+from rankdistill.students.base import QUERY_LENGTH, Device, EncoderModel, EncoderStudent, Features, Side, Student
 from rankdistill.students.loading import UNBOUNDED, load_model
 from rankdistill.students.models import folder_revision, resolve_model, saved_settings
 from rankdistill.students.token_batches import Precision, autocast
@@ -33,30 +32,23 @@ class DenseModel(EncoderModel):
     """A SentenceTransformer as a student.
 
     Args:
-        similarity: how two vectors are compared.
-        scale: a cosine cannot reach the margins of a logit without one.
         source: what names the weights, for the fingerprint.
+        similarity: how two vectors are compared; a cosine cannot reach the margins of a logit without a scale.
     """
 
     def __init__(
-        self,
-        model: SentenceTransformer,
-        similarity: Similarity,
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        source: Any = None,
-        precision: Precision = "auto",
+        self, model: SentenceTransformer, maker: Any, scale: float, source: Any, similarity: Similarity
     ) -> None:
-        super().__init__(model, scale, learn_scale, precision)
+        super().__init__(model, maker, scale)
         self.similarity = similarity
         self.dimension = vector_width(model, source)
         first = model[0]
         lengths = [getattr(first, name, None) for name in ("query_length", "document_length")]
-        self.fingerprint = fingerprint([source, similarity, lengths, model.prompts, precision])
+        self.fingerprint = fingerprint([source, similarity, lengths, model.prompts, self.precision])
         # Whatever queries look like, as if they were of the default length and had no prompt.
         lengths, prompts = [lengths[0] and QUERY_LENGTH, lengths[1]], {**model.prompts}
         prompts |= {"query": ""} if "query" in prompts else {}
-        self.document_fingerprint = fingerprint([source, similarity, lengths, prompts, precision])
+        self.document_fingerprint = fingerprint([source, similarity, lengths, prompts, self.precision])
 
     def count_cut(self, features: Features, texts: Sequence[str], side: Side) -> int:
         first = self.model[0]
@@ -102,8 +94,7 @@ class _SentenceStudent(Student):
     def _model(
         self, model: SentenceTransformer, similarity: Similarity, source: Any, scale: float | None = None
     ) -> DenseModel:
-        scale = starting_scale(similarity, scale, self.scale)
-        return DenseModel(model, similarity, scale, self.learn_scale, source, self.precision)
+        return DenseModel(model, self, starting_scale(similarity, scale, self.scale), source, similarity)
 
 
 @dataclass(eq=False)

@@ -39,12 +39,8 @@ CONVERT = (
 
 
 def load_model(kind: Callable[..., T], folder: Path, device: str | torch.device | None = None, **options: Any) -> T:
-    """A model of sentence-transformers, from safetensors alone, whose texts are cut to what it has positions for.
-
-    Args:
-        kind: SentenceTransformer, SparseEncoder, MultiVectorEncoder or CrossEncoder.
-        options: of `kind`.
-    """
+    """A model of sentence-transformers, of whichever kind (with its options), from safetensors alone, whose texts are
+    cut to what it has positions for."""
     weights = {"use_safetensors": True, **options.pop("model_kwargs", {})}
     with opening(folder):
         model = kind(str(folder), device=str(resolve_device(device)), model_kwargs=weights, **SAFE, **options)
@@ -142,11 +138,8 @@ def check_model(name: str) -> Path:
 
 
 def check_files(folder: Path, failed: bool = False) -> None:
-    """Refuse a model with a pickle for weights, a damaged file, or without weights or vocabulary.
-
-    Args:
-        failed: it could not be loaded; look for code of its own and at files that another model may do without too.
-    """
+    """Refuse a model with a pickle for weights, a damaged file, or without weights or vocabulary; one that could not be
+    loaded (`failed`) for code of its own, too, and for files that another model may do without."""
     from safetensors import SafetensorError, safe_open
 
     for part in model_folders(folder):
@@ -197,11 +190,7 @@ def is_cross_encoder(folder: Path) -> bool:
 
 
 def load_cross_encoder(folder: Path, device: torch.device, max_length: int | None, **options: Any) -> CrossEncoder:
-    """A cross-encoder, or an encoder with a new head.
-
-    Args:
-        max_length: tokens a pair at most; the model's own limit if None.
-    """
+    """A cross-encoder, or an encoder with a new head; of pairs of `max_length` tokens, the model's own limit if None."""
     from sentence_transformers import CrossEncoder
 
     model = load_model(CrossEncoder, folder, device, max_length=max_length, **options)
@@ -278,11 +267,8 @@ def say_cut(count: int, total: int) -> None:
 
 
 def side_length(transformer: Any, side: str, length: int | None, prompt: str | None) -> int:
-    """Tokens that a side's texts are cut to, special tokens and prompt included.
-
-    Args:
-        length: tokens without the prompt; as many as the model can take if None.
-    """
+    """Tokens that a side's texts are cut to, special tokens and prompt included; `length` is without the prompt, None
+    as many as the model can take."""
     limit = text_limit(transformer)
     bare = transformer.preprocess(["a"])["input_ids"].shape[1]
     if length is not None and length < bare:

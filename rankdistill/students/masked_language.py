@@ -26,11 +26,10 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.plain import Section
 from rankdistill.progress import progress, warn
 from rankdistill.students.base import Features, to_device
-from rankdistill.students.less_memory import GradientCache
 from rankdistill.students.loading import SAFE, opening
 from rankdistill.students.models import read_json
 from rankdistill.students.term_head import largest_logits
-from rankdistill.students.token_batches import Precision, autocast, free_memory
+from rankdistill.students.token_batches import GradientCache, Precision, autocast, free_memory
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -63,12 +62,7 @@ def load_masked_language(folder: Path, name: str) -> tuple[Transformer, bool]:
     """(the encoder with its head, whether the head was there); weights in float32, safetensors only.
 
     A head that is missing is made: its matrix is the encoder's word embeddings (tied, as BERT has it), its transform
-    starts from the identity.
-
-    Raises:
-        UsageError: a kind of model that has no masked-language head, such as a decoder.
-        RankdistillError: no model that transformers can load.
-    """
+    starts from the identity. A kind of model that has no such head, as a decoder, is refused."""
     folder = transformer_folder(folder)
     missing: list[str] = []
     with opening(folder, "transformers"):
@@ -126,21 +120,16 @@ def start_head(model: nn.Module, missing: list[str]) -> None:
             nn.init.zeros_(parameter)
 
 
-class SmallHead:
-    """An encoder and its head, run without ever holding the logits of all tokens (students/term_head.py)."""
-
-    def __init__(self, transformer: Transformer) -> None:
-        self.transformer = transformer
-
-    def hidden(self, features: Features) -> tuple[Tensor, Any]:
-        """[texts, tokens, width] what the last map of the head is applied to, and that map."""
-        decoder: Any = self.transformer.model.get_output_embeddings()
-        decoder.forward = lambda hidden: hidden  # for this pass: what would have gone in comes out
-        try:
-            hidden: Tensor = self.transformer(dict(features))[self.transformer.module_output_name]
-        finally:
-            del decoder.forward
-        return hidden, decoder
+def head_inputs(transformer: Transformer, features: Features) -> tuple[Tensor, Any]:
+    """[texts, tokens, width] what the last map of the head is applied to, and that map: the logits of all tokens are
+    never held (students/term_head.py)."""
+    decoder: Any = transformer.model.get_output_embeddings()
+    decoder.forward = lambda hidden: hidden  # for this pass: what would have gone in comes out
+    try:
+        hidden: Tensor = transformer(dict(features))[transformer.module_output_name]
+    finally:
+        del decoder.forward
+    return hidden, decoder
 
 
 def warm_up(
@@ -154,12 +143,8 @@ def warm_up(
 ) -> str:
     """Warm a head up on a collection's documents, or read what was made of it before; returns a fingerprint.
 
-    The result is an artifact below `folder`. One that is interrupted begins again. Random numbers of the caller stay as
-    they are, so that a training goes the same way whether it was made now or before.
-
-    Args:
-        new_head: the head was made here.
-        source: names the weights to begin with.
+    An artifact below `folder`; one that is interrupted begins again. Random numbers of the caller stay as they are, so
+    that a training goes the same way whether it was made now or before. `source` names the weights to begin with.
     """
     terms = settings.terms if settings.terms is not None else NEW_HEAD_TERMS if new_head else 0
     if not settings.steps and not terms:
@@ -206,7 +191,6 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
     """Train on masked tokens (Devlin et al. 2019, arXiv:1810.04805); returns the last steps' mean loss."""
     model: Any = transformer.model
     tokenizer: Any = transformer.tokenizer
-    head = SmallHead(transformer)
     learning = list(model.parameters() if settings.encoder else head_parameters(model).values())
     learned_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
@@ -222,7 +206,7 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
     cache = GradientCache()
 
     def compute(part: Features) -> Tensor:
-        hidden, decoder = head.hidden(to_device(part, device))
+        hidden, decoder = head_inputs(transformer, to_device(part, device))
         predicted: Tensor = decoder(hidden[part["chosen"].to(device)])
         return predicted
 
@@ -264,14 +248,8 @@ def _learn_masked(transformer: Transformer, settings: WarmUp, collection: Collec
 def mask_tokens(
     tokens: Tensor, attention: Tensor, special: Tensor, mask_token: int, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(places to predict, tokens to show, tokens to predict): of the places 80 % show the mask, 10 % another token of
-    the batch, 10 % their own. Special tokens and padding are never chosen.
-
-    Args:
-        tokens: [texts, tokens] ids.
-        attention: [texts, tokens] 0 at padding.
-        share: of the other tokens to predict.
-    """
+    """(places to predict, tokens to show, tokens to predict) of ids [texts, tokens]: of the places 80 % show the mask,
+    10 % another token of the batch, 10 % their own. Special tokens and padding are never chosen."""
     words = attention.bool() & ~torch.isin(tokens, special)
     chosen = words & (torch.rand(tokens.shape) < share)
     shown, luck = tokens.clone(), torch.rand(tokens.shape)
@@ -291,7 +269,6 @@ def _set_biases(
 
     Tokens that are no words are never terms. Memory: a weight for each of `documents` documents and each term.
     """
-    head = SmallHead(transformer)
     tokenizer: Any = transformer.tokenizer
     device = next(transformer.parameters()).device
     transformer.eval()
@@ -304,7 +281,7 @@ def _set_biases(
     with autocast(device, precision):
         for start in range(0, len(texts), 32):
             features = to_device(transformer.preprocess(texts[start : start + 32], task="document"), device)
-            hidden, _ = head.hidden(features)
+            hidden, _ = head_inputs(transformer, features)
             largest = largest_logits(hidden.float(), features["attention_mask"], decoder.weight, decoder.bias)
             parts.append(largest.float())
     logits = torch.cat(parts)

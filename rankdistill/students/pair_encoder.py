@@ -29,8 +29,7 @@ from transformers import AttentionInterface
 
 from rankdistill.errors import UsageError
 from rankdistill.progress import quiet_transformers
-from rankdistill.students.base import to_device
-from rankdistill.students.encoders import keep_layers
+from rankdistill.students.base import keep_layers, to_device
 from rankdistill.students.loading import SAFE, UNBOUNDED, load_model, opening, text_limit
 from rankdistill.students.masked_language import transformer_folder
 from rankdistill.students.pairs import bare_tokenizer, padding_of, token_ids, two_sided_joiner

@@ -40,12 +40,8 @@ class PairJoiner(NamedTuple):
         return sides, kept[0] + kept[1] + self.special
 
     def join(self, sides: Sides, padding: tuple[int, int], limit: int) -> dict[str, torch.Tensor]:
-        """A batch: input_ids, attention_mask and token_type_ids, int64 [pairs, width] each.
-
-        Args:
-            padding: token id and token type of places after the end.
-            limit: tokens a pair; the width is a multiple of 8 at most this, unless a pair is longer.
-        """
+        """A batch: input_ids, attention_mask and token_type_ids, int64 [pairs, width] each; `padding` is the token id
+        and type of places after the end, the width a multiple of 8 at most `limit`, unless a pair is longer."""
         lengths = np.array([len(query) + len(document) + self.special for query, document in sides])
         longest = int(lengths.max())
         width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(limit, longest))
@@ -62,16 +58,11 @@ class PairJoiner(NamedTuple):
 
 
 def longest_first(query: np.ndarray, document: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths kept of each pair under the `longest_first` rule of the tokenizers library.
+    """int64 [N] lengths kept of each pair's query and document under the `longest_first` rule of the tokenizers
+    library.
 
-    The longer side gives way first; when both are longer than half the room, each gets half (the longer side, or the
-    document when equal, the odd token).
-
-    Args:
-        query: int64 [N], tokens of each query.
-        document: int64 [N], tokens of each document.
-        room: tokens a pair may have without special tokens.
-    """
+    The longer side gives way first; when both are longer than half the room (tokens of a pair without special ones),
+    each gets half (the longer side, or the document when equal, the odd token)."""
     swap = query > document
     shorter, longer = np.where(swap, document, query), np.where(swap, query, document)
     cut = shorter + longer > room

@@ -22,12 +22,9 @@ ELSEWHERE = DECIDES_NOTHING | {
 
 
 def with_revisions(values: Any, *, strict: bool = True) -> Any:
-    """Settings with every model below them replaced by the digest of its files, and every file by that of its bytes;
-    beside the type of a method of another package stands the digest of the file that the method is written in.
-
-    Args:
-        strict: a model that is not there is an error; otherwise it is None.
-    """
+    """Settings with every model below them replaced by the digest of its files (None where it is not there, unless that
+    is an error, `strict`), and every file by that of its bytes; beside the type of a method of another package stands
+    the digest of the file that the method is written in."""
     if isinstance(values, Mapping):
         named = {key: _revision(key, value, strict) for key, value in values.items()}
         code = code_of(named["type"]) if isinstance(named.get("type"), str) else None
@@ -70,11 +67,7 @@ def _is_gone(path: Any) -> bool:
 
 
 def check_student(artifact: Artifact, recipe: Recipe, run: Path) -> None:
-    """Refuse a trained student that another recipe made than the one of its run.
-
-    Raises:
-        RankdistillError: a setting that decides it is another one now.
-    """
+    """Refuse a trained student that another recipe made than the one of its run."""
     trained_under = artifact.manifest.get("recipe")
     changed = _difference(trained_under, deciding(recipe)) if trained_under is not None else None
     if changed is not None:

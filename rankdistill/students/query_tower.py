@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from rankdistill.artifacts import fingerprint
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.base import Device, Features, Side
+from rankdistill.students.base import Device, EncoderStudent, Features, Side
 from rankdistill.students.dense import SIMILARITY_NAMES, DenseModel, DenseStudent, StaticStudent, starting_scale
-from rankdistill.students.encoders import EncoderStudent
 from rankdistill.students.loading import load_model
 from rankdistill.students.models import SETTINGS_FILE, folder_revision, resolve_model, saved_settings
-from rankdistill.students.token_batches import Precision
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -52,16 +50,8 @@ class DocumentModel:
             values = (model.dimension, model.similarity, model.document_fingerprint)
             self.known = dict(zip(KNOWN, values, strict=True))
 
-    @property
-    def fingerprint(self) -> str:
-        return str(self.known["fingerprint"])
-
     def load(self) -> DenseModel:
-        """The model, frozen.
-
-        Raises:
-            RankdistillError: it is not there, or is another one than the query encoder was trained for.
-        """
+        """The model, frozen; one that is not there, or another one than the query encoder was trained for, is refused."""
         if self._model is None:
             source = resolve_model(self.settings["model"])
             if (source.path / SETTINGS_FILE).is_file():  # a student of this program: as its own run opens it
@@ -69,10 +59,11 @@ class DocumentModel:
             else:
                 model = DenseStudent(**self.settings).create(self.device)
             self._model = model.eval().requires_grad_(False)
-            if self.known and self.fingerprint != model.document_fingerprint:
+            recorded = self.known.get("fingerprint", model.document_fingerprint)
+            if recorded != model.document_fingerprint:
                 raise RankdistillError(
                     "this query encoder was trained for another document model"
-                    f" ({self.fingerprint}, not {model.document_fingerprint})",
+                    f" ({recorded}, not {model.document_fingerprint})",
                     where=str(self.settings["model"]),
                     fix="give the model, lengths and precision it was trained for",
                 )
@@ -80,28 +71,15 @@ class DocumentModel:
 
 
 class QueryTowerModel(DenseModel):
-    """A small query encoder beside the frozen document vectors of a large model.
+    """A small query encoder, of a large model's width, beside the frozen document vectors of that model.
 
     `document_fingerprint` is the large model's own: indexes and vectors that the large model made are searched with it,
-    and those that are made here are the large model's too.
-
-    Args:
-        model: the query encoder, of the large model's width.
-        documents: the large model.
-        vectors: folder of a vectors artifact that the large model made already.
-    """
+    and those that are made here are the large model's too."""
 
     def __init__(
-        self,
-        model: SentenceTransformer,
-        documents: DocumentModel,
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        source: Any = None,
-        precision: Precision = "auto",
-        vectors: str | None = None,
+        self, model: SentenceTransformer, maker: QueryTowerStudent, scale: float, source: Any, documents: DocumentModel
     ) -> None:
-        super().__init__(model, documents.known["similarity"], scale, learn_scale, source, precision)
+        super().__init__(model, maker, scale, source, documents.known["similarity"])
         if self.dimension != documents.known["dimension"]:
             raise UsageError(
                 f"the query encoder makes {self.dimension} dimensions, the document model"
@@ -110,9 +88,9 @@ class QueryTowerModel(DenseModel):
                 fix="projection: auto",
             )
         self.documents = documents  # no module of this one: neither trained nor saved with it
-        self.made_vectors = vectors
-        self.document_fingerprint = documents.fingerprint
-        self.fingerprint = fingerprint(["query_tower", self.fingerprint, documents.fingerprint])
+        self.made_vectors = maker.document_vectors  # folder of an artifact that the large model made already
+        self.document_fingerprint = str(documents.known["fingerprint"])
+        self.fingerprint = fingerprint(["query_tower", self.fingerprint, self.document_fingerprint])
         self._vectors: NDArray[np.float32] | None = None
 
     def use_vectors(self, vectors: NDArray[np.float32]) -> None:
@@ -220,7 +198,8 @@ class QueryTowerStudent(EncoderStudent):
             encoder.append(Normalize())
         encoder.similarity_fn_name = SIMILARITY_NAMES[documents.known["similarity"]]
         source = [resolve_model(self.model).revision, self.encoder, self.layers, self.pooling, self.projection]
-        return self._tower(encoder, documents, source)
+        scale = starting_scale(documents.known["similarity"], self.scale)
+        return QueryTowerModel(encoder, self, scale, source, documents)
 
     def open(self, folder: Path, device: Device = None) -> QueryTowerModel:
         """The query encoder; the document model is not loaded until a document has to be encoded."""
@@ -232,7 +211,8 @@ class QueryTowerStudent(EncoderStudent):
             )
         documents = DocumentModel(self.document_settings, device, {name: recorded[name] for name in KNOWN})
         model = load_model(SentenceTransformer, folder, device)
-        return self._tower(model, documents, folder_revision(folder), settings.scale)
+        scale = starting_scale(documents.known["similarity"], settings.scale, self.scale)
+        return QueryTowerModel(model, self, scale, folder_revision(folder), documents)
 
     def _encoder(self, device: Device) -> SentenceTransformer:
         """The query encoder without normalisation."""
@@ -246,19 +226,10 @@ class QueryTowerStudent(EncoderStudent):
         student = DenseStudent(self.model, similarity="dot", query_length=length, document_length=length, **shared)
         return cast(SentenceTransformer, student.create(device).model)
 
-    def _tower(
-        self, model: SentenceTransformer, documents: DocumentModel, source: Any, scale: float | None = None
-    ) -> QueryTowerModel:
-        scale = starting_scale(documents.known["similarity"], scale, self.scale)
-        return QueryTowerModel(model, documents, scale, self.learn_scale, source, self.precision, self.document_vectors)
-
 
 def _projection(width: int, target: int, first: bool) -> Dense:
-    """A linear map that keeps lengths and angles as far as the widths allow; the identity where they are equal.
-
-    Args:
-        first: start from the first dimensions alone, as a Matryoshka model is cut.
-    """
+    """A linear map that keeps lengths and angles as far as the widths allow: the identity where they are equal, or the
+    first dimensions alone, as a Matryoshka model is cut."""
     weight = np.eye(target, width)
     if width != target and not first:
         random = np.random.default_rng(0).normal(size=(max(width, target), min(width, target)))

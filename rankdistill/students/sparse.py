@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy.sparse import csr_matrix, vstack
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
@@ -17,22 +21,22 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, 
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from rankdistill.artifacts import fingerprint
+from rankdistill.artifacts import file_digest, fingerprint
 from rankdistill.devices import resolve_device
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.base import Device, Features, Side, evaluating, to_device
-from rankdistill.students.encoders import EncoderModel, EncoderStudent
+from rankdistill.progress import say
+from rankdistill.students.base import Device, EncoderModel, EncoderStudent, Features, Side, evaluating, to_device
 from rankdistill.students.loading import UNBOUNDED, load_model
-from rankdistill.students.masked_language import SmallHead, WarmUp, load_masked_language, warm_up
+from rankdistill.students.masked_language import WarmUp, head_inputs, load_masked_language, warm_up
 from rankdistill.students.models import resolve_model, saved_settings, says
 from rankdistill.students.term_head import pool_terms
-from rankdistill.students.token_batches import Precision
-from rankdistill.students.token_weights import TokenWeights, collection_idf, sparse_fingerprints
+from rankdistill.students.token_weights import TokenWeights, collection_idf, read_idf, sparse_fingerprints
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
 NO_WARM_UP = WarmUp()
+COLLECTION, KEEP = "collection", "keep"  # where a table of query weights comes from
 EVERYWHERE = 0.9  # a term that fires in more than this share of a batch's documents says nothing
 
 
@@ -57,8 +61,8 @@ class SparseModel(EncoderModel):
     """A SparseEncoder as a student; embeddings while training are dense, [texts, vocabulary], at least 0.
 
     Args:
-        source: what names the weights and lengths of (the query side, the document side), for the fingerprints.
-        most_terms: side → how many of a text's largest weights are kept when it is encoded; 0 for all.
+        source: what names weights and lengths of (the query side, the document side), for the fingerprints; or None.
+        most: side → how many of a text's largest weights are kept when it is encoded; 0 for all.
         start: what `prepare` has still to do.
     """
 
@@ -66,18 +70,11 @@ class SparseModel(EncoderModel):
     idf_learning_rate: float | None = None
 
     def __init__(
-        self,
-        model: SparseEncoder,
-        scale: float = 1.0,
-        learn_scale: bool = False,
-        source: tuple[Any, Any] | None = None,
-        precision: Precision = "auto",
-        most_terms: dict[str, int] | None = None,
-        start: Start | None = None,
+        self, model: SparseEncoder, maker: Any, scale: float, source: Any, most: dict[str, int], start: Start | None
     ) -> None:
-        super().__init__(model, scale, learn_scale, precision)
+        super().__init__(model, maker, scale)
         self.similarity = "dot"
-        self.most_terms = {"query": 0, "document": 0, **(most_terms or {})}
+        self.most_terms = {"query": 0, "document": 0, **most}
         self.start = start
         self._routes = {side: route(model, side) for side in ("query", "document")}
         self.dimension, queries = (_width(self._routes[side]) for side in ("document", "query"))
@@ -127,15 +124,9 @@ class SparseModel(EncoderModel):
             return None
         if self._query_tokenizer is None:
             self._query_tokenizer = backend(static.tokenizer)
-        weights = TokenWeights(
-            self._query_tokenizer,
-            static.weight.detach().float().cpu().numpy(),
-            self.fingerprint,
-            self.document_fingerprint,
-            self.model.prompts.get("query") or "",
-            min(int(static.max_seq_length), UNBOUNDED),
-            self.most_terms["query"],
-        )
+        table, prompt = static.weight.detach().float().cpu().numpy(), self.model.prompts.get("query") or ""
+        names, longest = (self.fingerprint, self.document_fingerprint), min(int(static.max_seq_length), UNBOUNDED)
+        weights = TokenWeights(self._query_tokenizer, table, *names, prompt, longest, self.most_terms["query"])
         weights.cut = self.cut  # one count, whichever of the two encodes
         return weights
 
@@ -148,10 +139,9 @@ class SparseModel(EncoderModel):
             warm_up(transformer, start.warm_up, new_head, source, collection, folder, self.precision)
             for transformer, new_head, source in start.encoders
         ]
-        idf = ""
-        static, weights = self.static, self.token_weights
-        if start.idf and static is not None and weights is not None:
-            table, idf = collection_idf(collection, weights.tokenizer, self.dimension, folder)
+        idf, static = "", self.static
+        if start.idf and static is not None:
+            table, idf = collection_idf(collection, backend(static.tokenizer), self.dimension, folder)
             table[special_tokens(static.tokenizer, self.dimension)] = 0
             table[table < start.least] = 0
             with torch.no_grad():
@@ -226,12 +216,14 @@ class SparseModel(EncoderModel):
 
     def save(self, folder: Path) -> None:
         """As the base class does; query weights below 0 are saved as 0."""
-        weights = self.static.weight if self.static is not None else nn.Parameter(torch.empty(0))
-        trained, weights.data = weights.data, weights.data.clamp(min=0)
+        static = self.static
+        if static is not None:
+            trained, static.weight.data = static.weight.data, static.weight.data.clamp(min=0)
         try:
             super().save(folder)
         finally:
-            weights.data = trained
+            if static is not None:
+                static.weight.data = trained
 
     def settings(self, folder: Path) -> dict[str, Any]:
         whole, documents = sparse_fingerprints(folder, [self.precision, self.most_terms])
@@ -245,42 +237,32 @@ class SparseModel(EncoderModel):
         }
 
 
-class TermHead(SmallHead):
-    """A side's encoder, head and pooling, in little memory."""
-
-    def __init__(self, transformer: Transformer, pooling: SpladePooling) -> None:
-        super().__init__(transformer)
-        self.pooling = pooling
-
-    def __call__(self, features: Features) -> Tensor:
-        """Term weights [texts, vocabulary], float32."""
-        hidden, decoder = self.hidden(features)
-        pooling: Any = self.pooling
-        how = (pooling.pooling_strategy, pooling.activation_function)
-        return pool_terms(hidden, features["attention_mask"], decoder.weight, decoder.bias, *how)
+def _pooled(transformer: Any, pooling: Any, features: Features) -> Tensor:
+    """Term weights [texts, vocabulary], float32: a side's encoder, head and pooling in little memory."""
+    hidden, decoder = head_inputs(transformer, features)
+    how = (pooling.pooling_strategy, pooling.activation_function)
+    return pool_terms(hidden, features["attention_mask"], decoder.weight, decoder.bias, *how)
 
 
 @torch.no_grad()
-def _term_head(modules: Sequence[nn.Module]) -> TermHead | None:
-    """A `TermHead` where it gives what the modules give; None for a model of another shape.
+def _term_head(modules: Sequence[Any]) -> Callable[[Features], Tensor] | None:
+    """A side in little memory, where that gives what its modules give; None for a model of another shape.
 
     Tried on a text: some heads do more after their last map (scale the logits, or cap them).
     """
     if not is_splade(modules):
         return None
-    transformer: Any = modules[0]
-    pooling: Any = modules[1]
+    transformer, pooling = modules
     transformer.unpad_inputs = False  # texts are sorted by length here; packed ones have no mask
     decoder = transformer.model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
         return None
-    head = TermHead(transformer, pooling)
     with evaluating(transformer):
         features = to_device(transformer.preprocess(["a b", "a"]), decoder.weight.device)
-        hidden, _ = head.hidden(features)
+        hidden, _ = head_inputs(transformer, features)
         logits = transformer(dict(features))[transformer.module_output_name]
     same = hidden.shape[-1] == decoder.in_features and torch.allclose(decoder(hidden), logits, rtol=1e-3, atol=1e-3)
-    return head if same else None
+    return partial(_pooled, transformer, pooling) if same else None
 
 
 def active_terms(embeddings: Tensor, most: int = 0) -> csr_matrix:
@@ -374,7 +356,7 @@ class SparseStudent(EncoderStudent):
                 where=str(folder / "config_sentence_transformers.json"),
                 fix="a model whose similarity_fn_name is dot",
             )
-        model = SparseModel(encoder, scale, self.learn_scale, None, self.precision, most)
+        model = SparseModel(encoder, self, scale, None, most, None)
         settings = [self.precision, model.most_terms]
         model.fingerprint, model.document_fingerprint = sparse_fingerprints(folder, settings)
         return model
@@ -407,7 +389,7 @@ class SparseStudent(EncoderStudent):
     ) -> SparseModel:
         encoder = SparseEncoder(modules=list(modules), device=str(resolve_device(device)), similarity_fn_name="dot")
         self.set_prompts(encoder)
-        return SparseModel(encoder, self.scale, self.learn_scale, source, self.precision, self.most_terms, start)
+        return SparseModel(encoder, self, self.scale, source, self.most_terms, start)
 
 
 @dataclass(eq=False)
@@ -460,3 +442,78 @@ def check_vocabularies(queries: Any, documents: Any) -> None:
             where="student.query_model",
             fix="two encoders of one tokenizer",
         )
+
+
+@dataclass(eq=False)
+class InferenceFreeStudent(SparseStudent):
+    """Documents by a sparse encoder, queries by a table: no model runs while somebody waits.
+
+    After Geng et al. 2024 (arXiv:2411.04403): a query is the set of its tokens, each weighed by its inverse document
+    frequency; special and unknown tokens weigh nothing.
+
+    Args:
+        model: folder, packaged encoder or hub name, as for `splade`; of a sparse model its document side.
+        idf: the table of query weights: `collection`: computed from the documents; `keep`: that of the model; or a JSON
+            file, token → weight.
+        train_idf: train the table along; a weight driven below 0 counts as 0 where vectors are made or saved.
+        idf_learning_rate: of the table, whose weights are thousands of times as large as the encoder's.
+        common: tokens that more than this share of the documents hold weigh nothing in a query, like stop words (read
+            off their weight, which is -log(share)); 1 keeps all. Long posting lists are what a search spends its time
+            on.
+        query_length: tokens a query is cut to; the tokenizer's own limit if null (a long query costs next to nothing).
+    """
+
+    type = "inference_free"
+    idf: str = COLLECTION
+    train_idf: bool = False
+    idf_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    common: Annotated[float, Field(gt=0, le=1)] = 1.0
+    query_length: int | None = None
+
+    def create(self, device: Device = None) -> SparseModel:
+        documents, named, new = self._encoder(self.model)
+        transformer: Any = documents[0]
+        size = len(transformer.tokenizer.get_vocab())
+        if transformer.model.get_output_embeddings().weight.shape[0] != size:
+            # Vocabularies padded for speed: a term without a token is of no use to a query.
+            transformer.model.resize_token_embeddings(size, mean_resizing=False)
+            documents[1].embedding_dimension = size
+            say(f"student: the vocabulary of {self.model} is cut to its tokenizer's {size:,} tokens")
+        tokenizer: Any = deepcopy(transformer.tokenizer)
+        if self.query_length:
+            tokenizer.model_max_length = self.query_length
+        weights, table = self._weights(tokenizer, size)
+        least = -math.log(self.common)
+        weights[weights < least] = 0
+        static = SparseStaticEmbedding(tokenizer, weights, frozen=not self.train_idf)
+        source = ([table, self.query_length, self.common], [named, self.document_prompt])
+        start = Start(self.warm_up, [(transformer, new, named)], self.idf == COLLECTION, least)
+        model = self._model([Router.for_query_document([static], documents)], source, start, device)
+        model.idf_learning_rate = self.idf_learning_rate
+        return model
+
+    def open(self, folder: Path, device: Device = None) -> SparseModel:
+        model = super().open(folder, device)
+        if model.static is not None:
+            model.static.weight.requires_grad_(self.train_idf)
+        return model
+
+    def _weights(self, tokenizer: Any, size: int) -> tuple[torch.Tensor, Any]:
+        """([vocabulary] the table to start from, what names it)."""
+        if self.idf == COLLECTION:
+            return torch.ones(size), COLLECTION
+        if self.idf == KEEP:
+            return self._kept(size)
+        path = Path(self.idf).expanduser()
+        special = [tokenizer.convert_ids_to_tokens(number) for number in special_tokens(tokenizer, size)]
+        table = read_idf(path, tokenizer.get_vocab(), size, special)
+        return torch.from_numpy(table), file_digest(path)
+
+    def _kept(self, size: int) -> tuple[torch.Tensor, Any]:
+        source = resolve_model(self.model)
+        first = route(load_sparse(source.path, "cpu"), "query")[0] if is_sparse(source.path) else None
+        if not isinstance(first, SparseStaticEmbedding) or len(first.weight) != size:
+            raise UsageError(
+                f"{self.model!r} has no table of query weights to keep", where="student.idf", fix="idf: collection"
+            )
+        return first.weight.detach().clone(), source.revision

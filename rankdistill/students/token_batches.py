@@ -1,8 +1,8 @@
-"""Batches by tokens, not by rows; how many a device holds; and the number format that it is fastest in."""
+"""Batches by tokens, not by rows; how many a device holds, a training too; the number format that it is fastest in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -25,12 +25,8 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALL
 
 
 class TokenBudget:
-    """Padded tokens in one forward pass, halved where the device's memory gives out, which is said once.
-
-    Args:
-        device: a GPU takes GPU_TOKENS.
-        tokens: on a CPU.
-    """
+    """Padded tokens in one forward pass (on a GPU at least GPU_TOKENS), halved where the device's memory gives out,
+    which is said once."""
 
     def __init__(self, device: torch.device | str, tokens: int) -> None:
         import torch
@@ -40,12 +36,8 @@ class TokenBudget:
         self._said = False
 
     def halve(self, error: RuntimeError, rows: int, width: int) -> None:
-        """Go on with half of the `rows` × `width` tokens that did not fit.
-
-        Raises:
-            RuntimeError: the error itself, where it is not for want of memory.
-            RankdistillError: no half is left: one text is too long.
-        """
+        """Go on with half of the `rows` × `width` tokens that did not fit; the error passes where it is of another
+        kind."""
         if not out_of_memory(error):
             raise error
         if rows < 2:
@@ -164,3 +156,73 @@ def training_attention(features: Mapping[str, Any]) -> AbstractContextManager[An
     if mask is None or mask.device.type != "cpu" or mask.shape[1] > SHORT or not torch.is_grad_enabled():
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
+
+
+class GradientCache:
+    """What a model makes of a batch's texts, whole, or (`on`) with the activations of one part at a time: each part is
+    computed again when its gradient is due (after GradCache, Gao et al. 2021, arXiv:2101.06983). Same gradients, one
+    more forward pass.
+
+    Args:
+        tokens: padded tokens of a part.
+    """
+
+    def __init__(self, on: bool = False, tokens: int = 4096) -> None:
+        self.on, self.tokens = on, tokens
+        self._said = False  # that the memory gave out
+
+    def run(
+        self, compute: Callable[[dict[str, Any]], torch.Tensor], parts: Sequence[dict[str, Any]]
+    ) -> list[torch.Tensor]:
+        """Of each part of the texts, or of less."""
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        if not self.on:
+            return [compute(part) for part in parts]
+        parts = [less for part in parts for less in split_rows(part, self.tokens)]
+        if not torch.is_grad_enabled():
+            return [compute(part) for part in parts]
+        return [checkpoint(compute, part, use_reentrant=False) for part in parts]
+
+    def shrink(self, error: RuntimeError, parts: Sequence[dict[str, Any]], device: torch.device, fix: str) -> None:
+        """Turn it on, then halve its parts, where the error is for want of memory; else the error passes.
+
+        Args:
+            parts: the texts that were computed.
+            fix: what a person can do where the batch came a text at a time, or other processes wait for this one.
+        """
+        import torch
+
+        if not out_of_memory(error):
+            raise error
+        masks = [part["attention_mask"] for part in parts if "attention_mask" in part]
+        longest = max((mask.shape[1] for mask in masks), default=1 << 30)
+        whole = sum(mask.numel() for mask in masks) <= self.tokens  # one part
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = spread and torch.distributed.get_world_size() > 1
+        if together or (self.on and self.tokens <= longest) or sum(map(len, masks)) == 1:
+            raise RankdistillError("the memory does not hold a batch", where=str(device), fix=fix) from None
+        if self.on or whole:
+            self.tokens = max(longest, min(self.tokens, sum(mask.numel() for mask in masks)) // 2)
+        if not self._said:
+            warn(
+                f"the memory of {device} does not hold a batch: going on in parts, each computed again for its"
+                " gradient, and smaller ones where it must be"
+            )
+        self.on = self._said = True
+
+
+def split_rows(features: dict[str, Any], budget: int) -> list[dict[str, Any]]:
+    """Cut features into parts of at most so many padded tokens, in order; features without a mask stay whole."""
+    mask = features.get("attention_mask")
+    if mask is None:
+        return [features]
+    rows = max(1, budget // mask.shape[1])
+
+    def part(value: Any, start: int) -> Any:
+        by_row = hasattr(value, "ndim") and value.ndim > 0 and len(value) == len(mask)
+        return value[start : start + rows] if by_row else value
+
+    starts = range(0, len(mask), rows)
+    return [{name: part(value, start) for name, value in features.items()} for start in starts]

@@ -66,13 +66,11 @@ class TokenVectors:
 def maxsim_blocks(
     queries: TokenVectors, documents: TokenVectors, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Every query against every document, a block of documents at a time.
+    """Every query against every document, a block of documents at a time: pairs of the block's first document and
+    float32 scores [queries, documents of the block].
 
     The score is Σ over the query's tokens of the largest inner product with a token of the document (ColBERT, Khattab
     and Zaharia 2020, arXiv:2004.12832); a document without tokens scores `NO_TOKENS_SCORE`, a query without tokens 0.
-
-    Returns:
-        pairs of the block's first document and float32 scores [queries, documents of the block].
     """
     import torch
 

@@ -200,11 +200,8 @@ def query_folder(folder: Path) -> str:
 
 
 def sparse_fingerprints(folder: Path, settings: Any = None) -> tuple[str, str]:
-    """(whole model, what decides its document vectors) of a saved SparseEncoder.
-
-    Args:
-        settings: what else decides vectors: number format and limits on terms.
-    """
+    """(whole model, what decides its document vectors) of a saved SparseEncoder; `settings` are the number format and
+    the limits on terms."""
     whole = folder_revision(folder, without=SETTINGS_FILE)
     routes = says(folder, ROUTER_FILE).get("structure") or {}
     parts = [str(part) for part in routes.get("document") or []]

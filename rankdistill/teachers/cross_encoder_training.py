@@ -27,10 +27,9 @@ from rankdistill.losses.pairwise import LambdaLoss
 from rankdistill.plain import Section
 from rankdistill.progress import progress, say, warn
 from rankdistill.sampling.base import generator
+from rankdistill.students.base import set_dropout
 from rankdistill.students.cross_encoder import PairModel, starting_cross_encoder
-from rankdistill.students.encoders import set_dropout
-from rankdistill.students.less_memory import GradientCache
-from rankdistill.students.token_batches import Precision, resolve_precision, training_attention
+from rankdistill.students.token_batches import GradientCache, Precision, resolve_precision, training_attention
 from rankdistill.teachers.base import Dev
 from rankdistill.training.dev import RerankPool
 from rankdistill.training.loop import BEST, TrainingLoop, curve, loop_arguments

@@ -29,10 +29,9 @@ from rankdistill.losses.pairwise import RankNet
 from rankdistill.progress import quiet_transformers, say, warn
 from rankdistill.runs import iter_run
 from rankdistill.scores.lists import ScoredLists
-from rankdistill.students.less_memory import GradientCache
 from rankdistill.students.loading import position_limit
 from rankdistill.students.models import resolve_model
-from rankdistill.students.token_batches import resolve_precision
+from rankdistill.students.token_batches import GradientCache, resolve_precision
 from rankdistill.teachers.listwise_settings import ListwiseTraining, Lora, orders_fingerprint
 from rankdistill.teachers.llm.chat import Chat, load_tokenizer, separators
 from rankdistill.teachers.llm.local import abilities, load_causal_lm

@@ -6,8 +6,7 @@ all texts of the training lists are made once and read from disk.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ from rankdistill.indexes.by_student import prepare_student
 from rankdistill.indexes.vectors import VectorFolders
 from rankdistill.progress import progress
 from rankdistill.students.base import Side, StudentModel, split_by_length, to_device
+from rankdistill.students.multi_vector import MultiVectorModel
 from rankdistill.students.token_batches import autocast
 from rankdistill.students.token_vectors import TokenVectors
 
@@ -57,11 +57,8 @@ class BatchTeacher:
         self._document_rows = np.zeros(0, dtype=np.int64)
 
     def prepare(self, lists: ScoredLists, folder: Path, encoded: VectorFolders | None = None) -> None:
-        """Embed the lists' queries, and documents where they are read, unless that is done or the teacher runs live.
-
-        Args:
-            encoded: where the model's vectors of the collection may lie already.
-        """
+        """Embed the lists' queries, and documents where they are read, unless that is done (the model's vectors of the
+        collection may lie in `encoded`) or the teacher runs live."""
         prepare_student(self.model, self.collection, folder, encoded)
         if self.vectors == "live":
             return
@@ -122,12 +119,19 @@ class BatchTeacher:
         return self.model.score_all(queries, documents)
 
     def _write(self, stem: Path, side: Side, texts: Sequence[str] | NDArray[np.int64]) -> None:
-        with progress(f"batch teacher: {side}s", len(texts), "texts") as bar:
-            _Embeddings.write(
-                stem, (self._chunk(texts[at : at + CHUNK], side, bar) for at in range(0, len(texts), CHUNK))
-            )
+        """`STEM.npy` [rows, dimension] and, for token vectors, `STEM.offsets.npy`."""
+        ragged, offsets = isinstance(self.model, MultiVectorModel), [0]
+        column = Column(Path(f"{stem}.npy"), np.float16 if ragged else np.float32, self.model.dimension)
+        with column, progress(f"batch teacher: {side}s", len(texts), "texts") as bar:
+            for at in range(0, len(texts), CHUNK):
+                for array in self._chunk(texts[at : at + CHUNK], side):
+                    column.append(np.atleast_2d(array))
+                    offsets.append(column.length)
+                bar.advance(len(offsets) - 1 - at)
+        if ragged:
+            np.save(f"{stem}.offsets.npy", offsets)
 
-    def _chunk(self, texts: Any, side: Side, bar: Any) -> list[NDArray[np.float32]]:
+    def _chunk(self, texts: Any, side: Side) -> list[NDArray[np.float32]]:
         """One array a text: [dimension], or [tokens, dimension] without the rows that pad."""
         features = (
             self.model.preprocess(texts, "query")
@@ -140,29 +144,16 @@ class BatchTeacher:
             for rows, embedded in self.model.embed_parts(parts, side):
                 for row, array in zip(rows.tolist(), embedded.float().cpu().numpy(), strict=True):
                     arrays[row] = array if array.ndim == 1 else array[np.abs(array).sum(axis=1) > 0]
-        bar.advance(len(texts))
         return arrays
 
 
 class _Embeddings:
-    """Embeddings of texts on disk: `STEM.npy` [rows, dimension] and, for token vectors, `STEM.offsets.npy`."""
+    """Embeddings of texts on disk, memory-mapped."""
 
     def __init__(self, stem: Path) -> None:
         self.values = np.load(f"{stem}.npy", mmap_mode="r", allow_pickle=False)
         offsets = Path(f"{stem}.offsets.npy")
         self.offsets = np.load(offsets, allow_pickle=False) if offsets.is_file() else None
-
-    @staticmethod
-    def write(stem: Path, chunks: Iterator[list[NDArray[np.float32]]]) -> None:
-        arrays = itertools.chain.from_iterable(chunks)
-        first = next(arrays)
-        ragged, offsets = first.ndim == 2, [0]
-        with Column(Path(f"{stem}.npy"), np.float16 if ragged else np.float32, first.shape[-1]) as column:
-            for array in itertools.chain([first], arrays):
-                column.append(np.atleast_2d(array))
-                offsets.append(column.length)
-        if ragged:
-            np.save(f"{stem}.offsets.npy", offsets)
 
     def read(self, rows: NDArray[np.int64]) -> Tensor:
         """[texts, dimension], or [texts, tokens, dimension] padded with zero rows."""

@@ -107,11 +107,8 @@ class BatchStream(Dataset[dict[str, Any]]):
     def _documents(
         self, members: NDArray[np.int64], queries: list[str], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Features]:
-        """What is embedded, each once: distinct documents, or of a student that reads pairs each list's own.
-
-        Returns:
-            their numbers, over all lists; which one each place of `rows` has; their features.
-        """
+        """What is embedded, each once (distinct documents, or of a student that reads pairs each list's own): its
+        numbers, over all lists; which one each place of `rows` has; its features."""
         if not isinstance(self.student, PairModel):
             distinct, index = np.unique(rows, return_inverse=True)
             features = cut(self.student.preprocess_documents(self.collection, distinct), self.document_length)
@@ -143,11 +140,7 @@ class BatchStream(Dataset[dict[str, Any]]):
 
 
 def usable_lists(lists: ScoredLists, documents: DocumentSampler) -> NDArray[np.int64]:
-    """Numbers of the lists that a document sampler can draw from; how many were dropped is said.
-
-    Raises:
-        RankdistillError: none is left.
-    """
+    """Numbers of the lists that a document sampler can draw from, at least one; how many were dropped is said."""
     if type(documents).usable is DocumentSampler.usable:
         return np.arange(len(lists))
     kept = [number for number in range(len(lists)) if documents.usable(*lists[number][2:])]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rankdistill.errors import RankdistillError
+from rankdistill.students.base import StudentModel
 
 WEIGHTS = "model.safetensors"
 OPTIMISER = "optimizer"
@@ -167,3 +169,49 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.ndim == 0:
         return value.item()
     return value
+
+
+# -- averages and mixes ------------------------------------------------------------------------------------------------
+# After model soups (Wortsman et al. 2022, arXiv:2203.05482) and WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903): on
+# the way between two models that share a start there is often one better than both, and away from the training data
+# nearly always. Which share of the trained weights is kept, is chosen on dev.
+
+PREFIX = "student."  # of the student's weights in a checkpoint
+Weights = Mapping[str, torch.Tensor]
+
+
+def copy_of(student: StudentModel) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+
+
+def averaged(folder: Path, count: int) -> dict[str, torch.Tensor]:
+    """Mean of the student's weights over the last `count` checkpoints below `folder`."""
+    last = checkpoints(folder)[:count]
+    total: dict[str, torch.Tensor] = {}
+    for path in last:
+        for name, value in load_file(path / WEIGHTS).items():
+            if name.startswith(PREFIX):
+                name = name.removeprefix(PREFIX)
+                total[name] = total[name] + value.double() if name in total else value.double()
+    return {name: value / len(last) for name, value in total.items()}
+
+
+def load_mix(student: StudentModel, start: Weights, end: Weights, share: float) -> None:
+    """Give a student the weights (1 - share) · start + share · end; counts and other whole numbers are the end's."""
+    with torch.no_grad():
+        for name, value in student.state_dict().items():
+            if name in end:  # weights that two names share are in a checkpoint once
+                mixed = end[name]
+                if value.is_floating_point() and share != 1:
+                    mixed = start[name].double() * (1 - share) + end[name].double() * share
+                value.copy_(mixed)
+
+
+def mixes(
+    student: StudentModel, start: Weights, folder: Path, average: int, shares: Sequence[float]
+) -> Iterator[float]:
+    """The shares of the trained weights, each while the student has that mix; 1 comes first, where it is an average."""
+    end: Weights = averaged(folder, average) if average > 1 else copy_of(student)
+    for share in [*([1.0] if average > 1 else []), *shares]:
+        load_mix(student, start, end, share)
+        yield share

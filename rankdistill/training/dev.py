@@ -104,11 +104,8 @@ class DevPool:
 
 
 class RerankPool(DevPool):
-    """Dev queries with the first candidates of each, which a student that reads pairs re-ranks; no other is read.
-
-    Args:
-        candidates: document ids of each query; `depth` of them are re-ranked.
-    """
+    """Dev queries with the first `depth` candidates of each, which a student that reads pairs re-ranks; no other is
+    read."""
 
     def __init__(
         self,
@@ -165,11 +162,8 @@ def teacher_judgments(lists: ScoredLists, collection: Collection) -> dict[str, d
 
 
 class Agreement:
-    """Dev queries with documents that the teacher scored: how far a student orders them alike.
-
-    Args:
-        lists: few and short: all their documents are encoded at each evaluation, and their texts are held.
-    """
+    """Dev queries with documents that the teacher scored: how far a student orders them alike. The lists are few and
+    short: all their documents are encoded at each evaluation, and their texts are held."""
 
     def __init__(self, lists: ScoredLists, collection: Collection) -> None:
         members = [lists[number] for number in range(len(lists))]
@@ -244,12 +238,7 @@ def find_hacking(
 
 
 def last_alarm(history: Sequence[dict[str, Any]], metric: str) -> Hacking | None:
-    """The last alarm that rang while a training's log grew.
-
-    Args:
-        history: entries of the log; those with both figures count.
-        metric: the key of the dev metric.
-    """
+    """The last alarm that rang while a training's log grew; `metric` is the key of the dev metric in its entries."""
     entries = [entry for entry in history if metric in entry and AGREEMENT in entry]
     steps, agreement, quality = ([entry[key] for entry in entries] for key in ("step", AGREEMENT, metric))
     for end in range(len(entries), 0, -1):

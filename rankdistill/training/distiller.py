@@ -12,8 +12,7 @@ from rankdistill.losses.base import BatchLoss, ListLoss, Loss, Regulariser, Vect
 from rankdistill.losses.checks import check_scale
 from rankdistill.losses.weighting.base import Weighting
 from rankdistill.students.base import Features, Side, StudentModel
-from rankdistill.students.less_memory import GradientCache
-from rankdistill.students.token_batches import training_attention
+from rankdistill.students.token_batches import GradientCache, training_attention
 from rankdistill.training.processes import Batch, whole_batch
 
 if TYPE_CHECKING:

@@ -27,13 +27,9 @@ BEST = "best"
 
 
 class TrainingLoop(SafeCheckpoints, Trainer):
-    """A training in the folder `args.output_dir`. A subclass has `compute_loss` and `use_less_memory`; one that is
-    judged has `metric`, `judge` and `save_best`, and leaves its best model in `best`.
-
-    Args:
-        title: of the bar on the terminal.
-        collate: makes a batch of the data's items.
-    """
+    """A training in the folder `args.output_dir`, `title` its bar on the terminal; `collate` makes a batch of the
+    data's items. A subclass has `compute_loss` and `use_less_memory`; one that is judged has `metric`, `judge` and
+    `save_best`, and leaves its best model in `best`."""
 
     metric = ""  # the dev metric's key in the log; "": the last weights are kept
     _begun = -1  # the step whose batches so far are `_batches`

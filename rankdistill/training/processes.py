@@ -93,11 +93,8 @@ def whole_batch(batch: Batch) -> Batch:
 
 
 def run_together(processes: int, arguments: Sequence[str]) -> None:
-    """Run the program with these arguments in several processes of this machine, under torchrun, and wait.
-
-    Raises:
-        RankdistillError: a process failed (torchrun then ends the others); what was saved is resumed by the same call.
-    """
+    """Run the program with these arguments in several processes of this machine, under torchrun, and wait; what was
+    saved is resumed by the same call where a process failed."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "rankdistill.cli.main", *arguments, *(["--quiet"] if is_quiet() else [])]

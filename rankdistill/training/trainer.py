@@ -43,11 +43,10 @@ from rankdistill.students.token_batches import autocast, resolve_precision
 from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.batches import BatchStream, usable_lists, whole
 from rankdistill.training.card import model_card
-from rankdistill.training.checkpoints import last_checkpoint
+from rankdistill.training.checkpoints import copy_of, last_checkpoint, mixes
 from rankdistill.training.dev import AGREEMENT, Agreement, DevPool, last_alarm
 from rankdistill.training.distiller import Distiller
 from rankdistill.training.loop import BEST, TrainingLoop, curve, loop_arguments
-from rankdistill.training.mixing import copy_of, mixes
 from rankdistill.training.sparsity import SparsityWatch
 
 if TYPE_CHECKING:
@@ -306,11 +305,7 @@ def _batch_teacher(
 
 def fit_scale(student: StudentModel, stream: BatchStream, batches: int = 2) -> None:
     """Set the student's factor on scores to what makes its margins those of the teacher, by least squares over the
-    first batches: a loss on margins is about order from the first step then, and not about scale.
-
-    Raises:
-        UsageError: this student has no such factor.
-    """
+    first batches: a loss on margins is about order from the first step then, and not about scale."""
     scale = getattr(student, "scale", None)
     if not isinstance(scale, torch.nn.Parameter):
         raise UsageError("this student has no factor on its scores", where="training.fit_scale", fix="leave it out")
@@ -380,13 +375,7 @@ def _finish(trainer: StudentTrainer, recipe: Recipe, writer: ArtifactWriter) -> 
 
 
 def losses_and_weighting(settings: Training, lists: ScoredLists) -> tuple[dict[str, Loss], Weighting | None]:
-    """What a recipe trains with, after one look at the lists.
-
-    Raises:
-        RankdistillError: there are none; a loss needs labels and no list has a labelled positive; the weighting needs
-            several teachers.
-        UsageError: a loss needs a batch teacher and the recipe names none, or names one that no loss reads.
-    """
+    """What a recipe trains with; refused where the lists or the recipe lack what a loss or the weighting needs."""
     losses = build_losses(settings)
     asking = [name for name, loss in losses.items() if loss.needs_batch_teacher]
     if asking and settings.batch_teacher is None:
@@ -436,11 +425,8 @@ def build_losses(settings: Training) -> dict[str, Loss]:
 
 
 def prepare_losses(losses: dict[str, Loss], student: StudentModel, collection: Collection, folder: Path) -> None:
-    """Give the regularisers what they need of the collection.
-
-    Raises:
-        UsageError: a loss reads what this student has not: vectors, term weights, or weights of queries that learn.
-    """
+    """Give the regularisers what they need of the collection; refuse a loss that reads what this student has not:
+    vectors, term weights, or weights of queries that learn."""
     for name, loss in losses.items():
         if student.reads_pairs and not isinstance(loss, ListLoss):
             raise UsageError(

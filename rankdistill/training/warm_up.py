@@ -95,11 +95,8 @@ class WarmUpTraining:
         self.fingerprint = fingerprint(training_fingerprint_values(self.recipe, {"lists": self.lists}))
 
     def run(self, folder: Path, encoded: VectorFolders | None = None) -> Artifact:
-        """The warmed student, trained below `folder` unless it is there; an interrupted training goes on exactly.
-
-        Args:
-            encoded: where the teacher's vectors of the collection may lie already.
-        """
+        """The warmed student, trained below `folder` unless it is there; an interrupted training goes on exactly. The
+        teacher's vectors of the collection may lie in `encoded` already."""
         prepared = folder / f"prepared-{self.fingerprint}"
 
         def make(writer: ArtifactWriter) -> None:
@@ -128,14 +125,8 @@ def warm_up_of(
     query_ids: Callable[[], Sequence[str]],
     trained: Callable[[], dict[str, Any]] | None,
 ) -> WarmUpTraining | None:
-    """The warm-up of a recipe's student, if it has one.
-
-    Args:
-        trained: trains the student that others may take after and gives its settings; None for that student itself.
-
-    Raises:
-        UsageError: the student would take after itself.
-    """
+    """The warm-up of a recipe's student, if it has one; `trained` trains the student that others may take after and
+    gives its settings, and is None for that student itself."""
     student = recipe.student.settings()
     if recipe.student_kind not in ALIGNED or not student.get("warm_up"):
         return None

@@ -136,8 +136,6 @@ def test_the_ramp_is_that_of_sentence_transformers() -> None:
         assert ours.strength() == pytest.approx(theirs.document_regularizer_weight, abs=1e-9)
     assert ours.strength() == 0.08
 
-
-def test_a_ramp_of_its_own_replaces_the_quadratic_one() -> None:
     loss = made("flops", weight={"start": 0.0, "end": 1.0, "over": 10, "shape": "linear"})
     loss.at_step(5, 100)
     assert loss.strength() == pytest.approx(0.5)

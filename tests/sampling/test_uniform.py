@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from rankdistill.sampling.base import generator
-from rankdistill.sampling.uniform import RandomBatches, RandomDocuments
+from rankdistill.sampling.base import RandomBatches, RandomDocuments, generator
 
 
 @settings(deadline=None, max_examples=50)

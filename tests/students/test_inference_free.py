@@ -12,8 +12,7 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from rankdistill.errors import RankdistillError, UsageError
-from rankdistill.students.inference_free import InferenceFreeStudent
-from rankdistill.students.sparse import SparseModel
+from rankdistill.students.sparse import InferenceFreeStudent, SparseModel
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection

@@ -115,7 +115,11 @@ def test_punctuation_of_documents_matches_nothing(tiny_encoder: Path) -> None:
     assert model.fingerprint != whole.fingerprint
 
 
-def test_lengths_cut_each_side_to_its_own(tiny_encoder: Path) -> None:
+def test_lengths_cut_each_side_to_its_own_and_a_marker_of_the_vocabulary_stays_one_token(tiny_encoder: Path) -> None:
+    marked = student(tiny_encoder, query_prompt="[MASK] ", document_prompt="gold ")
+    vocabulary = marked.model.tokenizer.get_vocab()
+    tokens = marked.preprocess(["iron"], "query")["input_ids"][0].tolist()
+    assert tokens[1:3] == [vocabulary["[MASK]"], vocabulary["iron"]]
     model = student(tiny_encoder, query_length=5, document_length=9, skip_punctuation=False)
     assert len(model.encode_queries([TEXTS[3]])[0]) == 5 and len(model.encode_documents([TEXTS[3]])[0]) == 9
     long = student(tiny_encoder, document_length=4096)  # beyond the encoder's positions nothing is to be had
@@ -124,7 +128,11 @@ def test_lengths_cut_each_side_to_its_own(tiny_encoder: Path) -> None:
     assert len(long.encode_documents([])) == 0 and long.similarities([], TEXTS).shape == (0, 5)
 
 
-def test_the_principal_projection_keeps_more_of_inner_products_than_a_random_one(tiny_encoder: Path) -> None:
+def test_the_principal_projection_keeps_more_of_inner_products_than_a_random_one(
+    tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert isinstance(student(tiny_encoder, dimension=8).model[1], Dense)
+    assert "has no projection of its token vectors" in capsys.readouterr().err
     whole = student(tiny_encoder, projection="none")
     vectors = whole.encode_documents(TEXTS).vectors
 
@@ -138,19 +146,6 @@ def test_the_principal_projection_keeps_more_of_inner_products_than_a_random_one
     # All directions: a rotation, which changes no inner product.
     rotated = student(tiny_encoder, dimension=32).similarities(QUERIES, TEXTS)
     np.testing.assert_allclose(rotated, whole.similarities(QUERIES, TEXTS), atol=1e-4)
-
-
-def test_a_new_projection_is_said(tiny_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = student(tiny_encoder, dimension=8)
-    assert "has no projection of its token vectors" in capsys.readouterr().err
-    assert isinstance(model.model[1], Dense) and model.dimension == 8
-
-
-def test_a_marker_of_the_vocabulary_stays_one_token(tiny_encoder: Path) -> None:
-    model = student(tiny_encoder, query_prompt="[MASK] ", document_prompt="gold ")
-    tokens = model.preprocess(["iron"], "query")["input_ids"][0].tolist()
-    vocabulary = model.model.tokenizer.get_vocab()
-    assert tokens[1:3] == [vocabulary["[MASK]"], vocabulary["iron"]]
 
 
 def test_a_model_that_divides_by_the_query_does_so_here(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -190,12 +185,6 @@ def test_dropping_the_normalisation_is_a_dot_product(tiny_encoder: Path, tmp_pat
     assert not again.normalised and again.fingerprint != dot.fingerprint
     # A model without normalisation gets one where the recipe asks for it.
     assert student(tmp_path / "model", similarity="cos").normalised
-
-
-def test_half_precision_stays_near(tiny_encoder: Path) -> None:
-    exact = student(tiny_encoder).similarities(QUERIES, TEXTS)
-    half = student(tiny_encoder, precision="bf16").similarities(QUERIES, TEXTS)
-    assert 0 < np.abs(half - exact).max() < 0.1
 
 
 def test_a_model_trained_here_brings_its_scale(tiny_encoder: Path, tmp_path: Path) -> None:

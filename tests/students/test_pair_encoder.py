@@ -72,16 +72,7 @@ def test_opened_gates_let_each_side_read_the_other(encoder: Path, tiny_collectio
 
 
 def test_an_encoder_that_cannot_be_had_that_way_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "encoder"
-    shutil.copytree(tiny_encoder, folder)
-    (saved,) = folder.glob("*Pooling/config.json")
-    saved.write_text(json.dumps({**json.loads(saved.read_text()), "pooling_mode": "max"}))
-    with pytest.raises(UsageError, match="pools"):
-        pair_encoder(folder, None, "cpu")
-
-
-def test_attention_that_is_not_open_to_change_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    """MPNet adds a bias of relative positions in an attention of its own."""
+    """It pools otherwise, or its attention is not open to change: MPNet adds a bias of relative positions."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -89,15 +80,15 @@ def test_attention_that_is_not_open_to_change_is_refused(tiny_encoder: Path, tmp
 
     tokenizer = AutoTokenizer.from_pretrained(str(next(tiny_encoder.rglob("tokenizer.json")).parent))
     tokenizer.save_pretrained(tmp_path / "mpnet")
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     MPNetModel(MPNetConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "mpnet")
     modules = [Transformer(str(tmp_path / "mpnet"), max_seq_length=64), Pooling(32, pooling_mode="mean")]
     SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "st"), create_model_card=False)
     with pytest.raises(UsageError, match="not open to change") as error:
         pair_encoder(tmp_path / "st", None, "cpu")
     assert "start: head" in str(error.value)
+    folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    (saved,) = folder.glob("*Pooling/config.json")
+    saved.write_text(json.dumps({**json.loads(saved.read_text()), "pooling_mode": "max"}))
+    with pytest.raises(UsageError, match="pools"):
+        pair_encoder(folder, None, "cpu")

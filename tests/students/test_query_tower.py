@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kendalltau
 from sentence_transformers import SentenceTransformer
 
 from rankdistill.errors import RankdistillError, UsageError
@@ -19,6 +18,7 @@ from rankdistill.stages import Workspace
 from rankdistill.students.base import ENCODE_BUDGET, to_device
 from rankdistill.students.dense import DenseModel
 from rankdistill.students.query_tower import QueryTowerModel, QueryTowerStudent
+from rankdistill.training.dev import Agreement
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -61,6 +61,13 @@ def test_queries_by_the_small_model_documents_by_the_large_one(tiny_encoder: Pat
     texts = ["Iron is a metal.", "Bees make honey."]
     np.testing.assert_array_equal(model.encode_documents(texts), large.encode_documents(texts))
     assert model.encode_queries(QUERIES).shape == (3, large.dimension) and model.similarity == large.similarity
+    # Where the widths are equal a projection starts as the identity; where they differ there must be one.
+    mapped = tower(tiny_encoder, tiny_encoder, projection="linear")
+    np.testing.assert_allclose(mapped.encode_queries(QUERIES), large.encode_queries(QUERIES), atol=1e-6)
+    with pytest.raises(UsageError, match="20 dimensions, the document model 32"):
+        tower(narrow_encoder, tiny_encoder, projection="none")
+    with pytest.raises(UsageError, match="layers"):
+        QueryTowerStudent(encoder="static", layers=[0])
     # Only the query encoder is trained and counted.
     narrow = SentenceTransformer(str(narrow_encoder), device="cpu")
     own = sum(parameter.numel() for parameter in narrow.parameters()) + 20 * large.dimension
@@ -137,24 +144,6 @@ def test_both_models_are_one_sentence_transformer(tiny_encoder: Path, tmp_path: 
     assert plain.similarity_fn_name == model.model.similarity_fn_name
 
 
-def test_widths_that_differ_need_the_projection(tiny_encoder: Path, narrow_encoder: Path) -> None:
-    with pytest.raises(UsageError, match="20 dimensions, the document model 32"):
-        tower(narrow_encoder, tiny_encoder, projection="none")
-    # Where they are equal a projection starts as the identity.
-    plain, mapped = tower(tiny_encoder, tiny_encoder), tower(tiny_encoder, tiny_encoder, projection="linear")
-    np.testing.assert_allclose(plain.encode_queries(QUERIES), mapped.encode_queries(QUERIES), atol=1e-6)
-    with pytest.raises(UsageError, match="layers"):
-        QueryTowerStudent(encoder="static", layers=[0])
-
-
-def write_unlabelled(folder: Path, beir: Path) -> Path:
-    """The facts without any judgment."""
-    folder.mkdir()
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        shutil.copy(beir / name, folder / name)
-    return folder
-
-
 def recipe_for(collection: Path, small: Path, large: Path, **training: Any) -> Any:
     short = {"document_length": 32, **FP32}
     model = {"model": str(large), **short}
@@ -192,7 +181,10 @@ def recipe_for(collection: Path, small: Path, large: Path, **training: Any) -> A
 def test_it_learns_from_queries_alone(
     changes: dict[str, Any], tiny_beir: Path, tiny_encoder: Path, narrow_encoder: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_for(write_unlabelled(tmp_path / "facts", tiny_beir), narrow_encoder, tiny_encoder, **changes)
+    (tmp_path / "facts").mkdir()  # without any judgment
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        shutil.copy(tiny_beir / name, tmp_path / "facts" / name)
+    recipe = recipe_for(tmp_path / "facts", narrow_encoder, tiny_encoder, **changes)
     run = Workspace(tmp_path / "run", recipe, tmp_path / "store")
     train, dev, judged = run.queries
     assert judged is None and len(train) + len(dev) == 16 and len(dev) == 2
@@ -203,17 +195,9 @@ def test_it_learns_from_queries_alone(
     assert "the teacher's order" in artifact.manifest["dev_metric"] and max(curve.values()) >= curve["0"]
 
     large, student, start = large_model(tiny_encoder), run.student(), run.student("untrained")
-    texts = run.collection.query_texts(lists.query_ids)
-    documents = large.encode_documents(run.collection.document_texts(range(run.collection.document_count)))
-
-    def agreement(model: Any) -> float:
-        """Mean Kendall's tau with the large model over its training lists."""
-        scores = model.encode_queries(texts) @ documents.T
-        return float(
-            np.mean([kendalltau(scores[n, one.doc_rows], one.scores).statistic for n, one in enumerate(lists)])
-        )
-
-    assert agreement(student) > agreement(start) + 0.2
+    # Mean Kendall's tau with the large model over its training lists.
+    agreement = Agreement(lists, run.collection)
+    assert agreement.evaluate(student) > agreement.evaluate(start) + 0.2
     # The documents were encoded once, in mining, and the index is the large model's.
     assert not (run.path / "vectors").exists() or not list((run.path / "vectors").iterdir())
     index = run.index("flat")

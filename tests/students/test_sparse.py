@@ -153,11 +153,6 @@ def test_statistics_count_terms() -> None:
     }
 
 
-def test_not_a_number_is_refused() -> None:
-    with pytest.raises(RankdistillError, match="not finite"):
-        active_terms(torch.tensor([[1.0, torch.inf]]))
-
-
 def test_models_that_cannot_be_sparse_students(
     tiny_encoder: Path, tiny_causal_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +160,8 @@ def test_models_that_cannot_be_sparse_students(
         student(tiny_causal_lm)
     with pytest.raises(RankdistillError, match="no SparseEncoder"):
         SpladeStudent().open(tiny_encoder, "cpu")
+    with pytest.raises(RankdistillError, match="not finite"):
+        active_terms(torch.tensor([[1.0, torch.inf]]))
     with pytest.raises(UsageError, match="shared query encoder"):
         SpladeStudent(query_model="x")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def saved(tiny_encoder: Path, tiny_collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rankdistill.students.inference_free import InferenceFreeStudent
+    from rankdistill.students.sparse import InferenceFreeStudent
 
     folder = tmp_path_factory.mktemp("inference_free")
     model = InferenceFreeStudent(str(tiny_encoder), precision="fp32").create("cpu")

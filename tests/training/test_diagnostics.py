@@ -122,31 +122,24 @@ def dev_agreement(lists: ScoredLists, tiny_collection: Collection) -> Agreement:
     return Agreement(lists, tiny_collection)
 
 
-def test_agreement_is_taus_mean_over_the_lists(
-    dev_agreement: Agreement, lists: ScoredLists, tiny_collection: Collection, make_recipe: MakeRecipe
+def test_agreement_is_taus_mean_over_the_lists_that_the_teacher_does_not_tie(
+    lists: ScoredLists, tiny_collection: Collection, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     student = build("student", make_recipe().student.settings()).create("cpu")
     taus = []
     for query_id, rows, scores, _ in (lists[number] for number in range(len(lists))):
-        own = student.similarities(tiny_collection.query_texts([query_id]), tiny_collection.document_texts(rows))[0]
-        taus.append(kendalltau(own, scores).statistic)
-    assert dev_agreement.evaluate(student) == pytest.approx(np.mean(taus), abs=0.02)  # batches round differently
-
-
-def test_lists_the_teacher_ties_say_nothing(
-    tiny_collection: Collection, make_recipe: MakeRecipe, tmp_path: Path
-) -> None:
-    def agreement(scores: Callable[[str, Any], np.ndarray], name: str) -> float:
-        ids = tiny_collection.doc_ids(range(6))
-        candidates = [(query_id, ids, np.zeros(6)) for query_id in tiny_collection.query_ids("train")[:3]]
-        made = build_lists(candidates, scores, tiny_collection, "train", tmp_path / name)
-        student = build("student", make_recipe().student.settings()).create("cpu")
-        return Agreement(made, tiny_collection).evaluate(student)
-
-    first = tiny_collection.query_ids("train")[0]
-    alone = agreement(lambda q, d: np.arange(6.0) if q == first else np.zeros(6), "one")
-    assert alone != 0 and np.isfinite(alone)
-    assert np.isnan(agreement(lambda q, d: np.ones(6), "none"))
+        ours = student.similarities(tiny_collection.query_texts([query_id]), tiny_collection.document_texts(rows))[0]
+        taus.append(kendalltau(ours, scores).statistic)
+    found = Agreement(lists, tiny_collection).evaluate(student)
+    assert found == pytest.approx(np.mean(taus), abs=0.02)  # batches round differently
+    query_ids, doc_ids = tiny_collection.query_ids("train")[:3], tiny_collection.doc_ids(range(6))
+    tied = []
+    for first in (query_ids[0], ""):
+        scores_of = lambda q, d, first=first: np.arange(6.0) * (q == first)  # noqa: E731
+        candidates = [(query_id, doc_ids, np.zeros(6)) for query_id in query_ids]
+        made = build_lists(candidates, scores_of, tiny_collection, "train", tmp_path / f"tied-{first}")
+        tied.append(Agreement(made, tiny_collection).evaluate(student))
+    assert tied[0] != 0 and np.isfinite(tied[0]) and np.isnan(tied[1])
 
 
 def test_it_is_logged_and_changes_nothing(
@@ -227,18 +220,14 @@ def test_a_run_scores_dev_lists_in_its_score_stage(values: dict[str, Any], tmp_p
     few = Workspace(tmp_path / "few", load_recipe(values, ["training.agreement_queries=2"]), tmp_path / "store")
     found = few.dev_lists()
     assert found is not None and len(found) <= 2
-
-
-def test_a_recorded_teacher_without_dev_scores_trains_without(values: dict[str, Any], tmp_path: Path) -> None:
-    first = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
-    lists = first.score()
+    # A recorded teacher without scores of dev queries trains without.
+    lists = workspace.score()
     lines = [
         f"{query_id}\t{doc_id}\t{score}\n"
-        for query_id, rows, scores, _ in (lists[n] for n in range(len(lists)))
-        for doc_id, score in zip(first.collection.doc_ids(rows), scores, strict=True)
+        for query_id, rows, scores, _ in (lists[number] for number in range(len(lists)))
+        for doc_id, score in zip(workspace.collection.doc_ids(rows), scores, strict=True)
     ]
     (tmp_path / "scores.tsv").write_text("".join(lines))
     recipe = load_recipe({**values, "teacher": {"type": "recorded", "file": str(tmp_path / "scores.tsv")}})
-    workspace = Workspace(tmp_path / "recorded", recipe, tmp_path / "store")
-    assert workspace.dev_lists() is None
-    assert AGREEMENT not in workspace.train().manifest
+    recorded = Workspace(tmp_path / "recorded", recipe, tmp_path / "store")
+    assert recorded.dev_lists() is None and AGREEMENT not in recorded.train().manifest

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 from rankdistill.recipe import build
 from rankdistill.training.batches import BatchStream
-from rankdistill.training.checkpoints import STATE, WEIGHTS
+from rankdistill.training.checkpoints import STATE, WEIGHTS, averaged, copy_of, load_mix
 from rankdistill.training.dev import DevPool
-from rankdistill.training.mixing import averaged, copy_of, load_mix
 from rankdistill.training.trainer import fit_scale
 
 if TYPE_CHECKING:
