@@ -11,7 +11,7 @@ import torch
 
 from rankdistill.devices import resolve_device, unplaced, use_device
 from rankdistill.errors import UsageError
-from rankdistill.recipe import build, load_recipe
+from rankdistill.recipe import load_recipe
 from rankdistill.stages import Workspace
 
 
@@ -59,8 +59,3 @@ def test_a_recipe_s_device_is_followed_and_decides_nothing(tmp_path: Path, tiny_
     assert unplaced(nested) == {"type": "x", "device": None, "members": [{"device": None, "scale": 2}]}
     with pytest.raises(UsageError, match="'cuda:9'"):
         Workspace(tmp_path, load_recipe({**values, "device": "cuda:9"}))
-
-
-def test_a_student_s_scale_lies_where_its_encoder_does(tiny_encoder: Path) -> None:
-    model = build("student", {"type": "dense", "model": str(tiny_encoder)}).create(torch.device("meta"))
-    assert {one.device.type for one in model.parameters()} == {"meta"} and model.device.type == "meta"

@@ -39,7 +39,7 @@ from rankdistill.students.base import (
     set_dropout,
     to_device,
 )
-from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_cross_encoder, position_limit
+from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_model, position_limit
 from rankdistill.students.models import folder_revision, resolve_model
 from rankdistill.students.pair_encoder import PairEncoder, encoder_folder, open_pair_encoder, pair_encoder
 from rankdistill.students.pairs import (
@@ -296,9 +296,18 @@ def _joiner(model: CrossEncoder) -> PairJoiner | None:
     return getattr(model[0], "joiner", None) or learn_joiner(tokenizer) if plain else None
 
 
+def _load(folder: Path, max_length: int | None, device: torch.device, **options: Any) -> CrossEncoder:
+    """One of sentence-transformers, or an encoder with a new head; pairs are of its own limit's length if None."""
+    model = load_model(CrossEncoder, folder, device, max_length=max_length, **options)
+    limit = model.max_seq_length
+    if max_length is not None and limit is not None and max_length > limit:
+        warn(f"max_length is {max_length:,}, but {folder.name} has {limit:,} positions: pairs are cut to these")
+    return model
+
+
 def open_cross_encoder(folder: Path, max_length: int | None, device: torch.device) -> CrossEncoder:
     """A cross-encoder of either kind, whole: one that compares two sides, or one with a head on its first token."""
-    model = open_pair_encoder(folder, max_length, str(device)) or load_cross_encoder(folder, device, max_length)
+    model = open_pair_encoder(folder, max_length, str(device)) or _load(folder, max_length, device)
     if model.num_labels != 1:
         raise RankdistillError(f"this model gives {model.num_labels} numbers a pair, a ranker one", where=str(folder))
     return model
@@ -316,7 +325,7 @@ def starting_cross_encoder(
             return pair_encoder(folder, max_length, str(device))
         except UsageError as error:
             warn(f"{error.what}: its training starts from a random head")
-    return load_cross_encoder(encoder_folder(folder), device, max_length, num_labels=1, activation_fn=nn.Identity())
+    return _load(encoder_folder(folder), max_length, device, num_labels=1, activation_fn=nn.Identity())
 
 
 @dataclass(eq=False)

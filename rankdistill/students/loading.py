@@ -17,7 +17,6 @@ from rankdistill.students.models import AGAIN, model_folders, read_json, resolve
 
 if TYPE_CHECKING:
     import torch
-    from sentence_transformers import CrossEncoder
 
 T = TypeVar("T")
 UNBOUNDED = 10**9  # a tokenizer's longest text, where none is meant
@@ -187,17 +186,6 @@ def is_cross_encoder(folder: Path) -> bool:
         return True
     names = says(folder, "config.json").get("architectures") or []
     return any(str(name).endswith(("ForSequenceClassification", "ForCausalLM")) for name in names)
-
-
-def load_cross_encoder(folder: Path, device: torch.device, max_length: int | None, **options: Any) -> CrossEncoder:
-    """A cross-encoder, or an encoder with a new head; of pairs of `max_length` tokens, the model's own limit if None."""
-    from sentence_transformers import CrossEncoder
-
-    model = load_model(CrossEncoder, folder, device, max_length=max_length, **options)
-    limit = model.max_seq_length
-    if max_length is not None and limit is not None and max_length > limit:
-        warn(f"max_length is {max_length:,}, but {folder.name} has {limit:,} positions: pairs are cut to these")
-    return model
 
 
 # -- lengths ----------------------------------------------------------------------------------------------------------

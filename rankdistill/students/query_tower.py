@@ -51,7 +51,7 @@ class DocumentModel:
             self.known = dict(zip(KNOWN, values, strict=True))
 
     def load(self) -> DenseModel:
-        """The model, frozen; one that is not there, or another one than the query encoder was trained for, is refused."""
+        """The model, frozen; refused where it is not there, or is another than the query encoder was trained for."""
         if self._model is None:
             source = resolve_model(self.settings["model"])
             if (source.path / SETTINGS_FILE).is_file():  # a student of this program: as its own run opens it
