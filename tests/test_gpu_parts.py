@@ -5,7 +5,9 @@ A case is a function of the device to something that can be compared; a method w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 QUERIES = ["which metal rusts in water", "largest animal ever", "insect that makes honey"]
 DOCUMENTS = ["Iron rusts.", "Gold does not tarnish and is used for coins.", "The blue whale is large.", "Honey bees"]
 CPU = torch.device("cpu")
+KL: dict[str, Any] = {"type": "kl"}
+NONE: Mapping[str, Any] = {}
 
 
 @dataclass
@@ -88,7 +92,7 @@ def _rule() -> Iterator[None]:
     use_device(None, command=True)
 
 
-def learn(parts: Parts, device: torch.device, loss: dict[str, Any], **others: Any) -> list[Any]:
+def learn(parts: Parts, device: torch.device, loss: dict[str, Any], others: Mapping[str, Any] = NONE) -> list[Any]:
     """Two steps of a training with a loss or a weighting, then a third by one that goes on from its state on disk."""
     kind = others.get("student", "splade" if loss["type"] in PENALTIES else "dense")
     asks = build("loss", loss).needs_batch_teacher
@@ -154,7 +158,7 @@ def learn(parts: Parts, device: torch.device, loss: dict[str, Any], **others: An
 def encode_and_learn(parts: Parts, device: torch.device, kind: str) -> list[Any]:
     model = parts.student(kind, device)
     assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device} == {model.device}
-    learnt, rows = learn(parts, device, {"type": "kl"}, student=kind), np.arange(4)
+    learnt, rows = learn(parts, device, KL, {"student": kind}), np.arange(4)
     if model.reads_pairs:
         return [*learnt, model.similarities(QUERIES, DOCUMENTS)]
     return [
@@ -167,9 +171,10 @@ def encode_and_learn(parts: Parts, device: torch.device, kind: str) -> list[Any]
 def teach(parts: Parts, device: torch.device, settings: dict[str, Any]) -> list[Any]:
     use_device(str(device), command=True)
     names = [str(number) for number in range(len(DOCUMENTS))]
+    text = re.sub(r"parts\.(\w+)", lambda place: str(getattr(parts, place[1])), json.dumps(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKDISTILL_CACHE", str(parts.folder / f"cache-{device.type}"))  # answers are asked for anew
-        teacher = build("teacher", settings)
+        teacher = build("teacher", json.loads(text))
         return [score_list(teacher, TextList(str(n), query, names, DOCUMENTS)) for n, query in enumerate(QUERIES)]
 
 
@@ -219,81 +224,52 @@ def _plain(made: Any) -> Any:
     return made.toarray() if hasattr(made, "toarray") else getattr(made, "vectors", made)
 
 
-LOSSES = list(method_names("loss"))
-PENALTIES = [name for name in LOSSES if issubclass(method_class("loss", name), Regulariser)]
-# More settings of a loss than its own defaults: those with tensors of their own.
-MORE: dict[str, dict[str, Any]] = {
+PENALTIES = [name for name in method_names("loss") if issubclass(method_class("loss", name), Regulariser)]
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {"type": name} for name in method_names("loss")},
+    # More settings of a loss than its own defaults: those with tensors of their own.
     **{f"{name}, steered": {"type": name, "target": 3.0, "threshold": 1.0} for name in ("flops", "df_flops")},
     "margin_mse, all pairs": {"type": "margin_mse", "pairs": "all_pairs"},
     "lambda_loss, labels": {"type": "lambda_loss", "gain": "labels"},
     "ranknet, ndcg": {"type": "ranknet", "weighting": "ndcg"},
 }
 FP32 = {"precision": "fp32"}  # `auto` may be bf16 on a CPU
-LLM = ("listwise", "pairwise_llm", "pointwise_llm")
-TEACHERS: dict[str, Callable[[Parts], dict[str, Any]]] = {
-    "bi_encoder": lambda parts: {"model": parts.encoder, **FP32},
-    "cross_encoder": lambda parts: {"model": parts.pairs, **FP32},
-    "sparse_encoder": lambda parts: {"model": parts.sparse, **FP32},
-    "ensemble": lambda parts: {
-        "members": [{"type": name, **TEACHERS[name](parts)} for name in ("bi_encoder", "cross_encoder")]
-    },
-    **{
-        name: lambda parts: {"backend": {"type": "transformers", "model": parts.language_model, **FP32}} for name in LLM
-    },
-    "listwise": lambda parts: {**TEACHERS["pairwise_llm"](parts), "window": 3, "step": 1, "max_tokens": 8},
+PAIRED: dict[str, dict[str, Any]] = {
+    "bi_encoder": {"model": "parts.encoder", **FP32},
+    "cross_encoder": {"model": "parts.pairs", **FP32},
+}
+LLM: dict[str, Any] = {"backend": {"type": "transformers", "model": "parts.language_model", **FP32}}
+LISTWISE = {**LLM, "type": "listwise", "window": 3, "step": 1, "max_tokens": 8}
+TEACHERS: dict[str, dict[str, Any]] = {
+    **PAIRED,
+    "sparse_encoder": {"model": "parts.sparse", **FP32},
+    "ensemble": {"members": [{"type": name, **settings} for name, settings in PAIRED.items()]},
+    **{"pairwise_llm": LLM, "pointwise_llm": LLM, "listwise": LISTWISE},
+}
+QUANTISERS: dict[str, dict[str, Any]] = {
+    **{"plain": {}, "rotation": {"rotation": "learned"}, "overlap": {"overlap": 2}, "uniform": {"codes": "uniform"}},
+    "frozen": {"codes": "frozen", "lists": 4},
 }
 NO_TORCH = {"recorded", "run", "bm25", "openai"}
 
-Case = Callable[[Parts, torch.device], list[Any]]
-CASES: dict[str, Case] = {
-    **{f"loss {name}": lambda parts, device, name=name: learn(parts, device, {"type": name}) for name in LOSSES},
-    **{f"loss {name}": lambda parts, device, loss=loss: learn(parts, device, loss) for name, loss in MORE.items()},
-    "loss in_batch_kl, multi_vector teacher": lambda parts, device: learn(
-        parts, device, {"type": "in_batch_kl"}, batch_teacher="multi_vector"
-    ),
+# name → the function of parts and device, and what else it is given
+CASES: dict[str, tuple[Any, ...]] = {
+    **{f"loss {name}": (learn, loss) for name, loss in LOSSES.items()},
+    "loss in_batch_kl, multi_vector teacher": (learn, {"type": "in_batch_kl"}, {"batch_teacher": "multi_vector"}),
+    **{f"weighting {name}": (learn, KL, {"weighting": {"type": name}}) for name in method_names("weighting")},
+    **{f"student {name}": (encode_and_learn, name) for name in method_names("student")},
+    **{f"teacher {name}": (teach, {"type": name, **settings}) for name, settings in TEACHERS.items()},
     **{
-        f"weighting {name}": lambda parts, device, name=name: learn(
-            parts, device, {"type": "kl"}, weighting={"type": name}
-        )
-        for name in method_names("weighting")
+        f"backend transformers, {decoding}": (teach, {**LISTWISE, "decoding": decoding, "max_tokens": None, **more})
+        for decoding, more in {"constrained": {}, "first": {"signal": "logits"}}.items()
     },
     **{
-        f"student {name}": lambda parts, device, name=name: encode_and_learn(parts, device, name)
-        for name in method_names("student")
-    },
-    **{
-        f"teacher {name}": lambda parts, device, name=name: teach(
-            parts, device, {"type": name, **TEACHERS[name](parts)}
-        )
-        for name in TEACHERS
-    },
-    **{
-        f"backend transformers, {name}": lambda parts, device, more=more: teach(
-            parts, device, {"type": "listwise", **TEACHERS["listwise"](parts), **more}
-        )
-        for name, more in {
-            "constrained": {"decoding": "constrained", "max_tokens": None},
-            "first": {"decoding": "first", "signal": "logits", "max_tokens": None},
-        }.items()
-    },
-    **{
-        f"batch teacher {kind}, {vectors}": lambda parts, device, kind=kind, vectors=vectors: teach_a_batch(
-            parts, device, kind, vectors
-        )
+        f"batch teacher {kind}, {vectors}": (teach_a_batch, kind, vectors)
         for kind in ("dense", "multi_vector", "splade")
         for vectors in ("live", "precomputed")
     },
-    "search multi_vector": search_tokens,
-    **{
-        f"quantiser {name}": lambda parts, device, changes=changes: quantise(parts, device, changes)
-        for name, changes in {
-            "plain": {},
-            "rotation": {"rotation": "learned"},
-            "overlap": {"overlap": 2},
-            "uniform": {"codes": "uniform"},
-            "frozen": {"codes": "frozen", "lists": 4},
-        }.items()
-    },
+    "search multi_vector": (search_tokens,),
+    **{f"quantiser {name}": (quantise, changes) for name, changes in QUANTISERS.items()},
 }
 counted: dict[str, int] = {}
 
@@ -308,9 +284,10 @@ def test_every_method_has_a_case_or_computes_nothing() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_follows_the_device(case: str, parts: Parts) -> None:
-    expected = CASES[case](parts, CPU)
+    compute, *settings = CASES[case]
+    expected = compute(parts, CPU, *settings)
     with standin_gpu() as seen:
-        found = CASES[case](parts, GPU)
+        found = compute(parts, GPU, *settings)
     counted[case] = seen[0]
     assert seen[0] > 10 and len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
