@@ -14,6 +14,7 @@ import pytest
 from rankdistill.errors import RankdistillError
 from rankdistill.indexes.faiss_assembly import IndexParts, add_codes, assemble_index, pack_codes, parts_of, unpack_codes
 from rankdistill.indexes.faiss_index import parts as parts_inside
+from rankdistill.indexes.faiss_index import transforms
 
 DIMENSION, LISTS, COUNT, DEPTH = 24, 6, 300, 40
 QUERIES = np.random.default_rng(7).normal(size=(8, DIMENSION)).astype(np.float32)
@@ -138,6 +139,8 @@ def test_parts_of_a_trained_index_make_the_same_file(factory: str, dimension: in
     for part in parts_inside(trained):
         if hasattr(part, "do_polysemous_training"):
             part.do_polysemous_training = False  # seconds
+    for transform in transforms(trained):
+        transform.niter = 3
     trained.train(vectors)
     trained.add(vectors)
     held = parts_of(trained)

@@ -49,9 +49,20 @@ def test_flat_equals_brute_force(metric: str, tmp_path: Path) -> None:
     assert index.bytes == pytest.approx(COUNT * DIMENSION * 4, rel=0.01)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shipped")
+
+
+def shipped_index(name: str, folder: Path) -> FaissIndex:
+    """Built once."""
+    options: dict[str, Any] = {"similarity": "cos", "vectors_fingerprint": "clustered"}
+    return build_index(VECTORS, IDS, load_specification(name), folder / name, **options)
+
+
 @pytest.mark.parametrize("name", sorted(shipped_specifications()))
-def test_every_shipped_specification_builds_finds_and_gets_no_warning(name: str, tmp_path: Path) -> None:
-    index = build_index(VECTORS, IDS, load_specification(name), tmp_path / "x.faiss", similarity="cos")
+def test_every_shipped_specification_builds_finds_and_gets_no_warning(name: str, folder: Path) -> None:
+    index = shipped_index(name, folder)
     exact = np.argsort(-(QUERIES @ VECTORS.T), axis=1)[:, :10]
     hits = index.search(QUERIES, 10)
     assert np.mean([len(set(ours.rows) & set(row)) / 10 for ours, row in zip(hits, exact, strict=True)]) >= RECALL[name]
@@ -59,7 +70,7 @@ def test_every_shipped_specification_builds_finds_and_gets_no_warning(name: str,
         assert len(ours.rows) == 10 and (ours.rows >= 0).all() and len(set(ours.rows)) == 10
         assert (np.diff(ours.scores) <= 0).all()
     assert index.mappable == ("fs" not in index.manifest["factory"])
-    for opened in (index, FaissIndex.open(tmp_path / "x.faiss", memory_map=True)):
+    for opened in (index, FaissIndex.open(folder / name, memory_map=True)):
         for vectors in (VECTORS, None):
             check = check_index(opened, vectors=vectors, k=50, sample=300)
             assert check.warnings == [] and check["documents"] == COUNT, str(check)
@@ -69,10 +80,10 @@ def test_every_shipped_specification_builds_finds_and_gets_no_warning(name: str,
             np.testing.assert_array_equal(first.scores, second.scores)
 
 
-def test_plain_faiss_in_a_fresh_process_gives_the_same_ids(tmp_path: Path) -> None:
+def test_plain_faiss_in_a_fresh_process_gives_the_same_ids(folder: Path) -> None:
     names = ["hnsw", "ivf_pq", "ivf_pq_refine", "opq_pq"]
-    indexes = [build_index(VECTORS, IDS, load_specification(name), tmp_path / name) for name in names]
-    np.save(tmp_path / "queries.npy", QUERIES)
+    indexes = [shipped_index(name, folder) for name in names]
+    np.save(folder / "queries.npy", QUERIES)
     code = (
         "import json, sys, faiss, numpy as np, pyarrow.parquet as pq\n"
         "for name in sys.argv[1:]:\n"
@@ -82,7 +93,7 @@ def test_plain_faiss_in_a_fresh_process_gives_the_same_ids(tmp_path: Path) -> No
         "assert not any(module.startswith('rankdistill') for module in sys.modules)\n"
     )
     command = [sys.executable, "-c", code, *names]
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
     for index, line in zip(indexes, printed.splitlines(), strict=True):
         for hits, theirs in zip(index.search(QUERIES, 10), json.loads(line), strict=True):
             ours = index.doc_ids(hits.rows)

@@ -100,7 +100,7 @@ def test_codes_that_change_lengths_are_named(tmp_path: Path) -> None:
 
 
 def test_polysemous_filters_are_found(tmp_path: Path) -> None:
-    index = build(tmp_path, factory="OPQ4,IVF8,PQ4x8")
+    index = build(tmp_path, factory="RR32,IVF8,PQ4x8")
     assert check_index(index)["polysemous filter"] == "off"
     faiss.downcast_index(index.index.index).polysemous_ht = 20
     check = check_index(index)
