@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from forked import ran, run
 
+from rankdistill.evaluation.fusion import fuse
 from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.runs import read_run
 from rankdistill.stages import Workspace
@@ -63,6 +64,10 @@ def test_the_suite_hybrid_measures_every_fusion(finished: Path, tmp_path: Path) 
     for one in rows.values():
         again = evaluate_run(read_run(folder / one["run"]), qrels, found["metrics"])
         assert again.means == pytest.approx(one["means"])
+    for name, options in {"BM25 + student": {}, "BM25 + student (scores)": {"method": "weighted_sum"}}.items():
+        fused_runs = fuse([folder / rows[row]["run"] for row in ("BM25", "student, distilled")], **options)
+        again = evaluate_run(fused_runs, qrels, found["metrics"])
+        assert again.means == pytest.approx(rows[name]["means"], abs=1e-6)
     cost = json.loads((folder / "cost.json").read_text())["systems"]["BM25 + student"]
     parts = [cost[f"{step}_ms"]["p50"] for step in ("encode", "search", "fuse")]
     assert all(part > 0 for part in parts) and cost["total_ms"]["p50"] >= max(parts)
@@ -75,10 +80,13 @@ def test_a_suite_fuses_with_another_runs_student(finished: Path, tmp_path: Path)
     suite = tmp_path / "mine.yaml"
     suite.write_text(
         "name: mine\nsets: [{name: own, collection: own}]\nmetrics: [ndcg@10]\nsystems: [student]\nlatency_queries: 0\n"
-        f"fusion:\n  - {{name: twice, members: [student, {other}]}}\n  - {{name: lexical, members: [bm25, student]}}\n"
+        f"fusion:\n  - {{name: twice, members: [student, {other}], weights: [0.5, 2]}}\n"
+        "  - {name: lexical, members: [bm25, student]}\n"
     )
     ending = ran("evaluate", finished, "--suite", suite, "--out", tmp_path / "results", "--json", folder=tmp_path)
     assert "lexical is left out: this table has no row for bm25" in ending.err
     rows = {row["system"]: row for row in json.loads(ending.out)["sets"][0]["rows"]}
     assert rows.keys() == {"student, distilled", "twice"}
     assert rows["twice"]["means"] == rows["student, distilled"]["means"] and str(other) in rows["twice"]["note"]
+    assert rows["twice"]["note"].endswith("weights 0.5, 2; the weights are the suite's, nothing was fitted here")
+    assert not list((tmp_path / "results").rglob("cost.json"))  # latency_queries: 0

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from rankdistill.evaluation.cost import LEAST_QUERIES, measure_costs, pareto_front
 from rankdistill.evaluation.results import Row
 from rankdistill.evaluation.systems import EngineSystem, model_bytes, model_parameters
-from rankdistill.stages import Workspace
 
 # -- Pareto fronts ----------------------------------------------------------------------------------------------------
 
@@ -186,13 +185,3 @@ def test_a_run_writes_the_cost_of_every_system(run: Path) -> None:
     text = (path.parent / "results.md").read_text()
     assert "what serving costs" in text and "| encode ms | search ms | rerank ms |" in text
     assert "one query at a time, warmed up" in text and "threads" in text and "teacher: " in text
-
-
-def test_latency_can_be_switched_off(run: Path, tmp_path: Path) -> None:
-    workspace = Workspace(run, store=run.parent / "store")
-    workspace.recipe = workspace.recipe.model_copy(
-        update={"evaluation": workspace.recipe.evaluation.model_copy(update={"latency_queries": 0})}
-    )
-    found = workspace.evaluate(out=tmp_path / "out")
-    assert not list(tmp_path.glob("out/*/cost.json")) and found.sets[0].cost is None
-    assert found.sets[0]["teacher"].queries_per_second is None and found.sets[0]["BM25"].queries_per_second

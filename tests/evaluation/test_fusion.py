@@ -1,4 +1,4 @@
-"""Fusion: the scores are ranx's, odd members do no harm, and fused rows are measured like the others."""
+"""Fusion: the scores are ranx's, odd members do no harm, and a suite's rows say what cannot be fused."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 
 from rankdistill.errors import UsageError
-from rankdistill.evaluation.evaluate import evaluate_systems
 from rankdistill.evaluation.fusion import FusedEngine, FusedRow, Fusion, fuse, fused_rows
-from rankdistill.evaluation.metrics import evaluate_run
 from rankdistill.evaluation.suites import load_suite
 from rankdistill.evaluation.systems import EngineSystem, RerankSystem
-from rankdistill.evaluation.tables import plain_table
 from rankdistill.indexes.base import Hits, no_hits, ranked
 from rankdistill.runs import Run, write_trec
 
 if TYPE_CHECKING:
-    from rankdistill.collections import Collection
+    pass
 
 BY_RANX = """
 answer = []
@@ -250,34 +247,3 @@ def test_members_that_cannot_be_fused_are_named(name: str, members: list[str], m
     with pytest.raises(UsageError, match=message) if message else nullcontext():
         fused = fused_rows([FusedRow(name=name, members=members)], rows, pytest.fail)
     assert message or list(fused["x"].engine.members) == ["BM25", "student, flat"]
-
-
-def test_fused_rows_are_measured_like_the_others(tiny_collection: Collection, tmp_path: Path) -> None:
-    """BM25 fused with an engine of random scores: figures, significance, cost, notes."""
-    from rankdistill.indexes.bm25 import BM25
-
-    BM25().build(tiny_collection, tmp_path / "bm25")
-    bm25 = BM25.open(tmp_path / "bm25")
-    texts = tiny_collection.query_texts(tiny_collection.query_ids("train"))
-    scores = np.random.default_rng(8).random((len(texts), tiny_collection.document_count)).astype(np.float32)
-
-    class Random(Fixed):
-        def search(self, queries: Sequence[str], k: int) -> list[Hits]:
-            return super().search([str(texts.index(query)) for query in queries], k)
-
-    rows: dict[str, Any] = {"BM25": EngineSystem(bm25, bm25.bytes), "student": EngineSystem(Random(scores), 10)}
-    fusion = [FusedRow(name="both", members=["bm25", "student"], method="weighted_sum", weights=[0.5, 2.0])]
-    systems = {**rows, **fused_rows(fusion, rows, pytest.fail)}
-    found = evaluate_systems(systems, tiny_collection, "train", ["mrr@10"], 10, tmp_path / "out", latency_queries=4)
-    fused = fuse([tmp_path / "out" / found[row].run for row in rows], "weighted_sum", weights=[0.5, 2.0])
-    expected = evaluate_run(fused, tiny_collection.qrels("train"), ["mrr@10"]).means["mrr@10"]
-    means = {row.system: row.means["mrr@10"] for row in found.rows}
-    assert means["both"] == pytest.approx(expected, abs=1e-6) and means["BM25"] > means["both"] > means["student"]
-    assert found["both"].bytes == bm25.bytes + 10
-    assert found.significance is not None and "both" in found.significance.intervals
-    assert found.cost is not None
-    search, fusing, total = (found.cost["systems"]["both"][f"{step}_ms"]["p50"] for step in ("search", "fuse", "total"))
-    assert search > 0 and fusing > 0 and total >= max(search, fusing)
-    text = plain_table(found)
-    assert "weighted sum of min-max scores of BM25, student, weights 0.5, 2; the weights are the suite's" in text
-    assert "fuse ms" in text
