@@ -61,11 +61,9 @@ from rankdistill.scores.lists import ScoredLists, build_lists, lists_fingerprint
 from rankdistill.scores.store import ScoreStore
 from rankdistill.students.provenance import check_student
 from rankdistill.teachers.base import Teacher
-from rankdistill.teachers.calibrating import calibrate_ensemble
 from rankdistill.teachers.ensemble import EnsembleTeacher
 from rankdistill.teachers.probe import named, probe_long
-from rankdistill.teachers.scoring import score_candidates
-from rankdistill.teachers.trained import train_teacher
+from rankdistill.teachers.scoring import score_candidates, train_teacher
 
 if TYPE_CHECKING:  # these load torch, which a search over an inference-free student's index does without
     from rankdistill.students.base import StudentModel
@@ -253,14 +251,12 @@ class RunFolder:
             candidates, _ = self.mine()
             inputs, out = {"candidates": candidates.fingerprint}, self.path / "teacher-calibration"
             queries, lists = self.queries[0], lambda: _lists(candidates)
-            calibrate_ensemble(
-                teacher, self.collection, lists, queries, out, self.store, inputs=inputs, split=self._labelled
-            )
+            teacher.calibrate(self.collection, lists, queries, out, self.store, inputs=inputs, split=self._labelled)
         return teacher
 
     def _trained(self, teacher: Teacher, settings: Mapping[str, Any], name: str) -> None:
         """Ready to score: trained where it has to be, and told where vectors lie."""
-        from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+        from rankdistill.teachers.encoders import BiEncoderTeacher
 
         if isinstance(teacher, BiEncoderTeacher):
             teacher.encoded = self.vector_folders

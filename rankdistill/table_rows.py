@@ -29,7 +29,8 @@ from rankdistill.run_folder import STUDENT, UNTRAINED, RunFolder, members_of
 from rankdistill.runs import iter_run
 from rankdistill.students.models import resolve_model, says
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.scoring import prepared_folder, score_list
+from rankdistill.teachers.ensemble import score_list
+from rankdistill.teachers.scoring import prepared_folder
 
 FUSED = 100  # documents of each member that a fused search looks at, at least
 

@@ -99,7 +99,7 @@ def llm_body(rng: random.Random, folder: Path) -> None:
     teacher = make(backend, **settings)
     vars(teacher.asking.backend)["_client"] = connected._client
     server.respond = respond
-    teacher.asking.use_store(folder)
+    teacher.asking.begin(folder)
     scored = list(teacher.score([ITEM]))
     for query_id, doc_ids, scores in scored:
         assert query_id == "q" and doc_ids and set(doc_ids) <= set(ITEM.doc_ids)

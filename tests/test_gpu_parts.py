@@ -24,7 +24,7 @@ from rankdistill.recipe import build, method_class, method_names
 from rankdistill.scores.lists import ScoredLists, build_lists
 from rankdistill.students.base import StudentModel, to_device
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.scoring import score_list
+from rankdistill.teachers.ensemble import score_list
 from rankdistill.training.batch_teacher import BatchTeacher
 from rankdistill.training.distiller import Distiller
 

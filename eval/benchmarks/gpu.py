@@ -38,7 +38,7 @@ from rankdistill.progress import set_quiet
 from rankdistill.recipe import build, check_recipe
 from rankdistill.stages import Workspace
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.scoring import score_list
+from rankdistill.teachers.ensemble import score_list
 from rankdistill.training.loop import LOG
 
 RESULT = Path("eval/results/gpu.md")

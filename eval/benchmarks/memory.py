@@ -114,7 +114,7 @@ def step_mine(collection: Collection, folder: Path) -> None:
 def step_score(collection: Collection, folder: Path) -> None:
     from rankdistill.runs import iter_run
     from rankdistill.scores.store import ScoreStore
-    from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+    from rankdistill.teachers.encoders import BiEncoderTeacher
     from rankdistill.teachers.scoring import score_candidates
 
     teacher = BiEncoderTeacher(str(folder.parent / "student"), precision="fp32", device="cpu")

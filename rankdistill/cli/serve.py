@@ -18,8 +18,8 @@ from rankdistill.run_folder import STUDENT
 from rankdistill.scores.store import ScoreStore
 from rankdistill.stages import Workspace
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.ensemble import EnsembleTeacher
-from rankdistill.teachers.scoring import prepared_folder, score_list
+from rankdistill.teachers.ensemble import EnsembleTeacher, score_list
+from rankdistill.teachers.scoring import prepared_folder
 
 
 def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, depth: int = 10) -> SearchPage:

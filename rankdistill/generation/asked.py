@@ -219,8 +219,7 @@ class AskingGenerator(Generator):
                     draft.text = unrepeated(text)
                     cut = draft.text == text
                 draft.reason = "refused" if answer.refused else "cut" if cut else ""
-                if self.asking.estimate is None:
-                    self.asking.health.see(answer, bool(draft.text))
+                self.asking.see(answer, bool(draft.text))
             yield from (item.draft for item in chunk)
 
     def _fitted(self, texts: Sequence[str]) -> list[str]:

@@ -99,10 +99,7 @@ def generate(
                 drafts.append(draft)
                 bar.advance(1)
         if generator.asking is not None:
-            for line in generator.asking.health.lines():
-                warn(line)
-            say(f"spent: {generator.asking.budget.line()}")
-            generator.asking.health.finish()
+            generator.asking.finish()
         if generator.rewrites:
             _rewritten(writer, collection, drafts, engines())
             return
@@ -148,7 +145,7 @@ def generate(
 
 def _prepare(generator: Generator, collection: Collection, store: ScoreStore) -> None:
     if generator.asking is not None:
-        generator.asking.use_store(store.root)
+        generator.asking.begin(store.root)
     generator.prepare(collection, store.root)
 
 

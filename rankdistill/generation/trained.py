@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.generation.asked import DOCUMENTS_AT_ONCE, Asked, AskingGenerator
 from rankdistill.generation.base import Draft
-from rankdistill.progress import quiet_transformers, say
+from rankdistill.progress import say
 from rankdistill.recipe import build
 from rankdistill.sampling.base import generator as random_generator
 from rankdistill.teachers.llm.local import TransformersBackend
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rankdistill.collections import Collection
 
 
@@ -128,70 +130,32 @@ def fine_tune(
     start: TransformersBackend, tokens: list[tuple[list[int], list[int]]], settings: TrainedGenerator, out: Path
 ) -> float:
     """Minimise the cross-entropy of the queries' tokens after their prompts; the mean loss of the last steps."""
-    import torch
-    from torch.nn import functional
+    from rankdistill.students.token_batches import resolve_precision
+    from rankdistill.teachers.llm import training
+    from rankdistill.teachers.llm.local import load_causal_lm
 
-    from rankdistill.students.token_batches import GradientCache, resolve_precision
-    from rankdistill.teachers.llm.local import abilities, load_causal_lm
-    from rankdistill.training.loop import TrainingLoop, loop_arguments
+    def loss(logits: Tensor, answers: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+        value = training.text_loss(logits, answers, lengths)
+        return value, [value]
 
-    class Writing(TrainingLoop):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-            texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            if known.position_ids:
-                texts["position_ids"] = (texts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-            kept = int(inputs["learned"].sum(dim=1).max()) + 1
-            logits = torch.cat(cache.run(lambda part: model(**part).logits[:, -kept:].float(), [texts]))
-            learned = inputs["learned"][:, 1 - kept :]
-            loss = functional.cross_entropy(logits[:, :-1][learned], texts["input_ids"][:, 1 - kept :][learned])
-            recent.append(float(loss.detach()))
-            return loss
-
-        def use_less_memory(self, error: RuntimeError, inputs: dict[str, Any]) -> None:
-            cache.shrink(error, [inputs], self.args.device, "a smaller passage_tokens or pairs_a_step")
-
-    def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-        """Padded on the left, so that the queries end together."""
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.full((len(rows), width), int(start.chat.tokenizer.pad_token_id or 0))
-        mask, learned = torch.zeros_like(ids), torch.zeros(len(rows), width, dtype=torch.bool)
-        for row, (prompt, answer) in enumerate(rows):
-            ids[row, width - len(prompt) - len(answer) :] = torch.tensor(prompt + answer)
-            mask[row, width - len(prompt) - len(answer) :] = 1
-            learned[row, width - len(answer) :] = True
-        return {"input_ids": ids, "attention_mask": mask, "learned": learned}
-
-    recent: list[float] = []
-    cache = GradientCache()
-    precision = resolve_precision(start.device, start.precision)
-    model = load_causal_lm(start._source.path, "fp32").to(start.device)
-    known = abilities(model)
-    model.config.use_cache = False
     steps = max(1, math.ceil(settings.epochs * len(tokens) / settings.pairs_a_step))
     count = steps * settings.pairs_a_step
     laps = range(math.ceil(count / len(tokens)))
     drawn = np.concatenate([random_generator(0, 18, lap).permutation(len(tokens)) for lap in laps])[:count]
-    data = [tokens[place] for place in drawn]
     say(f"training a generator of queries: {len(tokens):,} pairs, {steps:,} steps")
-    work = out.with_name(f".{out.name}.training")
-    arguments = loop_arguments(
-        work,
-        steps,
-        start.device,
-        precision,
-        warmup=0.1,
-        checkpoints=4,
+    mean, *_ = training.fine_tune(
+        load_causal_lm(start.source.path, "fp32").to(start.place),
+        start.chat,
+        [tokens[place] for place in drawn],
+        partial(training.padded, padding=int(start.chat.tokenizer.pad_token_id or 0)),
+        loss,
+        out,
+        title="training the generator",
+        steps=steps,
+        precision=resolve_precision(start.place, start.precision),
+        fixes=("a smaller passage_tokens or pairs_a_step", "a lower generator.learning_rate"),
         per_device_train_batch_size=settings.pairs_a_step,
         learning_rate=settings.learning_rate,
-        logging_steps=max(1, steps // 20),
         seed=0,
     )
-    Writing(model, arguments, data, collate, "training a generator").run()
-    if any(not bool(torch.isfinite(weight).all()) for weight in model.parameters()):
-        raise RankdistillError("training the generator diverged", fix="a lower generator.learning_rate")
-    model.config.use_cache = True
-    with quiet_transformers():
-        model.save_pretrained(str(out))
-        start.chat.tokenizer.save_pretrained(str(out))
-    shutil.rmtree(work, ignore_errors=True)
-    return round(float(np.mean(recent[-20:])), 4) if recent else math.nan
+    return mean

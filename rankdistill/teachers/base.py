@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -15,6 +15,9 @@ from rankdistill.scores.store import ScoreKind
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
+
+Candidates = Iterable[tuple[str, Sequence[str], np.ndarray]]  # (query_id, doc_ids, _) a query, each query once
+Scored = Iterator[tuple[str, list[str], np.ndarray]]  # (query_id, doc_ids, scores float32 [len(doc_ids)]) a list
 
 
 class TextList(NamedTuple):
@@ -50,12 +53,10 @@ class Teacher(ABC):
         """Told before it scores which collection the documents are of; what is worth keeping goes below `folder`."""
 
     @abstractmethod
-    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """Score a chunk of lists.
+    def score(self, lists: Sequence[TextList]) -> Scored:
+        """Score a chunk of lists, in order (one that asks a language model: as they are ready).
 
-        Yields:
-            (query_id, doc_ids, scores float32 [len(doc_ids)]) for each list, in order (one that asks a language model:
-            as they are ready); higher is more relevant. Documents that it has no score for may be left out.
+        Higher is more relevant. Documents that it has no score for may be left out.
         """
 
     @property
@@ -75,7 +76,7 @@ class Teacher(ABC):
     def train(
         self,
         collection: Collection,
-        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        candidates: Candidates,
         out: Path,
         seed: int,
         split: str = "train",
@@ -93,7 +94,8 @@ class Teacher(ABC):
         return {"type": self.type, **(asdict(self) if is_dataclass(self) else {})}
 
     def take_report(self) -> dict[str, Any]:
-        """What was counted while scoring since this was last called (see teachers/reports.py); empty for nothing."""
+        """What was counted while scoring since this was last called: nested mappings of numbers and lists of numbers,
+        which `added` sums up."""
         return {}
 
     def report_lines(self, report: dict[str, Any]) -> list[str]:
@@ -106,18 +108,13 @@ class PairTeacher(Teacher):
 
     @abstractmethod
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
-        """Score pairs of distinct texts.
+        """float32 [N], the scores of pairs of distinct texts.
 
         Args:
-            queries: distinct query texts.
-            documents: distinct document texts.
             pairs: int64 [N, 2], row numbers in `queries` and `documents`; no pair twice.
-
-        Returns:
-            float32 [N]
         """
 
-    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    def score(self, lists: Sequence[TextList]) -> Scored:
         """Score each distinct (query text, document text) of the chunk once."""
         query_rows: dict[str, int] = {}
         document_rows: dict[str, int] = {}
@@ -126,16 +123,15 @@ class PairTeacher(Teacher):
             for item in lists
             for text in item.documents
         ]
-        if keys:
-            pairs, inverse = np.unique(np.array(keys, dtype=np.int64), axis=0, return_inverse=True)
-            scores = self.score_pairs(list(query_rows), list(document_rows), pairs)[inverse.reshape(-1)]
-        start = 0
-        for item in lists:
+        if not keys:
+            return
+        pairs, inverse = np.unique(np.array(keys, dtype=np.int64), axis=0, return_inverse=True)
+        scores = self.score_pairs(list(query_rows), list(document_rows), pairs)[inverse.reshape(-1)]
+        parts = np.split(scores, np.cumsum([len(item.doc_ids) for item in lists])[:-1])
+        for item, part in zip(lists, parts, strict=True):
             if item.doc_ids:
-                part = scores[start : start + len(item.doc_ids)]
                 check_finite(item.query_id, item.doc_ids, part, self.type)
                 yield item.query_id, item.doc_ids, part
-            start += len(item.doc_ids)
 
 
 def check_finite(query_id: str, doc_ids: Sequence[str], scores: np.ndarray, teacher: str) -> None:
@@ -147,3 +143,12 @@ def check_finite(query_id: str, doc_ids: Sequence[str], scores: np.ndarray, teac
             where=f"query {query_id!r}, document {doc_ids[bad]!r}",
             fix="score with precision: fp32; if it stays, the model's weights are broken",
         )
+
+
+def added(a: Any, b: Any) -> Any:
+    """The sum of two reports; what only one has stays, of lists of different lengths the longer's end too."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return {**a, **{name: added(a[name], b[name]) if name in a else b[name] for name in b}}
+    if isinstance(a, list) and isinstance(b, list):
+        return [added(*pair) for pair in zip(a, b)] + a[len(b) :] + b[len(a) :]
+    return a + b

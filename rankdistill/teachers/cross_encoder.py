@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from rankdistill.students.cross_encoder import PairModel, open_cross_encoder
 from rankdistill.students.loading import is_cross_encoder
 from rankdistill.students.models import resolve_model
 from rankdistill.students.token_batches import Precision, resolve_precision
-from rankdistill.teachers.base import Dev, PairTeacher
+from rankdistill.teachers.base import Candidates, Dev, PairTeacher
 from rankdistill.teachers.cross_encoder_training import CrossEncoderTraining, fine_tune
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class CrossEncoderTeacher(PairTeacher):
     def train(
         self,
         collection: Collection,
-        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        candidates: Candidates,
         out: Path,
         seed: int,
         split: str = "train",

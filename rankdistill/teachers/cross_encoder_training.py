@@ -30,7 +30,7 @@ from rankdistill.sampling.base import generator
 from rankdistill.students.base import set_dropout
 from rankdistill.students.cross_encoder import PairModel, starting_cross_encoder
 from rankdistill.students.token_batches import GradientCache, Precision, resolve_precision, training_attention
-from rankdistill.teachers.base import Dev
+from rankdistill.teachers.base import Candidates, Dev
 from rankdistill.training.dev import RerankPool
 from rankdistill.training.loop import BEST, TrainingLoop, curve, loop_arguments
 
@@ -101,7 +101,7 @@ class TrainingLists:
     def __init__(
         self,
         collection: Collection,
-        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        candidates: Candidates,
         split: str,
         settings: CrossEncoderTraining,
         seed: int,
@@ -111,15 +111,12 @@ class TrainingLists:
         self.candidates: dict[str, list[str]] = {}
         lists: list[tuple[int, str, str]] = []
         for query_id, doc_ids, _ in candidates:
-            relevant = sorted(doc_id for doc_id, grade in self.qrels.get(query_id, {}).items() if grade > 0)
-            known = [d for d, row in zip(relevant, collection.doc_rows(relevant), strict=True) if row >= 0]
+            relevant = self._known(sorted(d for d, grade in self.qrels.get(query_id, {}).items() if grade > 0))
+            self.candidates[query_id] = self._known(dict.fromkeys(doc_ids))
             mined = set(doc_ids)  # with max_positives the best ranked: labels of far ones are often noise
-            known = [d for d in known if d in mined] or known
-            others = list(dict.fromkeys(doc_ids))
-            others = [d for d, row in zip(others, collection.doc_rows(others), strict=True) if row >= 0]
+            relevant = [d for d in relevant if d in mined] or relevant
             place = self._hash(query_id)
-            positives = [str(doc_id) for doc_id in np.random.default_rng(place).permutation(known)]
-            self.candidates[query_id] = others
+            positives = [str(doc_id) for doc_id in np.random.default_rng(place).permutation(relevant)]
             positives = [doc_id for doc_id in positives if self._below(query_id, doc_id)][: settings.positives]
             lists += [(place, query_id, doc_id) for doc_id in positives]
         lists.sort()  # by the queries' own hashes: a random order that does not depend on that of the candidates
@@ -136,6 +133,11 @@ class TrainingLists:
 
     def __len__(self) -> int:
         return len(self.lists)
+
+    def _known(self, doc_ids: Iterable[str]) -> list[str]:
+        """Those that the collection has."""
+        doc_ids = list(doc_ids)
+        return [d for d, row in zip(doc_ids, self.collection.doc_rows(doc_ids), strict=True) if row >= 0]
 
     def _hash(self, *parts: object) -> int:
         return int.from_bytes(hashlib.sha256("\0".join(map(str, (self.seed, *parts))).encode()).digest()[:8], "little")
@@ -314,47 +316,42 @@ class PairTrainer(TrainingLoop):
         """Before a step: draw the negatives anew where it is the one."""
         if self.state.global_step == self.refresh_at and self.examples.refreshed is None:
             lists = self.examples.lists
-            scored: dict[str, list[str]] = {}
-            for query_id, positive in lists.lists:
-                scored.setdefault(query_id, list(lists.candidates[query_id])).append(positive)
-            scores = self._scores(lists.collection, scored)
-            self.examples.refreshed = [lists.draw(place, scores[item[0]]) for place, item in enumerate(lists.lists)]
+            scores = self._scores(lists)
+            self.examples.refreshed = [lists.draw(at, scores[query_id]) for at, (query_id, _) in enumerate(lists.lists)]
             write_atomically(self.negatives, json.dumps(self.examples.refreshed))
 
-    def _pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
-        """
-        Raises:
-            RankdistillError: a score is no number: the training has diverged.
-        """
-        scores = self.ranker.score_pairs(queries, documents, pairs)
-        if not np.isfinite(scores).all():
-            raise diverged()
-        return scores
-
-    def _scores(self, collection: Collection, documents: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-        """query id → document id → score, of each query's documents."""
-        scored: dict[str, dict[str, float]] = {}
-        ids, title = list(documents), "scoring candidates for new negatives"
-        with progress(title, len(ids), "queries") as bar:
+    def _scores(self, lists: TrainingLists) -> dict[str, dict[str, float]]:
+        """query id → document id → score, of each query's candidates and positives."""
+        documents = {query_id: dict.fromkeys(doc_ids) for query_id, doc_ids in lists.candidates.items()}
+        for query_id, positive in lists.lists:
+            documents[query_id][positive] = None
+        scored: dict[str, dict[str, float]] = {query_id: {} for query_id in documents}
+        ids, collection = list(documents), lists.collection
+        with progress("scoring candidates for new negatives", len(ids), "queries") as bar:
             for start in range(0, len(ids), 64):
                 block = ids[start : start + 64]
-                pairs = [
-                    (at, doc_id) for at, query_id in enumerate(block) for doc_id in dict.fromkeys(documents[query_id])
-                ]
+                pairs = [(at, doc_id) for at, query_id in enumerate(block) for doc_id in documents[query_id]]
                 rows, places = np.unique(collection.doc_rows([doc_id for _, doc_id in pairs]), return_inverse=True)
                 places = np.stack([[at for at, _ in pairs], places.ravel()], axis=1)
                 scores = self._pairs(collection.query_texts(block), collection.document_texts(rows), places)
                 for (at, doc_id), score in zip(pairs, scores.tolist(), strict=True):
-                    scored.setdefault(block[at], {})[doc_id] = score
+                    scored[block[at]][doc_id] = score
                 bar.advance(len(block))
         return scored
+
+    def _pairs(self, queries: Sequence[str], documents: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+        """Scores of pairs; an error where one is no number: the training has diverged."""
+        scores = self.ranker.score_pairs(queries, documents, pairs)
+        if not np.isfinite(scores).all():
+            raise diverged()
+        return scores
 
 
 def fine_tune(
     start: Path,
     settings: CrossEncoderTraining,
     collection: Collection,
-    candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+    candidates: Candidates,
     work: Path,
     split: str,
     dev: Dev | None,
@@ -373,17 +370,17 @@ def fine_tune(
     lists = TrainingLists(collection, candidates, split, settings, seed)
     steps = settings.steps or max(1, round(settings.epochs * -(-len(lists) // settings.batch_size)))
     halfway = steps // 2 if settings.refresh and steps > 2 * AHEAD else None
-    examples = Examples(
-        lists, steps * settings.batch_size, None if halfway is None else (halfway + AHEAD) * settings.batch_size
-    )
+    refreshed_from = None if halfway is None else (halfway + AHEAD) * settings.batch_size
+    examples = Examples(lists, steps * settings.batch_size, refreshed_from)
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)  # a new head starts at random
     model = starting_cross_encoder(start, settings.start, settings.max_length or max_length, device)
     if settings.dropout is not None:
         set_dropout(model[0].model, settings.dropout)
     learner = Listwise(model, settings)
-    asked, depth = settings.dev_queries, settings.dev_depth
-    judge = dev_pool(collection, dev, asked, depth) if dev and asked else None
+    judge = (
+        dev_pool(collection, dev, settings.dev_queries, settings.dev_depth) if dev and settings.dev_queries else None
+    )
     precision = resolve_precision(device, settings.precision)
     arguments = loop_arguments(
         work / "trainer",

@@ -8,7 +8,7 @@ travels to the front however deep it began.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,8 +27,8 @@ from rankdistill.scores.rank_scores import (
     shown_order,
 )
 from rankdistill.scores.store import ScoreKind
-from rankdistill.teachers.base import Dev, TextList
-from rankdistill.teachers.listwise_settings import ListwiseTraining, orders_fingerprint
+from rankdistill.teachers.base import Candidates, Dev, TextList
+from rankdistill.teachers.listwise_training import ListwiseTraining, orders_fingerprint, train_listwise
 from rankdistill.teachers.llm.answers import REPAIRS
 from rankdistill.teachers.llm.asking import AskingTeacher, Talk, numbered
 from rankdistill.teachers.llm.base import Decoding, Request
@@ -73,6 +73,12 @@ class ListwiseTeacher(AskingTeacher):
     type = "listwise"
     kind = "listwise"
     reads_lists = True
+    counted = {
+        "passages_cut": "passages were cut to their token budget",
+        "queries_cut": "queries were cut to the same",
+        "prompts_shortened": "prompts were shortened further",
+        "same_text": "documents have the text of another one and share its score",
+    }
 
     def __init__(
         self,
@@ -94,7 +100,6 @@ class ListwiseTeacher(AskingTeacher):
     ) -> None:
         self.decoding = decoding
         super().__init__(backend, prompt or ("listwise_letters" if decoding == "first" else "listwise"), **asking)
-        self._backend = dict(backend)
         self.training = ListwiseTraining.model_validate(train) if train is not None else None
         self._is_trained = False
         self.window, self.step, self.passes = window, step, passes
@@ -108,41 +113,43 @@ class ListwiseTeacher(AskingTeacher):
 
     def _check(self) -> None:
         """Refuse settings that cannot be kept, before anything is paid for."""
-        if self.training is not None and not isinstance(self.asking.backend, TransformersBackend):
-            raise UsageError(
-                f"a model behind the backend {self.asking.backend.type} is not trained here",
-                where="teacher.train",
-                fix="backend: {type: transformers, model: ...}",
-            )
+        one_step, several = self.decoding == "first", len(self.orders) > 1
+        twice = next((order for order in ("given", "reversed") if self.orders.count(order) > 1), "")
+        drawn = "temperature" if self.temperature else "max_tokens"
+        engine = self.asking.backend
+        wrong = {  # what → whether it is, the key, what to do
+            f"a model behind the backend {engine.type} is not trained here": (
+                self.training is not None and not isinstance(engine, TransformersBackend),
+                "train",
+                "backend: {type: transformers, model: ...}",
+            ),
+            "no order": (not self.orders, "orders", f"some of {', '.join(get_args(Order))}"),
+            f"decoding: first reads one step and has no {drawn}": (
+                one_step and (self.temperature or self.max_tokens),
+                drawn,
+                "leave it out",
+            ),
+            f"the order {twice} twice at temperature 0 gives the same answers twice": (
+                twice and not self.temperature,
+                "orders",
+                "shuffled, or a temperature above 0",
+            ),
+            "logits are read in one step, from windows that overlap": (
+                self.signal == "logits" and (not one_step or self.step == self.window),
+                "signal",
+                "decoding: first and a step below the window, or a signal from the ranks",
+            ),
+            "plackett_luce and confidence are read from several orders of a list": (
+                (self.signal == "plackett_luce" or self.confidence) and not several,
+                "orders",
+                "e.g. orders: [given, reversed, shuffled]",
+            ),
+        }
+        for what, (holds, key, fix) in wrong.items():
+            if holds:
+                raise UsageError(what, where=f"teacher.{key}", fix=fix)
         windows(2 * self.window, self.window, self.step, self.passes)
-        self.prompt.names(self.window)
-        if not self.orders:
-            raise UsageError("no order", where="teacher.orders", fix=f"some of {', '.join(get_args(Order))}")
-        if self.temperature < 0:
-            raise UsageError(f"a temperature of {self.temperature}", where="teacher.temperature", fix="0 or above")
-        if self.decoding == "first" and (self.temperature or self.max_tokens):
-            name = "temperature" if self.temperature else "max_tokens"
-            raise UsageError(f"decoding: first reads one step and has no {name}", where=f"teacher.{name}")
-        repeated = [order for order in ("given", "reversed") if self.orders.count(order) > 1]
-        if repeated and not self.temperature:
-            raise UsageError(
-                f"the order {repeated[0]} twice at temperature 0 gives the same answers twice",
-                where="teacher.orders",
-                fix="shuffled, or a temperature above 0",
-            )
-        if self.signal == "logits" and (self.decoding != "first" or self.step == self.window):
-            raise UsageError(
-                "logits are read in one step, from windows that overlap",
-                where="teacher.signal",
-                fix="decoding: first and a step below the window, or a signal from the ranks",
-            )
-        if (self.signal == "plackett_luce" or self.confidence) and len(self.orders) < 2:
-            name = "confidence" if self.confidence else "plackett_luce"
-            raise UsageError(
-                f"{name} is read from several orders of a list",
-                where="teacher.orders",
-                fix="e.g. orders: [given, reversed, shuffled]",
-            )
+        self.template.names(self.window)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -156,40 +163,38 @@ class ListwiseTeacher(AskingTeacher):
             **dict.fromkeys(("budget", "prices", "queries_at_once", "signal", "orders", "confidence"), None),
             "backend": backend.fingerprint(),
             "train": {**training.model_dump(), "orders": orders_fingerprint(training.orders)},
-            "prompt": self.prompt.fingerprint(),
+            "prompt": self.template.fingerprint(),
         }
 
     def train(
         self,
         collection: Collection,
-        candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+        candidates: Candidates,
         out: Path,
         seed: int,
         split: str = "train",
         dev: Dev | None = None,
     ) -> dict[str, Any]:
         """Fine-tune the backend's model on the orders that `train` names, whatever their queries' split."""
-        from rankdistill.teachers.listwise_training import train_listwise
-
         backend, training = self._local()
         counts = train_listwise(
-            backend.model_name,
+            backend.model,
             collection,
             out,
             training,
-            prompt=self.prompt,
+            prompt=self.template,
             window=self.window,
             passage_tokens=self.passage_tokens,
             chat_template=backend.chat_template,
             template_options=backend.template_options,
-            device=backend.device_name,
+            device=backend.device,
             seed=seed,
         )
         self.use_trained(out)
         return counts
 
     def use_trained(self, folder: Path) -> None:
-        self.asking.backend = build("backend", {**self._backend, "model": str(folder)}, "teacher.backend")
+        self.asking.backend = build("backend", {**self.backend, "model": str(folder)}, "teacher.backend")
         self._is_trained = True
 
     def _local(self) -> tuple[TransformersBackend, ListwiseTraining]:
@@ -206,15 +211,11 @@ class ListwiseTeacher(AskingTeacher):
 
     def _settings(self) -> dict[str, Any]:
         names = (
-            "type", "window", "step", "passes", "decoding", "orders", "signal", "confidence", "passage_tokens",
-            "prompt_tokens", "temperature", "max_tokens",
+            "window", "step", "passes", "decoding", "orders", "signal", "confidence", "passage_tokens", "prompt_tokens",
+            "temperature", "max_tokens",
         )  # fmt: skip
         random = "shuffled" in self.orders or self.temperature > 0
-        return {
-            **{name: getattr(self, name) for name in names},
-            "prompt": self.prompt.fingerprint(),
-            "seed": self.seed if random else None,
-        }
+        return {**{name: getattr(self, name) for name in names}, "seed": self.seed if random else None}
 
     def _talk(self, item: TextList) -> Talk:
         texts, places = numbered(item)
@@ -278,7 +279,7 @@ class ListwiseTeacher(AskingTeacher):
         """A window's request, its passages cut further where the whole prompt would be too long, which is counted."""
 
         def render() -> Request:
-            return self.prompt.render(
+            return self.template.render(
                 query,
                 passages,
                 decoding=self.decoding,
@@ -301,7 +302,7 @@ class ListwiseTeacher(AskingTeacher):
                     fix="more of them, or a window of fewer passages",
                 )
             tokens = max(1, tokens - max(1, excess // len(passages)))
-            passages, _ = fit_passages(passages, tokens, backend.count_text, self.prompt.delimiters)
+            passages, _ = fit_passages(passages, tokens, backend.count_text, self.template.delimiters)
             request = render()
         return request
 
@@ -316,23 +317,15 @@ class ListwiseTeacher(AskingTeacher):
             "repair"
         ]
         lines += [f"  {n:,} {REPAIRS[kind]}" for kind, n in Counter(report["repairs"]).most_common()]
-        for name, text in (
-            ("passages_cut", "passages were cut to their token budget"),
-            ("queries_cut", "queries were cut to the same"),
-            ("prompts_shortened", "prompts were shortened further"),
-            ("same_text", "documents have the text of another one and share its score"),
-        ):
-            if counts[name]:
-                lines.append(f"  {counts[name]:,} {text}")
+        lines += [f"  {line}" for line in super().report_lines(counts)]
         if counts["agreement_lists"]:
             mean = report["agreement_sum"] / counts["agreement_lists"]
             lines.append(f"agreement of the orders (Kendall's τ): {mean:.3f}")
         bias = PositionBias(**report["position"])
-        means = [place for place in bias.places() if place is not None]
         if bias.effect is not None:
             lines.append(f"position bias: shown a place later, a passage falls {bias.effect:+.3f} places in the answer")
-        if len(means) > 1:
-            half = len(means) // 2
+        means = [place for place in bias.places() if place is not None]
+        if half := len(means) // 2:
             early, late = (float(np.mean(part)) for part in (means[:half], means[-half:]))
             lines.append(
                 f"mean place in the answer (0 first, 1 last): {early:.2f} if shown in the first half, else {late:.2f}"
@@ -347,14 +340,10 @@ def windows(count: int, size: int, step: int, passes: int = 1) -> list[tuple[int
     are fewer), the last one of a pass too: it reaches further back where `count` is not a multiple of `step`. A list
     that fits one window is one window a pass; none of no documents, and none of a single one, which needs no asking.
     """
-    if size < 2:
-        raise UsageError(f"a window of {size} documents orders nothing", where="teacher.window", fix="at least 2")
     if not 1 <= step <= size:  # above the size, documents would be left out
         raise UsageError(
             f"a step of {step} does not fit a window of {size}", where="teacher.step", fix=f"1 to {size}, half is usual"
         )
-    if passes < 1:
-        raise UsageError(f"{passes} passes", where="teacher.passes", fix="at least 1")
     if count < 2:
         return []
     width = min(size, count)

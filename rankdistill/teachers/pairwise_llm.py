@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ Pair = tuple[int, int]  # two passages of a list, in the order shown
 Votes = dict[Pair, int | None]  # → the place of the winner; None where the answer prefers neither, or cannot be read
 
 
+@dataclass(eq=False)
 class PairwiseTeacher(AskingTeacher):
     """A language model asked which of two passages answers the query better, in both orders.
 
@@ -46,31 +48,30 @@ class PairwiseTeacher(AskingTeacher):
     type = "pairwise_llm"
     kind = "pairwise"
     reads_lists = True
+    counted = {
+        "undecided": "answers preferred neither passage, or could not be read",
+        "passages_cut": "passages were cut to their token budget",
+        "below_top": "documents stand below the first ones and have no score",
+    }
 
-    def __init__(
-        self,
-        backend: dict[str, Any],
-        prompt: str = "pairwise",
-        pairs: Literal["all", "passes"] = "all",
-        top: int = 10,
-        signal: Literal["wins", "bradley_terry", "rank"] = "wins",
-        decoding: Literal["first", "generate"] = "first",
-        **asking: Any,
-    ) -> None:
-        self.decoding = decoding
-        super().__init__(backend, prompt, **asking)
-        self.pairs, self.top, self.signal = pairs, top, signal
-        self.score_kind: ScoreKind = "logit" if signal == "bradley_terry" else "rank"
-        self._at_least(top=2 if pairs == "all" else 1)
-        if (signal == "rank") != (pairs == "passes"):
-            fix = "signal: rank" if pairs == "passes" else "signal: wins or bradley_terry"
-            raise UsageError(f"pairs: {pairs} does not give signal: {signal}", where="teacher.signal", fix=fix)
-        if len(self.prompt.names(2)) != 2:
+    prompt: str = "pairwise"
+    pairs: Literal["all", "passes"] = "all"
+    top: int = 10
+    signal: Literal["wins", "bradley_terry", "rank"] = "wins"
+    decoding: Literal["first", "generate"] = "first"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.score_kind: ScoreKind = "logit" if self.signal == "bradley_terry" else "rank"
+        if (self.signal == "rank") != (self.pairs == "passes"):
+            fix = "signal: rank" if self.pairs == "passes" else "signal: wins or bradley_terry"
+            what = f"pairs: {self.pairs} does not give signal: {self.signal}"
+            raise UsageError(what, where="teacher.signal", fix=fix)
+        if len(self.template.names(2)) != 2:
             raise UsageError("a pairwise prompt has two identifiers", where="teacher.prompt")
 
     def _settings(self) -> dict[str, Any]:
-        names = ("type", "pairs", "top", "signal", "decoding", "passage_tokens")
-        return {**{name: getattr(self, name) for name in names}, "prompt": self.prompt.fingerprint()}
+        return {name: getattr(self, name) for name in ("pairs", "top", "signal", "decoding", "passage_tokens")}
 
     def _talk(self, item: TextList) -> Talk:
         texts, places = numbered(item)
@@ -82,7 +83,7 @@ class PairwiseTeacher(AskingTeacher):
         ranking = list(range(len(kept)))
         for pairs in self._comparisons(ranking, votes):
             readings = yield [
-                self.prompt.render(query, [passages[at] for at in pair], decoding=self.decoding) for pair in pairs
+                self.template.render(query, [passages[at] for at in pair], decoding=self.decoding) for pair in pairs
             ]
             for pair, reading in zip(pairs, readings, strict=True):
                 votes[pair] = winner(reading)
@@ -139,20 +140,13 @@ class PairwiseTeacher(AskingTeacher):
         if not counts["pairs"]:
             return []
         decided = max(counts["answers"] - counts["undecided"], 1)
-        lines = [
+        return [
             f"{counts['pairs']:,} pairs in both orders, which disagreed on {counts['disagreed']:,} "
             f"({counts['disagreed'] / counts['pairs']:.0%})",
             f"the passage shown first won {counts['first_shown'] / decided:.0%} of the answers: without position bias "
             "50% where each pair is decided alike in both orders",
+            *super().report_lines(report),
         ]
-        for name, text in (
-            ("undecided", "answers preferred neither passage, or could not be read"),
-            ("passages_cut", "passages were cut to their token budget"),
-            ("below_top", "documents stand below the first ones and have no score"),
-        ):
-            if counts[name]:
-                lines.append(f"{counts[name]:,} {text}")
-        return lines
 
 
 def winner(reading: Reading | None) -> int | None:

@@ -7,18 +7,19 @@ usually the weakest: the model never sees what the others have to offer (Zhuang 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rankdistill.errors import UsageError
-from rankdistill.scores.store import ScoreKind
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.llm.asking import AskingTeacher, Talk
 
 LEAST = -20.0  # log-probability that a word is taken to have where the reported one leaves it next to nothing
 
 
+@dataclass(eq=False)
 class PointwiseTeacher(AskingTeacher):
     """A language model asked of each passage whether it answers the query; score = logit(yes) - logit(no).
 
@@ -33,24 +34,30 @@ class PointwiseTeacher(AskingTeacher):
 
     type = "pointwise_llm"
     kind = "pointwise"
-    score_kind: ScoreKind = "logit"
+    score_kind = "logit"
+    counted = {
+        "passages_cut": "passages were cut to their token budget",
+        "one_absent": "answers reported one of the two words: the other is bounded by it",
+    }
 
-    def __init__(self, backend: dict[str, Any], prompt: str = "pointwise", **asking: Any) -> None:
-        super().__init__(backend, prompt, **asking)
-        if len(self.prompt.names(1)) != 2:
+    prompt: str = "pointwise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.template.names(1)) != 2:
             raise UsageError(
-                f"a pointwise prompt is answered by two words, not {len(self.prompt.names(1))}",
+                f"a pointwise prompt is answered by two words, not {len(self.template.names(1))}",
                 where="teacher.prompt",
                 fix='identifiers: ["yes", "no"]',
             )
 
     def _settings(self) -> dict[str, Any]:
-        return {"type": self.type, "prompt": self.prompt.fingerprint(), "passage_tokens": self.passage_tokens}
+        return {"passage_tokens": self.passage_tokens}
 
     def _talk(self, item: TextList) -> Talk:
         (query,), _ = self._fitted([item.query])
         passages, cut = self._fitted(item.documents)
-        readings = yield [self.prompt.render(query, [passage], decoding="first") for passage in passages]
+        readings = yield [self.template.render(query, [passage], decoding="first") for passage in passages]
         counts = Counter(passages=len(passages), passages_cut=cut)
         scores = {}
         for doc_id, reading in zip(item.doc_ids, readings, strict=True):
@@ -62,13 +69,6 @@ class PointwiseTeacher(AskingTeacher):
             return None
         self._count(+counts)
         return list(scores), np.array(list(scores.values()))
-
-    def report_lines(self, report: dict[str, Any]) -> list[str]:
-        texts = {
-            "passages_cut": "passages were cut to their token budget",
-            "one_absent": "answers reported one of the two words: the other is bounded by it",
-        }
-        return [f"{report[name]:,} {text}" for name, text in texts.items() if report.get(name)]
 
 
 def left_by(logarithm: float) -> float:

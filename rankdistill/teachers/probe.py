@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from rankdistill.indexes.sources import RecordedRun
 from rankdistill.progress import duration, say, warn
 from rankdistill.runs import Run
 from rankdistill.scores.store import ScoreStore
-from rankdistill.teachers.base import Teacher
+from rankdistill.teachers.base import Candidates, Teacher
 from rankdistill.teachers.llm.asking import AskingTeacher
 from rankdistill.teachers.scoring import missing_pairs, score_candidates
 
@@ -77,7 +77,7 @@ class Probe(NamedTuple):
 def probe(
     teachers: Mapping[str, Teacher],
     collection: Collection,
-    candidates: Iterable[tuple[str, Sequence[str], np.ndarray]],
+    candidates: Candidates,
     count: int,
     store: ScoreStore | None = None,
     split: str = "train",
@@ -111,33 +111,39 @@ def probe(
     values: dict[str, dict[str, np.ndarray]] = {}
 
     def rank(name: str, orders: Mapping[str, Sequence[str]]) -> float:
-        run = Run.from_dict({query_id: _falling(ids) for query_id, ids in orders.items()}, name)
-        values[name] = {METRIC: evaluate_run(run, judged, [METRIC]).per_query[METRIC]}
+        ranked = {query_id: {d: -float(place) for place, d in enumerate(ids)} for query_id, ids in orders.items()}
+        values[name] = {METRIC: evaluate_run(Run.from_dict(ranked, name), judged, [METRIC]).per_query[METRIC]}
         return float(values[name][METRIC].mean())
 
     start = rank(FIRST, {query_id: first[query_id] if first else doc_ids for query_id, doc_ids, _ in chosen})
-    probes = []
+    rows: dict[str, dict[str, Any]] = {}
     for name, teacher in teachers.items():
         started, before = time.monotonic(), _spent(teacher)
         scores = score_candidates(teacher, collection, chosen, store, total=sum(len(item[1]) for item in chosen))
         seconds = max(time.monotonic() - started, 1e-9)
         job = (pairs or {}).get(name, every)
         calls, money = (np.array(_spent(teacher)) - before) * job / max(scores.scored, 1)
-        value = rank(name, {query_id: _ordered(ids, scores.scores_of(query_id, ids)) for query_id, ids, _ in chosen})
-        speed = scores.scored / seconds if scores.scored and teacher.live else None
-        probes.append(Probe(name, len(chosen), value, start, None, None, False, speed, job, float(calls), float(money)))
+        orders = {query_id: _ordered(ids, scores.scores_of(query_id, ids)) for query_id, ids, _ in chosen}
+        rows[name] = {
+            "value": rank(name, orders),
+            "pairs_per_second": scores.scored / seconds if scores.scored and teacher.live else None,
+            "pairs": job,
+            "calls": float(calls),
+            "money": float(money),
+        }
     for test in compare_values(values, baseline=FIRST, family="baseline").comparisons:
-        turned = test.a == FIRST  # the difference is that of the first stage
-        low, high = (_minus(test.high), _minus(test.low)) if turned else (test.low, test.high)
-        at = list(teachers).index(test.b if turned else test.a)
-        probes[at] = probes[at]._replace(low=low, high=high, significant=test.significant)
+        bounds = (test.low, test.high)
+        if turned := test.a == FIRST:  # the difference is that of the first stage
+            bounds = (test.high and -test.high, test.low and -test.low)
+        rows[test.b if turned else test.a] |= {"low": bounds[0], "high": bounds[1], "significant": test.significant}
+    probes = [Probe(name, len(chosen), first=start, **row) for name, row in rows.items()]
     return sorted(probes, key=lambda probe: -probe.value)
 
 
 def probe_long(
     teachers: Mapping[str, Teacher],
     collection: Collection,
-    candidates: Callable[[], Iterable[tuple[str, Sequence[str], np.ndarray]]],
+    candidates: Callable[[], Candidates],
     query_ids: Sequence[str],
     first: Engine | RecordedRun,
     store: ScoreStore,
@@ -200,11 +206,8 @@ def first_orders(
     orders = {}
     for (query_id, doc_ids, _), hits in zip(lists, results, strict=True):
         ranks = {row: rank for rank, row in enumerate(hits.rows.tolist())}
-        rank_of = {
-            doc_id: (ranks.get(row, depth), id_hash(doc_id))
-            for doc_id, row in zip(doc_ids, collection.doc_rows(doc_ids).tolist(), strict=True)
-        }
-        orders[query_id] = sorted(rank_of, key=rank_of.__getitem__)
+        rows = dict(zip(doc_ids, collection.doc_rows(doc_ids).tolist(), strict=True))
+        orders[query_id] = sorted(rows, key=lambda doc_id: (ranks.get(rows[doc_id], depth), id_hash(doc_id)))
     return orders
 
 
@@ -221,15 +224,6 @@ def _spent(teacher: Teacher) -> tuple[float, float]:
     """Calls and money so far."""
     budget = teacher.asking.budget if isinstance(teacher, AskingTeacher) else None
     return (float(budget.spent.calls), budget.money(budget.spent)) if budget is not None else (0.0, 0.0)
-
-
-def _minus(value: float | None) -> float | None:
-    return None if value is None else -value
-
-
-def _falling(doc_ids: Sequence[str]) -> dict[str, float]:
-    """Scores that keep this order."""
-    return {doc_id: -float(place) for place, doc_id in enumerate(doc_ids)}
 
 
 def _ordered(doc_ids: Sequence[str], scores: np.ndarray) -> list[str]:

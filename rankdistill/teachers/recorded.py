@@ -237,19 +237,18 @@ class _Ids:
     """Ids of the collection for what a file calls queries and documents: ids, or texts."""
 
     def __init__(self, collection: Collection) -> None:
-        self.collection = collection
-        self.query_ids = set(collection.query_ids())
+        self.collection, self.query_ids = collection, collection.query_ids()
+        self.queries = dict.fromkeys(self.query_ids)
 
     def query(self, item: ForeignScore) -> str | None:
-        if item.query in self.query_ids:
+        if item.query in self.queries:
             return item.query
-        return self._queries.get(item.query.strip()) if item.by_text else None
+        return self._by_text.get(item.query.strip()) if item.by_text else None
 
     @cached_property
-    def _queries(self) -> dict[str, str]:
-        """text → id"""
-        ids = self.collection.query_ids()
-        return dict(zip((text.strip() for text in self.collection.query_texts(ids)), ids, strict=True))
+    def _by_text(self) -> dict[str, str]:
+        texts = map(str.strip, self.collection.query_texts(self.query_ids))
+        return dict(zip(texts, self.query_ids, strict=True))
 
     def documents(self, block: Sequence[ForeignScore]) -> list[str | None]:
         names = [item.document for item in block]
@@ -269,8 +268,8 @@ class _Ids:
     def _texts(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted hashes of document texts, with and without the title, and their rows: 32 bytes a document."""
         hashes, rows = [], []
-        for start in range(0, self.collection.document_count, 4096):
-            part = np.arange(start, min(start + 4096, self.collection.document_count))
+        count = self.collection.document_count
+        for part in np.split(np.arange(count), range(4096, count, 4096)):
             bare = [document.text.strip() for document in self.collection.documents(part)]
             titled = [text.strip() for text in self.collection.document_texts(part)]
             hashes += [hash_ids(bare), hash_ids(titled)]

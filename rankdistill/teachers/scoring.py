@@ -1,32 +1,69 @@
-"""The scoring loop: candidate lists through a teacher into the store, only what is missing; and what it would cost."""
+"""What a run does with a teacher: train it, score candidate lists with it into the store, only what is missing, and say
+what that would cost."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from rankdistill.artifacts import MANIFEST, fingerprint, locked
+from rankdistill.artifacts import MANIFEST, Artifact, ArtifactWriter, fingerprint, locked, obtain, write_atomically
+from rankdistill.devices import unplaced
+from rankdistill.errors import RankdistillError
+from rankdistill.indexes import mining
 from rankdistill.progress import progress, say, warn
+from rankdistill.runs import iter_run
 from rankdistill.scores.store import ScoreStore, TeacherScores
-from rankdistill.teachers.base import Teacher, TextList
-from rankdistill.teachers.ensemble import EnsembleTeacher
-from rankdistill.teachers.llm.asking import AskingTeacher, Health
+from rankdistill.teachers.base import Candidates, Dev, Teacher, TextList, added
+from rankdistill.teachers.llm.asking import AskingTeacher
 from rankdistill.teachers.llm.base import Backend
 from rankdistill.teachers.llm.budget import Estimate
-from rankdistill.teachers.reports import keep_report
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
 
-Candidates = Iterable[tuple[str, Sequence[str], np.ndarray]]  # (query_id, doc_ids, _) a query, each query once
 PAIRS = 4096  # handed to the teacher at once: sorted by length together, texts tokenised once
+REPORT = "report.json"
+
+
+def train_teacher(
+    teacher: Teacher,
+    settings: Mapping[str, Any],
+    collection: Collection,
+    candidates: Artifact,
+    dev: tuple[Artifact, str] | None,
+    path: Path,
+    seed: int,
+    split: str = "train",
+) -> None:
+    """Train it on the training candidates, judged by those of dev, as an artifact, and let it use the result; or what
+    is there already.
+
+    Args:
+        settings: the recipe's, of this teacher.
+        split: whose labels it is trained on.
+        dev: what it is judged by, if anything: candidates of dev queries, and the split whose labels they have.
+    """
+    values = {**unplaced(settings), **teacher.training_inputs(), "seed": seed}
+    inputs = {"candidates": candidates.fingerprint, **({"dev": dev[0].fingerprint} if dev else {})}
+
+    def pairs(artifact: Artifact) -> Candidates:
+        return iter_run(artifact.path / mining.FILE)
+
+    def make(writer: ArtifactWriter) -> None:
+        say(f"teach: training {settings['type']}")
+        judged = Dev([(query_id, list(ids)) for query_id, ids, _ in pairs(dev[0])], dev[1]) if dev else None
+        writer.counts = teacher.train(collection, pairs(candidates), writer.path / "model", seed, split, judged)
+
+    print_ = fingerprint([values, inputs])
+    obtain(path, kind="teacher", fingerprint=print_, settings=values, inputs=inputs, make=make, resume=True)
+    teacher.use_trained(path / "model")
 
 
 def score_candidates(
@@ -56,17 +93,12 @@ def score_candidates(
     """
     store = store or ScoreStore()
     key, candidates = _key(teacher, candidates)
-    scores = store.folder(
-        key,
-        collection.fingerprint,
-        teacher.score_kind,
-        describe={"teacher": teacher.describe(), "collection": collection.name},
-    )
+    about = {"teacher": teacher.describe(), "collection": collection.name}
+    scores = store.folder(key, collection.fingerprint, teacher.score_kind, describe=about)
     seen: Counter[str] = Counter()
     asking = teacher.asking if isinstance(teacher, AskingTeacher) else None
     if asking is not None:
-        asking.use_store(store.root)
-        asking.health = Health()
+        asking.begin(store.root)
         warn_of_another_server(asking.backend, scores)
     busy = "score: another process is scoring with this teacher: its scores are waited for, not paid for twice"
     with (
@@ -97,11 +129,7 @@ def score_candidates(
     if scores.unscored:
         warn(f"the teacher has no score for {scores.unscored:,} of the candidates asked for")
     if asking is not None:
-        for line in asking.health.lines():
-            warn(line)
-        say(f"spent: {asking.budget.line()}")
-        asking.health.earlier = seen["earlier"]
-        asking.health.finish()
+        asking.finish(seen["earlier"])
     return scores
 
 
@@ -148,7 +176,7 @@ def _chunks(
     for query_id, listed, _ in candidates:
         doc_ids = list(dict.fromkeys(listed))
         absent = missing(query_id, doc_ids)
-        rows: Iterable[Any] = collection.doc_rows(absent) if absent else []
+        rows = collection.doc_rows(absent) if absent else np.empty(0)
         known = [doc_id for doc_id, row in zip(absent, rows, strict=True) if row >= 0]
         begun = len(absent) < len(doc_ids)
         seen.update(reused=len(doc_ids) - len(absent), unknown=len(absent) - len(known), earlier=begun)
@@ -162,49 +190,6 @@ def _chunks(
             waiting += len(known)
     if chunk:
         yield texts()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What it would cost
-
-
-def missing_pairs(
-    teacher: Teacher, collection: Collection, candidates: Candidates, store: ScoreStore | None = None
-) -> int:
-    """Candidates that the teacher would have to score: those that the store lacks."""
-    return sum(len(item.doc_ids) for chunk in _unscored(teacher, collection, candidates, store) for item in chunk)
-
-
-def dry_run(
-    teacher: AskingTeacher, collection: Collection, candidates: Candidates, store: ScoreStore | None = None
-) -> Estimate:
-    """Walk a whole scoring job, counting calls instead of making them; the store and the answers stay as they are.
-
-    What the store or the cache of answers has already costs nothing here, as it would in the job. The teacher object
-    is of no use for scoring afterwards.
-    """
-    store = store or ScoreStore()
-    teacher.asking.use_store(store.root)
-    estimate = teacher.asking.dry_run()
-    for chunk in _unscored(teacher, collection, candidates, store):
-        estimate.pairs += sum(len(doc_ids) for _, doc_ids, _ in teacher.score(chunk))
-    return estimate
-
-
-def _unscored(
-    teacher: Teacher, collection: Collection, candidates: Candidates, store: ScoreStore | None
-) -> Iterator[list[TextList]]:
-    key, candidates = _key(teacher, candidates)
-    path = (store or ScoreStore()).root / key / collection.fingerprint
-    scores = TeacherScores(path).check(score_kind=teacher.score_kind) if (path / MANIFEST).is_file() else None
-
-    def missing(query_id: str, doc_ids: Sequence[str]) -> list[str]:
-        return list(doc_ids) if scores is None else scores.missing(query_id, doc_ids)
-
-    return _chunks(teacher, collection, candidates, missing, PAIRS, Counter())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def warn_of_another_server(backend: Backend, scores: TeacherScores) -> None:
@@ -227,6 +212,32 @@ def prepared_folder(store: ScoreStore) -> Path:
     return store.root / "prepared"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What teachers count beside their scores (repaired answers, position bias), summed over the commands that scored
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The report of a folder of scores; empty if it has none."""
+    path = Path(folder) / REPORT
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RankdistillError(
+            f"the report cannot be read: {error}", where=str(path), fix="delete this file; the scores do not need it"
+        ) from None
+
+
+def keep_report(folder: str | Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to the report of a folder of scores; returns the whole."""
+    path = Path(folder) / REPORT
+    with locked(path):
+        whole: dict[str, Any] = added(read_report(folder), report)
+        write_atomically(path, json.dumps(whole, indent=2) + "\n")
+    return whole
+
+
 @contextmanager
 def _reporting(teacher: Teacher, scores: TeacherScores) -> Iterator[None]:
     """Keep beside the scores what the teacher counted, and say it; also where the work ends early."""
@@ -238,22 +249,38 @@ def _reporting(teacher: Teacher, scores: TeacherScores) -> Iterator[None]:
                 say(line)
 
 
-def score_list(teacher: Teacher | EnsembleTeacher, item: TextList) -> np.ndarray:
-    """Score one list now, past the store: float32 [len(item.doc_ids)], NaN where the teacher has no score."""
-    ensemble = teacher if isinstance(teacher, EnsembleTeacher) else None
-    members = ensemble.teachers if ensemble else [cast(Teacher, teacher)]
-    scores = [_ListScores(member, item) for member in members]
-    source = ensemble.combine(scores) if ensemble else scores[0]
-    return source.scores_of(item.query_id, item.doc_ids)
+# ---------------------------------------------------------------------------------------------------------------------
+# What it would cost
 
 
-class _ListScores:
-    """A teacher's scores of one list, as the combination of several reads them."""
+def missing_pairs(
+    teacher: Teacher, collection: Collection, candidates: Candidates, store: ScoreStore | None = None
+) -> int:
+    """Candidates that the teacher would have to score: those that the store lacks."""
+    return sum(len(item.doc_ids) for chunk in _unscored(teacher, collection, candidates, store) for item in chunk)
 
-    def __init__(self, teacher: Teacher, item: TextList) -> None:
-        self._scores: dict[str, float] = {}
-        for _, doc_ids, scores in teacher.score([item]):
-            self._scores.update(zip(doc_ids, scores.tolist(), strict=True))
 
-    def scores_of(self, query_id: str, doc_ids: Sequence[str]) -> np.ndarray:
-        return np.array([self._scores.get(doc_id, np.nan) for doc_id in doc_ids], dtype=np.float32)
+def dry_run(
+    teacher: AskingTeacher, collection: Collection, candidates: Candidates, store: ScoreStore | None = None
+) -> Estimate:
+    """Walk a whole scoring job, counting calls instead of making them; the store and the answers stay as they are.
+
+    What the store or the cache of answers has already costs nothing here, as it would in the job. The teacher object
+    is of no use for scoring afterwards.
+    """
+    store = store or ScoreStore()
+    teacher.asking.begin(store.root)
+    estimate = teacher.asking.dry_run()
+    for chunk in _unscored(teacher, collection, candidates, store):
+        estimate.pairs += sum(len(doc_ids) for _, doc_ids, _ in teacher.score(chunk))
+    return estimate
+
+
+def _unscored(
+    teacher: Teacher, collection: Collection, candidates: Candidates, store: ScoreStore | None
+) -> Iterator[list[TextList]]:
+    key, candidates = _key(teacher, candidates)
+    path = (store or ScoreStore()).root / key / collection.fingerprint
+    scores = TeacherScores(path).check(score_kind=teacher.score_kind) if (path / MANIFEST).is_file() else None
+    missing = scores.missing if scores is not None else lambda _, doc_ids: list(doc_ids)
+    return _chunks(teacher, collection, candidates, missing, PAIRS, Counter())

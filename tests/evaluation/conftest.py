@@ -22,8 +22,8 @@ from rankdistill.indexes.specification import load_specification
 from rankdistill.indexes.vectors import encode_documents
 from rankdistill.recipe import load_recipe
 from rankdistill.stages import Workspace
-from rankdistill.teachers.bi_encoder import BiEncoderTeacher
-from rankdistill.teachers.scoring import score_list
+from rankdistill.teachers.encoders import BiEncoderTeacher
+from rankdistill.teachers.ensemble import score_list
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -52,7 +52,7 @@ def test_it_learns_to_write_what_it_was_shown_and_is_trained_once(
     texts = []
     for _ in range(2):
         generator = build("generator", settings)
-        generator.asking.use_store(tmp_path / "store")
+        generator.asking.begin(tmp_path / "store")
         started = time.monotonic()
         generator.prepare(tiny_collection, tmp_path / "store")
         texts.append([draft.text for draft in generator.drafts(tiny_collection, [0, 5, 9])])

@@ -19,8 +19,8 @@ from rankdistill.students.loading import opening
 from rankdistill.students.multi_vector import MultiVectorStudent
 from rankdistill.students.query_tower import QueryTowerStudent
 from rankdistill.students.sparse import SpladeStudent
-from rankdistill.teachers.bi_encoder import BiEncoderTeacher
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher
+from rankdistill.teachers.encoders import BiEncoderTeacher
 
 if TYPE_CHECKING:
     from rankdistill.students.base import StudentModel

@@ -18,7 +18,7 @@ from rankdistill.errors import UsageError
 from rankdistill.indexes.vectors import encode_documents
 from rankdistill.students.base import split_by_length
 from rankdistill.students.dense import DenseModel, DenseStudent, StaticStudent
-from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+from rankdistill.teachers.encoders import BiEncoderTeacher
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection

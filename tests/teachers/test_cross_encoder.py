@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,14 @@ def cross_encoder(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def opened(folder: Path, **settings: Any) -> CrossEncoderTeacher:
+    return CrossEncoderTeacher(str(folder), **{"precision": "fp32", "device": "cpu", **settings})
+
+
+def scores_of(teacher: CrossEncoderTeacher, lists: list[TextList]) -> np.ndarray:
+    return np.concatenate([scores for _, _, scores in teacher.score(lists)])
+
+
 def lists_of(collection: Collection, queries: int = 8, repeat: int = 1) -> list[TextList]:
     ids = collection.query_ids()[:queries]
     rows = list(range(collection.document_count))
@@ -51,9 +60,9 @@ def lists_of(collection: Collection, queries: int = 8, repeat: int = 1) -> list[
 def predicted(folder: Path, lists: list[TextList], max_length: int | None = None, **options: Any) -> np.ndarray:
     from sentence_transformers import CrossEncoder
 
-    peer = CrossEncoder(str(folder), device="cpu", max_length=max_length)
+    peer = CrossEncoder(str(folder), device="cpu", max_length=max_length, **options)
     pairs = [(item.query, document) for item in lists for document in item.documents]
-    return np.asarray(peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, **options))
+    return np.asarray(peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False))
 
 
 @pytest.mark.parametrize("max_length", [None, 33, 20])
@@ -61,14 +70,10 @@ def test_scores_equal_those_of_predict(
     cross_encoder: Path, tiny_collection: Collection, max_length: int | None
 ) -> None:
     lists = lists_of(tiny_collection, repeat=7)  # some pairs are longer than the limit
-    teacher = CrossEncoderTeacher(
-        str(cross_encoder), max_length=max_length, precision="fp32", token_budget=512, device="cpu"
-    )
-    found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
-    expected = predicted(cross_encoder, lists, max_length)
-    assert teacher.load().joiner is not None and found.dtype == np.float32
-    assert expected.std() > 0.3
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    teacher = opened(cross_encoder, max_length=max_length, token_budget=512)
+    scores, expected = scores_of(teacher, lists), predicted(cross_encoder, lists, max_length)
+    assert teacher.load().joiner is not None and scores.dtype == np.float32 and expected.std() > 0.3
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 PAIRS = np.array([[q, d] for q in range(2) for d in range(4)])
@@ -86,7 +91,7 @@ def test_pairs_are_cut_to_what_the_model_has_positions_for(
     from sentence_transformers import CrossEncoder
 
     folder = make_model(tmp_path / "model", kind, "ForSequenceClassification")
-    teacher = CrossEncoderTeacher(str(folder), max_length=max_length, precision="fp32", device="cpu")
+    teacher = opened(folder, max_length=max_length)
     found = teacher.score_pairs(*TEXTS, PAIRS)
     assert teacher.load().limit == limit
     assert ("1,024, but model has 64 positions" in capsys.readouterr().err) == (max_length == 1024)
@@ -101,7 +106,7 @@ def test_pairs_are_cut_to_what_the_model_has_positions_for(
 def test_a_length_that_leaves_no_room_for_a_pair_is_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "roberta", "ForSequenceClassification")
     with pytest.raises(UsageError, match=r"5 tokens leave no room .* beside 4 that frame them\n.*\n.*at least 6"):
-        CrossEncoderTeacher(str(folder), max_length=5, device="cpu").score_pairs(*TEXTS, PAIRS)
+        opened(folder, max_length=5).score_pairs(*TEXTS, PAIRS)
 
 
 def test_a_model_that_pads_with_nothing_and_ends_pairs_in_its_end_token(tmp_path: Path) -> None:
@@ -114,7 +119,7 @@ def test_a_model_that_pads_with_nothing_and_ends_pairs_in_its_end_token(tmp_path
     ends = TemplateProcessing(single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 2)])
     tokenizer.backend_tokenizer.post_processor = ends
     tokenizer.save_pretrained(folder)
-    teacher = CrossEncoderTeacher(str(folder), precision="fp32", device="cpu")
+    teacher = opened(folder)
     together = teacher.score_pairs(*TEXTS, PAIRS)
     alone = [teacher.score_pairs(*TEXTS, PAIRS[at : at + 1])[0] for at in range(len(PAIRS))]
     np.testing.assert_allclose(together, alone, atol=1e-4)
@@ -122,68 +127,46 @@ def test_a_model_that_pads_with_nothing_and_ends_pairs_in_its_end_token(tmp_path
     tokenizer.unk_token = None
     tokenizer.save_pretrained(folder)
     with pytest.raises(RankdistillError, match="has no padding token"):
-        CrossEncoderTeacher(str(folder), device="cpu").load()
+        opened(folder).load()
 
 
 def test_bf16_scores_are_nearer_to_fp32_than_those_of_predict(cross_encoder: Path, tiny_collection: Collection) -> None:
-    from sentence_transformers import CrossEncoder
-
     lists = lists_of(tiny_collection)
-    scores = {
-        precision: np.concatenate(
-            [s for _, _, s in CrossEncoderTeacher(str(cross_encoder), precision=precision, device="cpu").score(lists)]
-        )
-        for precision in ("fp32", "bf16")
-    }
-    peer = CrossEncoder(str(cross_encoder), device="cpu", model_kwargs={"dtype": torch.bfloat16})
-    pairs = [(item.query, document) for item in lists for document in item.documents]
-    theirs = peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
-    error = float(np.abs(scores["bf16"] - scores["fp32"]).mean())
-    assert 0 < error < float(np.abs(theirs - scores["fp32"]).mean())
-    assert error < 0.05 * scores["fp32"].std()  # weights at random and large: far worse than a trained model's
-    assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.998
+    exact, half = (scores_of(opened(cross_encoder, precision=precision), lists) for precision in ("fp32", "bf16"))
+    theirs = predicted(cross_encoder, lists, model_kwargs={"dtype": torch.bfloat16})
+    error = float(np.abs(half - exact).mean())
+    assert 0 < error < float(np.abs(theirs - exact).mean())
+    assert error < 0.05 * exact.std()  # weights at random and large: far worse than a trained model's
+    assert np.corrcoef(half, exact)[0, 1] > 0.998
     # The head runs in float32: logits are not rounded to the steps of bf16.
-    rounded = torch.tensor(scores["bf16"]).bfloat16().float().numpy()
-    assert (rounded != scores["bf16"]).mean() > 0.9
+    assert (torch.tensor(half).bfloat16().float().numpy() != half).mean() > 0.9
 
 
 def test_a_model_stored_in_half_precision_scores(
     cross_encoder: Path, tiny_collection: Collection, tmp_path: Path
 ) -> None:
     """ModernBERT has a norm between its head's layers, which takes no float32 while its own weights are fp16."""
-    from sentence_transformers import CrossEncoder
     from transformers import AutoTokenizer, ModernBertConfig, ModernBertForSequenceClassification
 
     tokenizer = AutoTokenizer.from_pretrained(str(cross_encoder))
     torch.manual_seed(5)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+        vocab_size=len(tokenizer), max_position_embeddings=128, num_labels=1, bos_token_id=None, eos_token_id=None,
+        **ids, **shape,
+    )  # fmt: skip
     model = ModernBertForSequenceClassification(config)
     for weight in model.parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.5)
     model.half().save_pretrained(str(tmp_path))
     tokenizer.save_pretrained(str(tmp_path))
-    peer = CrossEncoder(str(tmp_path), device="cpu", model_kwargs={"dtype": torch.float32})
     lists = lists_of(tiny_collection, queries=3)
-    pairs = [(item.query, document) for item in lists for document in item.documents]
-    expected = peer.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+    expected = predicted(tmp_path, lists, model_kwargs={"dtype": torch.float32})
     for precision, allowed in (("fp32", 1e-4), ("bf16", 0.15)):
-        teacher = CrossEncoderTeacher(str(tmp_path), precision=precision, device="cpu")
-        found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
-        assert np.abs(found - expected).mean() < allowed * expected.std(), precision
+        scores = scores_of(opened(tmp_path, precision=precision), lists)
+        assert np.abs(scores - expected).mean() < allowed * expected.std(), precision
 
 
 def test_each_pair_is_scored_once(
@@ -191,7 +174,7 @@ def test_each_pair_is_scored_once(
 ) -> None:
     lists = lists_of(tiny_collection, queries=2)
     item = lists[0]._replace(doc_ids=lists[0].doc_ids * 2, documents=lists[0].documents * 2)
-    teacher = CrossEncoderTeacher(str(cross_encoder), device="cpu")
+    teacher = opened(cross_encoder)
     asked: list[int] = []
     original = teacher.score_pairs
 
@@ -225,7 +208,7 @@ def test_longest_first_is_the_tokenizers_rule(tiny_encoder: Path, room: int) -> 
 def test_long_queries_are_cut_counted_and_said_once(
     cross_encoder: Path, tiny_collection: Collection, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = CrossEncoderTeacher(str(cross_encoder), query_length=6, precision="fp32", device="cpu")
+    teacher = opened(cross_encoder, query_length=6)
     document = tiny_collection.document_texts([0])
     long = TextList("q", "iron gold oak " * 20, ["a"], document)
     short = TextList("q", "iron gold oak " * 2, ["a"], document)
@@ -238,7 +221,7 @@ def test_long_queries_are_cut_counted_and_said_once(
 
 
 def test_broken_weights_are_refused(cross_encoder: Path, tiny_collection: Collection) -> None:
-    teacher = CrossEncoderTeacher(str(cross_encoder), device="cpu")
+    teacher = opened(cross_encoder)
     with torch.no_grad():
         teacher.load().model.model.classifier.bias.fill_(float("nan"))
     with pytest.raises(RankdistillError, match="nan"):
@@ -247,25 +230,18 @@ def test_broken_weights_are_refused(cross_encoder: Path, tiny_collection: Collec
 
 def test_an_encoder_is_no_cross_encoder(tiny_encoder: Path) -> None:
     with pytest.raises(RankdistillError, match="not a cross-encoder"):
-        CrossEncoderTeacher(str(tiny_encoder), device="cpu").load()
+        opened(tiny_encoder).load()
     with pytest.raises(RankdistillError, match="trained"):
-        CrossEncoderTeacher(str(tiny_encoder), device="cpu", train=CrossEncoderTraining()).fingerprint()
+        opened(tiny_encoder, train=CrossEncoderTraining()).fingerprint()
 
 
 def test_the_fingerprint_depends_on_what_decides_the_scores(cross_encoder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "elsewhere"
     shutil.copytree(cross_encoder, copy)
-    teacher = CrossEncoderTeacher(str(cross_encoder), precision="fp32", device="cpu")
-    same = CrossEncoderTeacher(str(copy), precision="fp32", token_budget=99, device="cpu")
-    assert teacher.fingerprint() == same.fingerprint()
-    changed = [
-        CrossEncoderTeacher(str(copy), max_length=20, precision="fp32", device="cpu"),
-        CrossEncoderTeacher(str(copy), query_length=9, precision="fp32", device="cpu"),
-        CrossEncoderTeacher(str(copy), precision="bf16", device="cpu"),
-    ]
-    assert len({teacher.fingerprint(), *(other.fingerprint() for other in changed)}) == 4
+    known = opened(cross_encoder).fingerprint()
+    assert opened(copy, token_budget=99).fingerprint() == known
+    changed = ({"max_length": 20}, {"query_length": 9}, {"precision": "bf16"})
+    assert len({known, *(opened(copy, **change).fingerprint() for change in changed)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -274,33 +250,30 @@ def test_the_fingerprint_depends_on_what_decides_the_scores(cross_encoder: Path,
 def test_training_learns_and_saves_an_ordinary_cross_encoder(
     tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path, start: Any, loss: Any
 ) -> None:
+    from sentence_transformers import CrossEncoder
+
     everything = tiny_collection.doc_ids(range(tiny_collection.document_count))
     candidates = [(query_id, everything, np.zeros(len(everything))) for query_id in tiny_collection.query_ids("train")]
     learns = loss in ("lce", "bce")
     settings = {"start": start, "loss": loss, "steps": 40 if learns else 2, "learning_rate": 3e-3, "batch_size": 4}
-    teacher = CrossEncoderTeacher(str(tiny_encoder), precision="fp32", device="cpu", train=settings)  # type: ignore[arg-type]
+    teacher, again = (opened(tiny_encoder, train=settings) for _ in range(2))
     assert teacher.needs_training
     report = teacher.train(tiny_collection, candidates, tmp_path / "ce", seed=7)
     assert not teacher.needs_training and report["queries"] == len(candidates)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ce"]
-    from sentence_transformers import CrossEncoder
-
+    assert [path.name for path in tmp_path.iterdir()] == ["ce"]
     plain = CrossEncoder(str(tmp_path / "ce"), device="cpu", trust_remote_code=start == "encoder")
     assert plain.num_labels == 1 and isinstance(plain.activation_fn, torch.nn.Identity)
     lists = lists_of(tiny_collection, 3)
-    found = np.concatenate([scores for _, _, scores in teacher.score(lists)])
-    pairs = [(item.query, document) for item in lists for document in item.documents]
-    np.testing.assert_allclose(found, plain.predict(pairs, show_progress_bar=False), atol=1e-4)
+    expected = predicted(tmp_path / "ce", lists, trust_remote_code=start == "encoder")
+    np.testing.assert_allclose(scores_of(teacher, lists), expected, atol=1e-4)
     if learns:
-        ranks = []
+        ranks, texts = [], tiny_collection.document_texts(range(len(everything)))
         for query_id, _, _ in candidates:
-            texts = tiny_collection.document_texts(range(len(everything)))
             item = TextList(query_id, tiny_collection.query_texts([query_id])[0], everything, texts)
-            ((_, _, scores),) = teacher.score([item])
+            scores = scores_of(teacher, [item])
             positive = next(iter(tiny_collection.qrels("train")[query_id]))
             ranks.append(int((scores > scores[everything.index(positive)]).sum()))
         assert np.mean(ranks) < len(everything) / 5  # chance is a half
-        again = CrossEncoderTeacher(str(tiny_encoder), precision="fp32", device="cpu", train=settings)  # type: ignore[arg-type]
         again.train(tiny_collection, candidates[::-1], tmp_path / "again", seed=7)
         assert again.fingerprint() == teacher.fingerprint()
 
@@ -311,7 +284,7 @@ def test_candidates_are_scored_once_for_all_runs(
     ids = tiny_collection.doc_ids(range(10))
     candidates = [(query_id, [*ids, "nowhere"], np.zeros(11)) for query_id in tiny_collection.query_ids()[:6]]
     store = ScoreStore(tmp_path)
-    teacher = CrossEncoderTeacher(str(cross_encoder), precision="fp32", device="cpu")
+    teacher = opened(cross_encoder)
     first = score_candidates(teacher, tiny_collection, candidates[:4], store, chunk_pairs=25)
     assert (first.scored, first.reused) == (40, 0)
     second = score_candidates(teacher, tiny_collection, candidates, store)

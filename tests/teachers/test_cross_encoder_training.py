@@ -66,11 +66,8 @@ def test_each_positive_has_a_list_and_competes_with_lower_grades_only(tiny_colle
     grades = {"best": 2, "good": 1, "bad": 0, "worse": 0, "other": 2}
     lists, names = lists_of(tiny_collection, grades, positives=9, negatives=9)
     drawn = {names[positive]: [names[d] for d in lists.draw(n)] for n, (_, positive) in enumerate(lists.lists)}
-    assert drawn == {
-        "best": ["good", "bad", "worse"],
-        "good": ["bad", "worse"],
-        "other": ["good", "bad", "worse"],
-    }
+    lower = ["good", "bad", "worse"]
+    assert drawn == {"best": lower, "good": ["bad", "worse"], "other": lower}
     assert len(lists_of(tiny_collection, grades, positives=2)[0]) == 2
 
 
@@ -100,10 +97,9 @@ def test_negatives_come_from_every_depth_and_stay_below_the_positive(tiny_collec
 def test_the_bounds_of_the_losses() -> None:
     """ListNet over labels at temperature 1 can hardly fall, whatever the model does: it has to be said."""
     grades = torch.tensor([[1, 0, 0, 0]] * 2)
-    learner = {
-        name: Listwise(torch.nn.Identity(), CrossEncoderTraining(loss=name, target_temperature=1.0))  # type: ignore[arg-type]
-        for name in ("lce", "listnet", "bce", "lambda")
-    }
+    names: tuple[Any, ...] = ("lce", "listnet", "bce", "lambda")
+    model: Any = torch.nn.Identity()
+    learner = {name: Listwise(model, CrossEncoderTraining(loss=name, target_temperature=1.0)) for name in names}
     assert learner["lce"].bounds(grades) == pytest.approx((math.log(4), 0.0), abs=1e-6)
     guess, floor = learner["listnet"].bounds(grades)
     assert (guess, floor) == pytest.approx((1.3863, 1.2683), abs=1e-4)

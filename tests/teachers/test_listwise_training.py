@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from causal_lm import make_causal_lm
+from safetensors.torch import load_file
 from scipy.stats import kendalltau
 from torch.nn import functional
 
@@ -19,8 +21,8 @@ from rankdistill.collections import Collection, open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.losses.pairwise import RankNet
 from rankdistill.recipe import build
+from rankdistill.scores.lists import build_lists
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.listwise_settings import ListwiseTraining
 from rankdistill.teachers.listwise_training import (
     Collator,
     Window,
@@ -96,65 +98,46 @@ def kendall(model: Path, prompt: str) -> float:
     return float(np.mean(found))
 
 
-class Trained(NamedTuple):
-    path: Path
-    counts: dict[str, Any]
+Train = Callable[..., dict[str, Any]]
 
 
-def train(
-    start: Path,
-    planted: Collection,
-    orders: Path,
-    prompt: str,
-    out: Path,
-    window: int = 4,
-    seed: int = 1,
-    **changes: Any,
-) -> Trained:
-    settings = {"steps": 80, "batch_size": 16, "accumulation": 1, "learning_rate": 5e-3, "noise": 0.0}
-    counts = train_listwise(
-        str(start),
-        planted,
-        out / "model",
-        {"orders": str(orders), "precision": "fp32", **settings, **changes},
-        prompt=prompt,
-        window=window,
-        passage_tokens=4,
-        device="cpu",
-        seed=seed,
-    )
-    return Trained(out, counts)
+@pytest.fixture
+def train(start: Path, planted: Collection, orders: Path, prompt: str) -> Train:
+    """Trains a model at `out`; what it came to."""
+
+    def run(out: Path, model: Path = start, orders: Path = orders, **changes: Any) -> dict[str, Any]:
+        settings = {"steps": 80, "batch_size": 16, "accumulation": 1, "learning_rate": 5e-3, "noise": 0.0}
+        settings = {"orders": str(orders), "precision": "fp32", **settings, **changes}
+        shape: dict[str, Any] = {"prompt": prompt, "window": 4, "passage_tokens": 4}
+        return train_listwise(str(model), planted, out, settings, **shape, device="cpu", seed=1)
+
+    return run
 
 
-def test_first_orders_better_than_text_alone(
-    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path
-) -> None:
+def test_first_orders_better_than_text_alone(start: Path, prompt: str, train: Train, tmp_path: Path) -> None:
     """Equal steps, batches and seed; what is measured is the order that one step gives."""
-    joint = train(start, planted, orders, prompt, tmp_path / "joint")
-    alone = train(start, planted, orders, prompt, tmp_path / "alone", ranking_weight=0.0)
-    before, text, first = (kendall(path, prompt) for path in (start, alone.path / "model", joint.path / "model"))
+    joint = train(tmp_path / "joint")
+    alone = train(tmp_path / "alone", ranking_weight=0.0)
+    before, text, first = (kendall(path, prompt) for path in (start, tmp_path / "alone", tmp_path / "joint"))
     assert before < 0.2
     assert first > 0.45 and first > text + 0.25
-    assert joint.counts["orders"] == 40 and joint.counts["steps"] == alone.counts["steps"] == 80
+    assert joint["orders"] == 40 and joint["steps"] == alone["steps"] == 80
 
 
-def test_what_is_saved_is_an_ordinary_model(
-    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path
-) -> None:
+def test_what_is_saved_is_an_ordinary_model(start: Path, train: Train, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = train(start, planted, orders, prompt, tmp_path / "made", steps=2, batch_size=2, accumulation=2, noise=5.0)
-    model = AutoModelForCausalLM.from_pretrained(made.path / "model")
-    assert AutoTokenizer.from_pretrained(made.path / "model").chat_template and model.config.use_cache
+    train(tmp_path / "out" / "model", steps=2, batch_size=2, accumulation=2, noise=5.0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").chat_template and model.config.use_cache
     old = AutoModelForCausalLM.from_pretrained(start).state_dict()
     assert any(not torch.equal(weight, old[name]) for name, weight in model.state_dict().items())
-    assert {path.name for path in made.path.iterdir()} == {"model"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
 
 
 def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
-    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file
     from torch.nn.modules.module import register_module_full_backward_hook
 
     sizes: list[int] = []
@@ -166,43 +149,37 @@ def test_a_batch_that_memory_does_not_hold_is_trained_in_smaller_parts(
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     settings = {"steps": 8, "batch_size": 3, "accumulation": 2}
-    plain = train(start, planted, orders, prompt, tmp_path / "plain", **settings)
+    plain = train(tmp_path / "plain", **settings)
     handle = register_module_full_backward_hook(check)
     try:
-        small = train(start, planted, orders, prompt, tmp_path / "small", **settings)
+        small = train(tmp_path / "small", **settings)
     finally:
         handle.remove()
     assert set(sizes[:10]) == {3} and set(sizes[-6:]) == {1}
     assert capsys.readouterr().err.count("does not hold a batch") == 1
-    one, other = (load_file(made.path / "model" / "model.safetensors") for made in (plain, small))
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, other[name], atol=1e-3, rtol=1e-2)
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "small"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-3, rtol=1e-2)
     for name in ("text_loss", "ranking_loss"):
-        assert small.counts[name] == pytest.approx(plain.counts[name], abs=2e-3)
+        assert small[name] == pytest.approx(plain[name], abs=2e-3)
 
 
-def test_adapters_are_merged(start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path) -> None:
+def test_adapters_are_merged_and_need_an_extra(
+    start: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)  # as if it were not installed
+        with pytest.raises(RankdistillError, match="peft") as caught:
+            train(tmp_path / "none", steps=1, lora={})
+        assert "rankdistill[llm]" in str(caught.value.fix)
     pytest.importorskip("peft")
-    from safetensors.torch import load_file
-
     lora = {"rank": 2, "layers": ["q_proj"], "dropout": 0.0}
-    made = train(start, planted, orders, prompt, tmp_path / "made", steps=2, batch_size=2, lora=lora, learning_rate=0.1)
-    old, new = (load_file(folder / "model.safetensors") for folder in (start, made.path / "model"))
+    train(tmp_path / "model", steps=2, batch_size=2, lora=lora, learning_rate=0.1)
+    old, new = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "model"))
     assert set(new) == set(old)
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {name for name in old if "q_proj" in name}
     assert all(torch.linalg.matrix_rank(new[name] - old[name]) <= 2 for name in changed)
-
-
-def test_without_peft_the_extra_is_named(
-    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-    with pytest.raises(RankdistillError, match="peft") as caught:
-        train(start, planted, orders, prompt, tmp_path / "made", steps=1, lora={})
-    assert "rankdistill[llm]" in str(caught.value.fix)
 
 
 def test_a_listwise_teacher_trains_its_model(
@@ -220,7 +197,7 @@ def test_a_listwise_teacher_trains_its_model(
         "train": {"orders": str(orders), "steps": 2, "batch_size": 2, "precision": "fp32", "learning_rate": 1e-2},
     }
     teacher = build("teacher", settings)
-    teacher.asking.use_store(tmp_path / "store")
+    teacher.asking.begin(tmp_path / "store")
     assert teacher.needs_training
     with pytest.raises(RankdistillError, match="trained before"):
         teacher.fingerprint()
@@ -234,7 +211,7 @@ def test_a_listwise_teacher_trains_its_model(
     assert teacher.fingerprint() != untrained.fingerprint()
     item = TextList("q", "rank", [f"d-{word}" for word in WORTH], WORTH)
     ((_, doc_ids, scores),) = teacher.score([item])
-    untrained.asking.use_store(tmp_path / "store")
+    untrained.asking.begin(tmp_path / "store")
     ((_, _, before),) = untrained.score([item])
     assert doc_ids == item.doc_ids and not np.allclose(scores, before)
     moved.use_trained(tmp_path / "model")
@@ -298,33 +275,15 @@ def test_the_loss_against_one_window_at_a_time(start: Path, prompt: str) -> None
 
 
 def test_the_teacher_s_scores_get_no_gradient() -> None:
-    logits = torch.randn(1, 3, 9, requires_grad=True)
-    teacher = torch.tensor([[2.0, 1.0]], requires_grad=True)
-    text, ranks = first_loss(
-        logits,
-        torch.tensor([[4, 5]]),
-        torch.tensor([2]),
-        torch.tensor([[4, 6]]),
-        teacher,
-        torch.ones(1, 2, dtype=torch.bool),
-        RankNet("rank"),
-    )
+    logits, teacher = torch.randn(1, 3, 9, requires_grad=True), torch.tensor([[2.0, 1.0]], requires_grad=True)
+    answers, names = torch.tensor([[4, 5]]), torch.tensor([[4, 6]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    text, ranks = first_loss(logits, answers, torch.tensor([2]), names, teacher, mask, RankNet("rank"))
+    (gradient,) = torch.autograd.grad(ranks, logits, retain_graph=True)
     (text + ranks).backward()
     assert teacher.grad is None and logits.grad is not None
     # The ranking is read where the first identifier is due, and nowhere else.
-    other = torch.autograd.grad(
-        first_loss(
-            logits,
-            torch.tensor([[4, 5]]),
-            torch.tensor([2]),
-            torch.tensor([[4, 6]]),
-            teacher,
-            torch.ones(1, 2, dtype=torch.bool),
-            RankNet("rank"),
-        )[1],
-        logits,
-    )[0]
-    assert other[0, 0, [4, 6]].abs().min() > 0 and not other[0, 1:].any()
+    assert gradient[0, 0, [4, 6]].abs().min() > 0 and not gradient[0, 1:].any()
 
 
 def test_windows_are_drawn_by_seed_and_place() -> None:
@@ -343,38 +302,32 @@ def test_windows_are_drawn_by_seed_and_place() -> None:
     assert len({tuple(w.passages) for w in first if w.query == "q0"}) == 3
 
 
-def test_orders_of_a_run_are_its_ranks(planted: Collection, orders: Path, tmp_path: Path) -> None:
+def test_orders_of_a_run_are_its_ranks_and_those_of_scored_lists_keep_ties(
+    planted: Collection, orders: Path, tmp_path: Path
+) -> None:
     for _, doc_ids, scores in read_orders(orders, planted):
         worth = [WORTH.index(doc_id.removeprefix("d-")) for doc_id in doc_ids]
         assert worth == sorted(worth) and scores.tolist() == [-at for at in range(6)]
-
-
-def test_orders_of_scored_lists_keep_ties(planted: Collection, tmp_path: Path) -> None:
-    from rankdistill.scores.lists import build_lists
-
-    found = {"d-gas": 1.0, "d-bird": 3.0, "d-tree": 1.0}
-    candidates = [("q-0", list(found), np.zeros(3))]
-    score = lambda query_id, doc_ids: np.array([found[doc_id] for doc_id in doc_ids], dtype=np.float32)  # noqa: E731
-    build_lists(candidates, score, planted, "train", tmp_path / "lists")
+    known = {"d-gas": 1.0, "d-bird": 3.0, "d-tree": 1.0}
+    score = lambda query_id, doc_ids: np.array([known[doc_id] for doc_id in doc_ids], dtype=np.float32)  # noqa: E731
+    build_lists([("q-0", list(known), np.zeros(3))], score, planted, "train", tmp_path / "lists")
     ((query_id, doc_ids, scores),) = read_orders(tmp_path / "lists", planted)
     assert (query_id, doc_ids, scores.tolist()) == ("q-0", ["d-bird", "d-gas", "d-tree"], [3.0, 1.0, 1.0])
 
 
-def test_what_cannot_be_trained_is_refused(
-    start: Path, planted: Collection, orders: Path, prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UsageError, match="no orders here"):
-        train(start, planted, tmp_path / "none.trec", prompt, tmp_path / "out")
+def test_what_cannot_be_trained_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = tmp_path / "foreign.trec"
     foreign.write_text("q-0 Q0 d-gas 1 2 t\nq-0 Q0 x 2 1 t\nelse Q0 d-gas 1 2 t\nelse Q0 d-bird 2 1 t\n")
-    with pytest.raises(RankdistillError, match="no order"):
-        train(start, planted, foreign, prompt, tmp_path / "out")
+    short = make_causal_lm(tmp_path / "short", max_position_embeddings=40)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"orders": tmp_path / "none.trec"}, UsageError, "no orders here"),
+        ({"orders": foreign}, RankdistillError, "no order"),
+        ({"ranking_weight": 0, "text_weight": 0}, UsageError, "weight of 0"),
+        ({"model": short}, UsageError, "more than the 40 tokens"),
+        ({"noisy": 1}, ValueError, "noisy"),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            train(tmp_path / "out", **changes)
     said = capsys.readouterr().err
     assert "1 documents are not in" in said and "1 queries are not in" in said and "1 orders of fewer" in said
-    with pytest.raises(UsageError, match="weight of 0"):
-        train(start, planted, orders, prompt, tmp_path / "out", ranking_weight=0, text_weight=0)
-    short = make_causal_lm(tmp_path / "short", max_position_embeddings=40)
-    with pytest.raises(UsageError, match="more than the 40 tokens"):
-        train(short, planted, orders, prompt, tmp_path / "out")
-    with pytest.raises(ValueError, match="noisy"):
-        ListwiseTraining.model_validate({"orders": "x", "noisy": 1})

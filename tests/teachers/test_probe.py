@@ -13,7 +13,7 @@ from rankdistill.recipe import build
 from rankdistill.runs import Run
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers import probe as probing
-from rankdistill.teachers.bi_encoder import BiEncoderTeacher
+from rankdistill.teachers.encoders import BiEncoderTeacher
 from rankdistill.teachers.probe import METRIC, first_orders, probe, probe_long
 from rankdistill.teachers.recorded import RecordedTeacher
 from rankdistill.teachers.scoring import score_candidates

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.foreign_scores import detect_format, iter_foreign
 from rankdistill.scores.store import ScoreStore
 from rankdistill.teachers.base import TextList
-from rankdistill.teachers.bi_encoder import BiEncoderTeacher
 from rankdistill.teachers.recorded import RecordedTeacher, RunTeacher, import_scores
 from rankdistill.teachers.scoring import score_candidates
 
@@ -81,14 +80,18 @@ def test_bad_lines_are_named(tmp_path: Path, format: str, content: str, line: in
     assert f"scores:{line}" in str(caught.value)
 
 
-def test_bytes_that_are_not_utf8_and_cut_gzip_files_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "scores"
-    file.write_bytes(b"q\td\t1\nq\td\xff\t1\n")
-    with pytest.raises(RankdistillError, match="scores:2"):
-        list(iter_foreign(file, "tsv"))
-    file.write_bytes(gzip.compress(TRIPLES.encode() * 100)[:-12])
-    with pytest.raises(RankdistillError, match="damaged"):
-        list(iter_foreign(file, "triples"))
+@pytest.mark.parametrize(
+    ("format", "content", "message"),
+    [
+        ("tsv", b"q\td\t1\nq\td\xff\t1\n", "scores:2"),
+        ("triples", gzip.compress(TRIPLES.encode() * 100)[:-12], "damaged"),
+    ],
+    ids=["not utf-8", "cut gzip"],
+)
+def test_bad_bytes_are_named(tmp_path: Path, format: Any, content: bytes, message: str) -> None:
+    (tmp_path / "scores").write_bytes(content)
+    with pytest.raises(RankdistillError, match=message):
+        list(iter_foreign(tmp_path / "scores", format))
 
 
 def test_pairs_that_are_not_in_the_collection_are_counted_and_said(
@@ -120,28 +123,26 @@ def test_an_export_of_another_collection_is_refused(tiny_collection: Collection,
 
 
 def test_recorded_teachers_give_what_they_have(tiny_collection: Collection, tmp_path: Path) -> None:
-    ids = ["d-moon", "d-oak", "d-iron"]
-    query, documents = (
-        tiny_collection.query_texts(["q-iron"])[0],
-        tiny_collection.document_texts(tiny_collection.doc_rows(ids)),
-    )
-    item = TextList("q-iron", query, ids, documents)
-    file = tmp_path / "scores"
-    for content in (TSV, TREC):
-        file.write_text(content)
-        ((_, found, scores),) = RecordedTeacher(str(file)).score([item])
-        assert (found, scores.tolist()) == (["d-oak", "d-iron"], [-1.0, 3.5])
-    ((_, _, scores),) = RunTeacher(str(file)).score([item])
-    assert scores.tolist() == [0.5, 1.0] and RunTeacher(str(file)).score_kind == "rank"
-    ((_, _, scores),) = RunTeacher(str(file), function="none").score([item])
-    assert scores.tolist() == [-2.0, -1.0]
-    ((_, _, scores),) = RunTeacher(str(file), score_kind="similarity").score([item])
-    assert scores.tolist() == [-1.0, 3.5]
-    teachers = [RunTeacher(str(file)), RunTeacher(str(file), function="none"), RunTeacher(str(file), "similarity")]
-    assert len({teacher.fingerprint() for teacher in teachers}) == 3
-    stored = score_candidates(
-        teachers[0], tiny_collection, [("q-iron", ids, np.zeros(3))], ScoreStore(tmp_path / "store")
-    )
+    ids, file = ["d-moon", "d-oak", "d-iron"], tmp_path / "scores"
+    documents = tiny_collection.document_texts(tiny_collection.doc_rows(ids))
+    item = TextList("q-iron", tiny_collection.query_texts(["q-iron"])[0], ids, documents)
+    file.write_text(TSV)
+    ((_, doc_ids, scores),) = RecordedTeacher(str(file)).score([item])
+    assert (doc_ids, scores.tolist()) == (["d-oak", "d-iron"], [-1.0, 3.5])
+    file.write_text(TREC)
+    similarity: dict[str, Any] = {"score_kind": "similarity"}
+    teachers = {
+        RecordedTeacher(str(file)): [-1.0, 3.5],
+        RunTeacher(str(file)): [0.5, 1.0],
+        RunTeacher(str(file), function="none"): [-2.0, -1.0],
+        RunTeacher(str(file), **similarity): [-1.0, 3.5],
+    }
+    for teacher, expected in teachers.items():
+        ((_, doc_ids, scores),) = teacher.score([item])
+        assert (doc_ids, scores.tolist()) == (["d-oak", "d-iron"], expected)
+    assert len({teacher.fingerprint() for teacher in teachers}) == 4
+    lists, store = [("q-iron", ids, np.zeros(3))], ScoreStore(tmp_path / "store")
+    stored = score_candidates(RunTeacher(str(file)), tiny_collection, lists, store)
     assert (stored.scored, stored.unscored, stored.score_kind) == (2, 1, "rank")
     with pytest.raises(RankdistillError, match="no score file"):
         RecordedTeacher(str(tmp_path / "none")).fingerprint()
@@ -166,23 +167,6 @@ def test_texts_are_not_hashed_where_ids_have_the_scores(
     ((_, found, scores),) = teacher.score([TextList("q-iron", query, documents, texts)])
     assert found == documents and scores.tolist() == [1.0, 2.0]
     assert texts[0] not in hashed and texts[1] in hashed  # of the one without a score by id
-
-
-@pytest.mark.parametrize("similarity", ["dot", "cos"])
-def test_bi_encoder_scores_are_products_of_its_vectors(
-    tiny_encoder: Path, tiny_collection: Collection, similarity: str
-) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    teacher = BiEncoderTeacher(str(tiny_encoder), similarity, scale=20.0, precision="fp32", device="cpu")  # type: ignore[arg-type]
-    queries = tiny_collection.query_texts(tiny_collection.query_ids()[:2])
-    documents = tiny_collection.document_texts(range(5))
-    lists = [TextList(str(n), text, list("abcde"), documents) for n, text in enumerate(queries)]
-    found = np.stack([scores for _, _, scores in teacher.score(lists)])
-    model = SentenceTransformer(str(tiny_encoder), device="cpu")
-    q, d = (np.asarray(model.encode(texts, normalize_embeddings=similarity == "cos")) for texts in (queries, documents))
-    np.testing.assert_allclose(found, 20 * q @ d.T, rtol=1e-4, atol=1e-4)
-    assert teacher.score_kind == "similarity"
 
 
 def test_runs_of_one_teacher_are_fused(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,16 +16,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rankdistill.artifacts import fingerprint
-from rankdistill.errors import RankdistillError, UsageError
+from rankdistill.errors import RankdistillError
 from rankdistill.plain import shown
+from rankdistill.progress import say, warn
 from rankdistill.recipe import build
-from rankdistill.teachers.base import Teacher, TextList, check_finite
+from rankdistill.teachers.base import Scored, Teacher, TextList, added, check_finite
 from rankdistill.teachers.llm.answers import Reading, read_answer
-from rankdistill.teachers.llm.base import Answer, Backend, Decoding, Request
+from rankdistill.teachers.llm.base import Answer, Backend, Request
 from rankdistill.teachers.llm.budget import Budget, BudgetReached, Estimate, Prices
 from rankdistill.teachers.llm.cache import AnswerCache, answers_root
-from rankdistill.teachers.llm.prompts import Kind, Prompt, fit_passages, load_prompt
-from rankdistill.teachers.reports import added
+from rankdistill.teachers.llm.prompts import Kind, fit_passages, load_prompt
 
 MANY = 8  # answers that tell nothing, before a job may stop for them
 # Requests that are asked together, then their readings in the same order (None: the budget did not hold it); at the
@@ -73,61 +72,49 @@ def ask(
     for decoding in sorted({request.decoding for _, request in missing}):
         backend.check(decoding)
     position = 0
-    reached = False
     under_way: set[int] = set()
     met: list[tuple[str, Answer]] = []  # another process has paid meanwhile
 
     def affordable() -> Iterator[tuple[int, Request]]:
-        nonlocal position, reached
-        reached = False
+        nonlocal position
         while position < len(missing):
             at = position
             key, request = missing[at]
-            if (known := cache.find(key)) is not None:
+            known = cache.find(key)
+            if known is None and budget.limit is not None and not budget.reserve(at, backend.longest(request)):
+                return
+            position += 1
+            if known is None:
+                under_way.add(at)
+                yield at, request
+            else:
                 budget.reused += 1
                 met.append((key, known))
-                position += 1
-            elif budget.limit is not None and not budget.reserve(at, backend.longest(request)):
-                reached = True
-                return
-            else:
-                under_way.add(at)
-                position += 1
-                yield at, request
 
     try:
         while position < len(missing):
             begun = position
-            # At the limit the calls under way still come in; they may free what was set aside for longer answers, so
-            # the rest is tried once more.
-            with closing(_closable((answering or backend.answer)(affordable()))) as answers:
-                for at, answer in answers:
-                    if at not in under_way:
-                        raise RankdistillError(f"the backend {backend.type} answered what it was not asked, or twice")
-                    under_way.discard(at)
-                    key = missing[at][0]
-                    if not answer.refused:
-                        cache.add(key, answer)
-                    budget.pay(at, answer.usage)
-                    for number in numbers[key]:
-                        yield number, answer
-            for key, answer in met:
-                for number in numbers[key]:
-                    yield number, answer
+            for at, answer in (answering or backend.answer)(affordable()):
+                if at not in under_way:
+                    raise RankdistillError(f"the backend {backend.type} answered what it was not asked, or twice")
+                under_way.discard(at)
+                key = missing[at][0]
+                if not answer.refused:
+                    cache.add(key, answer)
+                budget.pay(at, answer.usage)
+                yield from ((number, answer) for number in numbers[key])
+            yield from ((number, answer) for key, answer in met for number in numbers[key])
             met.clear()
-            budget.release()
             if under_way:
                 raise RankdistillError(f"the backend {backend.type} left {len(under_way)} requests without an answer")
-            if reached and position == begun:
+            # At the limit the calls under way have come in. They may have freed what was set aside for longer
+            # answers, so the rest is tried once more.
+            budget.release()
+            if position == begun:
                 raise budget.reached()
     finally:
         budget.release()
         cache.close()
-
-
-def _closable(answers: Iterator[tuple[int, Answer]]) -> Any:
-    """A generator as it is; anything else made one, so that it can be closed when the asker leaves early."""
-    return answers if hasattr(answers, "close") else (item for item in answers)
 
 
 @dataclass
@@ -135,13 +122,13 @@ class Health:
     """How many answers told something. A job most of whose answers tell nothing stops: its scores would be few, and
     what is wrong with one answer is wrong with the next."""
 
+    nothing: str = "name no passage"  # what an answer that tells nothing does
     earlier: int = 0  # lists that had scores before; they speak for the settings
     read: int = 0
     unread: int = 0
     cut: int = 0  # of the unread answers, those that ended at their longest
     refused: int = 0
     fresh: int = 0  # refusals and unread answers that did not come from the cache
-    nothing: str = "name no passage"  # what such an answer does
     words: str = ""  # of the first refusal, or else of the first answer that was not read
 
     def see(self, answer: Answer, readable: bool) -> None:
@@ -158,11 +145,6 @@ class Health:
         self.cut += not answer.refused and not answer.finished
         self.fresh += not answer.kept
         if self.fresh >= MANY and self.fresh > self.earlier + self.read:
-            raise self.failure()
-
-    def finish(self) -> None:
-        """The job is done; an error where most of its answers told nothing."""
-        if self.refused + self.unread > self.earlier + self.read:
             raise self.failure()
 
     def lines(self) -> list[str]:
@@ -195,7 +177,11 @@ class Health:
 
 
 class Asking:
-    """A teacher's language model as its recipe gives it: engine, cache of answers, budget."""
+    """A teacher's language model as its recipe gives it: engine, cache of answers, budget.
+
+    Args:
+        nothing: what an answer that tells nothing does.
+    """
 
     def __init__(
         self,
@@ -205,14 +191,21 @@ class Asking:
         nothing: str = Health.nothing,
     ) -> None:
         self.backend: Backend = build("backend", backend, "teacher.backend")
-        self.budget = Budget(budget, prices)
+        self.budget, self.health = Budget(budget, prices), Health(nothing)
         self.estimate: Estimate | None = None
-        self.health = Health(nothing=nothing)
         self.root = answers_root()
 
-    def use_store(self, root: str | Path) -> None:
-        """Keep answers below this score store's root from now on."""
-        self.root = answers_root(root)
+    def begin(self, store: str | Path) -> None:
+        """A job begins, whose answers are kept below this score store's root."""
+        self.root, self.health = answers_root(store), Health(self.health.nothing)
+
+    def finish(self, earlier: int = 0) -> None:
+        """The job is done: say what it came to; an error where most of its answers told nothing."""
+        for line in self.health.lines():
+            warn(line)
+        say(f"spent: {self.budget.line()}")
+        if self.health.refused + self.health.unread > earlier + self.health.read:
+            raise self.health.failure()
 
     def dry_run(self) -> Estimate:
         """From now on count and ask nothing."""
@@ -226,12 +219,15 @@ class Asking:
             return ask(self.backend, requests, AnswerCache(folder), self.budget)
         return ask(self.backend, requests, AnswerCache(folder, dry.unkept), dry, partial(dry.answer, self.backend))
 
+    def see(self, answer: Answer, readable: bool) -> None:
+        """Count what an answer told, unless it was a dry run's; see `Health`."""
+        if self.estimate is None:
+            self.health.see(answer, readable)
 
+
+@dataclass(eq=False)
 class AskingTeacher(Teacher):
-    """A teacher that asks a language model.
-
-    A subclass has a `type`, the `kind` of its prompts and `_talk`. Its constructor takes its own settings and hands on
-    the others, documented here.
+    """A teacher that asks a language model. A subclass has a `type`, the `kind` of its prompts and `_talk`.
 
     Args:
         backend: the engine: its `type` (transformers, openai) and keys.
@@ -243,57 +239,51 @@ class AskingTeacher(Teacher):
 
     live: ClassVar[bool] = False  # answers come from the cache where they can: a clock would measure that
     kind: ClassVar[Kind]
-    decoding: Decoding = "first"
+    counted: ClassVar[dict[str, str]] = {}  # name of a count in the report → what it counts
 
-    def __init__(
-        self,
-        backend: dict[str, Any],
-        prompt: str,
-        passage_tokens: int = 200,
-        queries_at_once: int = 16,
-        budget: str | float | None = None,
-        prices: Prices | None = None,
-    ) -> None:
-        self.asking = Asking(backend, budget, prices)
-        self.prompt: Prompt = load_prompt(prompt, self.kind)
-        self.passage_tokens, self.queries_at_once = passage_tokens, queries_at_once
+    backend: dict[str, Any]
+    prompt: str
+    _: KW_ONLY
+    passage_tokens: int = 200
+    queries_at_once: int = 16
+    budget: str | float | None = None
+    prices: Prices | None = None
+
+    def __post_init__(self) -> None:
+        self.asking = Asking(self.backend, self.budget, self.prices)
+        self.template = load_prompt(self.prompt, self.kind)
         self._report: dict[str, Any] = {}
-        self._at_least(passage_tokens=1, queries_at_once=1)
-        self.asking.backend.check(self.decoding)
-
-    def _at_least(self, **bounds: int) -> None:
-        for name, least in bounds.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"{getattr(self, name)} is too few", where=f"teacher.{name}", fix=f"at least {least}")
+        self.asking.backend.check(getattr(self, "decoding", "first"))
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What decides the scores beside the engine, budget and prices; of the prompt its fingerprint."""
+        """What decides the scores beside the engine and the prompt."""
 
     @abstractmethod
     def _talk(self, item: TextList) -> Talk:
         """What is asked of one list, in rounds, and the scores that it gets at the end."""
 
     def fingerprint(self) -> str:
-        return fingerprint({**self._settings(), "backend": self.asking.backend.fingerprint()})
+        engine = {"prompt": self.template.fingerprint(), "backend": self.asking.backend.fingerprint()}
+        return fingerprint({"type": self.type, **self._settings(), **engine})
 
     def describe(self) -> dict[str, Any]:
-        return {**self._settings(), "prompt": self.prompt.model_dump(), "backend": self.asking.backend.describe()}
+        engine = {"prompt": self.template.model_dump(), "backend": self.asking.backend.describe()}
+        return {"type": self.type, **self._settings(), **engine}
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def score(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    def score(self, lists: Sequence[TextList]) -> Scored:
         """Scores of each list as it is ready, in any order; `BudgetReached` comes after what was ready."""
         for start in range(0, len(lists), self.queries_at_once):
-            yield from self._score_together(
-                [item for item in lists[start : start + self.queries_at_once] if item.doc_ids]
-            )
+            some = [item for item in lists[start : start + self.queries_at_once] if item.doc_ids]
+            yield from self._score_together(some)
 
-    def _score_together(self, lists: Sequence[TextList]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    def _score_together(self, lists: Sequence[TextList]) -> Scored:
         talks = [self._talk(item) for item in lists]
         asked: dict[int, list[Request]] = {}
 
-        def go_on(at: int, readings: list[Reading | None] | None) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        def go_on(at: int, readings: list[Reading | None] | None) -> Scored:
             try:
                 asked[at] = talks[at].send(readings)  # type: ignore[arg-type]  # None begins
             except StopIteration as end:
@@ -312,7 +302,9 @@ class AskingTeacher(Teacher):
                 requests = ((number, this_round[at][place]) for number, (at, place) in enumerate(places))
                 for number, answer in self.asking.ask(requests):
                     at, place = places[number]
-                    readings[at][place] = self._read(this_round[at][place], answer)
+                    reading = read_answer(answer, this_round[at][place], self.template)
+                    self.asking.see(answer, reading.readable)
+                    readings[at][place] = reading
                     if None not in readings[at]:
                         yield from go_on(at, readings.pop(at))
             except BudgetReached:
@@ -320,15 +312,9 @@ class AskingTeacher(Teacher):
                     yield from go_on(at, readings[at])
                 raise
 
-    def _read(self, request: Request, answer: Answer) -> Reading:
-        reading = read_answer(answer, request, self.prompt)
-        if self.asking.estimate is None:
-            self.asking.health.see(answer, reading.readable)
-        return reading
-
     def _fitted(self, texts: Iterable[str]) -> tuple[list[str], int]:
         """Texts escaped and cut to `passage_tokens`, and how many were cut."""
-        return fit_passages(list(texts), self.passage_tokens, self.asking.backend.count_text, self.prompt.delimiters)
+        return fit_passages(list(texts), self.passage_tokens, self.asking.backend.count_text, self.template.delimiters)
 
     # -- what was counted ---------------------------------------------------------------------------------------------
 
@@ -339,6 +325,9 @@ class AskingTeacher(Teacher):
     def take_report(self) -> dict[str, Any]:
         report, self._report = self._report, {}
         return report
+
+    def report_lines(self, report: dict[str, Any]) -> list[str]:
+        return [f"{report[name]:,} {text}" for name, text in self.counted.items() if report.get(name)]
 
 
 def numbered(item: TextList) -> tuple[list[str], dict[str, int]]:

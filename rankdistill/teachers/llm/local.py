@@ -34,6 +34,7 @@ ATTENTION = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # kinds of cache that
 SHARED_TOKENS = 32  # a shorter common prefix is not worth a pass of its own
 
 
+@dataclass(eq=False)
 class TransformersBackend(Backend):
     """Any causal language model that transformers loads, from a folder or a hub.
 
@@ -58,65 +59,52 @@ class TransformersBackend(Backend):
     type: ClassVar[str] = "transformers"
     decodings: ClassVar[frozenset[str]] = frozenset({"generate", "first", "constrained"})
 
-    def __init__(
-        self,
-        model: str,
-        precision: Precision = "auto",
-        device: str | None = None,
-        device_map: str | None = None,
-        batch_size: int = 8,
-        chat_template: Literal["auto", "plain"] = "auto",
-        template_options: dict[str, Any] | None = None,
-        max_context: int | None = None,
-        share_prefix: bool = True,
-    ) -> None:
-        if batch_size < 1 or (max_context is not None and max_context < 1):
-            raise UsageError("batch_size and max_context should be at least 1", where="teacher.backend")
-        if device and device_map:
+    model: str
+    precision: Precision = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    batch_size: int = 8
+    chat_template: Literal["auto", "plain"] = "auto"
+    template_options: dict[str, Any] | None = None
+    max_context: int | None = None
+    share_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device and self.device_map:
             raise UsageError("device and device_map exclude each other", where="teacher.backend", fix="give one")
-        self.model_name, self.batch_size, self.share_prefix = model, batch_size, share_prefix
-        self.precision: Precision = precision
-        self.device_name, self.device_map = device, device_map
-        self.chat_template: Literal["auto", "plain"] = chat_template
-        self.template_options = dict(template_options or {})
-        self.max_context = max_context
-        self._at_once = batch_size  # fewer where the memory gave out
-        self._model: Any = None
+        self._at_once = self.batch_size  # fewer where the memory gave out
+        self._loaded: Any = None
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _source(self) -> ModelSource:
-        return resolve_model(self.model_name)
+    def source(self) -> ModelSource:
+        return resolve_model(self.model)
 
     @cached_property
     def chat(self) -> Chat:
         """The model's tokenizer and template."""
-        chat = Chat(load_tokenizer(self._source.path), self.chat_template, self.template_options)
+        chat = Chat(load_tokenizer(self.source.path), self.chat_template, self.template_options)
         if self.chat_template == "auto" and not chat.template:
-            warn(f"{self.model_name} has no chat template: prompts are plain text (System: ..., User: ..., Assistant:)")
+            warn(f"{self.model} has no chat template: prompts are plain text (System: ..., User: ..., Assistant:)")
         return chat
 
     @property
-    def device(self) -> torch.device:
-        return resolve_device(self.device_name)
+    def place(self) -> torch.device:
+        return resolve_device(self.device)
+
+    def _weights(self) -> dict[str, Any]:
+        precision = resolve_precision(self.place, self.precision)
+        return {"type": self.type, "revision": self.source.revision, "precision": precision}
 
     def fingerprint(self) -> str:
-        return fingerprint(
-            {
-                "type": self.type,
-                "revision": self._source.revision,
-                "precision": resolve_precision(self.device, self.precision),
-                "template": self.chat.fingerprint(),
-            }
-        )
+        return fingerprint({**self._weights(), "template": self.chat.fingerprint()})
 
     def describe(self) -> dict[str, Any]:
         return {
-            **{name: getattr(self, name) for name in ("type", "template_options", "max_context", "batch_size")},
-            "model": self.model_name,
-            "revision": self._source.revision,
-            "precision": resolve_precision(self.device, self.precision),
+            **self._weights(),
+            **{name: getattr(self, name) for name in ("model", "max_context", "batch_size")},
+            "template_options": self.template_options or {},
             "chat_template": "the model's" if self.chat.template else "plain",
         }
 
@@ -128,21 +116,18 @@ class TransformersBackend(Backend):
 
     def load(self) -> Any:
         """The model, loaded once."""
-        if self._model is None:
-            precision = resolve_precision(self.device, self.precision)
+        if self._loaded is None:
             place = {"device_map": self.device_map} if self.device_map else {}
-            self._model = load_causal_lm(self._source.path, precision, **place)
-            if not self.device_map:
-                self._model.to(self.device)
-            self._model.eval()
-        return self._model
+            model = load_causal_lm(self.source.path, resolve_precision(self.place, self.precision), **place)
+            self._loaded = (model if self.device_map else model.to(self.place)).eval()
+        return self._loaded
 
     @cached_property
     def _abilities(self) -> Abilities:
         known = abilities(self.load())
         if known.cache is None:
             raise RankdistillError(
-                f"{self.model_name} keeps no cache of keys and values: what it has read cannot be gone on from",
+                f"{self.model} keeps no cache of keys and values: what it has read cannot be gone on from",
                 fix="a model with attention, or a server for this one (backend: {type: openai, ...})",
             )
         return known
@@ -190,7 +175,7 @@ class TransformersBackend(Backend):
             answer = f" and an answer of up to {row.longest:,}" if row.longest else ""
             raise UsageError(
                 f"a prompt of {len(row.prompt):,} tokens{answer}: more than the {self.context:,} tokens that "
-                f"{self.model_name} holds",
+                f"{self.model} holds",
                 where=f"a window of {len(names)} passages",
                 fix="a smaller window or a smaller passage_tokens",
             )
@@ -218,7 +203,8 @@ class TransformersBackend(Backend):
         else:
             return [row.answer() for row in rows]
         free_memory()
-        rows = [row.again() for row in rows]
+        for row in rows:
+            row.begin()
         parts = [rows[at : at + self._at_once] for at in range(0, len(rows), self._at_once)]
         return [answer for part in parts for answer in self._answer_rows(part)]
 
@@ -229,11 +215,11 @@ class TransformersBackend(Backend):
         if len(rows) == 1:
             raise RankdistillError(
                 f"a prompt of {len(rows[0].prompt):,} tokens does not fit the device's memory",
-                where=str(self.device_map or self.device),
+                where=str(self.device_map or self.place),
                 fix="a smaller window, precision: bf16, or device_map: auto",
             ) from None
         if self._at_once == self.batch_size:
-            warn(f"the memory of {self.device} does not hold {len(rows)} prompts at once: going on with fewer")
+            warn(f"the memory of {self.place} does not hold {len(rows)} prompts at once: going on with fewer")
         self._at_once = min(self._at_once, len(rows)) // 2
 
     def _decode(self, rows: list[_Row]) -> None:
@@ -403,19 +389,18 @@ class _State:
 class _Row(ABC):
     """One request under way."""
 
-    longest: int  # tokens that the answer may add to the prompt
+    longest = 0  # tokens that the answer may add to the prompt
     scored: Sequence[int] = ()  # tokens whose logits are compared with each other
 
     def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
         self.chat, self.text, self.request, self.ends = chat, prompt, request, ends
         self.prompt = chat.tokens(prompt)
-        self.cached = 0
-        self.done = False
-        self._random: Any = None
+        self.begin()
 
-    def again(self) -> _Row:
-        """From the beginning."""
-        return type(self)(self.chat, self.text, self.request, self.ends)
+    def begin(self) -> None:
+        """Nothing is answered yet, or no more."""
+        self.cached, self.done = 0, False
+        self._random: Any = None
 
     @abstractmethod
     def step(self, logits: Tensor) -> list[int]:
@@ -442,11 +427,9 @@ class _Row(ABC):
 class _Scores(_Row):
     """One step: the logits of the identifiers (FIRST, Reddy et al. 2024, arXiv:2406.15657)."""
 
-    longest = 0
-
-    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
-        super().__init__(chat, prompt, request, ends)
-        self.tokens = chat.identifier_tokens(prompt, request.identifiers)
+    def begin(self) -> None:
+        super().begin()
+        self.tokens = self.chat.identifier_tokens(self.text, self.request.identifiers)
         self.scored = [token for tokens in self.tokens.values() for token in tokens]
         self.logits: dict[str, float] = {}
 
@@ -467,10 +450,11 @@ class _Permutation(_Row):
     An identifier of several tokens is chosen token by token among those that unused identifiers go on with.
     """
 
-    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
-        super().__init__(chat, prompt, request, ends)
+    def begin(self) -> None:
+        super().begin()
+        chat, request = self.chat, self.request
         self.separator, self.end = separators(request.before)
-        self.left = chat.answer_tokens(prompt, request.identifiers, self.separator)
+        self.left = chat.answer_tokens(self.text, request.identifiers, self.separator)
         self.longest = sum(map(len, self.left.values()))
         if self.longest > request.max_tokens:
             raise UsageError(
@@ -526,9 +510,9 @@ class _Permutation(_Row):
 class _Text(_Row):
     """Free text, to the model's own end or `max_tokens`."""
 
-    def __init__(self, chat: Chat, prompt: str, request: Request, ends: frozenset[int]) -> None:
-        super().__init__(chat, prompt, request, ends)
-        self.longest = request.max_tokens
+    def begin(self) -> None:
+        super().begin()
+        self.longest = self.request.max_tokens
         self.tokens: list[int] = []
         self.log_probability = 0.0  # of all of them
         self.finished = False

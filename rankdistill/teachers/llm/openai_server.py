@@ -7,7 +7,7 @@ import os
 import random
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,17 +48,23 @@ SETTINGS = {
     "structured_outputs|guided|grammar": "another `constraint` of the backend, or decoding: generate",
     "system (role|message)|role.{0,9}system": "a prompt file of your own without `system`",
 }
+LOOK = "look at the backend's model, base_url, prefill and extra"
+# `constraint` → the keys of a call that hold the answer to one of these words.
+HELD_TO: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "vllm": lambda words: {"structured_outputs": {"choice": words}},
+    # Its likeliest token may begin with a space, as in process.
+    "llama_cpp": lambda words: {"grammar": f'root ::= " "? ({" | ".join(map(json.dumps, words))})'},
+}
 
 
 class Refused(RankdistillError):
     """The server refuses a call as it is (400, 413, 422): for its prompt, where its words speak of one, or for settings
     that all calls share."""
 
-    def __init__(self, what: str, *, where: str, fix: str, of_prompt: bool) -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.of_prompt = of_prompt
+    of_prompt = False
 
 
+@dataclass(eq=False)
 class OpenAIBackend(Backend):
     """A server that speaks OpenAI's chat protocol.
 
@@ -89,24 +95,23 @@ class OpenAIBackend(Backend):
     type: ClassVar[str] = "openai"
     decodings = frozenset({"generate", "first", "constrained"})
 
-    def __init__(
-        self,
-        model: str,
-        base_url: str = HOSTED,
-        key: str | None = None,
-        revision: str = "",
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        retries: int = 6,
-        backoff: float = 0.5,
-        logprobs: int = 20,
-        prefill: Literal["none", "vllm", "last_message"] = "none",
-        constraint: Literal["none", "vllm", "llama_cpp"] = "none",
-        tokenizer: str | None = None,
-        extra: dict[str, Any] | None = None,
-        length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
-    ) -> None:
-        address = urlsplit(base_url)
+    model: str
+    base_url: str = HOSTED
+    key: str | None = None
+    revision: str = ""
+    concurrency: int = 8
+    timeout: float = 120.0
+    retries: int = 6
+    backoff: float = 0.5
+    logprobs: int = 20
+    prefill: Literal["none", "vllm", "last_message"] = "none"
+    constraint: Literal["none", "vllm", "llama_cpp"] = "none"
+    tokenizer: str | None = None
+    extra: dict[str, Any] | None = None
+    length_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def __post_init__(self) -> None:
+        address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise UsageError("the address of a server begins with http:// or https://", where="backend.base_url")
         if address.username or address.password or address.query:
@@ -115,22 +120,15 @@ class OpenAIBackend(Backend):
                 where="backend.base_url",
                 fix="put the key into an environment variable and its name into `key`",
             )
-        if key is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", key):
+        if self.key is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.key):
             # Not shown: it may be the key itself.
             raise UsageError(
                 "`key` is the name of an environment variable, not the key",
                 where="backend.key",
                 fix=f"key: {HOSTED_KEY}",
             )
-        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0), ("logprobs", logprobs, 1)):
-            if value < least:
-                raise UsageError(f"{name} is at least {least}", where=f"backend.{name}")
-        if timeout <= 0 or backoff < 0:
-            raise UsageError("timeout is above 0, backoff not below", where="backend.timeout, backend.backoff")
-        self.model, self.base_url, self.key, self.revision = model, base_url, key, revision
-        self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
-        self.logprobs, self.prefill, self.constraint = logprobs, prefill, constraint
-        self.tokenizer, self.extra, self.length_key = tokenizer, dict(extra or {}), length_key
+        self.extra = dict(self.extra or {})
+        self._sent = {name: value for name, value in self.extra.items() if value is not None}
         self._answered = self._has_logprobs = False  # this server has given an answer, log-probabilities
         self._failed = False  # a call has: those under way come in, but are not made again
 
@@ -146,9 +144,8 @@ class OpenAIBackend(Backend):
         return fingerprint([self.type, self.model, self.revision, self.prefill, self.constraint, self.extra])
 
     def answer_key(self, request: Request) -> str:
-        return request.key(
-            fingerprint([self.answered_by(), self.logprobs]) if request.decoding == "first" else self.answered_by()
-        )
+        by = self.answered_by()
+        return request.key(fingerprint([by, self.logprobs]) if request.decoding == "first" else by)
 
     def describe(self) -> dict[str, Any]:
         """The settings; of the key the variable's name alone."""
@@ -175,9 +172,7 @@ class OpenAIBackend(Backend):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            return None
-        return load_tokenizer(resolve_model(self.tokenizer).path)
+        return load_tokenizer(resolve_model(self.tokenizer).path) if self.tokenizer is not None else None
 
     def count_text(self, texts: Sequence[str]) -> list[int]:
         if self._tokenizer is None or not texts:
@@ -199,10 +194,12 @@ class OpenAIBackend(Backend):
             calls = max(steps - 1, 0)
             given = 4 * steps * calls // 2  # what was answered is part of the next prompt
             return Usage(prompt * calls + given, STEP_TOKENS * calls, calls=calls)
-        return Usage(prompt, self._step_tokens(request) if request.decoding == "first" else request.max_tokens)
+        return Usage(prompt, self._most_tokens(request))
 
-    def _step_tokens(self, request: Request) -> int:
-        """Of a `first`: one, and those of the given beginning where the model has to say it itself."""
+    def _most_tokens(self, request: Request) -> int:
+        """Of an answer; of a `first` one, and those of the given beginning where the model has to say it itself."""
+        if request.decoding != "first":
+            return request.max_tokens
         return 1 if self.prefill != "none" or not request.before else 1 + len(request.before.strip()) + 1
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -212,23 +209,21 @@ class OpenAIBackend(Backend):
         hosted = urlsplit(self.base_url).hostname == urlsplit(HOSTED).hostname
         return self.key or (HOSTED_KEY if hosted else None)
 
+    @property
     def _secret(self) -> str:
-        if self._variable is None:
-            return "none"  # the client wants some text; no key of another service is sent
-        secret = os.environ.get(self._variable, "").strip()
-        if not secret:
+        return os.environ.get(self._variable or "", "").strip()
+
+    @cached_property
+    def _client(self) -> Any:
+        openai: Any = require("openai", extra="llm", why="a teacher behind an OpenAI-compatible server")
+        if self._variable is not None and not self._secret:
             raise UsageError(
                 f"the environment variable {self._variable} is not set",
                 where="backend.key",
                 fix=f"export {self._variable}=..., or name the variable that holds the key: key: NAME",
             )
-        return secret
-
-    @cached_property
-    def _client(self) -> Any:
-        openai: Any = require("openai", extra="llm", why="a teacher behind an OpenAI-compatible server")
         return openai.OpenAI(
-            api_key=self._secret(),
+            api_key=self._secret or "none",  # the client wants some text; no key of another service is sent
             base_url=self.base_url,
             timeout=self.timeout,
             max_retries=self.retries,
@@ -247,21 +242,21 @@ class OpenAIBackend(Backend):
             except Unreadable as error:  # anything may be sent with status 200
                 response.extensions[UNREADABLE] = error
                 response.status_code = 502
-                hopeless = error.said and self._of_prompt(str(error))
+                hopeless = error.said and bool(OF_PROMPT.search(str(error)))
         if hopeless or self._failed:
             response.headers["x-should-retry"] = "false"
         elif response.status_code != 200 and "retry-after" not in response.headers:
-            pause = min(LONGEST_PAUSE, self.backoff * 2.0 ** tries_of(response.request))
+            pause = min(LONGEST_PAUSE, self.backoff * 2.0 ** (tries_of(response.request) - 1))
             response.headers["retry-after-ms"] = f"{1000 * pause * random.uniform(0.75, 1):.0f}"
 
     def answer(self, requests: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
         """Answer with `concurrency` calls at a time; what is under way when one fails is still handed on."""
         client = self._client
         results: SimpleQueue[tuple[int, Answer | BaseException]] = SimpleQueue()
-        source = iter(requests)
+        source: Iterator[tuple[int, Request]] | None = iter(requests)
         failure: BaseException | None = None
         self._failed = False
-        under_way, drawn_out = 0, False
+        under_way = 0
         refusals: list[tuple[int, Refused]] = []  # of prompts, or of settings: not known before one is answered
 
         def work(number: int, request: Request) -> None:
@@ -271,10 +266,10 @@ class OpenAIBackend(Backend):
                 results.put((number, error))
 
         while True:
-            while failure is None and not drawn_out and under_way < self.concurrency and len(refusals) < TRIED:
+            while source and failure is None and under_way < self.concurrency and len(refusals) < TRIED:
                 item = next(source, None)
                 if item is None:
-                    drawn_out = True
+                    source = None
                 else:
                     self._check_request(item[1])
                     # Daemons: Ctrl-C does not wait for a server that stalls.
@@ -299,13 +294,11 @@ class OpenAIBackend(Backend):
 
     def _check_request(self, request: Request) -> None:
         self.check(request.decoding)
-        if request.decoding == "generate":
-            return
-        names = sorted(request.identifiers)
-        for one, other in pairwise(names):
-            if other.startswith(one):
+        names = sorted(request.identifiers) if request.decoding != "generate" else []
+        for name, following in pairwise(names):
+            if following.startswith(name):
                 raise UsageError(
-                    f"one step cannot tell {one!r} from {other!r} on a server whose tokens are not known",
+                    f"one step cannot tell {name!r} from {following!r} on a server whose tokens are not known",
                     where=f"teacher.decoding: {request.decoding}",
                     fix="a prompt with letters as identifiers, or decoding: generate",
                 )
@@ -313,30 +306,8 @@ class OpenAIBackend(Backend):
     def _answer(self, client: Any, request: Request) -> Answer:
         if request.decoding == "constrained":
             return self._one_by_one(client, request)
-        reply = self._call(client, self._body(request))
+        reply = self._call(client, request)
         return self._first(request, reply) if request.decoding == "first" else self._text(request, reply)
-
-    def _body(self, request: Request) -> dict[str, Any]:
-        """The keys of one call."""
-        messages = [dict(message) for message in request.messages]
-        more = {key: value for key, value in self.extra.items() if value is not None}
-        if request.before and self.prefill != "none":
-            messages.append({"role": "assistant", "content": request.before})
-            if self.prefill == "vllm":
-                more |= {"continue_final_message": True, "add_generation_prompt": False}
-        body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": request.temperature}
-        body[self.length_key] = self._step_tokens(request) if request.decoding == "first" else request.max_tokens
-        if request.temperature > 0:
-            body["seed"] = request.seed
-        if request.stop:
-            body["stop"] = [request.stop]
-        if request.log_probability:
-            body["logprobs"] = True
-        if request.decoding == "first":
-            body |= {"logprobs": True, "top_logprobs": self.logprobs}
-        if more:
-            body["extra_body"] = more
-        return {key: value for key, value in body.items() if self.extra.get(key, value) is not None}
 
     def _text(self, request: Request, reply: Reply) -> Answer:
         text = reply.text
@@ -353,7 +324,7 @@ class OpenAIBackend(Backend):
         if not self._has_logprobs:
             raise UsageError(
                 "the server reports no log-probabilities, which decoding: first reads",
-                where=f"backend: {self.model} at {self.base_url}",
+                where=self._where,
                 fix="decoding: generate works with any server; constrained with `constraint: vllm` or `llama_cpp`",
             )
         opening = request.before.strip() if self.prefill == "none" else ""
@@ -380,14 +351,7 @@ class OpenAIBackend(Backend):
         while len(left) > 1:
             said = request.before + "".join(f"{name}{separator}" for name in given)
             step = replace(request, before=said, max_tokens=STEP_TOKENS)
-            body = self._body(step)
-            if self.constraint == "vllm":
-                held: dict[str, Any] = {"structured_outputs": {"choice": left}}
-            else:
-                # Its likeliest token may begin with a space, as in process.
-                held = {"grammar": f'root ::= " "? ({" | ".join(json.dumps(name) for name in left)})'}
-            body["extra_body"] = {**body.get("extra_body", {}), **held}
-            reply = self._call(client, body)
+            reply = self._call(client, step, HELD_TO[self.constraint](left))
             name = self._text(step, reply).text.strip()
             if name not in left:
                 raise RankdistillError(
@@ -407,105 +371,109 @@ class OpenAIBackend(Backend):
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
-    def _call(self, client: Any, body: dict[str, Any]) -> Reply:
+    def _call(self, client: Any, request: Request, more: dict[str, Any] | None = None) -> Reply:
         """One call, which the client tries again within bounds; the error is the last failure, without the key."""
         import openai
 
+        messages = [dict(message) for message in request.messages]
+        more = {**self._sent, **(more or {})}
+        if request.before and self.prefill != "none":
+            messages.append({"role": "assistant", "content": request.before})
+            if self.prefill == "vllm":
+                more |= {"continue_final_message": True, "add_generation_prompt": False}
+        one_step = request.decoding == "first"
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": request.temperature,
+            self.length_key: self._most_tokens(request),
+            "seed": request.seed if request.temperature > 0 else None,
+            "stop": [request.stop] if request.stop else None,
+            "logprobs": True if one_step or request.log_probability else None,
+            "top_logprobs": self.logprobs if one_step else None,
+            "extra_body": more or None,
+        }
+        left_out = (self.extra or {}).keys() - self._sent.keys()
+        body = {name: value for name, value in body.items() if value is not None and name not in left_out}
         try:
             return read_reply(client.chat.completions.with_raw_response.create(**body).content)
-        except openai.APIStatusError as error:
-            raise self._failure(error) from None
-        except openai.APITimeoutError as error:
-            failure, request = f"the server did not answer within {self.timeout:g} seconds", error.request
         except openai.APIConnectionError as error:
-            failure, request = f"the server cannot be reached: {error.__cause__ or error}", error.request
-        raise self._given_up(failure, request) from None
+            stalled = isinstance(error, openai.APITimeoutError)
+            said = f"the server did not answer within {self.timeout:g} seconds" if stalled else ""
+            failure = self._failure(said or f"the server cannot be reached: {error.__cause__ or error}", error.request)
+        except openai.APIStatusError as error:
+            unreadable = error.response.extensions.get(UNREADABLE)
+            said = str(unreadable or f"the server answered {error.status_code}: {_words(error)}")
+            failure = self._failure(said, error.request, error.response, unreadable)
+        raise failure from None
 
-    def _failure(self, error: Any) -> RankdistillError:
-        """What the last of the tries was answered."""
-        status, unreadable = error.status_code, error.response.extensions.get(UNREADABLE)
-        failure = self._clean(str(unreadable)) if unreadable else f"the server answered {status}: {self._said(error)}"
-        of_prompt = self._of_prompt(failure)
-        fix = "look at the backend's model, base_url, prefill and extra"
-        if unreadable and unreadable.said and of_prompt:
-            return self._refused(failure)
-        if status in (400, 413, 422) or (status == 403 and of_prompt):
-            return self._refused(failure + self._code(error))
+    def _failure(
+        self, said: str, request: Any, response: Any = None, unreadable: Unreadable | None = None
+    ) -> RankdistillError:
+        """The error of a call's last try.
+
+        Args:
+            said: what happened, in the server's words.
+            response: None where none came.
+        """
+        status = response.status_code if response is not None else 0
+        said = self._clean(said)
+        of_prompt = bool(OF_PROMPT.search(said))
+        extra = {rf"{re.escape(name)}\b": f"extra of the backend without {name}" for name in self._sent}
+        fixes = [fix for words, fix in {**SETTINGS, **extra}.items() if re.search(rf"\b({words})", said, re.I)]
+        if status in (400, 413, 422) or (of_prompt and (status == 403 or (unreadable and unreadable.said))):
+            refused = Refused(said, where=self._where, fix="; ".join(fixes) or LOOK)
+            refused.of_prompt = of_prompt and not fixes
+            return refused
+        fix = LOOK
         if status in (401, 403):
             name = self._variable
             fix = f"look at the environment variable {name}" if name else "name the variable with the key: key: NAME"
-        elif status == 429 and "insufficient_quota" in str(error.body):
+        elif status == 429 and b"insufficient_quota" in response.content:
             fix = "look at the account"
-        elif status in (408, 409, 429) or status >= 500:
-            wait = error.response.headers.get("retry-after")
-            return self._given_up(failure + (f" (try again in {wait} seconds)" if wait else ""), error.request)
-        return RankdistillError(failure, where=self._where, fix=fix)
-
-    def _given_up(self, failure: str, request: Any) -> RankdistillError:
-        tries = tries_of(request) + 1
-        failure = self._clean(failure)
-        return RankdistillError(
-            f"{failure} ({tries} {'try' if tries == 1 else 'tries'})",
-            where=self._where,
-            fix="; ".join(self._fixes(failure))
-            or "answers so far are kept: run the same command again; `timeout`, `retries`, `backoff` and `concurrency` "
-            "of the backend may help",
-        )
-
-    def _refused(self, failure: str) -> Refused:
-        fixes = self._fixes(failure)
-        return Refused(
-            failure,
-            where=self._where,
-            fix="; ".join(fixes) or "look at the backend's model, base_url, prefill and extra",
-            of_prompt=not fixes and self._of_prompt(failure),
-        )
-
-    def _fixes(self, failure: str) -> list[str]:
-        """What to do about each key of a call that a server's words name."""
-        sent = [key for key, value in self.extra.items() if value is not None]
-        extra = {rf"{re.escape(key)}\b": f"extra of the backend without {key}" for key in sent}
-        return [fix for words, fix in {**SETTINGS, **extra}.items() if re.search(rf"\b({words})", failure, re.I)]
+        elif status in (0, 408, 409, 429) or status >= 500:
+            wait, tries = response.headers.get("retry-after") if status else None, tries_of(request)
+            said += f" (try again in {wait} seconds)" if wait else ""
+            said += f" ({tries} {'try' if tries == 1 else 'tries'})"
+            fix = "; ".join(fixes) or (
+                "answers so far are kept: run the same command again; `timeout`, `retries`, `backoff` and "
+                "`concurrency` of the backend may help"
+            )
+        return RankdistillError(said, where=self._where, fix=fix)
 
     @property
     def _where(self) -> str:
         return f"backend: {self.model} at {self.base_url}"
 
-    @staticmethod
-    def _of_prompt(words: str) -> bool:
-        return bool(OF_PROMPT.search(words))
-
-    def _code(self, error: Any) -> str:
-        """What the server calls the fault: "content_filter"."""
-        body = error.body if isinstance(error.body, dict) else {}
-        names = [name for name in (body.get("code"), body.get("param")) if isinstance(name, str) and name]
-        return f" ({', '.join(self._clean(name) for name in names)})" if names else ""
-
-    def _said(self, error: Any) -> str:
-        body = error.body
-        if isinstance(body, dict):
-            body = body.get("message") or body.get("detail") or body
-        return self._clean(str(body or error.message or "nothing"))
-
     def _clean(self, text: str) -> str:
         """A server's words in one short line, without the key."""
-        secret = os.environ.get(self._variable or "", "").strip()
-        if len(secret) > 3:
-            text = text.replace(secret, "***")
+        if len(self._secret) > 3:
+            text = text.replace(self._secret, "***")
         return shown(" ".join(re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text).split()), 300)
 
 
 def tries_of(request: Any) -> int:
-    """How often the client had made this request before."""
-    return int(request.headers.get("x-stainless-retry-count", 0))
+    """How often the client has made this request."""
+    return int(request.headers.get("x-stainless-retry-count", 0)) + 1
+
+
+def _words(error: Any) -> str:
+    """What a server says of an error, and what it calls it: "content_filter"."""
+    if not isinstance(error.body, dict):
+        return str(error.body or error.message or "nothing")
+    names = [name for key in ("code", "param") if isinstance(name := error.body.get(key), str) and name]
+    words = error.body.get("message") or error.body.get("detail") or error.body
+    return f"{words} ({', '.join(names)})" if names else str(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a server sends
 
 
 class Unreadable(ValueError):
-    """A body with status 200 that is no chat completion: worth another try. `said`: the server calls it an error."""
+    """A body with status 200 that is no chat completion: worth another try."""
 
-    def __init__(self, what: str, said: bool = False) -> None:
-        super().__init__(what)
-        self.said = said
+    said = False  # the server calls it an error
 
 
 @dataclass(frozen=True)
@@ -533,9 +501,10 @@ def read_reply(content: bytes) -> Reply:
         if isinstance(said, dict):
             code = said.get("code") or said.get("type")
             said = f"{said.get('message') or said}{f' ({code})' if code else ''}"
-        if said:
-            raise Unreadable(f"the server's answer is an error: {said}", said=True)
-        raise Unreadable(f"the server's answer is no chat completion: {json.dumps(body)[:200]}")
+        what = f"an error: {said}" if said else f"no chat completion: {json.dumps(body)[:200]}"
+        unreadable = Unreadable(f"the server's answer is {what}")
+        unreadable.said = bool(said)
+        raise unreadable
     return Reply(
         text,
         finished=_at(body, str, "choices", 0, "finish_reason") != "length",

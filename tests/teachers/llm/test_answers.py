@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -95,8 +96,6 @@ def test_two_passages_and_bare_words() -> None:
 
 
 def test_an_endless_answer_is_read_in_time() -> None:
-    import time
-
     began = time.monotonic()
     for text in (
         "[1] > " * 200_000,
@@ -104,7 +103,7 @@ def test_an_endless_answer_is_read_in_time() -> None:
         "[" * 500_000,
         "1 " * 300_000,
         "<think>" * 100_000,
-        "9" * 1_000_000,
+        "9" * 10**6,
     ):
         order, repairs = numbers(text, 20, finished=False)
         assert sorted(order) == list(range(1, 21)) and repairs["cut"] == 1
@@ -231,14 +230,5 @@ def test_first_needs_logits() -> None:
 
 
 def test_of_two_tokens_that_spell_one_identifier_the_larger_counts() -> None:
-    tokens = [
-        ("A", 1.0),
-        ("▁A", 2.5),
-        (" A", 2.0),
-        ("B", -1.0),
-        ("AB", 9.0),
-        ("a", 9.0),
-        ("C", float("nan")),
-        ("Z", 3.0),
-    ]
+    tokens = [("A", 1.0), ("▁A", 2.5), (" A", 2.0), ("B", -1.0), ("AB", 9.0), ("a", 9.0), ("C", np.nan), ("Z", 3.0)]
     assert identifier_logits(tokens, tuple("ABC")) == {"A": 2.5, "B": -1.0}

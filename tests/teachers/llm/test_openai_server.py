@@ -62,16 +62,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what is sent and read --------------------------------------------------------------------------------------------
 
 
-def test_free_text() -> None:
-    with serving(fixed("[2] > [1]")) as server:
-        found = answer(backend(server), request(max_tokens=33))
-    assert found.text == "[2] > [1]" and found.finished and found.logits is None
-    assert found.usage == Usage(prompt=4, answer=3)
-    (body,) = server.bodies
-    assert body["max_tokens"] == 33 and body["temperature"] == 0.0 and "seed" not in body
-    assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "rank these"}]
-
-
 @pytest.mark.parametrize(
     ("settings", "asked", "sent"),
     [
@@ -81,49 +71,46 @@ def test_free_text() -> None:
             {"max_tokens": 256, "user": "me"},
         ),
         ({}, {"temperature": 0.7, "seed": 11}, {"max_tokens": 256, "temperature": 0.7, "seed": 11}),
+        ({}, {"stop": "\n", "log_probability": True, "max_tokens": 33},
+         {"max_tokens": 33, "temperature": 0.0, "stop": ["\n"], "logprobs": True}),
         (
             {"extra": {"chat_template_kwargs": {"think": False}}, "length_key": "max_completion_tokens"},
             {"max_tokens": 5},
             {"max_completion_tokens": 5, "temperature": 0.0, "chat_template_kwargs": {"think": False}},
         ),
     ],
-)
+)  # fmt: skip
 def test_the_keys_of_a_call(settings: dict[str, Any], asked: dict[str, Any], sent: dict[str, Any]) -> None:
     with serving(fixed("x")) as server:
         answer(backend(server, **settings), request(**asked))
-    assert {key: value for key, value in server.bodies[0].items() if key not in ("messages", "model")} == sent
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "rank these"}]
+    assert server.bodies == [{"model": "m", "messages": messages, **sent}]
 
 
-def test_a_cut_answer_and_an_empty_one() -> None:
-    with serving(fixed("[2] > [", finish="length")) as server:
-        assert not answer(backend(server), request()).finished
-
-    def empty(body: Body, _: int) -> Body:
-        reply = completion("", body)
-        reply["choices"][0]["message"]["content"] = None
-        return reply
-
-    with serving(empty) as server:
-        assert answer(backend(server), request()).text == ""
+CACHED = {"prompt_tokens": 50, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 40}}
 
 
-def test_usage_with_a_cached_part_and_without_any() -> None:
-    def cached(body: Body, _: int) -> Body:
-        return completion("x", body) | {
-            "usage": {
-                "prompt_tokens": 50,
-                "completion_tokens": 3,
-                "total_tokens": 53,
-                "prompt_tokens_details": {"cached_tokens": 40},
-            }
-        }
+@pytest.mark.parametrize(
+    ("whole", "choice", "expected"),
+    [
+        ({}, {}, Answer("[2] > [1]", None, Usage(4, 3))),
+        ({}, {"finish_reason": "length"}, Answer("[2] > [1]", None, Usage(4, 3), finished=False)),
+        ({}, {"message": {"role": "assistant", "content": None}}, Answer("", None, Usage(4, 3))),
+        ({"usage": CACHED}, {}, Answer("[2] > [1]", None, Usage(50, 3, 40))),
+        *(
+            ({"usage": usage}, {}, Answer("[2] > [1]", None, Usage(15, 3, estimated=1)))
+            for usage in (None, 3, [], {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1})
+        ),
+    ],
+)
+def test_what_is_read_of_free_text(whole: dict[str, Any], choice: dict[str, Any], expected: Answer) -> None:
+    def respond(body: Body, _: int) -> Body:
+        reply = completion("[2] > [1]", body)
+        reply["choices"][0] |= choice
+        return reply | whole
 
-    with serving(cached) as server:
-        assert answer(backend(server), request()).usage == Usage(50, 3, 40)
-    with serving(lambda body, _: {k: v for k, v in completion("yes and no", body).items() if k != "usage"}) as server:
-        engine = backend(server)
-        found = answer(engine, request("word " * 50)).usage
-        assert found.estimated and found.prompt == engine.count_tokens(request("word " * 50)) and found.answer > 0
+    with serving(respond) as server:
+        assert answer(backend(server), request()) == expected
 
 
 @pytest.mark.parametrize("prefill", ["none", "vllm", "last_message"])
@@ -144,25 +131,18 @@ def test_first_reads_the_step_behind_the_given_beginning(prefill: str) -> None:
         assert body.get("add_generation_prompt") == (False if prefill == "vllm" else None)
 
 
-def test_first_of_a_model_that_begins_otherwise_has_no_logits() -> None:
-    steps = [step("Sure", {"Sure": -0.1, "A": -0.2}), step(",", {"B": -0.2})]
-    with serving(fixed("Sure,", logprobs=steps)) as server:
-        found = answer(backend(server), request(decoding="first", before="["))
-    assert found.logits == {} and found.text == ""
-
-
-def test_a_server_without_logprobs_says_which_decodings_work() -> None:
-    with serving(fixed("A")) as server, pytest.raises(UsageError) as caught:
-        answer(backend(server), request(decoding="first", before="["))
-    assert "no log-probabilities" in caught.value.what and "generate" in str(caught.value.fix)
-
-
-def test_numbers_of_two_digits_are_refused_in_one_step() -> None:
-    with serving(fixed("1")) as server:
-        numbers = tuple(str(number) for number in range(1, 21))
-        with pytest.raises(UsageError, match="cannot tell '1' from '10'"):
-            answer(backend(server), request(decoding="first", identifiers=numbers))
-        assert server.bodies == []
+def test_first_where_a_step_does_not_tell() -> None:
+    asked = request(decoding="first", before="[")
+    otherwise = [step("Sure", {"Sure": -0.1, "A": -0.2}), step(",", {"B": -0.2})]
+    with serving(fixed("Sure,", logprobs=otherwise)) as server:
+        assert answer(backend(server), asked).logits == {}
+    with serving(fixed("A")) as server, pytest.raises(UsageError, match="no log-probabilities") as caught:
+        answer(backend(server), asked)
+    assert "decoding: generate works" in str(caught.value.fix)
+    numbers = tuple(str(number) for number in range(1, 21))
+    with serving(fixed("1")) as server, pytest.raises(UsageError, match="cannot tell '1' from '10'"):
+        answer(backend(server), request(decoding="first", identifiers=numbers))
+    assert server.bodies == []
 
 
 @pytest.mark.parametrize("constraint", ["vllm", "llama_cpp"])
@@ -185,16 +165,12 @@ def test_constrained_asks_for_one_identifier_after_the_other(constraint: str) ->
     assert engine.longest(one).calls == 3
 
 
-def test_constrained_needs_to_be_told_how() -> None:
-    engine = OpenAIBackend("m", "http://127.0.0.1:9/v1")
+def test_constrained_needs_to_be_told_how_and_a_server_that_ignores_it_is_found_out() -> None:
+    nowhere = "http://127.0.0.1:9/v1"
     with pytest.raises(UsageError, match="nothing says how this server is held"):
-        engine.check("constrained")
+        OpenAIBackend("m", nowhere).check("constrained")
     with pytest.raises(UsageError, match="needs `prefill`"):
-        OpenAIBackend("m", "http://127.0.0.1:9/v1", constraint="vllm").check("constrained")
-    OpenAIBackend("m", "http://127.0.0.1:9/v1", constraint="vllm", prefill="vllm").check("constrained")
-
-
-def test_a_server_that_ignores_the_constraint_is_found_out() -> None:
+        OpenAIBackend("m", nowhere, constraint="vllm").check("constrained")
     with serving(fixed("Sure! A")) as server:
         engine = backend(server, constraint="vllm", prefill="vllm")
         with pytest.raises(RankdistillError, match="where it was held to A, B, C, D"):
@@ -247,28 +223,17 @@ def test_retries_are_bounded(fault: str) -> None:
     assert caught.value.exit_code == 1 and "answers so far are kept" in str(caught.value.fix)
 
 
-def test_pauses_grow() -> None:
-    with serving(FAULTS["fails"]) as server:
-        with pytest.raises(RankdistillError):
-            answer(backend(server, retries=3, backoff=0.08), request())
-        pauses = [after - before for before, after in zip(server.times, server.times[1:])]
+def test_pauses_grow_or_are_those_that_the_server_asks_for() -> None:
+    with serving(FAULTS["fails"]) as server, pytest.raises(RankdistillError):
+        answer(backend(server, retries=3, backoff=0.08), request())
+    pauses = [after - before for before, after in zip(server.times, server.times[1:])]
     for pause, least in zip(pauses, (0.08, 0.16, 0.32), strict=True):
         assert 0.75 * least <= pause < least + 1
-
-
-def test_retry_after_is_honoured() -> None:
-    with serving(
-        lambda body, number: failure(429, "slow", {"Retry-After": "0.6"}) if number == 0 else completion("ok", body)
-    ) as server:
-        assert answer(backend(server), request()).text == "ok"
-        assert 0.6 <= server.times[1] - server.times[0] < 3
-
-
-def test_a_wait_beyond_reason_is_an_error_at_once() -> None:
-    with serving(lambda *_: failure(429, "come back tomorrow", {"Retry-After": "86400"})) as server:
-        with pytest.raises(RankdistillError, match=r"come back tomorrow.*86400 seconds"):
+    waits = iter([failure(429, "slow", {"Retry-After": "0.6"}), failure(429, "tomorrow", {"Retry-After": "86400"})])
+    with serving(lambda *_: next(waits)) as server:
+        with pytest.raises(RankdistillError, match=r"tomorrow.*86400 seconds"):  # beyond reason: an error at once
             answer(backend(server), request())
-        assert len(server.bodies) == 1
+        assert len(server.times) == 2 and 0.6 <= server.times[1] - server.times[0] < 3
 
 
 @pytest.mark.parametrize(
@@ -363,12 +328,9 @@ def test_settings_that_no_prompt_passes_with_are_an_error_after_three() -> None:
 
 
 def test_a_refusal_in_a_body_with_status_200() -> None:
-    def respond(body: Body, _: int) -> Any:
-        return {"error": {"message": "blocked by content policy", "code": "content_filter"}}
-
-    with serving(respond) as server:
-        assert "content_filter" in answer(backend(server), request()).refused
-        assert len(server.bodies) == 1
+    blocked = {"error": {"message": "blocked by content policy", "code": "content_filter"}}
+    with serving(lambda *_: blocked) as server:
+        assert "content_filter" in answer(backend(server), request()).refused and len(server.bodies) == 1
 
 
 # -- bodies of any shape ----------------------------------------------------------------------------------------------
@@ -436,12 +398,6 @@ def test_a_body_of_another_shape_is_tried_again(body: bytes) -> None:
     with serving(lambda *_: (200, {}, body)) as server, pytest.raises(RankdistillError, match=r"\(2 tries\)") as caught:
         answer(backend(server, retries=1), request())
     str(caught.value).encode("utf-8")
-
-
-@pytest.mark.parametrize("usage", [None, 3, [], {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1}])
-def test_usage_of_another_shape_is_estimated(usage: Any) -> None:
-    with serving(lambda body, _: completion("x", body) | {"usage": usage}) as server:
-        assert answer(backend(server), request()).usage.estimated
 
 
 @pytest.mark.parametrize(
@@ -551,13 +507,17 @@ def test_a_missing_variable_and_a_key_in_its_place(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_recipe_finds_it_and_names_wrong_keys() -> None:
-    engine = build("backend", {"type": "openai", "model": "m", "base_url": "http://localhost:1/v1"})
-    assert isinstance(engine, OpenAIBackend)
-    with pytest.raises(UsageError, match="unknown key 'api_key'"):
-        build("backend", {"type": "openai", "model": "m", "api_key": "x"})
-    for wrong in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"base_url": "localhost:8000"}):
-        with pytest.raises(UsageError):
-            OpenAIBackend("m", **wrong)  # type: ignore[arg-type]
+    settings = {"type": "openai", "model": "m", "base_url": "http://localhost:1/v1"}
+    assert isinstance(build("backend", settings), OpenAIBackend)
+    for wrong, message in (
+        ({"api_key": "x"}, "unknown key 'api_key'"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"retries": -1}, "retries"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"base_url": "localhost:8000"}, "begins with http"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build("backend", {**settings, **wrong})
 
 
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
