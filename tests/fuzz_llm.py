@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from fuzz import damaged, target
-from llm_server import Body, Server, by_number, completion, step
+from llm_server import Body, Engine, Server, by_number, completion, step
 
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.listwise import ListwiseTeacher
@@ -114,12 +114,7 @@ def llm_body(rng: random.Random, folder: Path) -> None:
 def kept_answers(rng: random.Random, folder: Path) -> None:
     """A damaged file of answers gives what was written, or the answer is asked again, or it is refused with words."""
 
-    class Engine(OpenAIBackend):
-        def answer(self, requests: Any) -> Any:
-            for number, _ in requests:
-                yield number, Answer(f"text {number}", {"A": -1.0}, Usage(7, 1))
-
-    engine = Engine("m", "http://127.0.0.1:9/v1")
+    engine = Engine(lambda request: Answer("text", {"A": -1.0}, Usage(7, 1)))
     asked = [(number, Request(({"role": "user", "content": str(number)},), ("A", "B"))) for number in range(3)]
     list(ask(engine, asked, AnswerCache(folder), Budget()))
     if rng.random() < 0.5:
@@ -131,6 +126,6 @@ def kept_answers(rng: random.Random, folder: Path) -> None:
             table.execute("UPDATE answers SET record = ? WHERE key = ?", (json.dumps(record), name))
     else:
         (folder / FILE).write_bytes(damaged((folder / FILE).read_bytes(), rng))
-    found = dict(ask(engine, asked, AnswerCache(folder), Budget()))
-    assert sorted(found) == [0, 1, 2] and all(isinstance(one.text, str) for one in found.values())
-    json.dumps([one.logits for one in found.values()], allow_nan=False)
+    answers = dict(ask(engine, asked, AnswerCache(folder), Budget()))
+    assert sorted(answers) == [0, 1, 2] and all(isinstance(answer.text, str) for answer in answers.values())
+    json.dumps([answer.logits for answer in answers.values()], allow_nan=False)

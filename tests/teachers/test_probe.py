@@ -58,18 +58,14 @@ def test_its_figures_are_those_of_an_evaluation(
 def test_several_teachers_are_ranked_and_a_better_one_passes(
     tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path
 ) -> None:
-    lines = [
-        f"{query_id}\t{doc_id}\t{float(doc_id in tiny_collection.qrels('train')[query_id])}\n"
-        for query_id, doc_ids, _ in candidates_of(tiny_collection, first=False)
-        for doc_id in doc_ids
-    ]
+    candidates, qrels = candidates_of(tiny_collection, first=False), tiny_collection.qrels("train")
+    lines = [f"{q}\t{doc_id}\t{float(doc_id in qrels[q])}\n" for q, doc_ids, _ in candidates for doc_id in doc_ids]
     (tmp_path / "perfect.tsv").write_text("".join(lines), encoding="utf-8")
     perfect = RecordedTeacher(str(tmp_path / "perfect.tsv"))
     teachers = {"weak": BiEncoderTeacher(str(tiny_encoder), device="cpu"), "perfect": perfect}
-    found = probe(teachers, tiny_collection, candidates_of(tiny_collection, False), 8, ScoreStore(tmp_path / "store"))
-    assert found[0].teacher == "perfect" and found[1].teacher == "weak"
-    assert found[0].value == 1.0 and found[0].first == 0.0 and found[0].queries == 8
-    assert found[0].significant and not found[0].verdict and found[0].pairs_per_second is None
+    best, weak = probe(teachers, tiny_collection, candidates, 8, ScoreStore(tmp_path / "store"))
+    assert (best.teacher, best.value, best.first, best.queries, weak.teacher) == ("perfect", 1.0, 0.0, 8, "weak")
+    assert best.significant and not best.verdict and best.pairs_per_second is None
 
 
 def test_dev_and_test_queries_are_never_asked(tiny_encoder: Path, tiny_collection: Collection, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_two_passages_and_bare_words() -> None:
 
 
 def test_an_endless_answer_is_read_in_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     for text in (
         "[1] > " * 200_000,
         "word " * 200_000,
@@ -107,7 +107,7 @@ def test_an_endless_answer_is_read_in_time() -> None:
     ):
         order, repairs = numbers(text, 20, finished=False)
         assert sorted(order) == list(range(1, 21)) and repairs["cut"] == 1
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 # -- the answers of real models ----------------------------------------------------------------------------------------

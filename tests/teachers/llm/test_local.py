@@ -275,41 +275,34 @@ def test_control_tokens_in_a_passage_are_text(backend: TransformersBackend) -> N
     assert tokens.count(tokenizer.convert_tokens_to_ids("<|assistant|>")) == 1
 
 
-def test_identifiers_of_several_tokens_are_refused_for_one_step(backend: TransformersBackend) -> None:
-    with pytest.raises(UsageError, match="'10' is 2 tokens") as caught:
-        answers(backend, [request("first", NUMBERS)])
-    assert "identifiers: letters" in str(caught.value.fix)
-    with pytest.raises(UsageError, match="'é' is 2 tokens") as caught:
-        answers(backend, [request("first", ["a", "é"])])
-    assert "identifiers: numeric" in str(caught.value.fix)
-
-
-def test_too_long_a_prompt_names_the_numbers(backend: TransformersBackend, tiny_causal_lm: Path) -> None:
-    long = request(words=150)
-    tokens = backend.count_tokens(long)
-    with pytest.raises(UsageError, match=rf"{tokens:,} tokens.* 2,048 ") as caught:
-        answers(backend, [long])
-    assert "smaller window" in str(caught.value.fix) and "passage_tokens" in str(caught.value.fix)
-    short = TransformersBackend(str(tiny_causal_lm), max_context=100)
-    with pytest.raises(UsageError, match=r"answer of up to 90.* 100 "):
-        answers(short, [request("generate", LETTERS[:1], words=1, max_tokens=90)])
-    with pytest.raises(UsageError, match="2,048 positions"):
-        answers(TransformersBackend(str(tiny_causal_lm), max_context=4096), [request()])
-
-
-def test_what_cannot_be_honoured_is_refused(backend: TransformersBackend, tiny_causal_lm: Path) -> None:
-    with pytest.raises(UsageError, match="no temperature"):
-        answers(backend, [request("first", temperature=0.5)])
-    with pytest.raises(UsageError, match="max_tokens is 10"):
-        answers(backend, [request("constrained", max_tokens=10)])
-    with pytest.raises(UsageError, match="needs identifiers"):
-        answers(backend, [request("constrained", ["A", "A"])])
-    with pytest.raises(UsageError, match="does not read enable_thinking"):
-        _ = TransformersBackend(str(tiny_causal_lm), template_options={"enable_thinking": False}).chat
-    with pytest.raises(UsageError, match="exclude each other"):
-        TransformersBackend(str(tiny_causal_lm), device="cpu", device_map="auto")
-    with pytest.raises(UsageError, match="batch"):
-        build("backend", {"type": "transformers", "model": "x", "batch": 3})
+@pytest.mark.parametrize(
+    ("settings", "asked", "message", "fix"),
+    [
+        ({}, {"names": NUMBERS}, "'10' is 2 tokens", "identifiers: letters"),
+        ({}, {"names": ["a", "é"]}, "'é' is 2 tokens", "identifiers: numeric"),
+        ({}, {"words": 150}, r"a prompt of \d,\d{3} tokens: more than the 2,048 ", "smaller passage_tokens"),
+        (
+            {"max_context": 100},
+            {"decoding": "generate", "names": LETTERS[:1], "words": 1, "max_tokens": 90},
+            r"answer of up to 90.* 100 ",
+            "smaller window",
+        ),
+        ({"max_context": 4096}, {}, "2,048 positions", ""),
+        ({}, {"temperature": 0.5}, "no temperature", ""),
+        ({}, {"decoding": "constrained", "max_tokens": 10}, "max_tokens is 10", ""),
+        ({}, {"decoding": "constrained", "names": ["A", "A"]}, "needs identifiers", ""),
+        ({"template_options": {"enable_thinking": False}}, {}, "does not read enable_thinking", ""),
+        ({"device": "cpu", "device_map": "auto"}, {}, "exclude each other", ""),
+        ({"batch": 3}, {}, "batch", ""),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    settings: dict[str, Any], asked: dict[str, Any], message: str, fix: str, tiny_causal_lm: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        engine = build("backend", {"type": "transformers", "model": str(tiny_causal_lm), **settings})
+        answers(engine, [request(**asked)])
+    assert fix in str(caught.value.fix or "")
 
 
 def test_an_encoder_is_no_language_model(tiny_encoder: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rankdistill.teachers.llm.asking import ask
 from rankdistill.teachers.llm.base import Answer, Decoding, Request, Usage
 from rankdistill.teachers.llm.budget import Budget
 from rankdistill.teachers.llm.cache import AnswerCache
-from rankdistill.teachers.llm.openai_server import OpenAIBackend
+from rankdistill.teachers.llm.openai_server import OpenAIBackend, Reply, read_reply
 
 LETTERS = ("A", "B", "C", "D")
 SECRET = "sk-test-3f9c1d77aa"
@@ -87,32 +88,6 @@ def test_the_keys_of_a_call(settings: dict[str, Any], asked: dict[str, Any], sen
     assert server.bodies == [{"model": "m", "messages": messages, **sent}]
 
 
-CACHED = {"prompt_tokens": 50, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 40}}
-
-
-@pytest.mark.parametrize(
-    ("whole", "choice", "expected"),
-    [
-        ({}, {}, Answer("[2] > [1]", None, Usage(4, 3))),
-        ({}, {"finish_reason": "length"}, Answer("[2] > [1]", None, Usage(4, 3), finished=False)),
-        ({}, {"message": {"role": "assistant", "content": None}}, Answer("", None, Usage(4, 3))),
-        ({"usage": CACHED}, {}, Answer("[2] > [1]", None, Usage(50, 3, 40))),
-        *(
-            ({"usage": usage}, {}, Answer("[2] > [1]", None, Usage(15, 3, estimated=1)))
-            for usage in (None, 3, [], {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1})
-        ),
-    ],
-)
-def test_what_is_read_of_free_text(whole: dict[str, Any], choice: dict[str, Any], expected: Answer) -> None:
-    def respond(body: Body, _: int) -> Body:
-        reply = completion("[2] > [1]", body)
-        reply["choices"][0] |= choice
-        return reply | whole
-
-    with serving(respond) as server:
-        assert answer(backend(server), request()) == expected
-
-
 @pytest.mark.parametrize("prefill", ["none", "vllm", "last_message"])
 def test_first_reads_the_step_behind_the_given_beginning(prefill: str) -> None:
     top = {" B": -0.5, "B": -1.5, "A": -1.0, "x": -0.2, "C": -9999.0}
@@ -139,6 +114,11 @@ def test_first_where_a_step_does_not_tell() -> None:
     with serving(fixed("A")) as server, pytest.raises(UsageError, match="no log-probabilities") as caught:
         answer(backend(server), asked)
     assert "decoding: generate works" in str(caught.value.fix)
+    told_once = iter([[step("A", {"A": -1.0})], None])
+    with serving(lambda body, _: completion("A", body, logprobs=next(told_once))) as server:
+        engine = backend(server)
+        assert answer(engine, request("first", decoding="first")).logits == {"A": -1.0}
+        assert answer(engine, request("second", decoding="first")).logits == {}
     numbers = tuple(str(number) for number in range(1, 21))
     with serving(fixed("1")) as server, pytest.raises(UsageError, match="cannot tell '1' from '10'"):
         answer(backend(server), request(decoding="first", identifiers=numbers))
@@ -336,52 +316,54 @@ def test_a_refusal_in_a_body_with_status_200() -> None:
 # -- bodies of any shape ----------------------------------------------------------------------------------------------
 
 
-def shaped(**choice: Any) -> Callable[[Body, int], Any]:
-    def respond(body: Body, _: int) -> Any:
-        reply = completion("x", body)
-        reply["choices"][0] |= choice
-        return reply
-
-    return respond
+def says(content: Any) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": content}}
 
 
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ([{"type": "thinking", "thinking": "A?"}, {"type": "text", "text": "[2] > [1]"}], "[2] > [1]"),
-        ([{"type": "text", "text": "[2]"}, {"type": "output_text", "text": " > [1]"}], "[2] > [1]"),
-        (["[2] >", " [1]"], "[2] > [1]"),
-        ({"type": "text", "text": "[2]"}, "[2]"),
-        ([{"type": "reasoning", "text": "[1]"}, {"type": "text", "text": None}], ""),
-        ([], ""),
-        (None, ""),
-    ],
-)
-def test_content_in_parts(content: Any, text: str) -> None:
-    with serving(shaped(message={"role": "assistant", "content": content})) as server:
-        assert answer(backend(server), request()).text == text
+def told(*steps: Any) -> dict[str, Any]:
+    return {"logprobs": {"content": steps}}
+
+
+CACHED = {"prompt_tokens": 50, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 40}}
+THOUGHT = [{"type": "thinking", "thinking": "A?"}, {"type": "text", "text": "[2] > [1]"}]
 
 
 @pytest.mark.parametrize(
-    ("logprobs", "logits"),
+    ("choice", "usage", "expected"),
     [
-        ({"content": [{"token": "A", "logprob": -0.5, "top_logprobs": None}]}, {"A": -0.5}),
-        ({"content": [{"token": "A", "logprob": None, "top_logprobs": [{"token": "B", "logprob": -1}]}]}, {"B": -1.0}),
-        ({"content": [{"token": None, "logprob": -1, "top_logprobs": [None, 3, {"token": "C"}]}]}, {}),
-        ({"content": [None, {"token": "A", "logprob": -0.25}]}, {"A": -0.25}),
-        ({"content": [{"token": "A", "logprob": float("nan"), "top_logprobs": "no"}]}, {}),
-        ({"content": None}, {}),
-        (None, {}),
-        ("no", {}),
+        ({"finish_reason": "length"}, CACHED, {"finished": False, "usage": (50, 3, 40)}),
+        *(({}, usage, {"usage": None}) for usage in (3, [], {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1})),
+        (says(THOUGHT), CACHED, {"text": "[2] > [1]"}),
+        (says([{"type": "text", "text": "[2]"}, {"type": "output_text", "text": " > [1]"}]), 0, {"text": "[2] > [1]"}),
+        (says(["[2] >", " [1]"]), 0, {"text": "[2] > [1]"}),
+        (says({"type": "text", "text": "[2]"}), 0, {"text": "[2]"}),
+        (says([{"type": "reasoning", "text": "[1]"}, {"type": "text", "text": None}]), 0, {"text": ""}),
+        (says([]), 0, {"text": ""}),
+        (says(None), 0, {"text": ""}),
+        (told({"token": "A", "logprob": -0.5, "top_logprobs": None}), 0, {"steps": (("A", [("A", -0.5)]),)}),
+        (told({"token": "A", "logprob": None, "top_logprobs": [{"token": "B", "logprob": -1}]}), 0,
+         {"steps": (("A", [("B", -1.0)]),)}),
+        (told({"token": None, "logprob": -1, "top_logprobs": [None, 3, {"token": "C"}]}), 0, {"steps": (("", []),)}),
+        (told(None, {"token": "A", "logprob": -0.25}), 0, {"steps": (("", []), ("A", [("A", -0.25)]))}),
+        (told({"token": "A", "logprob": float("nan"), "top_logprobs": "no"}), 0, {"steps": (("A", []),)}),
+        ({"logprobs": {"content": None}}, 0, {}),
+        ({"logprobs": None}, 0, {}),
+        ({"logprobs": "no"}, 0, {}),
     ],
-)
-def test_logprobs_that_are_null_or_broken_count_as_absent(logprobs: Any, logits: dict[str, float]) -> None:
-    good = {"content": [{"token": "A", "logprob": -1.0, "top_logprobs": []}]}
-    replies = iter([good, logprobs])
-    with serving(lambda body, _: shaped(logprobs=next(replies))(body, 0)) as server:
+)  # fmt: skip
+def test_what_is_read_of_a_reply(choice: dict[str, Any], usage: Any, expected: dict[str, Any]) -> None:
+    """Parts of other shapes count as absent."""
+    body = completion("x", {"model": "m", "messages": []}) | ({"usage": usage} if usage != 0 else {})
+    body["choices"][0] |= choice
+    plain = Reply("x", True, (), (50, 3, 40) if usage == CACHED else (0, 1, 0))
+    assert read_reply(json.dumps(body).encode()) == replace(plain, **expected)
+
+
+def test_tokens_that_are_not_told_are_estimated() -> None:
+    with serving(lambda body, _: completion("yes and no", body) | {"usage": None}) as server:
         engine = backend(server)
-        answer(engine, request("one", decoding="first"))
-        assert answer(engine, request("two", decoding="first")).logits == logits
+        usage = answer(engine, request("word " * 50)).usage
+    assert usage == Usage(engine.count_tokens(request("word " * 50)), 3, estimated=1) and usage.prompt > 50
 
 
 @pytest.mark.parametrize(
@@ -555,7 +537,7 @@ def transformers_server(tiny_causal_lm: Path, tmp_path_factory: pytest.TempPathF
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(1800):
             assert process.poll() is None, log.read_text()
             try:
                 with urllib.request.urlopen(f"{url}/health", timeout=2):
