@@ -180,12 +180,10 @@ def write_json(path: str | Path, values: Any) -> None:
 
 def write_table(path: str | Path, table: Any) -> None:
     """`write_atomically` of a pyarrow table as Parquet."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
+    with written_whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 @contextmanager
@@ -257,9 +255,8 @@ def open_artifact(path: str | Path | Artifact, kind: str | None = None) -> Artif
     path = Path(path)
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        raise RankdistillError(
-            f"there is no {kind or 'artifact'} here", where=str(path), fix="give the folder that holds manifest.json"
-        )
+        fix = "give the folder that holds manifest.json"
+        raise RankdistillError(f"there is no {kind or 'artifact'} here", where=str(path), fix=fix)
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not {"kind", "fingerprint"} <= manifest.keys():
@@ -310,21 +307,15 @@ def find_artifact(path: str | Path, kind: str, fingerprint: str) -> Artifact | N
         return None
     if (artifact.kind, artifact.fingerprint) != (kind, fingerprint):
         return None
-    _tell_versions(artifact)
-    return artifact
-
-
-def _tell_versions(artifact: Artifact) -> None:
-    """A line, once, where a library decides what an artifact holds and another major version of it made this one."""
     then, here = artifact.manifest.get("libraries", {}), library_versions()
     for name in DECIDING:
         before, now = str(then.get(name, "")), here.get(name, "")
-        if before and now and before.split(".")[0] != now.split(".")[0] and (artifact.kind, name) not in _told:
-            _told.add((artifact.kind, name))
-            say(f"{artifact.kind}: made with {name} {before}, here is {now}, which may make it otherwise; it is kept")
+        if before and now and before.split(".")[0] != now.split(".")[0]:
+            _tell_once(f"{kind}: made with {name} {before}, here is {now}, which may make it otherwise; it is kept")
+    return artifact
 
 
-_told: set[tuple[str, str]] = set()
+_tell_once = cache(say)
 
 
 def check_place(path: str | Path) -> None:
@@ -355,18 +346,13 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 def _refuse_foreign(path: Path) -> None:
     _check_inside(path)
-    what = "folder" if path.is_dir() else "file"
     if cache_dir() in path.parents and FINGERPRINTED.fullmatch(path.name):
         return  # the cache is ours, whatever damage has left of a manifest
-    if (path.is_dir() and (_ours(path) or all(CLAIM in inner.name for inner in path.iterdir()))) or not os.path.lexists(
-        path
-    ):
-        return
-    raise UsageError(
-        f"there is a {what} here that rankdistill did not write",
-        where=str(path),
-        fix=MOVE,
-    )
+    if path.is_dir():
+        if not _ours(path) and not all(CLAIM in inner.name for inner in path.iterdir()):
+            raise UsageError("there is a folder here that rankdistill did not write", where=str(path), fix=MOVE)
+    elif os.path.lexists(path):
+        raise UsageError("there is a file here that rankdistill did not write", where=str(path), fix=MOVE)
 
 
 def _check_inside(folder: Path) -> None:
@@ -378,11 +364,8 @@ def _check_inside(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         written = name in known or name in (MANIFEST, CLAIM) or LITTER.match(path.name)
         if not written and (path.is_symlink() or not path.is_dir()):
-            raise UsageError(
-                f"there is a file in this {folder.name} that rankdistill did not write, and it would be deleted",
-                where=str(path),
-                fix="move it to another place",
-            )
+            what = f"there is a file in this {folder.name} that rankdistill did not write, and it would be deleted"
+            raise UsageError(what, where=str(path), fix="move it to another place")
 
 
 @contextmanager
@@ -456,9 +439,8 @@ def check_file(
     if path.is_file() and any(file and Path(file).is_file() and path.samefile(file) for file in reads):
         raise UsageError("this file is one of those that are read", where=str(path), fix=MOVE)
     if path.is_dir():
-        raise UsageError(
-            "there is a folder here, and a file is to be written", where=str(path), fix="name a file in it"
-        )
+        what = "there is a folder here, and a file is to be written"
+        raise UsageError(what, where=str(path), fix="name a file in it")
     if path.exists() and not path.is_file():  # renaming onto /dev/null would put a file in its place
         raise UsageError("this is no file but a device or a pipe", where=str(path), fix="name a file to write to")
     if not path.is_file() or ours or path.stat().st_size == 0:
@@ -467,26 +449,19 @@ def check_file(
         head = stream.read(MARKED)
         stream.seek(max(0, path.stat().st_size - MARKED))
         ends = head + stream.read(MARKED)
-        if b"rankdistill" in ends and mark.encode() in ends:
-            return
-        if b"rankdistill" in ends:
-            raise UsageError("there is a file of another kind here", where=str(path), fix=MOVE)
-    raise UsageError("there is a file here that rankdistill did not write", where=str(path), fix=MOVE)
+    if b"rankdistill" not in ends:
+        raise UsageError("there is a file here that rankdistill did not write", where=str(path), fix=MOVE)
+    if mark.encode() not in ends:
+        raise UsageError("there is a file of another kind here", where=str(path), fix=MOVE)
 
 
 @cache
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
-
-
-def library_versions() -> dict[str, str]:
-    return dict(_versions())
 
 
 def partial_folder(path: Path, fingerprint: str) -> Path:
@@ -572,15 +547,14 @@ def obtain(
         UsageError: something lies at `path` that rankdistill did not write.
     """
     with locked(path):
-        artifact = find_artifact(path, kind, fingerprint)
-        if artifact is None:
-            writing = write_artifact(
-                path, kind=kind, fingerprint=fingerprint, settings=settings, inputs=inputs, resume=resume
-            )
-            with writing as writer:
-                make(writer)
-            artifact = open_artifact(path, kind)
-        return artifact
+        if artifact := find_artifact(path, kind, fingerprint):
+            return artifact
+        writing = write_artifact(
+            path, kind=kind, fingerprint=fingerprint, settings=settings, inputs=inputs, resume=resume
+        )
+        with writing as writer:
+            make(writer)
+        return open_artifact(path, kind)
 
 
 def _settled(folder: Path) -> dict[str, tuple[int, str]]:

@@ -386,16 +386,13 @@ def _registered() -> Any:
 def shipped_methods(kind: str) -> dict[str, tuple[str, str]]:
     """type → (module, class) of the methods in this package; index specifications have a table of their own."""
     names: dict[str, tuple[str, str]] = {}
-    package = KINDS.get(kind)
-    folder = Path(__file__).parent.joinpath(*(package or "").split(".")[1:])
-    for path in sorted(folder.glob("*.py")) if package else ():
-        module = package if path.stem == "__init__" else f"{package}.{path.stem}"
+    package = KINDS.get(kind, "")
+    for path in sorted(Path(__file__).parent.joinpath(*package.split(".")[1:]).glob("*.py")) if package else ():
         classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         for cls, statement in ((each, statement) for each in classes for statement in each.body):
-            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Constant):
-                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-                if [ast.unparse(target) for target in targets] == ["type"]:
-                    names[str(statement.value.value)] = (str(module), cls.name)
+            line = ast.unparse(statement) if isinstance(statement, ast.Assign | ast.AnnAssign) else ""
+            if literal := re.fullmatch(r"type(?:: [^=]+)? = '(\w+)'", line):
+                names[literal[1]] = (f"{package}.{path.stem}".removesuffix(".__init__"), cls.name)
     return names
 
 
@@ -552,9 +549,8 @@ def check_method(kind: str, settings: Mapping[str, Any], where: str) -> dict[str
         UsageError: an unknown type or key, or a value of the wrong type.
     """
     if not isinstance(settings, Mapping) or not isinstance(settings.get("type"), str):
-        raise UsageError(
-            f"a {kind} needs a `type`", where=where, fix=f"one of: {', '.join(sorted(method_names(kind)))}"
-        )
+        fix = f"one of: {', '.join(sorted(method_names(kind)))}"
+        raise UsageError(f"a {kind} needs a `type`", where=where, fix=fix)
     cls = method_class(kind, settings["type"], f"{where}.type")
     values = {key: value for key, value in settings.items() if key != "type"}
     model = check_values(parameters_model(cls), values, where)
@@ -622,15 +618,14 @@ def check_values(model: type[M], values: Any, where: str, context: str | None = 
         if isinstance(wrong := problem.get("ctx", {}).get("error"), WrongMethod):
             inner: UsageError = wrong.args[0]
             raise UsageError(inner.what, where=f"{where}: {path}{inner.where or ''}", fix=inner.fix) from None
-        key = shown(problem["loc"][-1]) if problem["loc"] else ""
+        place = f"{where}: {path}" if path else where
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(model, problem["loc"][:-1])
-            what, fix = f"unknown key {key!r}", nearest(key, known)
-        else:
-            said = problem["msg"].removeprefix("Value error, ")
-            said = f"{said[:1].lower()}{said[1:]}"
-            what, fix = f"{path}: {said}" if path else said, None
-        raise UsageError(shown(what, 400), where=f"{where}: {path}" if path else where, fix=fix) from None
+            *section, key = problem["loc"]
+            fix = nearest(shown(key), _known_keys(model, section))
+            raise UsageError(f"unknown key {shown(key)!r}", where=place, fix=fix) from None
+        said = problem["msg"].removeprefix("Value error, ")
+        said = f"{path}: {said[:1].lower()}{said[1:]}".removeprefix(": ")
+        raise UsageError(shown(said, 400), where=place) from None
 
 
 FLOAT32 = 1e38  # what is larger, or the inverse of what is smaller, may be infinite
@@ -645,7 +640,7 @@ def _numbers(values: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
         yield path, values
 
 
-def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+def _known_keys(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
     """The keys of the section that `path` leads to, through optional ones (`train: Training | None`) too."""
     for part in path:
         field = model.model_fields.get(str(part))
@@ -685,23 +680,19 @@ def override_value(values: dict[str, Any], override: str) -> None:
         raise UsageError("there is no such key", where=f"--set {shown(override)}")
     place: Any = values
     for parent in parents:
-        if isinstance(place, list):
-            place = _item(place, parent, override)
-        else:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, (dict, list)):
-                raise UsageError(f"{shown(parent)!r} holds a value, not keys", where=f"--set {shown(override)}")
-    if isinstance(place, list):
-        _item(place, last, override)
-        place[int(last)] = value
-    else:
-        place[last] = value
+        inner = _place_in(place, parent, override)
+        place = place[inner] if isinstance(place, list) else place.setdefault(inner, {})
+        if not isinstance(place, dict | list):
+            raise UsageError(f"{shown(parent)!r} holds a value, not keys", where=f"--set {shown(override)}")
+    place[_place_in(place, last, override)] = value
 
 
-def _item(items: list[Any], index: str, override: str) -> Any:
-    if not (index.isascii() and index.isdigit()) or len(index) > 9 or int(index) >= len(items):
-        raise UsageError(f"{shown(index)!r} is not one of the {len(items)} entries", where=f"--set {shown(override)}")
-    return items[int(index)]
+def _place_in(values: Any, key: str, override: str) -> Any:
+    if isinstance(values, dict):
+        return key
+    if not (key.isascii() and key.isdigit()) or len(key) > 9 or int(key) >= len(values):
+        raise UsageError(f"{shown(key)!r} is not one of the {len(values)} entries", where=f"--set {shown(override)}")
+    return int(key)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -709,14 +700,9 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
-        if (
-            isinstance(old, Mapping)
-            and isinstance(value, Mapping)
-            and value.get("type", old.get("type")) == old.get("type")
-        ):
-            result[key] = merge(old, value)
-        else:
-            result[key] = value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("type") in (None, old.get("type")):
+            value = merge(old, value)
+        result[key] = value
     return result
 
 

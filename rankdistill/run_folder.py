@@ -73,6 +73,7 @@ STUDENT = "student"
 UNTRAINED = "untrained"
 RECIPE = "recipe.yaml"
 WRITTEN = "# Written by rankdistill"  # its first words
+MINING = ("depth", "include_positives", "exclude_positives", "max_positives", "margin", "relative_margin")
 AGREEMENT_DEPTH = 20  # documents of a dev query that are re-ranked, or on which agreement with the teacher is measured
 
 
@@ -90,9 +91,8 @@ class RunFolder:
         saved = self.path / RECIPE
         if recipe is None:
             if not saved.is_file():
-                raise RankdistillError(
-                    "this is no run", where=str(self.path), fix="give the folder that `rankdistill run` wrote"
-                )
+                fix = "give the folder that `rankdistill run` wrote"
+                raise RankdistillError("this is no run", where=str(self.path), fix=fix)
             recipe = check_recipe(read_yaml(saved), str(saved))
         self.recipe = recipe
         use_device(recipe.device)
@@ -179,20 +179,9 @@ class RunFolder:
     def mine(self) -> tuple[Artifact, Artifact]:
         """Candidates of the training and the dev queries."""
         train_ids, dev_ids, dev_split = self.queries
-        settings = self.recipe.candidates
-        train = mine(
-            self.collection,
-            self.own_sources,
-            self.path / "candidates" / "train",
-            depth=settings.depth,
-            split=self.labels,
-            query_ids=train_ids,
-            include_positives=settings.include_positives,
-            exclude_positives=settings.exclude_positives,
-            max_positives=settings.max_positives,
-            margin=settings.margin,
-            relative_margin=settings.relative_margin,
-        )
+        place, settings = self.path / "candidates" / "train", self.recipe.candidates
+        options = settings.model_dump(include=set(MINING))
+        train = mine(self.collection, self.own_sources, place, split=self.labels, query_ids=train_ids, **options)
         return train, self._search("dev", self.collection, self.own_sources, settings.depth, dev_split, dev_ids)
 
     def _search(
@@ -205,16 +194,9 @@ class RunFolder:
         query_ids: list[str] | None = None,
     ) -> Artifact:
         """Candidates as a search finds them, for what is measured."""
-        return mine(
-            collection,
-            sources,
-            self.path / "candidates" / name,
-            depth=depth,
-            split=split,
-            query_ids=query_ids,
-            include_positives=False,
-            drop_same_texts=False,
-        )
+        plain: dict[str, Any] = {"include_positives": False, "drop_same_texts": False}
+        place = self.path / "candidates" / name
+        return mine(collection, sources, place, depth=depth, split=split, query_ids=query_ids, **plain)
 
     def first_stage(
         self,
@@ -301,9 +283,9 @@ class RunFolder:
         inputs = {"candidates": candidates.fingerprint}
         if self.recipe.teacher is not None:
             inputs["teacher"] = self.teacher.fingerprint()
-        own, settings = self.recipe.candidates, self.recipe_of(name).candidates
-        look: dict[str, Any] = {key: getattr(settings, key) for key in ("negatives_below", "extra_positives")}
-        path = self.path / ("lists" if all(getattr(own, key) == look[key] for key in look) else f"lists-{name}")
+        keys = {"negatives_below", "extra_positives"}
+        own, look = (each.candidates.model_dump(include=keys) for each in (self.recipe, self.recipe_of(name)))
+        path = self.path / ("lists" if own == look else f"lists-{name}")
         look = {key: value for key, value in look.items() if value and self.recipe.teacher is not None}
         with locked(path):
             expected = lists_fingerprint(self.collection, self.labels, inputs, look)
@@ -348,9 +330,8 @@ class RunFolder:
         if name == STUDENT:
             return self.recipe
         if name not in self.recipe.baselines:
-            raise UsageError(
-                f"the recipe has no student {name!r}", fix=f"known: {', '.join([STUDENT, *self.recipe.baselines])}"
-            )
+            fix = f"known: {', '.join([STUDENT, *self.recipe.baselines])}"
+            raise UsageError(f"the recipe has no student {name!r}", fix=fix)
         return self.recipe.baseline(name)
 
     def student_folder(self, name: str) -> Path:
@@ -376,17 +357,10 @@ class RunFolder:
             start = self._start(warm_up)
             say(f"train: {name}")
             dev_lists = self.dev_lists()
-            fit_student(
-                recipe,
-                lists,
-                self.collection,
-                self.dev_pool(recipe),
-                writer,
-                self.path / "prepared",
-                agreement=Agreement(dev_lists, self.collection) if dev_lists is not None else None,
-                start=start,
-                encoded=self.vector_folders,
-            )
+            agreement = Agreement(dev_lists, self.collection) if dev_lists is not None else None
+            pool, prepared = self.dev_pool(recipe), self.path / "prepared"
+            options: dict[str, Any] = {"agreement": agreement, "start": start, "encoded": self.vector_folders}
+            fit_student(recipe, lists, self.collection, pool, writer, prepared, **options)
 
         return obtain_student(path, recipe, inputs, make)
 
@@ -415,11 +389,9 @@ class RunFolder:
     def _train_together(self, name: str, processes: int) -> Artifact:
         from rankdistill.training.processes import run_together
 
-        store = ["--store", str(self.store_path)] if self.store_path is not None else []
-        place = command_device()
-        device = ["--device", place] if place is not None else []
-        arguments = ["train", str(self.path / RECIPE), "--out", str(self.path), "--student", name, *store, *device]
-        run_together(processes, arguments)
+        options = {"--out": self.path, "--student": name, "--store": self.store_path, "--device": command_device()}
+        given = [str(word) for option in options.items() if option[1] is not None for word in option]
+        run_together(processes, ["train", str(self.path / RECIPE), *given])
         return open_artifact(self.student_folder(name), "student")
 
     def dev_pool(self, recipe: Recipe) -> Any:
@@ -448,15 +420,12 @@ class RunFolder:
         Raises:
             RankdistillError: it has not been trained yet, or under other settings than the recipe's.
         """
-        recipe = self.recipe if name == UNTRAINED else self.recipe_of(name)
-        maker = build("student", recipe.student.settings(), "student")
-        if name == UNTRAINED:
-            warm_up, device = self.warm_up(recipe), recipe.student_device
-            start = self._start(warm_up)
-            model: StudentModel = maker.create(device) if start is None else maker.open(start, device)
-            model.prepare(self.collection, self.path / "prepared")  # as its training begins
-        else:
-            model = maker.open(self.trained(name).path / "model", recipe.student_device)
+        if name != UNTRAINED:
+            return self._open_student(self.trained(name).path / "model", self.recipe_of(name))
+        start = self._start(self.warm_up(self.recipe))
+        maker = build("student", self.recipe.student.settings(), "student")
+        model: StudentModel = self._open_student(start) if start else maker.create(self.recipe.student_device)
+        model.prepare(self.collection, self.path / "prepared")  # as its training begins
         return model
 
     # -- index --------------------------------------------------------------------------------------------------------
@@ -525,9 +494,9 @@ class RunFolder:
             open_student=self._open_student,
         )
 
-    def _open_student(self, folder: Path) -> StudentModel:
-        maker = build("student", self.recipe.student.settings(), "student")
-        model: StudentModel = maker.open(folder, self.recipe.student_device)
+    def _open_student(self, folder: Path, recipe: Recipe | None = None) -> StudentModel:
+        recipe = recipe or self.recipe
+        model: StudentModel = build("student", recipe.student.settings(), "student").open(folder, recipe.student_device)
         return model
 
     def searched(self, index: FaissIndex | BuiltSparseIndex, student: Any) -> DenseEngine | SparseEngine:

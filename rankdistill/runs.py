@@ -16,8 +16,7 @@ from contextlib import ExitStack
 from copy import copy
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +25,20 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rankdistill.artifacts import written_whole
-from rankdistill.collections.text_files import LONGEST_LINE, is_header, long_line, open_text, text_ids, text_keys
+from rankdistill.collections.text_files import (
+    LONGEST_LINE,
+    is_header,
+    long_line,
+    open_text,
+    text_ids,
+    text_keys,
+    to_number,
+)
 from rankdistill.errors import RankdistillError
 
 SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
 TREC_COLUMNS = ("query_id", "q0", "doc_id", "rank", "score", "tag")
+ONE_LINE = "keep one line for each document of a query"
 TREC_FIX = "a line of a TREC run is: query_id Q0 doc_id rank score tag"
 ROW_GROUP = 1 << 16  # rows buffered before a row group is written
 ROWS_AT_ONCE = 1 << 17  # rows checked and sorted together: their ids' hash table fits a processor's cache
@@ -237,12 +245,9 @@ class Run:
                 order = pc.sort_indices(table, keys).to_numpy().astype(np.int64)
             orders.append(order + start)
         if repeated is not None:
-            raise RankdistillError(
-                f"document {repeated[1]!r} is listed more than once for query {repeated[0]!r}"
-                + (f" ({twice} duplicates in all)" if twice > 1 else ""),
-                where=self.name,
-                fix="keep one line for each document of a query",
-            )
+            what = f"document {repeated[1]!r} is listed more than once for query {repeated[0]!r}"
+            what += f" ({twice} duplicates in all)" if twice > 1 else ""
+            raise RankdistillError(what, where=self.name, fix=ONE_LINE)
         order = np.concatenate([np.zeros(0, np.int64), *orders])
         if (order[1:] < order[:-1]).any():
             self.scores = self.scores[order]
@@ -311,11 +316,9 @@ def iter_run(path: str | Path) -> Iterator[Ranking]:
                 if current is not None:
                     yield _ranking(current, doc_ids, scores, path)
                 if query_id in seen:
-                    raise RankdistillError(
-                        f"the rows of query {query_id!r} do not lie together",
-                        where=str(path),
-                        fix="sort the file by query, or read it whole with read_run",
-                    )
+                    fix = "sort the file by query, or read it whole with read_run"
+                    what = f"the rows of query {query_id!r} do not lie together"
+                    raise RankdistillError(what, where=str(path), fix=fix)
                 seen.add(query_id)
                 current, doc_ids, scores = query_id, [], []
             doc_ids += batch["doc_id"][start:end].to_pylist()
@@ -333,14 +336,10 @@ def _ranking(query_id: str, doc_ids: list[str], parts: list[np.ndarray], path: P
 
 
 def _refuse_repeated(query_id: str, doc_ids: Sequence[str], where: str) -> None:
-    if len(set(doc_ids)) == len(doc_ids):
-        return
-    repeated = next(doc_id for doc_id, count in Counter(doc_ids).items() if count > 1)
-    raise RankdistillError(
-        f"document {repeated!r} is listed more than once for query {query_id!r}",
-        where=where,
-        fix="keep one line for each document of a query",
-    )
+    if len(set(doc_ids)) < len(doc_ids):
+        repeated = next(doc_id for doc_id, count in Counter(doc_ids).items() if count > 1)
+        what = f"document {repeated!r} is listed more than once for query {query_id!r}"
+        raise RankdistillError(what, where=where, fix=ONE_LINE)
 
 
 Batch = dict[str, Any]  # Arrow arrays by column; `numeric_ids`: how many ids were numbers
@@ -360,11 +359,9 @@ def _parquet_batches(path: Path) -> Iterator[Batch]:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            missing = {"query_id", "doc_id", "score"} - set(names)
-            if missing:
-                raise RankdistillError(
-                    f"the run has no column {', '.join(sorted(missing))} (it has {', '.join(names)})", where=str(path)
-                )
+            if missing := {"query_id", "doc_id", "score"} - set(names):
+                what = f"the run has no column {', '.join(sorted(missing))} (it has {', '.join(names)})"
+                raise RankdistillError(what, where=str(path))
             columns = [name for name in SCHEMA.names if name in names]
             for table in file.iter_batches(ROW_GROUP, columns=columns):
                 if any(table[name].null_count for name in ("query_id", "doc_id", "score")):
@@ -473,13 +470,10 @@ def _parse_carefully(lines: bytes, path: Path, first_line: int) -> Batch:
         except UnicodeDecodeError as error:
             raise RankdistillError(f"not UTF-8: {error}", where=where, fix="convert the file to UTF-8") from None
         try:
-            score = float(fields[4].decode("ascii", "replace")) if b"_" not in fields[4] else None
+            score = to_number(fields[4].decode(errors="replace"))
         except ValueError:
-            score = None
-        if score is None:
-            raise RankdistillError(
-                f"the score is not a number: {fields[4].decode(errors='replace')!r}", where=where, fix=TREC_FIX
-            )
+            what = f"the score is not a number: {fields[4].decode(errors='replace')!r}"
+            raise RankdistillError(what, where=where, fix=TREC_FIX) from None
         query_ids.append(query_id)
         doc_ids.append(doc_id)
         scores.append(checked_scores([score], where)[0])
@@ -493,13 +487,14 @@ def _parse_carefully(lines: bytes, path: Path, first_line: int) -> Batch:
     }
 
 
-class RunWriter:
+class RunWriter(ExitStack):
     """Stream a run into a Parquet file, which appears under its name when the block ends without an exception.
 
     Columns: query_id, doc_id, rank (int32, from 1), score (float32). A row group ends with a query.
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
         self.queries = self.rows = 0
         self._seen: set[str] = set()
@@ -507,12 +502,10 @@ class RunWriter:
         self._buffer: list[Ranking] = []
         self._flushed = 0  # rows
 
-    def __enter__(self) -> RunWriter:
-        with ExitStack() as stack:
-            temporary = stack.enter_context(written_whole(self.path))
-            self._writer = stack.enter_context(pq.ParquetWriter(temporary, SCHEMA, compression="zstd"))
-            stack.push(self._finish)
-            self._stack = stack.pop_all()
+    def __enter__(self) -> Self:
+        temporary = self.enter_context(written_whole(self.path))
+        self._writer = self.enter_context(pq.ParquetWriter(temporary, SCHEMA, compression="zstd"))
+        self.push(lambda kind, *_: None if kind else self._flush())
         return self
 
     def add(self, query_id: str, doc_ids: Sequence[str], scores: Any) -> None:
@@ -549,18 +542,6 @@ class RunWriter:
             ]
             self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=self.rows - self._flushed)
         self._buffer, self._flushed = [], self.rows
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-        self._writer = None
-
-    def _finish(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._flush()
 
 
 def write_trec(run: Run | Iterable[tuple[str, Sequence[str], Any]], path: str | Path, tag: str | None = None) -> None:
@@ -608,8 +589,7 @@ def _trec_lines(
     rows = np.repeat(np.arange(len(counts)), counts)
     for ids in (queries, doc_ids):
         unfit = pc.match_substring_regex(ids, r"^$|[\t-\r ]")
-        if pc.any(unfit).as_py():
-            at = pc.index(unfit, True).as_py()
+        if (at := pc.index(unfit, True).as_py()) >= 0:
             raise WhiteSpaceError(
                 f"the id {ids[at].as_py()!r} is empty or holds white space, which a TREC run cannot carry",
                 where=f"{path}, query {query_ids[at if ids is queries else rows[at]]!r}",

@@ -8,9 +8,9 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -192,6 +192,25 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean")], device="cpu")
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_beir: Path, tiny_encoder: Path) -> Callable[..., dict[str, Any]]:
+    """A recipe over the facts whose stages take seconds, with other sections merged in."""
+    from rankdistill.recipe import merge
+
+    model = str(tiny_encoder)
+    values = {
+        "name": "tiny",
+        "collection": f"beir:{tiny_beir}",
+        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 4}]},
+        "teacher": {"type": "bi_encoder", "model": model},
+        "student": {"type": "static", "model": model},
+        "training": {"steps": 4, "checkpoints": 2, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
+        "indexes": ["flat"],
+        "evaluation": {"extrapolation": {"model": model}},
+    }
+    return lambda **sections: merge(values, sections)
 
 
 @pytest.fixture(scope="session")

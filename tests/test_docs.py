@@ -11,7 +11,7 @@ import pkgutil
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -113,19 +113,11 @@ def test_every_make_target_exists(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def quickstart(
-    tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_beir: Path, tiny_recipe: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """What stands in the pages → what it is here: a small recipe and collection. The work folder is the fixture's."""
     folder, before = tmp_path_factory.mktemp("docs"), Path.cwd()
-    recipe = {
-        "name": "tiny",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
-        "teacher": {"type": "bi_encoder", "model": str(tiny_encoder)},
-        "student": {"type": "static", "model": str(tiny_encoder)},
-        "training": {"steps": 4, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
-        "indexes": ["flat"],
-    }
+    recipe = tiny_recipe(candidates={"sources": [{"type": "bm25"}]})
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "somebody.trec").write_text("q-helium Q0 d-helium 1 2.5 x\n")
     os.chdir(folder)

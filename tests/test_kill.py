@@ -11,6 +11,7 @@ import os
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,31 +75,27 @@ def copies(beir: Path, folder: Path, count: int = 4) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_beir: Path, tiny_encoder: Path) -> Path:
+def recipe(tmp_path: Path, tiny_beir: Path, tiny_encoder: Path, tiny_recipe: Callable[..., dict[str, Any]]) -> Path:
     path = tmp_path / "kill.yaml"
     model = str(tiny_encoder)
-    values = {
-        "name": "kill",
-        "collection": f"beir:{copies(tiny_beir, tmp_path / 'facts')}",
-        "candidates": {
-            "depth": 16,
-            "sources": [{"type": "bm25", "quota": 8}, {"type": "dense", "model": model, "quota": 8}],
-        },
-        "teacher": {"type": "cross_encoder", "model": model, "max_length": 48, "train": {"steps": 6, "batch_size": 8}},
-        "student": {"type": "dense", "model": model, "layers": [0], "similarity": "dot", "document_length": 32},
-        "training": {
+    sources = [{"type": "bm25", "quota": 8}, {"type": "dense", "model": model, "quota": 8}]
+    values = tiny_recipe(
+        collection=f"beir:{copies(tiny_beir, tmp_path / 'facts')}",
+        candidates={"depth": 16, "sources": sources},
+        teacher={"type": "cross_encoder", "model": model, "max_length": 48, "train": {"steps": 6, "batch_size": 8}},
+        student={"type": "dense", "model": model, "layers": [0], "similarity": "dot", "document_length": 32},
+        training={
             "steps": 12,
             "learning_rate": 5e-3,
             "batches": {"type": "random_batches", "size": 4},
-            "lists": {"type": "random_documents", "size": 4},
             "checkpoints": 4,
             "metric": "map",
             "log_every": 3,
         },
-        "baselines": {"labels": {"training": {"losses": [{"type": "infonce"}]}}},
-        "indexes": ["flat", "sq8"],
-        "evaluation": {"teacher_depth": 20, "extrapolation": {"model": model}},
-    }
+        baselines={"labels": {"training": {"losses": [{"type": "infonce"}]}}},
+        indexes=["flat", "sq8"],
+        evaluation={"teacher_depth": 20},
+    )
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +106,16 @@ def test_the_code_of_a_method_is_in_a_students_fingerprint(installed: Path) -> N
     assert with_revisions({"type": "huber_margins"})["code"] != before[0]["code"]
 
 
-def test_a_run_of_methods_of_ones_own(tmp_path: Path, tiny_beir: Path, tiny_encoder: Path) -> None:
-    values: dict[str, Any] = {
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "acme.methods:PlainBM25", "k1": 1.2, "quota": 6}]},
-        "teacher": {"type": "shared_words", "gain": 2.0},
-        "student": {"type": "small_static", "model": str(tiny_encoder), "dimension": 4},
-        "training": {
-            "losses": [{"type": "acme.methods:HuberMargins"}],
-            "steps": 2,
-            "checkpoints": 1,
-            "lists": {"type": "random_documents", "size": 4},
-        },
-        "indexes": [],
-    }
+def test_a_run_of_methods_of_ones_own(
+    tmp_path: Path, tiny_recipe: Callable[..., dict[str, Any]], tiny_encoder: Path
+) -> None:
+    values = tiny_recipe(
+        candidates={"sources": [{"type": "acme.methods:PlainBM25", "k1": 1.2, "quota": 6}]},
+        teacher={"type": "shared_words", "gain": 2.0},
+        student={"type": "small_static", "model": str(tiny_encoder), "dimension": 4},
+        training={"losses": [{"type": "acme.methods:HuberMargins"}], "steps": 2, "checkpoints": 1},
+        indexes=[],
+    )
     made = load_recipe(values)
     assert load_recipe(made.resolved()) == made and made.student_kind == "static"
     assert shipped_type("student", "dense") == "dense"

@@ -22,21 +22,9 @@ Open = Callable[..., Workspace]
 
 
 @pytest.fixture(scope="module")
-def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
-    model = str(tiny_encoder)
-    return {
-        "name": "stages",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {
-            "depth": 6,
-            "sources": [{"type": "bm25", "quota": 4}, {"type": "dense", "model": model, "quota": 3}],
-        },
-        "teacher": {"type": "bi_encoder", "model": model},
-        "student": {"type": "static", "model": model},
-        "training": {"steps": 4, "checkpoints": 2, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
-        "indexes": ["flat"],
-        "evaluation": {"extrapolation": {"model": model}},
-    }
+def values(tiny_recipe: Callable[..., dict[str, Any]], tiny_encoder: Path) -> dict[str, Any]:
+    sources = [{"type": "bm25", "quota": 4}, {"type": "dense", "model": str(tiny_encoder), "quota": 3}]
+    return tiny_recipe(name="stages", candidates={"sources": sources})
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,16 @@ from rankdistill.table_rows import open_bm25
 
 
 @pytest.fixture(scope="module")
-def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
-    model = str(tiny_encoder)
-    settings = {"model": model, "query_length": 16, "document_length": 24, "precision": "fp32", "dropout": 0.0}
-    return {
-        "name": "colbert",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
-        "teacher": {"type": "bi_encoder", "model": model},
-        "student": {"type": "multi_vector", "dimension": 16, "scale": 3.0, "storage": "fp32", **settings},
-        "baselines": {"dense": {"student": {"type": "dense", **settings}}},
-        "training": {"steps": 2, "checkpoints": 1, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
-        "indexes": ["flat"],
-        "evaluation": {"extrapolation": None},
-    }
+def values(tiny_recipe: Callable[..., dict[str, Any]], tiny_encoder: Path) -> dict[str, Any]:
+    lengths = {"model": str(tiny_encoder), "query_length": 16, "document_length": 24, "precision": "fp32"}
+    settings = {**lengths, "dropout": 0.0}
+    return tiny_recipe(
+        candidates={"sources": [{"type": "bm25"}]},
+        student={"type": "multi_vector", "dimension": 16, "scale": 3.0, "storage": "fp32", **settings},
+        baselines={"dense": {"student": {"type": "dense", **settings}}},
+        training={"steps": 2, "checkpoints": 1},
+        evaluation={"extrapolation": None},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from forked import ran, run
 
-from rankdistill.artifacts import _versions, library_versions
+from rankdistill.artifacts import library_versions
 from rankdistill.cli.doctor import checks
 from rankdistill.indexes.building import build_index
 from rankdistill.indexes.specification import load_specification
@@ -39,32 +39,15 @@ def test_an_index_is_looked_at(index: Path, tmp_path: Path) -> None:
 def test_a_foreign_index_is_looked_at(index: Path, tmp_path: Path) -> None:
     faiss.write_index(faiss.read_index(str(index)), str(tmp_path / "foreign.faiss"))
     np.save(tmp_path / "queries.npy", np.ones((3, 16), np.float16))
-    ending = ran(
-        "doctor",
-        "--index",
-        str(tmp_path / "foreign.faiss"),
-        "--queries",
-        str(tmp_path / "queries.npy"),
-        "-k",
-        "5",
-        folder=tmp_path,
-    )
+    arguments = ("--index", tmp_path / "foreign.faiss", "--queries", tmp_path / "queries.npy", "-k", "5")
+    ending = ran("doctor", *arguments, folder=tmp_path)
     assert "hits missing (-1) of 5" in ending.out
 
 
-def test_what_it_refuses(index: Path, tmp_path: Path) -> None:
+def test_vectors_of_another_index_are_refused(index: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.ones((399, 16), np.float32))
-    for arguments, code, message in (
-        (["--index", str(tmp_path / "none.faiss")], 1, "there is no index here"),
-        (
-            ["--index", str(index), "--vectors", str(tmp_path / "other.npy")],
-            1,
-            "vectors of shape [399, 16], an index of 400 × 16",
-        ),
-        (["--vectors", "vectors.npy"], 2, "--vectors and --queries go with --index"),
-    ):
-        ending = run("doctor", *arguments, folder=tmp_path)
-        assert ending.code == code and message in ending.err and "Traceback" not in ending.err
+    ending = run("doctor", "--index", index, "--vectors", tmp_path / "other.npy", folder=tmp_path)
+    assert ending.code == 1 and "vectors of shape [399, 16], an index of 400 × 16" in ending.err
 
 
 def test_it_tells_which_java_lucene_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +74,8 @@ def test_faiss_is_known_under_each_name(build: str, tmp_path: Path, monkeypatch:
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {build}\nVersion: 1.15.1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("rankdistill.artifacts._versions", _versions.__wrapped__)  # an earlier test's are remembered
-    assert library_versions()[build] == "1.15.1" and "faiss-cpu" in library_versions()
+    versions = library_versions.__wrapped__()  # an earlier test's are remembered
+    assert versions[build] == "1.15.1" and "faiss-cpu" in versions
     (found,) = (check for check in checks() if check.name == "faiss")
     assert not found.ok and found.found == f"faiss-cpu and {build} own the same module"
     assert found.fix == f"pip uninstall faiss-cpu {build} && pip install faiss-gpu"

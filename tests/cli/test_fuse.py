@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from forked import ran, run
+from forked import ran
 
 from rankdistill.evaluation.fusion import fuse
 from rankdistill.evaluation.metrics import evaluate_run
@@ -41,12 +41,6 @@ def test_a_search_is_fused_with_bm25_and_with_another_run(finished: Path, tmp_pa
         found = json.loads(ending.out)
         assert [hit["score"] for hit in found] == sorted((round(s, 4) for s in expected.values()), reverse=True)[:5]
         assert all(hit["score"] == pytest.approx(expected[hit["doc_id"]], abs=1e-4) for hit in found)
-    for options, message in (
-        (["--fuse", "bm52"], "'bm52' is not there to fuse"),
-        (["--fuse", "bm25", "--fuse", "bm25"], "bm25 is to be fused twice"),
-    ):
-        ending = run("search", finished, QUERY, *options, folder=tmp_path)
-        assert ending.code == 2 and message in ending.err
 
 
 def test_the_suite_hybrid_measures_every_fusion(finished: Path, tmp_path: Path) -> None:

@@ -95,21 +95,6 @@ def test_foreign_vectors(tmp_path: Path) -> None:
     assert pq.read_table(f"{file}.ids.parquet")["doc_id"][7].as_py() == "d7"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "what shall be quantised"),
-        (("--documents", "x.npy", "--spec", "flat"), "built, not learned"),
-        (("--documents", "missing.npy"), "no vectors here"),
-        (("--documents", "x.npy", "--set", "bitss=4"), "bits"),
-    ],
-)
-def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run("quantize", *arguments, "--out", tmp_path / "x.faiss", folder=tmp_path)
-    assert done.code in (1, 2)
-    assert message in done.err
-
-
 def test_a_learned_index_is_a_stage_of_a_recipe(own_run: Path, recipe_file: Path, tmp_path: Path) -> None:
     specification = tmp_path / "tiny_pq.yaml"
     specification.write_text("{type: distill_vq, subspaces: 4, bits: 4, steps: 5, batch: 8, overlap: 2}")

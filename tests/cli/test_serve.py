@@ -96,21 +96,3 @@ def test_other_addresses_than_loopback_come_with_a_warning(serve: Serve) -> None
     ending = process.wait()
     assert ending.code == 0
     assert ending.err.startswith("warning: 0.0.0.0 is not loopback: whoever reaches this machine can search")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "what"),
-    [
-        (["/no/such/run"], 1, "this is no run"),
-        (["RUN", "--port", "70000"], 2, "there is no port 70000"),
-        (["RUN", "--depth", "0"], 2, "--depth"),
-        (["RUN", "--port", "0", "--index", "no_such_index"], 2, "no_such_index"),
-        (["RUN", "--port", "0", "--index", "no_such.faiss"], 1, "there is no index here"),
-    ],
-)
-def test_what_cannot_be_served_is_said(
-    arguments: list[str], code: int, what: str, finished: Path, tmp_path: Path
-) -> None:
-    given = [str(finished) if one == "RUN" else one for one in arguments]
-    ending = run("serve", *given, folder=tmp_path, environment={"COLUMNS": "200"})
-    assert ending.code == code and what in ending.err and "Traceback" not in ending.err, ending.err

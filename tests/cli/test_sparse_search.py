@@ -40,27 +40,26 @@ raise SystemExit(code)
 """
 
 
-def recipe(kind: str, tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
-    model = str(tiny_encoder)
-    settings = {"model": model, "query_length": 16, "document_length": 24, "precision": "fp32"}
-    return {
-        "name": kind,
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "bm25"}]},
-        "teacher": {"type": "bi_encoder", "model": model},
-        "student": {"type": kind, **settings},
-        "training": {"steps": 2, "checkpoints": 1, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
-        "indexes": ["flat", "seismic", "ciff"],
-        "evaluation": {"extrapolation": None},
-    }
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe: Callable[..., dict[str, Any]], tiny_encoder: Path) -> Callable[..., dict[str, Any]]:
+    lengths = {"model": str(tiny_encoder), "query_length": 16, "document_length": 24, "precision": "fp32"}
+    return lambda kind, *indexes: tiny_recipe(
+        candidates={"sources": [{"type": "bm25"}]},
+        student={"type": kind, **lengths},
+        training={"steps": 2, "checkpoints": 1},
+        indexes=list(indexes),
+        evaluation={"extrapolation": None},
+    )
 
 
 @pytest.fixture(scope="module")
-def run_of(tiny_beir: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+def run_of(
+    recipe: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Workspace]:
     @functools.cache
     def made(kind: str) -> Workspace:
         folder = tmp_path_factory.mktemp(kind)
-        workspace = Workspace(folder / "run", load_recipe(recipe(kind, tiny_beir, tiny_encoder)), folder / "store")
+        workspace = Workspace(folder / "run", load_recipe(recipe(kind, "flat", "seismic", "ciff")), folder / "store")
         workspace.run()
         return workspace
 
@@ -191,17 +190,14 @@ def test_an_index_is_made_elsewhere_and_of_another_collection(inference_free: Wo
     assert ending.code == 1 and "another collection" in ending.err
 
 
+@pytest.mark.parametrize(
+    ("kind", "index", "message"),
+    [("splade", "hnsw", "an index of dense vectors"), ("dense", "seismic", "an index of term weights")],
+)
 def test_indexes_that_do_not_fit_are_refused_before_training(
-    tiny_beir: Path, tiny_encoder: Path, tmp_path: Path
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, kind: str, index: str, message: str
 ) -> None:
-    for kind, indexes, message in (
-        ("splade", ["hnsw"], "an index of dense vectors"),
-        ("dense", ["seismic"], "an index of term weights"),
-    ):
-        values = recipe(kind, tiny_beir, tiny_encoder) | {"indexes": indexes}
-        if kind == "dense":
-            values["student"] = {"type": "dense", "model": str(tiny_encoder)}
-        (file := tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(values))
-        ending = run("run", file, "--out", tmp_path / kind, folder=tmp_path)
-        assert ending.code == 2 and message in ending.err
-        assert not (tmp_path / kind / "student").exists()
+    (file := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(kind, index)))
+    ending = run("run", file, "--out", tmp_path / "run", folder=tmp_path)
+    assert ending.code == 2 and message in ending.err
+    assert not (tmp_path / "run" / "student").exists()

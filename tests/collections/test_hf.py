@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,56 +41,39 @@ def test_a_folder_of_parquet(folder: Path, tmp_path: Path) -> None:
     assert open_collection(f"hf:{tmp_path / 'other'}").fingerprint == collection.fingerprint
 
 
-def test_judgments_without_a_column_of_relevance_name_relevant_pairs(folder: Path) -> None:
-    """NanoBEIR's form."""
+@pytest.mark.parametrize(
+    ("column", "grades"),
+    # Without a column of relevance (NanoBEIR) each pair is relevant.
+    [({}, (1, 1)), *(({name: [0, 2]}, (0, 2)) for name in ("grade", "Relevance", "rating"))],
+)
+def test_a_relevance_is_read_under_many_names(folder: Path, column: dict[str, list[int]], grades: tuple[int]) -> None:
     (folder / "qrels/test-00000-of-00001.parquet").unlink()
-    pq.write_table(pa.table({"query-id": ["7", "8"], "corpus-id": ["d1", "d2"]}), folder / "qrels/train.parquet")
-    assert open_collection(f"hf:{folder}").qrels("train") == {"7": {"d1": 1}, "8": {"d2": 1}}
+    judged = {"query-id": ["7", "8"], "corpus-id": ["d1", "d2"], **column}
+    pq.write_table(pa.table(judged), folder / "qrels/train.parquet")
+    assert open_collection(f"hf:{folder}").qrels("train") == {"7": {"d1": grades[0]}, "8": {"d2": grades[1]}}
 
 
-@pytest.mark.parametrize("name", ["grade", "Relevance", "rating"])
-def test_a_relevance_of_another_name_is_read(folder: Path, name: str) -> None:
-    pq.write_table(
-        pa.table({"query-id": ["7", "8"], "corpus-id": ["d1", "d2"], name: [0, 2]}), folder / "qrels/train.parquet"
-    )
-    assert open_collection(f"hf:{folder}").qrels("train") == {"7": {"d1": 0}, "8": {"d2": 2}}
+PAIR = {"query-id": ["7"], "corpus-id": ["d1"]}
 
 
-def test_a_relevance_that_is_a_list_is_an_error(folder: Path) -> None:
-    pq.write_table(pa.table({"query-id": ["7"], "corpus-id": ["d1"], "score": [[1]]}), folder / "qrels/train.parquet")
-    with pytest.raises(RankdistillError, match=r"the relevance \[1\] is not a whole number"):
-        open_collection(f"hf:{folder}")
-
-
-def break_column(folder: Path) -> str:
-    pq.write_table(pa.table({"_id": ["q"], "words": ["x"]}), folder / "queries.parquet")
-    return "no column text or query among _id, words"
-
-
-def break_grade(folder: Path) -> str:
-    pq.write_table(pa.table({"query-id": ["7"], "corpus-id": ["d1"], "score": [0.5]}), folder / "qrels/train.parquet")
-    return "0.5 is not a whole number"
-
-
-def break_file(folder: Path) -> str:
-    path = folder / "queries.parquet"
-    path.write_bytes(path.read_bytes()[:-20])
-    return "the Parquet file is damaged"
-
-
-def break_layout(folder: Path) -> str:
-    shutil.rmtree(folder / "corpus")
-    return "needs corpus*.parquet"
-
-
-def repeat_document(folder: Path) -> str:
-    shutil.copy(folder / "corpus/train-00000-of-00002.parquet", folder / "corpus/train-00002-of-00002.parquet")
-    return "document id 'd1' occurs twice"
-
-
-@pytest.mark.parametrize("damage", [break_column, break_grade, break_file, break_layout, repeat_document])
-def test_bad_folders(folder: Path, damage: Callable[[Path], str]) -> None:
-    words = damage(folder)
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("queries.parquet", {"_id": ["q"], "words": ["x"]}, "no column text or query among _id, words"),
+        ("qrels/train.parquet", {**PAIR, "score": [0.5]}, "0.5 is not a whole number"),
+        ("qrels/train.parquet", {**PAIR, "score": [[1]]}, "the relevance [1] is not a whole number"),
+        ("corpus/more.parquet", {"_id": ["d1"], "title": ["Iron"], "text": ["rusts"]}, "id 'd1' occurs twice"),
+        ("queries.parquet", "cut", "the Parquet file is damaged"),
+        ("corpus", "gone", "needs corpus*.parquet"),
+    ],
+)
+def test_bad_folders(folder: Path, file: str, content: dict[str, list[object]] | str, words: str) -> None:
+    if content == "gone":
+        shutil.rmtree(folder / file)
+    elif content == "cut":
+        (folder / file).write_bytes((folder / file).read_bytes()[:-20])
+    else:
+        pq.write_table(pa.table(content), folder / file)
     with pytest.raises(RankdistillError) as caught:
         open_collection(f"hf:{folder}")
     assert words in str(caught.value) and caught.value.where is not None

@@ -6,7 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +26,20 @@ BeirFolder = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    "first", ["q0\td0\t0.5", "q0 0 d0 l", "q0 0 d0 x", "q0\td0\trel", "q0\td0\tN/A", "q0\td0\t1_0", "query\tiron\tx"]
+    ("read", "first"),
+    [
+        *((read_qrels, line) for line in ("q0\td0\t0.5", "q0 0 d0 l", "q0 0 d0 x", "q0\td0\trel", "query\tiron\tx")),
+        *((read, f"q0\td0\t{value}") for value in ("N/A", "1_0") for read in (read_qrels, iter_foreign)),
+        *((iter_foreign, line) for line in ("q0\td0\t0,75", "q0 d0 high")),
+    ],
 )
-def test_a_first_line_of_data_is_never_taken_for_a_header(tmp_path: Path, first: str) -> None:
+def test_a_first_line_of_data_is_never_taken_for_a_header(
+    tmp_path: Path, read: Callable[[Path], Iterator[object]], first: str
+) -> None:
     file = tmp_path / "test.tsv"
     file.write_text(f"{first}\nq1\td1\t1\n")
-    with pytest.raises(RankdistillError, match=r"not a whole number\n.*test.tsv:1"):
-        list(read_qrels(file))
-
-
-@pytest.mark.parametrize("first", ["q0\td0\tN/A", "q0\td0\t0,75", "q0\td0\t1_0", "q0 d0 high"])
-def test_nor_is_a_score(tmp_path: Path, first: str) -> None:
-    file = tmp_path / "s.tsv"
-    file.write_text(f"{first}\nq1\td1\t1\n")
-    with pytest.raises(RankdistillError, match=r"is not a score\n.*s.tsv:1"):
-        list(iter_foreign(file))
+    with pytest.raises(RankdistillError, match=r"is not a (whole number|score)\n.*test.tsv:1"):
+        list(read(file))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,23 +167,19 @@ def test_raw_scores_are_read_by_their_kind() -> None:
     np.testing.assert_allclose(raw_probabilities(np.array([0.2, -3.0]), "probability"), [0.2, 0])
 
 
-def test_a_calibrated_ensemble_of_a_recipe(tiny_beir: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+def test_a_calibrated_ensemble_of_a_recipe(
+    tiny_recipe: Callable[..., dict[str, Any]], tiny_encoder: Path, tmp_path: Path
+) -> None:
     """Two scales become probabilities; what is fitted is kept, and decides the lists' fingerprint."""
     from rankdistill.recipe import load_recipe
     from rankdistill.stages import Workspace
 
     member = {"type": "bi_encoder", "model": str(tiny_encoder), "precision": "fp32"}
-    values: dict[str, Any] = {
-        "name": "calibrated",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 8, "sources": [{"type": "bm25", "quota": 8}]},
-        "teacher": {
-            "type": "ensemble",
-            "normalisation": "calibrated",
-            "members": [member, {**member, "scale": 500.0}],
-        },
-        "student": {"type": "static", "model": str(tiny_encoder)},
-    }
+    members = [member, {**member, "scale": 500.0}]
+    values = tiny_recipe(
+        candidates={"depth": 8, "sources": [{"type": "bm25", "quota": 8}]},
+        teacher={"type": "ensemble", "normalisation": "calibrated", "members": members},
+    )
     run = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
     lists = run.score()
     assert ((lists.scores > 0) & (lists.scores < 1)).all()
