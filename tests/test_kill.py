@@ -25,7 +25,7 @@ from rankdistill.artifacts import open_artifact
 from rankdistill.scores.lists import ScoredLists
 from rankdistill.stages import STAGES as ALL_STAGES
 
-KILLS = 22
+KILLS = 20
 CHUNK = PART = 24  # pairs handed to the teacher at once, and pairs a part of the store
 
 

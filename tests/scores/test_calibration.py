@@ -107,11 +107,17 @@ def pairs(scores: np.ndarray, queries: int = 40) -> Iterator[tuple[str, list[str
         yield f"q{number}", [f"d{place}" for place in range(each)], scores[number * each : (number + 1) * each]
 
 
+def judged_by(labels: np.ndarray, queries: int, each: int = 20, least: int = 0) -> dict[str, dict[str, int]]:
+    """The first queries' judgments of `pairs`, those of at least this relevance."""
+    parts = {f"q{number}": labels[number * each : (number + 1) * each].tolist() for number in range(queries)}
+    return {
+        query: {f"d{at}": grade for at, grade in enumerate(part) if grade >= least} for query, part in parts.items()
+    }
+
+
 def test_only_the_given_queries_labels_are_read_and_missing_scores_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     scores, labels = planted(800)
-    judged = {
-        f"q{number}": {f"d{place}": int(labels[number * 20 + place]) for place in range(20)} for number in range(30)
-    }
+    judged = judged_by(labels, 30)
     found = calibrate(pairs(scores), judged, "logit")
     assert (found.queries, found.pairs, found.relevant) == (30, 600, int(labels[:600].sum()))
     assert found.negatives == "judged" and found.error_after < found.error_before
@@ -125,9 +131,7 @@ def test_only_the_given_queries_labels_are_read_and_missing_scores_left_out(caps
 
 def test_unjudged_documents_are_the_negatives_where_none_is_judged_so(capsys: pytest.CaptureFixture[str]) -> None:
     scores, labels = planted(800)
-    judged = {
-        f"q{number}": {f"d{place}": 1 for place in range(20) if labels[number * 20 + place]} for number in range(40)
-    }
+    judged = judged_by(labels, 40, least=1)
     found = calibrate(pairs(scores), judged, "logit")
     assert found.negatives == "unjudged" and found.pairs == sum(20 for one in judged.values()) == 800
     assert "unjudged" in capsys.readouterr().err
@@ -142,17 +146,14 @@ def test_the_error_after_is_of_queries_that_were_not_fitted() -> None:
     random = np.random.default_rng(0)
     scores = random.normal(size=400)
     labels = random.integers(0, 2, 400)  # nothing to learn
-    judged = {
-        f"q{number}": {f"d{place}": int(labels[number * 10 + place]) for place in range(10)} for number in range(40)
-    }
-    found = calibrate(pairs(scores), judged, "logit", "isotonic")
+    found = calibrate(pairs(scores), judged_by(labels, 40, each=10), "logit", "isotonic")
     fitted = calibration_error(reliability(found.calibrator(scores), labels))
     assert fitted < 0.5 * found.error_after
 
 
 def test_maps_are_read_back_as_they_were_written() -> None:
     scores, labels = planted(200)
-    judged = {f"q{n}": {f"d{place}": int(labels[n * 20 + place]) for place in range(20)} for n in range(10)}
+    judged = judged_by(labels, 10)
     for method, kind in (("platt", Platt), ("isotonic", Isotonic)):
         found = calibrate(pairs(scores, 10), judged, "logit", method)  # type: ignore[arg-type]
         values = found.to_json()
