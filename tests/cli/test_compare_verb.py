@@ -113,6 +113,8 @@ def test_real_runs_of_dl19(shared_data: Path, tmp_path: Path) -> None:
     means = {row["system"]: round(row["means"]["ndcg@10"], 4) for row in values["rows"]}
     assert means == {"ada2": .7035, "bm25": .5058, "bm25-rm3": .5216, "repllama": .7384, "splade-pp-ed": .7308,
                      "tas-b": .7210}  # fmt: skip
+    assert {row["notes"]["queries"] for row in values["rows"]} == {43}
+    assert {row["system"] for row in values["rows"] if row["notes"]["tied_share"] > 0.5} == {"repllama"}
     assert len(values["significance"]["comparisons"]) == 15 * 4
     strong = {one["a"] for one in values["significance"]["comparisons"]
               if one["metric"] == "ndcg@10" and one["b"] == "bm25" and one["significant"]}  # fmt: skip
