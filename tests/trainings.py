@@ -68,3 +68,16 @@ def log(trained: Artifact | Path) -> list[dict[str, Any]]:
 def logged(trained: Artifact | Path, name: str = "loss") -> list[float]:
     """A figure of the log, by step."""
     return [entry[name] for entry in log(trained) if name in entry]
+
+
+def run_values(beir: Path, encoder: Path, student: dict[str, Any], **training: Any) -> dict[str, Any]:
+    """A recipe of a run over a BEIR folder that takes seconds; the encoder is the teacher, and what a student starts
+    from."""
+    return {
+        "name": "small",
+        "collection": f"beir:{beir}",
+        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 6}]},
+        "teacher": {"type": "bi_encoder", "model": str(encoder)},
+        "student": {"model": str(encoder), **student},
+        "training": {"lists": {"type": "random_documents", "size": 4}, "device": "cpu", **training},
+    }

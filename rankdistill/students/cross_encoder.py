@@ -41,14 +41,17 @@ from rankdistill.students.base import (
 )
 from rankdistill.students.loading import UNBOUNDED, is_cross_encoder, load_model, position_limit
 from rankdistill.students.models import folder_revision, resolve_model
-from rankdistill.students.pair_encoder import PairEncoder, encoder_folder, open_pair_encoder, pair_encoder
-from rankdistill.students.pairs import (
+from rankdistill.students.pair_encoder import (
     PAD_MULTIPLE,
+    PairEncoder,
     PairJoiner,
     Sides,
     bare_tokenizer,
+    encoder_folder,
     learn_joiner,
+    open_pair_encoder,
     padding_of,
+    pair_encoder,
     token_ids,
 )
 from rankdistill.students.token_batches import Precision, TokenBudget, autocast, resolve_precision, token_budget_batches

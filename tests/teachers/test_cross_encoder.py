@@ -11,7 +11,7 @@ from small_models import LONG, make_model
 
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.scores.store import ScoreStore
-from rankdistill.students.pairs import longest_first, token_ids
+from rankdistill.students.pair_encoder import longest_first, token_ids
 from rankdistill.students.token_batches import resolve_precision
 from rankdistill.teachers.base import TextList
 from rankdistill.teachers.cross_encoder import CrossEncoderTeacher

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
-from trainings import assert_same_weights, log
+from trainings import assert_same_weights, log, run_values
 
 from rankdistill.recipe import build, load_recipe
 from rankdistill.scores.lists import build_lists
@@ -194,15 +194,7 @@ def test_a_student_that_learns_a_wrong_teacher_rings_the_alarm(
 
 @pytest.fixture(scope="module")
 def values(tiny_beir: Path, tiny_encoder: Path) -> dict[str, Any]:
-    model = str(tiny_encoder)
-    return {
-        "name": "diagnostics",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 6}]},
-        "teacher": {"type": "bi_encoder", "model": model},
-        "student": {"type": "static", "model": model},
-        "training": {"steps": 4, "checkpoints": 2, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
-    }
+    return run_values(tiny_beir, tiny_encoder, {"type": "static"}, steps=4, checkpoints=2)
 
 
 def test_a_run_scores_dev_lists_in_its_score_stage(values: dict[str, Any], tmp_path: Path) -> None:

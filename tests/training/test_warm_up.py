@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from trainings import assert_same_weights, resumed
+from trainings import assert_same_weights, resumed, run_values
 
 from rankdistill.errors import UsageError
 from rankdistill.recipe import build, load_recipe
@@ -85,28 +85,18 @@ def test_one_warm_up_serves_all_seeds_and_other_settings_have_their_own(
     assert (made.path / "manifest.json").stat().st_mtime_ns == written
 
 
-def test_a_whole_student_has_nothing_to_warm_up(make_warm_up: MakeWarmUp) -> None:
+def test_a_whole_student_and_a_wrong_teacher_are_refused(make_warm_up: MakeWarmUp) -> None:
     with pytest.raises(UsageError, match="its own teacher"):
         make_warm_up(student={"layers": None})
-
-
-def test_a_teacher_of_another_type_is_checked_with_the_recipe(make_warm_up: MakeWarmUp) -> None:
     with pytest.raises(UsageError, match="did you mean 'layers'"):
         make_warm_up(teacher={"type": "dense", "layer": [0]})
 
 
 def test_in_a_run_a_smaller_student_takes_after_the_trained_one(encoder: Path, tiny_beir: Path, tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "name": "sizes",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 6}]},
-        "teacher": {"type": "bi_encoder", "model": str(encoder)},
-        "student": {"type": "dense", "model": str(encoder), "query_length": 16, "document_length": 24},
-        "training": {"steps": 2, "checkpoints": 1, "lists": {"type": "random_documents", "size": 4}, "device": "cpu"},
-        "baselines": {
-            "half": {"student": {"layers": [1], "warm_up": {"teacher": "student", "steps": 4, "batch_size": 8}}}
-        },
-    }
+    student = {"type": "dense", "query_length": 16, "document_length": 24}
+    warm = {"teacher": "student", "steps": 4, "batch_size": 8}
+    values = run_values(tiny_beir, encoder, student, steps=2, checkpoints=1)
+    values["baselines"] = {"half": {"student": {"layers": [1], "warm_up": warm}}}
     workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
     artifact = workspace.train("half")
     warm_up = workspace.warm_up(workspace.recipe_of("half"))
@@ -121,13 +111,8 @@ def test_in_a_run_a_smaller_student_takes_after_the_trained_one(encoder: Path, t
 
 
 def test_without_a_step_the_warmed_up_start_is_the_student(encoder: Path, tiny_beir: Path, tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "name": "start",
-        "collection": f"beir:{tiny_beir}",
-        "candidates": {"depth": 6, "sources": [{"type": "bm25", "quota": 6}]},
-        "student": {"type": "dense", "model": str(encoder), "layers": [1], "warm_up": {"steps": 3, "batch_size": 4}},
-        "training": {"steps": 0, "losses": [{"type": "infonce"}], "device": "cpu"},
-    }
+    student = {"type": "dense", "layers": [1], "warm_up": {"steps": 3, "batch_size": 4}}
+    values = {**run_values(tiny_beir, encoder, student, steps=0, losses=[{"type": "infonce"}]), "teacher": None}
     workspace = Workspace(tmp_path / "run", load_recipe(values), tmp_path / "store")
     artifact, warm_up = workspace.train(), workspace.warm_up(workspace.recipe)
     assert warm_up is not None and len(warm_up.query_ids) == 12
