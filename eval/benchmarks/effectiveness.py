@@ -1,4 +1,5 @@
-"""Is the student better than the encoder anybody could download? The shipped quickstart recipe on several collections.
+"""Is the student better than the encoder anybody could download? A shipped recipe on several collections, the
+quickstart's unless `--recipe` names another.
 
 For each collection and seed one run of the recipe, with the ablations as its baselines: teacher, student of the
 encoder's size, student of half its layers, and the same without one of their parts, at about the same training time.
@@ -8,6 +9,7 @@ compared on dev.
     python eval/benchmarks/effectiveness.py --collection python-docs:public --collection beir:PATH/nfcorpus --rows
     python eval/benchmarks/effectiveness.py --split dev --seeds 1 --out ablation.md
     python eval/benchmarks/effectiveness.py --split dev --seeds 1 --rows --teacher '{start: head}' --out head.md
+    python eval/benchmarks/effectiveness.py --recipe documents_only_multi_vector --rows start --out documents_only.md
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ HALF = {"layers": [0, 2, 5]}
 # baseline → changes to the recipe; `half` is the recipe's own
 ROWS: dict[str, dict[str, Any]] = {
     "labels": {"training": {"losses": [{"type": "infonce"}], "fit_scale": False}},
+    "start": {"training": {"steps": 0}},
     "kl": {"training": {"losses": [{"type": "kl"}]}},
     "constant-scale": {"training": {"fit_scale": False}},
     "mix": {"training": {"interpolate": [0.25, 0.5, 0.75]}},
@@ -47,19 +50,21 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def workspace(spec: str, seed: int, options: argparse.Namespace) -> Workspace:
-    values = read_yaml(find_declaration("configs", "quickstart"))
+    values = read_yaml(find_declaration("configs", options.recipe))
     own: dict[str, Any] = {
         "name": "effectiveness",
         "seed": seed,
         "collection": spec,
-        "candidates": {"queries": options.queries},
-        "training": {"steps": options.steps},
         "baselines": {name: row for name, row in ROWS.items() if options.rows is None or name in options.rows},
         "indexes": [],
         "evaluation": {"extrapolation": None, "latency_queries": 64, "teacher_depth": 50},
     }
-    values["teacher"]["members"][0]["train"] |= {"steps": options.teacher_steps, **options.teacher}
     changes = "".join(f"-{key}-{value}" for key, value in options.teacher.items())
+    if options.recipe == "quickstart":
+        own |= {"candidates": {"queries": options.queries}, "training": {"steps": options.steps}}
+        values["teacher"]["members"][0]["train"] |= {"steps": options.teacher_steps, **options.teacher}
+    else:
+        changes = f"-{Path(options.recipe).stem}"
     path = options.work / f"{Path(spec).name.replace(':', '-')}-{seed}{changes}"
     return Workspace(path, load_recipe(merge(values, own)), options.work / "store")
 
@@ -80,6 +85,7 @@ def measure(spec: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         "depth": 100,
         "rerank_depth": 50,
         "systems": ["bm25", "sources", "teacher", "student", "baselines"],
+        "fusion": [{"name": "BM25 + first stage", "members": ["bm25", "first_stage"]}],
     }
     suite_file = run.path / f"{suite['name']}.yaml"
     write_atomically(suite_file, yaml.safe_dump(suite))
@@ -128,13 +134,17 @@ def table(spec: str, seeds: dict[int, dict[str, Any]], split: str) -> list[str]:
         rates = [one[row]["queries/s"] for one in seeds.values() if one[row]["queries/s"]]
         cells += [_figure(recall), f"{np.median(rates):,.0f}" if rates else ""]
         lines.append("| " + " | ".join(cells) + " |")
-    student, labels = "student, distilled", "student, labels"
-    if labels in rows:
-        pair = compare_values({row: {METRICS[0]: values[row][METRICS[0]]} for row in (student, labels)}, seed=1)
-        against = pair.of(student, labels, METRICS[0])
-        low, high = np.percentile(_bootstrap(values[student][METRICS[0]] - values[labels][METRICS[0]]), [2.5, 97.5])
-        figures = f"{against.difference:+.4f} nDCG@10, {low:+.4f} to {high:+.4f}, p = {against.p_randomisation:.4f}"
-        lines += ["", f"The teacher's part, distilled against labels alone on the same lists: {figures}."]
+    student = "student, distilled"
+    for other, says in (
+        ("student, labels", "The teacher's part, distilled against labels alone on the same lists"),
+        ("student, start", "What training adds to the student's start"),
+    ):
+        if other in rows:
+            pair = compare_values({row: {METRICS[0]: values[row][METRICS[0]]} for row in (student, other)}, seed=1)
+            against = pair.of(student, other, METRICS[0])
+            low, high = np.percentile(_bootstrap(values[student][METRICS[0]] - values[other][METRICS[0]]), [2.5, 97.5])
+            figures = f"{against.difference:+.4f} nDCG@10, {low:+.4f} to {high:+.4f}, p = {against.p_randomisation:.4f}"
+            lines += ["", f"{says}: {figures}."]
     return [*lines, ""]
 
 
@@ -150,6 +160,7 @@ def _figure(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", action="append", help="again for more; default: python-docs:public")
+    parser.add_argument("--recipe", default="quickstart", help="a shipped recipe, or a file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--queries", type=int, default=512, help="training queries whose lists are scored")
     parser.add_argument("--steps", type=int, default=32, help="of the student of the encoder's size")
@@ -164,14 +175,15 @@ def main() -> None:
     specs = options.collection or ["python-docs:public"]
     named = " ".join(f"--collection {one.rpartition(':')[0]}:{Path(one.rpartition(':')[2]).name}" for one in specs)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    settings = f"--split {options.split} --queries {options.queries}"
-    settings += f" --steps {options.steps} --teacher-steps {options.teacher_steps}"
+    settings = f"--recipe {Path(options.recipe).stem} --split {options.split}"
+    if options.recipe == "quickstart":
+        settings += f" --queries {options.queries} --steps {options.steps} --teacher-steps {options.teacher_steps}"
     settings += f" --teacher '{json.dumps(options.teacher)}'" if options.teacher else ""
     lines = [
         "# Is the student better than the encoder it came from?",
         "",
         f"`python eval/benchmarks/effectiveness.py {named} {settings}`; {device}, {platform.machine()}, torch "
-        f"{torch.__version__}. The quickstart's recipe; the teacher re-ranks the encoder's first 50. nDCG@10 and "
+        f"{torch.__version__}. The teacher re-ranks the encoder's first 50. nDCG@10 and "
         "Recall@100 of an exhaustive search, means over the seeds; Δ, its bootstrap interval and p against the encoder "
         "(values of a query averaged over seeds, randomisation test, Holm's correction over rows and both metrics; "
         "bold: p < .05).",
