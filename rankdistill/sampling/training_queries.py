@@ -6,6 +6,8 @@ Queries of a split that is neither train nor dev are never among them.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,25 +24,29 @@ if TYPE_CHECKING:
     from rankdistill.collections import Collection
     from rankdistill.recipe import Recipe
 
-MOST_TITLES = 100_000  # pseudo-queries made of documents, unless candidates.queries says how many
+MOST_PSEUDO = 100_000  # pseudo-queries made of documents, unless candidates.queries says how many
 PSEUDO_WORDS = 32
+WORD = re.compile(r"[^\W\d_]{3,}(?:-[^\W\d_]+)*")
+KEYWORDS, SALIENT = 3, 5  # words of a query at most, and of its document from which they are drawn
+AT_ONCE = 4096  # documents
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s")
 WHERE = "candidates.unlabelled"
 
 
 def with_unlabelled(collection: Collection, recipe: Recipe) -> Collection:
-    """The collection with the queries that `candidates.unlabelled` brings: titles of documents, or lines of a file, at
-    least two."""
+    """The collection with the queries that `candidates.unlabelled` brings: titles or keywords of documents, or lines of
+    a file, at least two."""
     source = recipe.candidates.unlabelled
     if source is None or source == "queries":
         return collection
-    if source == "titles":
-        count = min(recipe.candidates.queries or MOST_TITLES, collection.document_count)
+    if source in ("titles", "keywords"):
+        count = min(recipe.candidates.queries or MOST_PSEUDO, collection.document_count)
         rows = np.sort(generator(recipe.seed, 2, 4).choice(collection.document_count, count, replace=False))
-        texts = pseudo_queries(collection, rows)
+        by_words = source == "keywords"
+        texts = keyword_queries(collection, rows, recipe.seed) if by_words else pseudo_queries(collection, rows)
     else:
         if not Path(source).is_file():
-            raise UsageError(f"there is no file {source!r}", where=WHERE, fix="queries, titles, or a text file")
+            raise UsageError(f"there is no file {source!r}", where=WHERE, fix="queries, titles, keywords, or a text file")
         texts = _without_judged(collection, [line.strip() for _, line in read_lines(source)], source)
     texts = [text for text in texts if text]
     if len(set(texts)) < 2:
@@ -63,8 +69,8 @@ def _without_judged(collection: Collection, texts: list[str], source: str) -> li
 def pseudo_queries(collection: Collection, rows: np.ndarray) -> list[str]:
     """A query made of each document (see `pseudo_query`), "" where it has no text; a title is its first passage's."""
     texts: list[str] = []
-    for start in range(0, len(rows), 4096):
-        for item in collection.documents(rows[start : start + 4096]):
+    for start in range(0, len(rows), AT_ONCE):
+        for item in collection.documents(rows[start : start + AT_ONCE]):
             later = collection.passages and item.doc_id != passage_id(document_of(item.doc_id), 1)
             texts.append(pseudo_query("" if later else item.title, item.text))
     return texts
@@ -74,6 +80,29 @@ def pseudo_query(title: str, text: str) -> str:
     """The title of a document, or its first sentence where it has none: at most 32 words, none for an empty one."""
     words = (title.strip() or SENTENCE_END.split(text.strip(), maxsplit=1)[0]).split()
     return " ".join(words[:PSEUDO_WORDS])
+
+
+def keyword_queries(collection: Collection, rows: Sequence[int] | np.ndarray, seed: int) -> list[str]:
+    """One to three words of each document, as people type them: drawn from its five of most weight, in its order.
+
+    A word weighs its count times ln(documents / documents that hold it); one that no other document holds is a name or
+    a slip, and left out. "" for a document without such words. Memory grows with the words of the collection. Scripts
+    without spaces have no words here.
+    """
+    held: Counter[str] = Counter()
+    for start in range(0, collection.document_count, AT_ONCE):
+        for text in collection.document_texts(range(start, min(start + AT_ONCE, collection.document_count))):
+            held.update(set(WORD.findall(text.lower())))
+    random, queries = generator(seed, 2, 5), []
+    for start in range(0, len(rows), AT_ONCE):
+        for text in collection.document_texts(rows[start : start + AT_ONCE]):
+            count = Counter(word for word in WORD.findall(text.lower()) if held[word] > 1)
+            weight = {word: times * np.log(collection.document_count / held[word]) for word, times in count.items()}
+            salient = sorted(weight, key=weight.__getitem__, reverse=True)[:SALIENT]
+            drawn = random.permutation(len(salient))[: random.integers(1, KEYWORDS + 1)]
+            chosen = {salient[place] for place in drawn}
+            queries.append(" ".join(word for word in count if word in chosen))
+    return queries
 
 
 def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[str], str | None]:
@@ -90,7 +119,7 @@ def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[
             raise UsageError(
                 f"collection {collection.name} has no train split",
                 where=collection.spec,
-                fix=f"to learn from queries without labels, {WHERE}: queries (or titles, or a text file); "
+                fix=f"to learn from queries without labels, {WHERE}: queries (or titles, keywords, or a text file); "
                 "`rankdistill generate` makes queries with labels for documents",
             )
         if split == GENERATED:
@@ -110,7 +139,7 @@ def query_pool(collection: Collection, recipe: Recipe) -> tuple[list[str], list[
             raise RankdistillError(
                 f"collection {collection.name} has {len(train)} queries that are no dev or test queries",
                 where=WHERE,
-                fix="titles, or a text file with one query a line",
+                fix="titles, keywords, or a text file with one query a line",
             )
         if own_dev:
             dev = collection.query_ids("dev")
