@@ -178,8 +178,8 @@ class Candidates(Section):
     unlabelled: str | None = Field(
         None,
         description="learn from queries without labels: `queries` (the collection's that no other split judges), "
-        "`titles` (of documents, or first sentences), `keywords` (one to three words that stand out in a document), or a "
-        "text file with one a line",
+        "`titles` (of documents, or first sentences), `keywords` (one to three words that stand out in a document), or "
+        "a text file with one a line",
     )
     dev_queries: int = Field(300, ge=1, description="dev queries used to choose the best checkpoint")
     hold_out: HoldOut | None = Field(None, description="training queries to leave out, to measure extrapolation")

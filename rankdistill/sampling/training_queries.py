@@ -46,9 +46,11 @@ def with_unlabelled(collection: Collection, recipe: Recipe) -> Collection:
         texts = keyword_queries(collection, rows, recipe.seed) if by_words else pseudo_queries(collection, rows)
     else:
         if not Path(source).is_file():
-            raise UsageError(f"there is no file {source!r}", where=WHERE, fix="queries, titles, keywords, or a text file")
-        texts = _without_judged(collection, [line.strip() for _, line in read_lines(source)], source)
-    texts = [text for text in texts if text]
+            raise UsageError(
+                f"there is no file {source!r}", where=WHERE, fix="queries, titles, keywords, or a text file"
+            )
+        texts = [line.strip() for _, line in read_lines(source)]
+    texts = [text for text in _without_judged(collection, texts, source) if text]
     if len(set(texts)) < 2:
         raise UsageError(f"{source} gives fewer than two queries", where=WHERE)
     return collection.with_queries(texts)
@@ -62,7 +64,7 @@ def _without_judged(collection: Collection, texts: list[str], source: str) -> li
             judged.update(text.strip() for text in collection.query_texts(collection.query_ids(split)))
     kept = [text for text in texts if text not in judged]
     if len(kept) < len(texts):
-        warn(f"{source}: {len(texts) - len(kept):,} lines are dev or test queries of {collection.name}: left out")
+        warn(f"{source}: {len(texts) - len(kept):,} are dev or test queries of {collection.name}: left out")
     return kept
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import pickle
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ import pytest
 from rankdistill.collections import open_collection
 from rankdistill.errors import RankdistillError, UsageError
 from rankdistill.recipe import Recipe, load_recipe
-from rankdistill.sampling.training_queries import query_pool, with_unlabelled
+from rankdistill.sampling.training_queries import keyword_queries, query_pool, with_unlabelled
 
 if TYPE_CHECKING:
     from rankdistill.collections import Collection
@@ -70,6 +73,25 @@ def test_titles_of_documents(bare: Collection) -> None:
     assert len(with_unlabelled(bare, recipe(bare, "titles", queries=3)).further) == 3
 
 
+def test_keywords_stand_out_in_their_document(tiny_collection: Collection, bare: Collection) -> None:
+    texts = [text.lower() for text in bare.document_texts(range(bare.document_count))]
+    words = [re.findall(r"[a-z]{3,}(?:-[a-z]+)*", text) for text in texts]
+    held = Counter(word for each in words for word in set(each))
+    queries = keyword_queries(bare, range(bare.document_count), 1)
+    assert queries == keyword_queries(bare, range(bare.document_count), 1)
+    assert queries != keyword_queries(bare, range(bare.document_count), 2)
+    assert {len(query.split()) for query in queries} >= {1, 2, 3}
+    for query, own in zip(queries, words, strict=True):
+        weights = {word: own.count(word) * math.log(len(words) / held[word]) for word in own if held[word] > 1}
+        fifth = sorted(weights.values(), reverse=True)[:5][-1:]
+        assert all(weights[word] >= fifth[0] for word in query.split())
+        assert [own.index(word) for word in query.split()] == sorted(own.index(word) for word in query.split())
+    measured = tiny_collection.query_texts(tiny_collection.query_ids("test"))
+    assert not set(with_unlabelled(tiny_collection, recipe(tiny_collection, "keywords")).further.values()) & set(
+        measured
+    )
+
+
 def test_lines_of_a_file_without_test_queries(
     tiny_collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +102,7 @@ def test_lines_of_a_file_without_test_queries(
     known = with_unlabelled(tiny_collection, wanted)
     train, _, judged = query_pool(known, wanted)
     assert known.query_texts(train) == ["what rusts", "how do bats hunt"] and judged == "dev"
-    assert "1 lines are dev or test queries" in capsys.readouterr().err
+    assert "1 are dev or test queries" in capsys.readouterr().err
     for name, content, message in (("gone.txt", None, "no file"), ("one.txt", "one\n", "fewer than two")):
         if content is not None:
             (tmp_path / name).write_text(content)
