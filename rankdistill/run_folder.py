@@ -118,7 +118,7 @@ class RunFolder:
 
     @cached_property
     def documents(self) -> Collection:
-        """The collection as it was opened, without the queries that a recipe brings."""
+        """The collection as it was opened, without the queries that a recipe brings: to search it, nothing is made."""
         return open_collection(self.recipe.collection)
 
     def generate(self) -> Artifact:
@@ -164,10 +164,11 @@ class RunFolder:
     def _labelled(self) -> str:
         return self.collection.training_split or "train"
 
-    def sources(self, collection: Collection) -> list[Source]:
-        """The recipe's sources of candidates, opened over a collection."""
+    def sources(self, collection: Collection, kind: str | None = None) -> list[Source]:
+        """The recipe's sources of candidates, or those of one type, opened over a collection."""
         folder = self.path / "engines"
-        settings = [build("source", method.settings()) for method in self.recipe.candidates.sources]
+        methods = [method for method in self.recipe.candidates.sources if kind in (None, method.type)]
+        settings = [build("source", method.settings()) for method in methods]
         opened: dict[str, Any] = {}
         with locked(folder):
             return [Source.of(source, collection, folder, opened) for source in settings]
@@ -378,7 +379,7 @@ class RunFolder:
     def _trained_settings(self) -> dict[str, Any]:
         """The trained student as settings of a model; its vectors, which are searched later, are encoded by now."""
         model = self.train().path / "model"
-        self.vectors(STUDENT, self.student(), self.collection)
+        self.vectors(STUDENT, self.student(), self.documents)
         return {**self.recipe.student.settings(), "model": str(model), "warm_up": None}
 
     @property
@@ -455,7 +456,7 @@ class RunFolder:
     def index_file(self, specification: str | AnySpecification, collection: Collection | None = None) -> Path:
         """Where an index lies: a FAISS file, or a sparse student's folder."""
         folder = self.path / "indexes"
-        if collection is not None and collection.fingerprint != self.collection.fingerprint:
+        if collection is not None and collection.fingerprint != self.documents.fingerprint:
             folder = folder / collection.name
         read = any_specification(specification)
         return folder / (read.name if isinstance(read, SparseSpecification) else f"{read.name}.faiss")
@@ -471,7 +472,7 @@ class RunFolder:
         """Export the student to an index over a collection (its own unless given); a learned one is trained first."""
         specification = any_specification(specification)
         check_index(self.recipe.student_kind, specification)
-        collection = collection or self.collection
+        collection = collection or self.documents
         student = student or self.student()
         out = Path(out) if out is not None else self.index_file(specification, collection)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -482,7 +483,7 @@ class RunFolder:
             return export_index(student, collection, vectors, specification, out)
         from rankdistill.quantization.quantize import quantize_student
 
-        own = collection.fingerprint == self.collection.fingerprint
+        own = collection.fingerprint == self.documents.fingerprint
         return quantize_student(
             student,
             collection,
@@ -523,13 +524,13 @@ class RunFolder:
         """
         opened = open_index(index, memory_map=memory_map) if index is not None else None
         model = self.trained().path / "model"
-        vectors = self._vectors_folder(STUDENT, self.collection)
-        student = query_side(self.recipe.student_kind, model, index, self.collection, vectors) or self.student()
+        vectors = self._vectors_folder(STUDENT, self.documents)
+        student = query_side(self.recipe.student_kind, model, index, self.documents, vectors) or self.student()
         if opened is None:
-            return exhaustive_engine(student, self.vectors(STUDENT, student, self.collection))
+            return exhaustive_engine(student, self.vectors(STUDENT, student, self.documents))
         if memory_map and not getattr(opened, "mappable", False):
             warn("a fast-scan index cannot be memory-mapped: it was read into memory whole")
-        opened.check(collection=self.collection)
+        opened.check(collection=self.documents)
         return self.searched(opened, student)
 
 

@@ -87,7 +87,7 @@ class Workspace(RunFolder):
 
     def bm25(self) -> BM25 | LuceneBM25:
         """BM25 over the run's own collection: the recipe's, or with default settings."""
-        return open_bm25(self, self.own_sources, self.collection)
+        return open_bm25(self, self.sources(self.documents, "bm25"), self.documents)
 
     # -- run ----------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Workspace(RunFolder):
             if not done and student.reads_pairs:
                 return None  # it re-ranks: not a stage of it
             if not done:
-                vectors = self.vectors(STUDENT, student, self.collection)
+                vectors = self.vectors(STUDENT, student, self.documents)
                 done = f"no file; {vectors.kind.replace('_', ' ')} of {vectors.counts['documents']:,} documents"
         else:
             result = self.evaluate()

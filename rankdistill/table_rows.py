@@ -24,7 +24,6 @@ from rankdistill.indexes.mining import FILE, Source
 from rankdistill.indexes.sparse import searched_here
 from rankdistill.plain import file_name
 from rankdistill.progress import warn
-from rankdistill.recipe import build
 from rankdistill.run_folder import STUDENT, UNTRAINED, RunFolder, members_of
 from rankdistill.runs import iter_run
 from rankdistill.students.models import resolve_model, says
@@ -155,12 +154,9 @@ def fused_engine(run: RunFolder, engine: Engine, names: Sequence[str], count: in
         if name in members:
             raise UsageError(f"{name} is to be fused twice", where="--fuse")
         if name == "bm25":
-            methods = [method for method in run.recipe.candidates.sources if method.type == "bm25"][:1]
-            folder = run.path / "engines"
-            sources = [Source.of(build("source", method.settings()), run.collection, folder) for method in methods]
-            members[name] = open_bm25(run, sources, run.collection)
+            members[name] = open_bm25(run, run.sources(run.documents, name), run.documents)
         elif Path(name).is_dir():
-            members[name] = _student_of(RunFolder(name), run.collection).engine
+            members[name] = _student_of(RunFolder(name), run.documents).engine
         else:
             raise UsageError(f"{name!r} is not there to fuse", where="--fuse", fix="bm25, or the folder of another run")
     return FusedEngine(members, depth=max(count, FUSED))

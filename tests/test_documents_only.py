@@ -102,7 +102,8 @@ def test_search_finds_documents_by_their_best_passage(mine: Path) -> None:
 def test_the_search_page_shows_a_document_once_and_with_one_passage(mine: Path) -> None:
     workspace = Workspace(mine / "run", store=mine / "store")
     columns = [Column("BM25", workspace.bm25()), Column("student", workspace.engine())]
-    answer = SearchPage(workspace.collection, columns).search("what iron costs, and gold", 8)
+    answer = SearchPage(workspace.documents, columns).search("what iron costs, and gold", 8)
+    assert "collection" not in vars(workspace)  # to search, no query is made of any document
     bm25, student = ([hit["doc_id"] for hit in column["hits"]] for column in answer["columns"])
     assert set(bm25[:2]) == {"iron.md", "gold.md"} and len(set(student)) == 8
     assert answer["documents"].keys() == {*bm25, *student}

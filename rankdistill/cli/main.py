@@ -411,7 +411,7 @@ def index(
     workspace = _workspace(folder)
     if sweep or target_recall is not None:
         _refuse_for_sparse(workspace, "--sweep" if sweep else "--target-recall")
-    over = open_collection(on) if on else workspace.collection
+    over = open_collection(on) if on else workspace.documents
     student = workspace.student()
     indexes = [workspace.index(name, out, student=student, collection=over) for name in names]
     if not sweep and target_recall is None:
@@ -512,7 +512,7 @@ def search(
         from rankdistill.table_rows import fused_engine
 
         engine = fused_engine(workspace, engine, fuse, count)
-    over = workspace.collection
+    over = workspace.documents
     hits = engine.search([query], over.reach(count))[0]
     best = (best_passages(over.doc_ids(hits.rows)) if over.passages else list(range(len(hits.rows))))[:count]
     rows = [int(hits.rows[at]) for at in best]

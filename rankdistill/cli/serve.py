@@ -33,7 +33,7 @@ def search_page(workspace: Workspace, indexes: Sequence[str] | None = None, dept
     Raises:
         RankdistillError: there is no trained student; an index belongs to another one.
     """
-    collection, recipe = workspace.collection, workspace.recipe
+    collection, recipe = workspace.documents, workspace.recipe
     student = workspace.student()
     exact: Any = exhaustive_engine(student, workspace.vectors(STUDENT, student, collection))
     bm25 = workspace.bm25()
@@ -76,5 +76,5 @@ def _teacher(workspace: Workspace) -> Reranker | None:
         if member.needs_training:
             name = f"teacher-{number}" if ensemble else "teacher"
             member.use_trained(open_artifact(workspace.path / name, "teacher").path / "model")
-    teacher.prepare(workspace.collection, prepared_folder(ScoreStore(workspace.store_path)))
+    teacher.prepare(workspace.documents, prepared_folder(ScoreStore(workspace.store_path)))
     return Reranker(lambda item: score_list(teacher, TextList(*item)), note=workspace.recipe.teacher.type)

@@ -5,6 +5,7 @@ Queries of a split that is neither train nor dev are never among them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def keyword_queries(collection: Collection, rows: Sequence[int] | np.ndarray, se
     for start in range(0, len(rows), AT_ONCE):
         for text in collection.document_texts(rows[start : start + AT_ONCE]):
             count = Counter(word for word in WORD.findall(text.lower()) if held[word] > 1)
-            weight = {word: times * np.log(collection.document_count / held[word]) for word, times in count.items()}
+            weight = {word: times * math.log(collection.document_count / held[word]) for word, times in count.items()}
             salient = sorted(weight, key=weight.__getitem__, reverse=True)[:SALIENT]
             drawn = random.permutation(len(salient))[: random.integers(1, KEYWORDS + 1)]
             chosen = {salient[place] for place in drawn}
